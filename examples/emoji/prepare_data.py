@@ -1,0 +1,367 @@
+"""Build a labelled 64 x 64 image folder of emoji from pinned npm packages.
+
+    python examples/emoji/prepare_data.py --output data/emoji64
+
+needs the `npm` client and `pip install emoji resvg-py`. Every package is pinned by version and sha256, so two runs on two machines
+give the same folder:
+
+    OUTPUT/train/<class>/<style>_<codepoint>.png         OUTPUT/validation/<class>/...
+    OUTPUT/classes.json        labels, synonyms, counts, held-out emoji
+    OUTPUT/ATTRIBUTION.md      who drew the pictures, under which licence
+
+The validation split holds out whole emoji: every style and every skin tone of a held-out emoji is in `validation`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from classes import CLASSES
+from PIL import Image
+
+
+IMAGE_SIZE = 64
+CONTENT_SIZE = 60  # a white margin of two pixels on each side: nothing touches the border
+
+
+class Source(NamedTuple):
+    """One drawing style: a pinned npm package, where its pictures are, and whom to credit."""
+
+    style: str
+    package: str
+    version: str
+    sha256: str
+    pictures: str  # folder of `<codepoints>.<extension>` files, or an iconify `icons.json`
+    author: str
+    licence: str
+    url: str
+
+    @property
+    def archive(self) -> str:
+        """Name `npm pack` gives the tarball."""
+        return f"{self.package.removeprefix('@').replace('/', '-')}-{self.version}.tgz"
+
+
+SOURCES = (
+    Source(
+        "noto", "emoji-datasource-google", "16.0.0",
+        "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
+        "package/img/google/64", "Google (Noto Emoji)", "Apache-2.0", "https://github.com/googlefonts/noto-emoji",
+    ),
+    Source(
+        "twemoji", "emoji-datasource-twitter", "16.0.0",
+        "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
+        "package/img/twitter/64", "Twitter and contributors (Twemoji)", "CC-BY-4.0", "https://github.com/jdecked/twemoji",
+    ),
+    Source(
+        "fluent", "@iconify-json/fluent-emoji", "1.2.7",
+        "8044210dbf11e016d4de85f15d01a243423bd832457e7e2491df1b751c0e272b",
+        "package/icons.json", "Microsoft (Fluent Emoji, color)", "MIT", "https://github.com/microsoft/fluentui-emoji",
+    ),
+    Source(
+        "fluentflat", "@iconify-json/fluent-emoji-flat", "1.2.6",
+        "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
+        "package/icons.json", "Microsoft (Fluent Emoji, flat)", "MIT", "https://github.com/microsoft/fluentui-emoji",
+    ),
+    Source(
+        "fluent3d", "@lobehub/fluent-emoji-3d", "1.1.0",
+        "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
+        "package/assets", "Microsoft (Fluent Emoji, 3D), packaged by LobeHub", "MIT", "https://github.com/microsoft/fluentui-emoji",
+    ),
+    Source(
+        "notov1", "@iconify-json/noto-v1", "1.2.5",
+        "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37",
+        "package/icons.json", "Google (Noto Emoji, first version)", "Apache-2.0", "https://github.com/googlefonts/noto-emoji",
+    ),
+    Source(
+        "emojitwo", "@iconify-json/emojione", "1.2.3",
+        "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e",
+        "package/icons.json", "EmojiTwo contributors", "CC-BY-4.0", "https://github.com/EmojiTwo/emojitwo",
+    ),
+)  # fmt: skip
+CATALOGUE_SOURCE = SOURCES[0]  # its emoji.json names every emoji: short name, category, skin tones
+
+
+class PrepareError(Exception):
+    """A cause the user can do something about; `main` prints it on one line."""
+
+
+# --- Downloads -------------------------------------------------------------------------------------------------------
+
+
+def fetch(source: Source, cache: Path) -> Path:
+    """Path of the verified tarball of `source` in `cache`, downloaded by npm if it is not there yet."""
+    archive = cache / source.archive
+    if not archive.exists():
+        npm_pack(source, cache)
+    verify_sha256(archive, source)
+    return archive
+
+
+def npm_pack(source: Source, cache: Path) -> None:
+    npm = shutil.which("npm")
+    if npm is None:
+        raise PrepareError("`npm` was not found: install Node.js with npm, which downloads the emoji packages")
+    specification = f"{source.package}@{source.version}"
+    print(f"downloading {specification}", flush=True)
+    # Into a folder of its own first: an interrupted download never looks like a complete one.
+    with tempfile.TemporaryDirectory(dir=cache) as partial:
+        result = subprocess.run([npm, "pack", "--silent", specification], cwd=partial, capture_output=True, text=True)
+        if result.returncode != 0:
+            reason = " ".join(result.stderr.split()) or "no message"
+            raise PrepareError(f"`npm pack {specification}` failed; check the network and npm's registry setting ({reason})")
+        os.replace(Path(partial) / source.archive, cache / source.archive)
+
+
+def verify_sha256(archive: Path, source: Source) -> None:
+    with archive.open("rb") as file:
+        actual = hashlib.file_digest(file, "sha256").hexdigest()
+    if actual != source.sha256:
+        raise PrepareError(
+            f"{source.package}@{source.version}: sha256 is {actual}, expected {source.sha256}; delete {archive} to download again"
+        )
+
+
+# --- What an emoji is called ------------------------------------------------------------------------------------------
+
+
+def normalize_codepoints(text: str) -> str:
+    """`1F3F3-FE0F-200D-1F308` -> `1f3f3-200d-1f308`. Variation selectors say nothing about the picture and sets disagree on them."""
+    return "-".join(part for part in text.lower().split("-") if part != "fe0f")
+
+
+def to_slug(name: str) -> str:
+    """Name of an emoji in any set's spelling -> the form shared by all: no prefixes for flags, no `skin-tone`, only `[a-z0-9-]`."""
+    slug = re.sub(r"[\s_-]+", "-", re.sub(r"[^\w\s-]", "", name.lower())).strip("-")
+    return re.sub(r"^flag-(for-)?(flag-)?", "", slug).replace("-skin-tone", "")
+
+
+def slugs_to_codepoints(catalogue: list[dict]) -> dict[str, str]:
+    """Iconify sets name pictures in words; both the Unicode names and the (newer) CLDR names are in use."""
+    from emoji import EMOJI_DATA
+
+    cldr = ((data["en"], characters) for characters, data in EMOJI_DATA.items())
+    table: dict[str, str] = {}
+    for name, characters in cldr:
+        table.setdefault(to_slug(name), normalize_codepoints("-".join(f"{ord(character):x}" for character in characters)))
+    for entry in catalogue:
+        table.setdefault(to_slug(entry["name"] or ""), normalize_codepoints(entry["unified"]))
+    return table
+
+
+def codepoints_to_families(catalogue: list[dict]) -> dict[str, dict]:
+    """Codepoints, skin tones included -> the catalogue entry of the base emoji, the *family*."""
+    families = {}
+    for entry in catalogue:
+        for variant in (entry, *entry.get("skin_variations", {}).values()):
+            families[normalize_codepoints(variant["unified"])] = entry
+    return families
+
+
+def class_of(entry: dict) -> str | None:
+    """Class of a catalogue entry, `None` if no class wants it."""
+    for name, rule in CLASSES.items():
+        if entry["short_name"] in rule.exclude:
+            continue
+        if entry["subcategory"] in rule.subcategories or entry["short_name"] in rule.include:
+            return name
+    return None
+
+
+def held_out(families: Iterable[str], share: float) -> set[str]:
+    """`share` of the families, at least one, chosen by the hash of the name: stable when other families come or go."""
+    ranked = sorted(set(families), key=lambda family: hashlib.sha256(family.encode()).digest())
+    return set(ranked[: max(1, round(share * len(ranked)))])
+
+
+# --- Pictures ---------------------------------------------------------------------------------------------------------
+
+
+class Picture(NamedTuple):
+    style: str
+    codepoints: str
+    label: str
+    family: str
+    data: bytes  # SVG text, PNG or WebP
+
+    @property
+    def file_name(self) -> str:
+        return f"{self.style}_{self.codepoints}.png"
+
+
+def read_pictures(archive: Path, source: Source, slugs: dict[str, str]) -> Iterator[tuple[str, bytes]]:
+    """(codepoints, encoded picture) of everything in the archive."""
+    if source.pictures.endswith(".json"):
+        yield from read_iconify(json.loads(read_member(archive, source.pictures)), slugs)
+        return
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            folder, _, file_name = member.name.rpartition("/")
+            if folder == source.pictures:
+                yield normalize_codepoints(file_name.rpartition(".")[0]), tar.extractfile(member).read()
+
+
+def read_iconify(collection: dict, slugs: dict[str, str]) -> Iterator[tuple[str, bytes]]:
+    width, height = collection["width"], collection["height"]
+    for name, icon in collection["icons"].items():
+        codepoints = slugs.get(to_slug(name))
+        if codepoints is None:
+            continue
+        box = f"{icon.get('left', 0)} {icon.get('top', 0)} {icon.get('width', width)} {icon.get('height', height)}"
+        svg = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{box}">{icon["body"]}</svg>'
+        yield codepoints, svg.encode()
+
+
+def read_member(archive: Path, name: str) -> bytes:
+    with tarfile.open(archive) as tar:
+        return tar.extractfile(name).read()
+
+
+def collect(archives: dict[Source, Path]) -> list[Picture]:
+    """Pictures of all sources that belong to a class. A style draws an emoji once: the first of two names for it wins."""
+    catalogue = json.loads(read_member(archives[CATALOGUE_SOURCE], "package/emoji.json"))
+    slugs, families = slugs_to_codepoints(catalogue), codepoints_to_families(catalogue)
+    pictures: dict[str, Picture] = {}
+    for source, archive in archives.items():
+        for codepoints, data in read_pictures(archive, source, slugs):
+            entry = families.get(codepoints)
+            label = class_of(entry) if entry else None
+            # Microsoft draws no country flags; where the ones in this package come from is not stated.
+            if label is None or (source.style == "fluent3d" and entry["category"] == "Flags"):
+                continue
+            picture = Picture(source.style, codepoints, label, entry["short_name"], data)
+            pictures.setdefault(picture.file_name, picture)
+    return list(pictures.values())
+
+
+def decode(data: bytes) -> Image.Image:
+    if data.startswith(b"<svg"):
+        from resvg_py import svg_to_bytes
+
+        # Twice the final size, so that thin lines are averaged rather than thinned out.
+        data = bytes(svg_to_bytes(svg_string=data.decode(), width=2 * CONTENT_SIZE, height=2 * CONTENT_SIZE))
+    return Image.open(io.BytesIO(data)).convert("RGBA")
+
+
+def composite(image: Image.Image) -> Image.Image:
+    """RGBA of any size -> `IMAGE_SIZE` square RGB: fitted into `CONTENT_SIZE`, centred on white."""
+    white = Image.new("RGBA", image.size, "white")
+    opaque = Image.alpha_composite(white, image).convert("RGB")
+    scale = CONTENT_SIZE / max(opaque.size)
+    size = tuple(max(1, round(side * scale)) for side in opaque.size)
+    canvas = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), "white")
+    canvas.paste(opaque.resize(size, Image.Resampling.LANCZOS), tuple((IMAGE_SIZE - side) // 2 for side in size))
+    return canvas
+
+
+def draw(picture: Picture, path: Path) -> None:
+    composite(decode(picture.data)).save(path, optimize=True)
+
+
+# --- Output -----------------------------------------------------------------------------------------------------------
+
+
+def write_dataset(pictures: list[Picture], output: Path, validation_share: float, workers: int) -> dict:
+    """Write the whole image folder and return what classes.json says about it."""
+    families = defaultdict(set)
+    for picture in pictures:
+        families[picture.label].add(picture.family)
+    validation = {label: held_out(families[label], validation_share) for label in CLASSES}
+    paths, counts = [], {"train": Counter(), "validation": Counter()}
+    for picture in pictures:
+        split = "validation" if picture.family in validation[picture.label] else "train"
+        folder = output / split / picture.label
+        folder.mkdir(parents=True, exist_ok=True)
+        paths.append(folder / picture.file_name)
+        counts[split][picture.label] += 1
+    with ProcessPoolExecutor(workers) as pool:
+        list(pool.map(draw, pictures, paths, chunksize=64))
+
+    labels = sorted(CLASSES)  # the order an image-folder reader gives them
+    summary = {
+        "image_size": IMAGE_SIZE,
+        "id2label": {index: ", ".join((label, *CLASSES[label].synonyms)) for index, label in enumerate(labels)},
+        "counts": {split: {label: counts[split][label] for label in labels} for split in counts},
+        "held_out": {label: sorted(validation[label]) for label in labels},
+    }
+    (output / "classes.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (output / "ATTRIBUTION.md").write_text(attribution())
+    return summary
+
+
+def attribution() -> str:
+    rows = "\n".join(f"| `{s.style}` | {s.author} | {s.licence} | {s.url} | `{s.package}@{s.version}` |" for s in SOURCES)
+    return f"""# Attribution
+
+The pictures in this folder are emoji, scaled to {IMAGE_SIZE} x {IMAGE_SIZE} pixels on white. File names begin with the style.
+
+| style | drawn by | licence | project | package |
+|---|---|---|---|---|
+{rows}
+
+Licences: Apache-2.0 https://www.apache.org/licenses/LICENSE-2.0, CC-BY-4.0 https://creativecommons.org/licenses/by/4.0/,
+MIT https://github.com/microsoft/fluentui-emoji/blob/main/LICENSE. Changes made: rasterised, scaled, composited on white.
+"""
+
+
+def build(output: Path, cache: Path, validation_share: float, workers: int) -> dict:
+    cache.mkdir(parents=True, exist_ok=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    pictures = collect({source: fetch(source, cache) for source in SOURCES})
+    # Beside the output, so that the rename is atomic and the folder appears whole or not at all.
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as temporary:
+        partial = Path(temporary) / output.name
+        summary = write_dataset(pictures, partial, validation_share, workers)
+        if output.exists():
+            shutil.rmtree(output)
+        os.replace(partial, output)
+    return summary
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True, help="image folder to write")
+    parser.add_argument("--cache", type=Path, help="folder for the downloaded packages, 170 MB [OUTPUT-downloads]")
+    parser.add_argument("--validation-share", type=float, default=0.05, help="share of the emoji of each class to hold out [0.05]")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that draw pictures [all cores]")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing OUTPUT")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    if options.output.exists() and not options.overwrite:
+        if (options.output / "classes.json").exists():
+            print(f"{options.output} is already there; --overwrite builds it again")
+            return 0
+        print(f"error: {options.output} exists and is not a dataset of this script; choose another --output", file=sys.stderr)
+        return 1
+    cache = options.cache or options.output.with_name(f"{options.output.name}-downloads")
+    try:
+        summary = build(options.output, cache, options.validation_share, options.workers)
+    except (PrepareError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for label, train in summary["counts"]["train"].items():
+        print(f"{label:10} {train:5} train {summary['counts']['validation'][label]:4} validation")
+    print(f"{sum(summary['counts']['train'].values())} training images in {options.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+// Geometry of bilinear sampling, shared by the CPU and the CUDA kernels: what is tested on the CPU is what runs on the GPU.
+//
+// Conventions of Deformable DETR (Zhu et al. 2021, section 4.1) and of torch.nn.functional.grid_sample with
+// padding_mode="zeros", align_corners=False: a location in [0, 1] maps to the pixel coordinate location * size - 0.5,
+// pixel centres have integer coordinates, and pixels outside the level are zero.
+//
+// Everything here has internal linkage: the header is compiled once per instruction set, and the linker must never
+// merge the copies.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define MSDA_INLINE static __host__ __device__ __forceinline__
+#else
+#define MSDA_INLINE static inline __attribute__((always_inline))
+#endif
+
+namespace msda {
+
+constexpr int kMaxLevels = 32;
+
+struct Level {
+  int64_t start;  // index of the level's first position in `value`
+  int32_t height;
+  int32_t width;
+};
+
+// Sizes of one call. Passed by value to the CUDA kernels, so that no level size is ever read from device memory.
+struct Sizes {
+  int64_t batch;
+  int64_t positions;  // sum of height * width over the levels
+  int64_t heads;
+  int64_t channels;  // per head
+  int64_t queries;
+  int32_t levels;
+  int32_t points;
+  Level level[kMaxLevels];
+};
+
+// Where one sample falls: the pixel at or before it, and how far past that pixel it lies. `top` and `left` are in
+// [-1, size - 1], so the four corners are (top, left), (top, left + 1), (top + 1, left), (top + 1, left + 1).
+template <typename T>
+struct Footprint {
+  int32_t top;
+  int32_t left;
+  T past_top;   // in [0, 1)
+  T past_left;  // in [0, 1)
+};
+
+template <typename T>
+MSDA_INLINE int32_t floor_to_int(T coordinate) {
+  const int32_t truncated = static_cast<int32_t>(coordinate);
+  return truncated - (coordinate < static_cast<T>(truncated));
+}
+
+// False when the sample touches no pixel of the level. Written so that NaN and infinite locations give false too, and
+// so that the conversion to integer only ever sees a coordinate in (-1, size).
+template <typename T>
+MSDA_INLINE bool locate(T x, T y, const Level& level, Footprint<T>* footprint) {
+  const T row = y * static_cast<T>(level.height) - static_cast<T>(0.5);
+  const T column = x * static_cast<T>(level.width) - static_cast<T>(0.5);
+  const bool touches = row > T(-1) && column > T(-1) && row < static_cast<T>(level.height) &&
+                       column < static_cast<T>(level.width);
+  if (!touches) {
+    return false;
+  }
+  footprint->top = floor_to_int(row);
+  footprint->left = floor_to_int(column);
+  footprint->past_top = row - static_cast<T>(footprint->top);
+  footprint->past_left = column - static_cast<T>(footprint->left);
+  return true;
+}
+
+template <typename T>
+MSDA_INLINE bool is_interior(const Footprint<T>& footprint, const Level& level) {
+  return footprint.top >= 0 && footprint.left >= 0 && footprint.top + 1 < level.height &&
+         footprint.left + 1 < level.width;
+}
+
+template <typename T>
+MSDA_INLINE bool has_corner(const Footprint<T>& footprint, const Level& level, int corner) {
+  const int32_t row = footprint.top + (corner >> 1);
+  const int32_t column = footprint.left + (corner & 1);
+  return row >= 0 && row < level.height && column >= 0 && column < level.width;
+}
+
+// Position of a corner inside its level; meaningful only where `has_corner`.
+template <typename T>
+MSDA_INLINE int64_t corner_position(const Footprint<T>& footprint, const Level& level, int corner) {
+  return static_cast<int64_t>(footprint.top + (corner >> 1)) * level.width + (footprint.left + (corner & 1));
+}
+
+template <typename T>
+MSDA_INLINE T corner_weight(const Footprint<T>& footprint, int corner) {
+  const T vertical = (corner >> 1) ? footprint.past_top : T(1) - footprint.past_top;
+  const T horizontal = (corner & 1) ? footprint.past_left : T(1) - footprint.past_left;
+  return vertical * horizontal;
+}
+
+template <typename T>
+struct SampleGradient {
+  T attention_weight;
+  T x;
+  T y;
+};
+
+// Gradients of one sample from `dots[corner]` = <output gradient, value at the corner> (zero where there is no corner).
+template <typename T>
+MSDA_INLINE SampleGradient<T> sample_gradient(const Footprint<T>& footprint, const Level& level, T attention_weight,
+                                              const T* dots) {
+  SampleGradient<T> gradient;
+  gradient.attention_weight = T(0);
+  for (int corner = 0; corner < 4; ++corner) {
+    gradient.attention_weight += corner_weight(footprint, corner) * dots[corner];
+  }
+  const T along_x = (T(1) - footprint.past_top) * (dots[1] - dots[0]) + footprint.past_top * (dots[3] - dots[2]);
+  const T along_y = (T(1) - footprint.past_left) * (dots[2] - dots[0]) + footprint.past_left * (dots[3] - dots[1]);
+  gradient.x = attention_weight * static_cast<T>(level.width) * along_x;
+  gradient.y = attention_weight * static_cast<T>(level.height) * along_y;
+  return gradient;
+}
+
+}  // namespace msda

@@ -1,0 +1,21 @@
+// x86 with AVX2. The target is set here and not by a compiler flag, so that any build system gets it right.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+#define MSDA_VECTOR_BYTES 32
+#define MSDA_KERNELS kKernelsAvx2
+#include "kernels_impl.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

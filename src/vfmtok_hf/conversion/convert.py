@@ -1,0 +1,182 @@
+"""Original checkpoint files to Hugging Face folders."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from vfmtok_hf.modeling.image_processing_vfmtok import VFMTokImageProcessor
+
+from .build_models import Conversion, build_ar, build_rar, build_tokenizer
+from .read_checkpoint import Weights, file_sha256, read_checkpoint
+from .write_folder import check_output, whole_folder
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """
+    What a conversion did, or in a dry run would do.
+
+    Args:
+        source, sha256: the original file.
+        entry: its entry that was read (`"ema"`, `"model"`, ...); `None` for a file that is nothing but weights.
+        keys_read: tensors read, a DINOv2's included.
+        dropped: tensors left out, with the reason of each.
+        num_parameters: elements of all tensors that the original files gave.
+        dtypes: data types of the weights.
+        config: configuration of the model.
+        output: the folder written; `None` in a dry run.
+    """
+
+    source: Path
+    sha256: str
+    entry: str | None
+    keys_read: int
+    dropped: dict[str, str]
+    num_parameters: int
+    dtypes: tuple[str, ...]
+    config: PreTrainedConfig
+    output: Path | None
+
+
+def convert_tokenizer(
+    checkpoint: str | Path,
+    output: str | Path,
+    vision_checkpoint: str | Path | None = None,
+    vision_model: str | Path | None = None,
+    weights: Weights = "ema",
+    config: Mapping[str, Any] | str | Path | None = None,
+    dry_run: bool = False,
+    overwrite: bool = False,
+) -> ConversionReport:
+    """
+    Convert an original tokenizer checkpoint to a folder for `VFMTokModel.from_pretrained`.
+
+    Original files leave the vision model out. Without one given here the result is a light checkpoint: it decodes,
+    and encodes after `VFMTokModel.load_vision_model`.
+
+    Args:
+        checkpoint: `.pt` of the original's training, or its state dict alone as `.pt`, `.bin` or `.safetensors`.
+        output: folder to write.
+        vision_checkpoint: original DINOv2 file (`dinov2_vitl14_reg4_pretrain.pth`).
+        vision_model: instead of that, repository or folder of a transformers vision model.
+        weights: `"ema"`, the moving averages, or `"model"`, the last step's weights.
+        config: `VFMTokConfig` fields, or a JSON file of them, for what shapes cannot tell; `vision_config` may hold
+            fields of the vision model's configuration.
+        dry_run: do everything but fetch `vision_model`'s weights and write.
+        overwrite: replace an existing model folder.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        CheckpointError: it is damaged, of another kind, or does not fit; a `ValueError`.
+        FileExistsError, NotADirectoryError, PermissionError: the output cannot be written.
+        ValueError: arguments exclude each other, or a field is needed that `config` must give.
+    """
+    if vision_checkpoint is not None and vision_model is not None:
+        raise ValueError("Give vision_checkpoint or vision_model, not both.")
+
+    def build(state_dict, overrides) -> Conversion:
+        vision = None if vision_checkpoint is None else read_checkpoint(vision_checkpoint, "dinov2").state_dict
+        return build_tokenizer(state_dict, overrides, vision, None if vision_model is None else str(vision_model))
+
+    def save(conversion: Conversion, folder: Path) -> None:
+        model = conversion.model
+        if model.config.save_vision_model and model.vision_model is None:
+            model.load_vision_model(str(vision_model))
+        model.save_pretrained(folder)
+        side = model.config.image_size
+        VFMTokImageProcessor(size={"height": side, "width": side}).save_pretrained(folder)
+
+    return _convert("tokenizer", checkpoint, output, weights, config, dry_run, overwrite, build, save)
+
+
+def convert_ar(
+    checkpoint: str | Path,
+    output: str | Path,
+    weights: Weights = "ema",
+    config: Mapping[str, Any] | str | Path | None = None,
+    dry_run: bool = False,
+    overwrite: bool = False,
+) -> ConversionReport:
+    """
+    Convert an original next-token generator (`GPT-*.pt`) to a folder for `VFMTokARForImageGeneration.from_pretrained`.
+
+    Arguments and errors as in `convert_tokenizer`; `config` holds fields of `VFMTokARConfig`.
+    """
+    return _convert("ar", checkpoint, output, weights, config, dry_run, overwrite, build_ar)
+
+
+def convert_rar(
+    checkpoint: str | Path,
+    output: str | Path,
+    weights: Weights = "ema",
+    config: Mapping[str, Any] | str | Path | None = None,
+    dry_run: bool = False,
+    overwrite: bool = False,
+) -> ConversionReport:
+    """
+    Convert an original randomized-order generator (`.safetensors` or `.bin`) to a folder for
+    `VFMTokRARForImageGeneration.from_pretrained`.
+
+    Arguments and errors as in `convert_tokenizer`; `config` holds fields of `VFMTokRARConfig`.
+    """
+    return _convert("rar", checkpoint, output, weights, config, dry_run, overwrite, build_rar)
+
+
+def _save(conversion: Conversion, folder: Path) -> None:
+    conversion.model.save_pretrained(folder)
+
+
+def _convert(
+    kind: str,
+    checkpoint: str | Path,
+    output: str | Path,
+    weights: Weights,
+    config: Mapping[str, Any] | str | Path | None,
+    dry_run: bool,
+    overwrite: bool,
+    build: Callable[[dict, Mapping[str, Any]], Conversion],
+    save: Callable[[Conversion, Path], None] = _save,
+) -> ConversionReport:
+    output, overrides = Path(output), _read_overrides(config)
+    check_output(output, overwrite)
+    source = read_checkpoint(checkpoint, kind, weights)
+    if output.resolve() in source.path.resolve().parents:
+        raise FileExistsError(f"{output} contains the checkpoint itself: choose another output.")
+    conversion = build(source.state_dict, overrides)
+    state_dict = conversion.model.state_dict()
+    report = ConversionReport(
+        source=source.path,
+        sha256=file_sha256(source.path),
+        entry=source.entry,
+        keys_read=conversion.keys_read,
+        dropped=conversion.dropped,
+        num_parameters=sum(tensor.numel() for tensor in state_dict.values()),
+        dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state_dict.values()})),
+        config=conversion.model.config,
+        output=None if dry_run else output,
+    )
+    if not dry_run:
+        with whole_folder(output, overwrite) as folder:
+            save(conversion, folder)
+    return report
+
+
+def _read_overrides(config: Mapping[str, Any] | str | Path | None) -> dict[str, Any]:
+    if config is None:
+        return {}
+    if isinstance(config, Mapping):
+        return dict(config)
+    path = Path(config)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no config file {path}.")
+    try:
+        overrides = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(overrides, dict):
+        raise ValueError(f"{path} must hold a JSON object of configuration fields.")
+    return overrides

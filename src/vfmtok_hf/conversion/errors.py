@@ -1,0 +1,12 @@
+"""The error of everything that is wrong with a checkpoint rather than with the call."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint file is damaged, of another kind, or does not fit its model. The message is one line."""
+
+
+def listing(names: list[str], limit: int = 1) -> str:
+    """`'a'`, or `'a' (and 3 more)`."""
+    shown = ", ".join(repr(name) for name in names[:limit])
+    more = len(names) - limit
+    return f"{shown} (and {more} more)" if more > 0 else shown

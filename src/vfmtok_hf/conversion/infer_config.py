@@ -1,0 +1,296 @@
+"""
+Configurations from checkpoints: what the tensors' shapes tell, and what only known models or the caller can tell.
+
+The tables are made from the same findings: `*_fields` read counts and sizes, `*_config` add what no shape shows.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PreTrainedConfig
+
+from vfmtok_hf.modeling.configuration_vfmtok import VFMTokConfig
+from vfmtok_hf.modeling.configuration_vfmtok_ar import VARIANTS, VFMTokARConfig
+from vfmtok_hf.modeling.configuration_vfmtok_rar import VFMTokRARConfig
+
+from .errors import CheckpointError, listing
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+# Heads of the released next-token generators, by (layers, width).
+AR_HEADS = {
+    (size["num_hidden_layers"], size["hidden_size"]): size["num_attention_heads"] for size in VARIANTS.values()
+}
+# Heads of the tokenizer's two transformers, by width: one size is released.
+TOKENIZER_HEADS = {512: 8}
+# DINOv2 S, B and L: heads by width.
+DINOV2_HEADS = {384: 6, 768: 12, 1024: 16}
+RELEASED_VISION_MODEL = "facebook/dinov2-with-registers-large"
+# Rows that RAR's tables have beyond the image tokens.
+RAR_SPARE_POSITIONS = 1024
+RAR_SPARE_TIMESTEPS = 100
+
+
+class _Sizes:
+    """Shapes by key, with an error that names a missing key or an unexpected rank."""
+
+    def __init__(self, shapes: Shapes, prefix: str = ""):
+        self.shapes = shapes
+        self.prefix = prefix
+
+    def of(self, key: str, rank: int) -> tuple[int, ...]:
+        key = self.prefix + key
+        if key not in self.shapes:
+            raise CheckpointError(f"The checkpoint lacks {key!r}.")
+        shape = tuple(self.shapes[key])
+        if len(shape) != rank:
+            raise CheckpointError(f"{key!r} has shape {shape}, expected {rank} dimensions.")
+        return shape
+
+    def count(self, list_name: str) -> int:
+        """Members of a numbered list: `count("layers.")` of keys `layers.0.a`, `layers.1.a` is 2."""
+        pattern = re.compile(re.escape(self.prefix + list_name) + r"(\d+)\.")
+        return len({match[1] for key in self.shapes if (match := pattern.match(key))})
+
+
+def _grid_side(key: str, positions: int) -> int:
+    side = math.isqrt(positions - 1)
+    if side * side != positions - 1:
+        raise CheckpointError(f"{key!r} has {positions} positions, expected a class position and a square grid.")
+    return side
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What shapes tell
+
+
+def tokenizer_fields(shapes: Shapes) -> dict[str, Any]:
+    """Fields of `VFMTokConfig` that the tokenizer's shapes determine on their own."""
+    sizes = _Sizes(shapes)
+    _, num_anchors, hidden_size = sizes.of("encode_transformer.carrier_tokens", 3)
+    codebook_size, codebook_dim = sizes.of("slot_quantize.embedding.weight", 2)
+    channels = pixel_decoder_channels(shapes)
+    base_channels = math.gcd(*channels)
+    position_table = "decode_transformer.position_embedding"
+    return {
+        "num_anchors": num_anchors,
+        "hidden_size": hidden_size,
+        "encoder_num_layers": sizes.count("encode_transformer.transformer.layers."),
+        "encoder_intermediate_size": sizes.of("encode_transformer.transformer.layers.0.linear1.weight", 2)[0],
+        "decoder_num_layers": sizes.count("decode_transformer.transformer.layers."),
+        "decoder_intermediate_size": sizes.of("decode_transformer.transformer.layers.0.ffnet.w3.weight", 2)[1],
+        "num_register_tokens": sizes.of("decode_transformer.register_tokens", 3)[1],
+        "feature_grid_size": _grid_side(position_table, sizes.of(position_table, 3)[1]),
+        "codebook_size": codebook_size,
+        "codebook_dim": codebook_dim,
+        "pixel_decoder_base_channels": base_channels,
+        "pixel_decoder_channel_multipliers": [width // base_channels for width in reversed(channels)],
+        "pixel_decoder_num_res_blocks": sizes.count("decoder.conv_blocks.0.res.") - 1,
+    }
+
+
+def pixel_decoder_channels(shapes: Shapes) -> list[int]:
+    """Channels of each of the pixel decoder's resolutions, coarse to fine."""
+    sizes = _Sizes(shapes)
+    levels = range(sizes.count("decoder.conv_blocks."))
+    return [sizes.of(f"decoder.conv_blocks.{level}.res.0.conv1.weight", 4)[0] for level in levels]
+
+
+def num_feature_levels(shapes: Shapes) -> int:
+    """Levels of vision features that the tokenizer reads."""
+    return _Sizes(shapes).count("encode_transformer.projectors.")
+
+
+def vision_feature_widths(shapes: Shapes) -> list[int]:
+    """Channels of each feature level that the tokenizer reads."""
+    sizes = _Sizes(shapes)
+    levels = range(num_feature_levels(shapes))
+    return [sizes.of(f"encode_transformer.projectors.{level}.mlp.0.weight", 2)[1] for level in levels]
+
+
+def dinov2_fields(shapes: Shapes, prefix: str = "") -> dict[str, Any]:
+    """Fields of `Dinov2WithRegistersConfig` that the shapes of an original DINOv2 determine."""
+    sizes = _Sizes(shapes, prefix)
+    if f"{prefix}register_tokens" not in shapes:
+        raise CheckpointError(
+            "This DINOv2 has no register tokens, which original tokenizers build on; for another vision model give its "
+            "Hugging Face repository as vision_model."
+        )
+    if f"{prefix}blocks.0.mlp.w12.weight" in shapes:
+        raise CheckpointError(
+            "DINOv2 giant (SwiGLU) is not converted from its original file: give its Hugging Face repository as "
+            "vision_model."
+        )
+    hidden_size, _, patch_size, _ = sizes.of("patch_embed.proj.weight", 4)
+    return {
+        "model_type": "dinov2_with_registers",
+        "hidden_size": hidden_size,
+        "num_hidden_layers": sizes.count("blocks."),
+        "mlp_ratio": sizes.of("blocks.0.mlp.fc1.weight", 2)[0] // hidden_size,
+        "patch_size": patch_size,
+        "image_size": _grid_side(f"{prefix}pos_embed", sizes.of("pos_embed", 3)[1]) * patch_size,
+        "num_register_tokens": sizes.of("register_tokens", 3)[1],
+    }
+
+
+def ar_fields(shapes: Shapes) -> dict[str, Any]:
+    """Fields of `VFMTokARConfig` that the shapes determine: all but the heads and the number of image tokens."""
+    sizes = _Sizes(shapes)
+    codebook_size, hidden_size = sizes.of("tok_embeddings.weight", 2)
+    return {
+        "codebook_size": codebook_size,
+        "hidden_size": hidden_size,
+        "num_classes": sizes.of("cls_embedding.embedding_table.weight", 2)[0] - 1,
+        "num_hidden_layers": sizes.count("layers."),
+        "intermediate_size": sizes.of("layers.0.feed_forward.w1.weight", 2)[0],
+    }
+
+
+def rar_fields(shapes: Shapes) -> dict[str, Any]:
+    """Fields of `VFMTokRARConfig`, all of which the shapes determine."""
+    sizes = _Sizes(shapes)
+    vocabulary, hidden_size = sizes.of("embeddings.weight", 2)
+    codebook_size = sizes.of("lm_head.weight", 2)[0]
+    return {
+        "codebook_size": codebook_size,
+        # Behind the image tokens come a mask token, the classes and the null class.
+        "num_classes": vocabulary - codebook_size - 2,
+        "num_image_tokens": sizes.of("timesteps_embeddings", 3)[1] - RAR_SPARE_TIMESTEPS,
+        "hidden_size": hidden_size,
+        "num_hidden_layers": sizes.count("blocks."),
+        "num_attention_heads": hidden_size // sizes.of("blocks.0.attn.q_norm.weight", 1)[0],
+        "intermediate_size": sizes.of("blocks.0.mlp.fc1.weight", 2)[0],
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Whole configurations
+
+
+def tokenizer_config(
+    shapes: Shapes, vision_config: dict[str, Any] | PreTrainedConfig, overrides: Mapping[str, Any]
+) -> VFMTokConfig:
+    """
+    Args:
+        vision_config: of the vision model that the tokenizer is to be joined with.
+        overrides: `VFMTokConfig` fields, without `vision_config`.
+    """
+    inferred = tokenizer_fields(shapes)
+    heads = TOKENIZER_HEADS.get(inferred["hidden_size"])
+    for name in ("encoder_num_heads", "decoder_num_heads"):
+        if heads is None and name not in overrides:
+            raise ValueError(
+                f"A tokenizer of width {inferred['hidden_size']} is no released one: give {name} in config."
+            )
+    encoder_heads = overrides.get("encoder_num_heads", heads)
+    num_levels = num_feature_levels(shapes)
+    weights = "encode_transformer.transformer.layers.0.cross_attn.attention_weights.bias"
+    (locations,) = _Sizes(shapes).of(weights, 1)
+    if locations % (encoder_heads * num_levels):
+        raise CheckpointError(
+            f"{weights!r} has {locations} entries, which {encoder_heads} encoder_num_heads and {num_levels} feature "
+            "levels do not divide."
+        )
+    inferred["encoder_num_points"] = locations // (encoder_heads * num_levels)
+    known = {} if heads is None else {"encoder_num_heads": heads, "decoder_num_heads": heads}
+    config = _build(VFMTokConfig, inferred, known, {**overrides, "vision_config": vision_config})
+    if len(config.vision_feature_layers) != num_levels:
+        raise ValueError(
+            f"The checkpoint reads {num_levels} levels of vision features, the configuration names "
+            f"{config.vision_feature_layers}: give vision_feature_layers in config."
+        )
+    return config
+
+
+def dinov2_config(shapes: Shapes, overrides: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`Dinov2WithRegistersConfig` as a dict. `overrides` are fields of it."""
+    inferred = dinov2_fields(shapes, prefix)
+    heads = DINOV2_HEADS.get(inferred["hidden_size"])
+    if heads is None and "num_attention_heads" not in overrides:
+        raise ValueError(
+            f"A DINOv2 of width {inferred['hidden_size']} is no released one: "
+            "give num_attention_heads in config's vision_config."
+        )
+    _check_overrides(inferred, overrides)
+    return {"num_attention_heads": heads, **inferred, **overrides}
+
+
+def described_vision_config(shapes: Shapes, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    Vision configuration of a tokenizer without vision weights: the released DINOv2-L where the widths fit it.
+
+    Args:
+        overrides: fields of the vision configuration, all that differ from that class's defaults if the widths do not.
+    """
+    released = VFMTokConfig.sub_configs_defaults["vision_config"]
+    widths = vision_feature_widths(shapes)
+    fits_released = set(widths) == {released.init_kwargs["hidden_size"]}
+    if not fits_released and not overrides:
+        raise ValueError(
+            f"The checkpoint's vision features are {widths} wide, which is not the released vision model: give "
+            "vision_checkpoint or vision_model, or describe the vision model in config's vision_config."
+        )
+    described = {"model_type": released.model_type, **overrides}
+    if fits_released and described["model_type"] == released.model_type:
+        return {**released.init_kwargs, **described}
+    return described
+
+
+def pretrained_vision_config(name_or_path: str, overrides: Mapping[str, Any]) -> PreTrainedConfig:
+    """Configuration of a transformers vision model; of two-tower models the vision tower's."""
+    config = AutoConfig.from_pretrained(name_or_path)
+    config = getattr(config, "vision_config", config)
+    for name, value in overrides.items():
+        setattr(config, name, value)
+    return config
+
+
+def ar_config(shapes: Shapes, overrides: Mapping[str, Any]) -> VFMTokARConfig:
+    """`overrides` are fields of `VFMTokARConfig`."""
+    inferred = ar_fields(shapes)
+    size = (inferred["num_hidden_layers"], inferred["hidden_size"])
+    if size not in AR_HEADS and "num_attention_heads" not in overrides:
+        raise ValueError(
+            f"{size[0]} layers of width {size[1]} are no released size: give num_attention_heads in config."
+        )
+    known = {"num_attention_heads": AR_HEADS.get(size), **_imagenet_labels(inferred["num_classes"])}
+    return _build(VFMTokARConfig, inferred, known, overrides)
+
+
+def rar_config(shapes: Shapes, overrides: Mapping[str, Any]) -> VFMTokRARConfig:
+    """`overrides` are fields of `VFMTokRARConfig`."""
+    inferred = rar_fields(shapes)
+    return _build(VFMTokRARConfig, inferred, _imagenet_labels(inferred["num_classes"]), overrides)
+
+
+def _imagenet_labels(num_classes: int) -> dict[str, Any]:
+    """The released generators' classes are ImageNet-1k's in its usual order."""
+    if num_classes != 1000:
+        return {}
+    from timm.data import ImageNetInfo  # slow to import, and needed for this alone
+
+    names = ImageNetInfo("imagenet-1k")
+    return {"id2label": {index: names.index_to_description(index) for index in range(1000)}}
+
+
+def _build(config_class, inferred: Mapping[str, Any], known: Mapping[str, Any], overrides: Mapping[str, Any]):
+    allowed = {field.name for field in fields(config_class)}
+    if unknown := sorted(set(overrides) - allowed):
+        raise ValueError(f"config holds {listing(unknown)}, which {config_class.__name__} does not have.")
+    _check_overrides(inferred, overrides)
+    try:
+        return config_class(**{**known, **inferred, **overrides})
+    except StrictDataclassError as error:
+        # Its message has two lines, of which the second says what is wrong.
+        raise ValueError(f"The configuration does not fit: {str(error).splitlines()[-1].strip()}") from error
+
+
+def _check_overrides(inferred: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
+    for name in sorted(set(inferred) & set(overrides)):
+        if inferred[name] != overrides[name]:
+            raise CheckpointError(f"config says {name} = {overrides[name]}, the checkpoint has {inferred[name]}.")

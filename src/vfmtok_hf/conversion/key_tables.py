@@ -1,0 +1,337 @@
+"""
+The original's parameter names and ours, row by row, and the pure functions that apply them in either direction.
+
+A table is the list of *all* tensors of one network in the original's own order, made from the few counts (layers,
+levels) that decide which tensors exist. Names: https://github.com/CVMI-Lab/VFMTok and
+https://github.com/CVMI-Lab/VFMTok-RAR (`state_dict()` of their networks), https://github.com/facebookresearch/dinov2.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .errors import CheckpointError, listing
+
+
+# Where the original tokenizer keeps its vision model. Released files leave it out.
+ORIGINAL_VISION_PREFIX = "encode_transformer.backbone.pretrained_encoder."
+VISION_PREFIX = "vision_model."
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor of the original. Of ours there may be several: the original is them, stacked along dimension 0."""
+
+    original: str
+    ours: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class DroppedRow:
+    """A tensor of the original that is no weight. Converting back writes zeros of `shape`."""
+
+    original: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+KeyTable = list[Row | DroppedRow]
+
+
+def _tensor(original: str, *ours: str) -> Iterator[Row]:
+    yield Row(original, ours)
+
+
+def _weight(original: str, *ours: str) -> Iterator[Row]:
+    yield Row(f"{original}.weight", tuple(f"{name}.weight" for name in ours))
+
+
+def _layer(original: str, *ours: str) -> Iterator[Row]:
+    yield from _weight(original, *ours)
+    yield Row(f"{original}.bias", tuple(f"{name}.bias" for name in ours))
+
+
+def _query_key_value(ours: str) -> list[str]:
+    return [f"{ours}.{name}_proj" for name in "qkv"]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tokenizer
+
+
+def tokenizer_table(
+    *,
+    num_levels: int,
+    encoder_num_layers: int,
+    decoder_num_layers: int,
+    pixel_decoder_channels: Sequence[int],
+    pixel_decoder_num_res_blocks: int,
+    vision_num_layers: int | None = None,
+) -> KeyTable:
+    """
+    Rows of the tokenizer.
+
+    Args:
+        pixel_decoder_channels: channels of each resolution, coarse to fine.
+        vision_num_layers: blocks of a DINOv2 with registers inside the checkpoint; unset if it has none.
+    """
+    return [
+        *_pixel_decoder(pixel_decoder_channels, pixel_decoder_num_res_blocks),
+        *_anchor_encoder(num_levels, encoder_num_layers, vision_num_layers),
+        *_vit_decoder(decoder_num_layers),
+        DroppedRow("slot_quantize.codebook_used", (65536,), "history of codes seen in training, read by no forward"),
+        *_weight("slot_quantize.embedding", "quantizer.codebook"),
+        *_layer("pre_slots_quant", "quant_proj"),
+        *_layer("post_slots_quant", "post_quant_proj"),
+    ]
+
+
+def _pixel_decoder(channels: Sequence[int], num_res_blocks: int) -> Iterator[Row]:
+    yield from _layer("decoder.conv_in", "pixel_decoder.conv_in")
+    yield from _resnet("decoder.mid.0", "pixel_decoder.mid_block.resnet_in")
+    attention = "pixel_decoder.mid_block.attention"
+    yield from _layer("decoder.mid.1.norm", f"{attention}.norm")
+    for name in "qkv":
+        yield from _layer(f"decoder.mid.1.{name}", f"{attention}.{name}_proj")
+    yield from _layer("decoder.mid.1.proj_out", f"{attention}.o_proj")
+    yield from _resnet("decoder.mid.2", "pixel_decoder.mid_block.resnet_out")
+    before = channels[0]
+    for level, after in enumerate(channels):
+        original, ours = f"decoder.conv_blocks.{level}", f"pixel_decoder.up_blocks.{level}"
+        for block in range(num_res_blocks + 1):
+            has_shortcut = block == 0 and before != after
+            yield from _resnet(f"{original}.res.{block}", f"{ours}.resnets.{block}", has_shortcut)
+        if level < len(channels) - 1:
+            yield from _layer(f"{original}.upsample.conv", f"{ours}.upsample")
+        before = after
+    yield from _layer("decoder.norm_out", "pixel_decoder.norm_out")
+    yield from _layer("decoder.conv_out", "pixel_decoder.conv_out")
+
+
+def _resnet(original: str, ours: str, has_shortcut: bool = False) -> Iterator[Row]:
+    for name in ("norm1", "conv1", "norm2", "conv2"):
+        yield from _layer(f"{original}.{name}", f"{ours}.{name}")
+    if has_shortcut:
+        yield from _layer(f"{original}.nin_shortcut", f"{ours}.shortcut")
+
+
+def _anchor_encoder(num_levels: int, num_layers: int, vision_num_layers: int | None) -> Iterator[Row]:
+    yield from _tensor("encode_transformer.carrier_tokens", "anchor_encoder.anchor_queries")
+    yield from _tensor("encode_transformer.slots_pos", "anchor_encoder.anchor_position_embeddings")
+    if vision_num_layers is not None:
+        yield from dinov2_table(vision_num_layers, ORIGINAL_VISION_PREFIX)
+    for level in range(num_levels):
+        original, ours = f"encode_transformer.projectors.{level}.mlp", f"anchor_encoder.projectors.{level}"
+        yield from _weight(f"{original}.0", f"{ours}.fc1")
+        yield from _layer(f"{original}.1", f"{ours}.norm1")
+        yield from _weight(f"{original}.3", f"{ours}.fc2")
+        yield from _layer(f"{original}.4", f"{ours}.norm2")
+    for level in range(num_levels):
+        yield from _layer(f"encode_transformer.norm_layers.{level}", f"anchor_encoder.projectors.{level}.output_norm")
+    for index in range(num_layers):
+        yield from _anchor_encoder_layer(
+            f"encode_transformer.transformer.layers.{index}", f"anchor_encoder.layers.{index}"
+        )
+    yield from _layer("encode_transformer.norm_pre1", "anchor_encoder.query_norm")
+
+
+def _anchor_encoder_layer(original: str, ours: str) -> Iterator[Row]:
+    for name in ("sampling_offsets", "attention_weights", "value_proj", "output_proj"):
+        yield from _layer(f"{original}.cross_attn.{name}", f"{ours}.cross_attn.{name}")
+    yield from _layer(f"{original}.norm1", f"{ours}.cross_attn_norm")
+    yield from _layer(f"{original}.linear1", f"{ours}.mlp.fc1")
+    yield from _layer(f"{original}.linear2", f"{ours}.mlp.fc2")
+    yield from _layer(f"{original}.norm2", f"{ours}.mlp_norm")
+    yield from _self_attention(f"{original}.self_attn", f"{ours}.self_attn")
+    yield from _layer(f"{original}.norm3", f"{ours}.self_attn_norm")
+
+
+def _self_attention(original: str, ours: str) -> Iterator[Row]:
+    for name in "qkv":
+        yield from _layer(f"{original}.{name}_proj", f"{ours}.{name}_proj")
+    yield from _layer(f"{original}.out_proj", f"{ours}.o_proj")
+
+
+def _vit_decoder(num_layers: int) -> Iterator[Row]:
+    for original, ours in (
+        ("position_embedding", "position_embeddings"),
+        ("slot_position_embedding", "anchor_position_embeddings"),
+        ("mask_embedding", "image_mask_token"),
+        ("mask_dino", "feature_mask_token"),
+        ("cls_token", "cls_token"),
+        ("register_tokens", "register_tokens"),
+    ):
+        yield from _tensor(f"decode_transformer.{original}", f"vit_decoder.{ours}")
+    for index in range(num_layers):
+        original, ours = f"decode_transformer.transformer.layers.{index}", f"vit_decoder.layers.{index}"
+        yield from _layer(f"{original}.norm1", f"{ours}.self_attn_norm")
+        yield from _self_attention(f"{original}.attn1", f"{ours}.self_attn")
+        yield from _layer(f"{original}.norm2", f"{ours}.mlp_norm")
+        yield from _layer(f"{original}.ffnet.w12", f"{ours}.mlp.gate_proj", f"{ours}.mlp.up_proj")
+        yield from _layer(f"{original}.ffnet.w3", f"{ours}.mlp.down_proj")
+    yield from _layer("decode_transformer.norm_post1", "vit_decoder.image_norm")
+    yield from _layer("decode_transformer.norm_post2", "vit_decoder.feature_norm")
+    yield from _layer("decode_transformer.proj", "vit_decoder.feature_head")
+
+
+def dinov2_table(num_layers: int, original_prefix: str = "", prefix: str = VISION_PREFIX) -> KeyTable:
+    """Rows of a DINOv2 with registers and plain MLPs (S, B, L): facebookresearch's names and transformers'."""
+    rows: list[Row] = []
+    for original, ours in (
+        ("cls_token", "cls_token"),
+        ("pos_embed", "position_embeddings"),
+        ("register_tokens", "register_tokens"),
+        ("mask_token", "mask_token"),
+    ):
+        rows += _tensor(original_prefix + original, f"{prefix}embeddings.{ours}")
+    rows += _layer(f"{original_prefix}patch_embed.proj", f"{prefix}embeddings.patch_embeddings.projection")
+    for index in range(num_layers):
+        original, ours = f"{original_prefix}blocks.{index}", f"{prefix}encoder.layer.{index}"
+        rows += _layer(f"{original}.norm1", f"{ours}.norm1")
+        rows += _layer(f"{original}.attn.qkv", *_query_key_value(f"{ours}.attention"))
+        rows += _layer(f"{original}.attn.proj", f"{ours}.attention.o_proj")
+        rows += _tensor(f"{original}.ls1.gamma", f"{ours}.layer_scale1.lambda1")
+        rows += _layer(f"{original}.norm2", f"{ours}.norm2")
+        rows += _layer(f"{original}.mlp.fc1", f"{ours}.mlp.fc1")
+        rows += _layer(f"{original}.mlp.fc2", f"{ours}.mlp.fc2")
+        rows += _tensor(f"{original}.ls2.gamma", f"{ours}.layer_scale2.lambda1")
+    rows += _layer(f"{original_prefix}norm", f"{prefix}layernorm")
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Generators
+
+
+def ar_table(num_layers: int) -> KeyTable:
+    """Rows of the next-token generator (LlamaGen's GPT)."""
+    rows: list[Row] = []
+    rows += _weight("cls_embedding.embedding_table", "class_embedding")
+    rows += _weight("tok_embeddings", "embed_tokens")
+    for index in range(num_layers):
+        layer = f"layers.{index}"
+        rows += _weight(f"{layer}.attention.wqkv", *_query_key_value(f"{layer}.self_attn"))
+        rows += _weight(f"{layer}.attention.wo", f"{layer}.self_attn.o_proj")
+        rows += _weight(f"{layer}.feed_forward.w1", f"{layer}.mlp.gate_proj")
+        rows += _weight(f"{layer}.feed_forward.w3", f"{layer}.mlp.up_proj")
+        rows += _weight(f"{layer}.feed_forward.w2", f"{layer}.mlp.down_proj")
+        rows += _weight(f"{layer}.attention_norm", f"{layer}.input_layernorm")
+        rows += _weight(f"{layer}.ffn_norm", f"{layer}.post_attention_layernorm")
+    rows += _weight("norm", "norm")
+    rows += _weight("output", "lm_head")
+    return rows
+
+
+def rar_table(num_layers: int) -> KeyTable:
+    """Rows of the randomized-order generator (RAR)."""
+    rows: list[Row] = []
+    for original, ours in (
+        ("cls_token", "cls_token"),
+        ("pos_embed", "position_embeddings"),
+        ("target_aware_pos_embed", "target_position_embeddings"),
+        ("timesteps_embeddings", "timestep_embeddings"),
+    ):
+        rows += _tensor(original, ours)
+    for index in range(num_layers):
+        original, ours = f"blocks.{index}", f"layers.{index}"
+        rows += _layer(f"{original}.norm1", f"{ours}.norm1")
+        rows += _layer(f"{original}.attn.qkv", *_query_key_value(f"{ours}.self_attn"))
+        rows += _layer(f"{original}.attn.q_norm", f"{ours}.self_attn.q_norm")
+        rows += _layer(f"{original}.attn.k_norm", f"{ours}.self_attn.k_norm")
+        rows += _layer(f"{original}.attn.proj", f"{ours}.self_attn.o_proj")
+        rows += _layer(f"{original}.norm2", f"{ours}.norm2")
+        rows += _layer(f"{original}.mlp.fc1", f"{ours}.mlp.fc1")
+        rows += _layer(f"{original}.mlp.fc2", f"{ours}.mlp.fc2")
+        rows += _layer(f"{original}.adaLN_modulation.1", f"{ours}.modulation")
+    rows += _weight("embeddings", "embed_tokens")
+    rows += _layer("adaln_before_head.adaLN_modulation.1", "norm_modulation")
+    rows += _layer("lm_head", "lm_head")
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Applying a table
+
+
+def check_keys(keys: Sequence[str] | Mapping, table: KeyTable) -> None:
+    """
+    Every key has its row and every row its key; only rows that are dropped anyway may lack theirs.
+
+    Raises:
+        CheckpointError: naming the first unmapped or missing key, and how many more there are.
+    """
+    known = {row.original for row in table}
+    if unmapped := [key for key in keys if key not in known]:
+        raise CheckpointError(f"The checkpoint holds {listing(unmapped)}, which this model does not have.")
+    if missing := [row.original for row in table if isinstance(row, Row) and row.original not in keys]:
+        raise CheckpointError(f"The checkpoint lacks {listing(missing)}.")
+
+
+def to_ours(
+    state_dict: Mapping[str, torch.Tensor], table: KeyTable, shapes: Mapping[str, Sequence[int]]
+) -> dict[str, torch.Tensor]:
+    """
+    The original's tensors under our names, each with storage of its own.
+
+    Args:
+        shapes: the shape that the model has under each of our names.
+
+    Raises:
+        CheckpointError: an unmapped, missing or mis-shaped key, or values that are not finite floating-point numbers.
+    """
+    check_keys(state_dict, table)
+    rows = [row for row in table if row.original in state_dict]
+    _check_shapes(state_dict, rows, shapes)
+    converted = {}
+    for row in rows:
+        if isinstance(row, DroppedRow):
+            continue
+        tensor = state_dict[row.original]
+        _check_values(row.original, tensor)
+        # Cloned: files may share storage among tensors, which safetensors refuses, or be mapped from disk.
+        parts = (part.clone(memory_format=torch.contiguous_format) for part in tensor.chunk(len(row.ours)))
+        converted.update(zip(row.ours, parts, strict=True))
+    return converted
+
+
+def to_original(state_dict: Mapping[str, torch.Tensor], table: KeyTable) -> dict[str, torch.Tensor]:
+    """The inverse of `to_ours`, in the original's order. Keys of `state_dict` that no row names are an error."""
+    ours = {name for row in table if isinstance(row, Row) for name in row.ours}
+    if unmapped := [key for key in state_dict if key not in ours]:
+        raise CheckpointError(f"The original has no name for {listing(unmapped)}.")
+    if missing := [name for name in ours if name not in state_dict]:
+        raise CheckpointError(f"The model lacks {listing(sorted(missing))}.")
+    reference = next(iter(state_dict.values()))
+    original = {}
+    for row in table:
+        if isinstance(row, DroppedRow):
+            original[row.original] = torch.zeros(row.shape, dtype=torch.float32, device=reference.device)
+        else:
+            # Also copies a single tensor, so that the result never aliases the model.
+            original[row.original] = torch.cat([state_dict[name].detach() for name in row.ours])
+    return original
+
+
+def _check_shapes(state_dict, rows: KeyTable, shapes: Mapping[str, Sequence[int]]) -> None:
+    wrong = [
+        f"{row.original} {tuple(state_dict[row.original].shape)} instead of {expected}"
+        for row in rows
+        if tuple(state_dict[row.original].shape) != (expected := _original_shape(row, shapes))
+    ]
+    if wrong:
+        raise CheckpointError(f"The checkpoint is of another size than its configuration: {listing(wrong)}.")
+
+
+def _original_shape(row: Row | DroppedRow, shapes: Mapping[str, Sequence[int]]) -> tuple[int, ...]:
+    if isinstance(row, DroppedRow):
+        return row.shape
+    first, *rest = shapes[row.ours[0]]
+    return (first * len(row.ours), *rest)
+
+
+def _check_values(key: str, tensor: torch.Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise CheckpointError(f"{key!r} holds {tensor.dtype} where floating-point weights belong.")
+    if not tensor.is_meta and not tensor.isfinite().all():
+        raise CheckpointError(f"{key!r} contains NaN or infinity: the checkpoint is damaged, use another one.")

@@ -1,0 +1,174 @@
+"""Reading original checkpoint files: safely, and with an error that says what a wrong file is."""
+
+import argparse
+import hashlib
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from .errors import CheckpointError, listing
+
+
+Weights = Literal["ema", "model"]
+
+# Where training checkpoints keep each kind of weights, in the order in which the original's scripts look.
+ENTRIES = {"ema": ("ema",), "model": ("model", "module", "state_dict")}
+# A file without moving averages may hold its only weights under one of these names.
+UNNAMED_ENTRIES = ("module", "state_dict")
+
+# One key that each kind of file has and no other.
+ORIGINAL_MARKERS = {
+    "slot_quantize.embedding.weight": "tokenizer",
+    "tok_embeddings.weight": "ar",
+    "timesteps_embeddings": "rar",
+    "patch_embed.proj.weight": "dinov2",
+}
+HUGGING_FACE_MARKERS = (
+    "quantizer.codebook.weight",
+    "class_embedding.weight",
+    "timestep_embeddings",
+    "embeddings.patch_embeddings.projection.weight",
+)
+DESCRIPTIONS = {
+    "tokenizer": "a VFMTok tokenizer checkpoint",
+    "ar": "a next-token (AR) generator checkpoint",
+    "rar": "a randomized-order (RAR) generator checkpoint",
+    "dinov2": "an original DINOv2 checkpoint",
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """
+    One set of weights of an original file.
+
+    Args:
+        entry: the file's entry that was read; `None` when the file is nothing but weights.
+    """
+
+    path: Path
+    state_dict: dict[str, torch.Tensor]
+    entry: str | None
+
+
+def read_checkpoint(path: str | Path, kind: str, weights: Weights = "ema") -> Checkpoint:
+    """
+    Read a `.pt`, `.pth`, `.bin` or `.safetensors` file.
+
+    Pickles may hold tensors, plain containers and `argparse.Namespace` (training arguments), nothing else. Zipped ones
+    are mapped from disk, so that optimizer states are never read.
+
+    Args:
+        kind: what the file must be: `"tokenizer"`, `"ar"`, `"rar"` or `"dinov2"`.
+        weights: which weights of a training checkpoint to take, the moving averages or the last step's. Files with
+            one set of weights are read either way.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it is damaged, of another kind, or has no such weights.
+    """
+    path = Path(path)
+    if weights not in ENTRIES:
+        raise ValueError(f"weights must be 'ema' or 'model', got {weights!r}.")
+    _check_is_file(path)
+    content = _load_safetensors(path) if path.suffix == ".safetensors" else _load_pickle(path)
+    entry, state_dict = _select_weights(content, path, weights)
+    _check_kind(state_dict, path, kind)
+    return Checkpoint(path, state_dict, entry)
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _check_is_file(path: Path) -> None:
+    if path.is_dir():
+        hint = " It has a config.json: already converted, load it with from_pretrained."
+        raise CheckpointError(
+            f"{path} is a folder; give the checkpoint file.{hint if (path / 'config.json').exists() else ''}"
+        )
+    if not path.exists():
+        raise FileNotFoundError(f"There is no checkpoint file {path}.")
+    with path.open("rb") as file:
+        if file.read(24).startswith(b"version https://git-lfs"):
+            raise CheckpointError(f"{path} is a Git LFS pointer, not the weights: fetch them with `git lfs pull`.")
+
+
+def _load_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path} is truncated or not a safetensors file ({error}): download it again."
+        ) from error
+
+
+def _load_pickle(path: Path):
+    is_zip = zipfile.is_zipfile(path)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as error:
+        if found := re.search(r"GLOBAL (\S+)", str(error)):
+            raise CheckpointError(
+                f"{path} was refused: it is a pickle that wants to call {found[1]}. Weights need no code; "
+                "save the state dict alone, best as safetensors."
+            ) from error
+        raise _damaged(path) from error
+    except (RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
+        raise _damaged(path) from error
+
+
+def _damaged(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path} is truncated or not a PyTorch checkpoint: download it again.")
+
+
+def _select_weights(content, path: Path, weights: Weights) -> tuple[str | None, dict[str, torch.Tensor]]:
+    if not isinstance(content, Mapping) or not content:
+        raise CheckpointError(f"{path} holds {type(content).__name__} instead of named weights.")
+    if _is_state_dict(content):
+        return None, dict(content)
+    entries = [name for name in ("ema", "model", *UNNAMED_ENTRIES) if _is_state_dict(content.get(name))]
+    wanted = ENTRIES[weights]
+    if weights == "ema" and not {"ema", "model"} & set(entries):
+        wanted = UNNAMED_ENTRIES
+    for name in wanted:
+        if name in entries:
+            return name, dict(content[name])
+    if entries:
+        other = "model" if weights == "ema" else "ema"
+        raise CheckpointError(f"{path} has no {weights!r} weights, only {listing(entries, 4)}: use weights={other!r}.")
+    raise CheckpointError(f"{path} holds no weights: its entries are {listing([str(key) for key in content], 4)}.")
+
+
+def _is_state_dict(value) -> bool:
+    return (
+        isinstance(value, Mapping) and bool(value) and all(isinstance(item, torch.Tensor) for item in value.values())
+    )
+
+
+def _check_kind(state_dict: Mapping[str, torch.Tensor], path: Path, kind: str) -> None:
+    found = {name for marker, name in ORIGINAL_MARKERS.items() if marker in state_dict}
+    if kind in found:
+        return
+    if any(marker in state_dict for marker in HUGGING_FACE_MARKERS):
+        raise CheckpointError(f"{path} is in Hugging Face format already: load its folder with from_pretrained.")
+    if found:
+        raise CheckpointError(f"{path} is {DESCRIPTIONS[found.pop()]}, not {DESCRIPTIONS[kind]}.")
+    marker = next(marker for marker, name in ORIGINAL_MARKERS.items() if name == kind)
+    raise CheckpointError(
+        f"{path} is not {DESCRIPTIONS[kind]}: it lacks {marker!r} and holds {listing(list(state_dict))}."
+    )

@@ -1,0 +1,105 @@
+"""Configuration of the randomized-order image generator."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+VARIANTS = {
+    "L": {"num_hidden_layers": 24, "hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096},
+    "XL": {"num_hidden_layers": 32, "hidden_size": 1280, "num_attention_heads": 16, "intermediate_size": 4096},
+    "XXL": {"num_hidden_layers": 40, "hidden_size": 1408, "num_attention_heads": 16, "intermediate_size": 6144},
+}
+
+
+@strict
+class VFMTokRARConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`VFMTokRARForImageGeneration`]. The defaults are the released VFMTok-RAR-L generator (arXiv
+    2507.08441, after RAR, arXiv 2411.00776); [`~VFMTokRARConfig.from_variant`] gives the other sizes.
+
+    Args:
+        codebook_size (`int`, defaults to 16384):
+            Rows of the image tokenizer's codebook: the tokens that can be drawn.
+        num_classes (`int`, defaults to 1000):
+            Class labels, 0 to `num_classes - 1`. Label `num_classes` is the null class: no condition.
+        num_image_tokens (`int`, defaults to 256):
+            Tokens of one image.
+        hidden_size, num_hidden_layers, num_attention_heads, intermediate_size (`int`):
+            Width, depth, attention heads and MLP width of the transformer.
+        layer_norm_eps (`float`, defaults to 1e-6):
+            Epsilon of the layer norms.
+        initializer_range (`float`, defaults to 0.02):
+            Standard deviation of fresh weights; the layers that modulate start at zero.
+        num_position_embeddings, num_timestep_embeddings (`int`, *optional*):
+            Rows of the position tables and of the timestep table. `num_image_tokens + 2` are read (a start token, the
+            class, the image tokens); unset gives the original's larger tables, with 1024 and 100 rows above
+            `num_image_tokens`.
+        dropout, attention_dropout (`float`):
+            Dropout, in training only, of the branches' outputs and the MLP's activations, and of the attention
+            probabilities.
+        class_dropout (`float`, defaults to 0.1):
+            Probability with which training replaces a label by the null class, which guidance needs.
+        id2label (`dict[int, str]`, *optional*):
+            Name of every class.
+    """
+
+    model_type = "vfmtok_rar"
+    # One number under two names. It also keeps the base class from inventing two dummy labels when names are unset.
+    attribute_map = {"num_labels": "num_classes"}
+
+    codebook_size: int = 16384
+    num_classes: int = 1000
+    num_image_tokens: int = 256
+    hidden_size: int = 1024
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    intermediate_size: int = 4096
+    layer_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    num_position_embeddings: int | None = None
+    num_timestep_embeddings: int | None = None
+    dropout: float | int = 0.1
+    attention_dropout: float | int = 0.1
+    class_dropout: float | int = 0.1
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.num_position_embeddings is None:
+            self.num_position_embeddings = self.num_image_tokens + 1024
+        if self.num_timestep_embeddings is None:
+            self.num_timestep_embeddings = self.num_image_tokens + 100
+
+    @classmethod
+    def from_variant(cls, variant: str, **overrides) -> "VFMTokRARConfig":
+        """
+        The configuration of one released size: "L", "XL" or "XXL"; `overrides` win over it.
+
+        XL has `intermediate_size` 4096 in VFMTok-RAR's settings, and 5120 in those of the RAR it comes from.
+        """
+        if variant not in VARIANTS:
+            raise ValueError(f"Unknown VFMTokRARConfig variant {variant!r}. Use one of {', '.join(VARIANTS)}.")
+        return cls(**{**VARIANTS[variant], **overrides})
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    def validate_architecture(self):
+        """Cross-field rules, checked by `@strict`."""
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be divisible by num_attention_heads {self.num_attention_heads}."
+            )
+        for name in ("num_position_embeddings", "num_timestep_embeddings"):
+            if getattr(self, name) < self.num_image_tokens + 2:
+                raise ValueError(
+                    f"{name} must be at least num_image_tokens + 2 = {self.num_image_tokens + 2}, got {getattr(self, name)}."
+                )
+        if self.id2label is not None and sorted(self.id2label) != list(range(self.num_classes)):
+            raise ValueError(
+                f"id2label must name each class from 0 to {self.num_classes - 1} once, got {len(self.id2label)} names."
+            )
+
+
+__all__ = ["VFMTokRARConfig"]

@@ -1,0 +1,376 @@
+"""
+Sampling image tokens: guidance, filters, the key/value cache and the decode loop that both generators share.
+
+The order of operations is that of https://github.com/CVMI-Lab/VFMTok (autoregressive/models/generate.py, after
+LlamaGen) and of RAR: guidance, then temperature, then top-k, then top-p, then one draw. Nothing in the loop waits for
+the device.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Guidance
+
+
+def constant_guidance(num_steps: int, scale: float, interval: int | None = None) -> list[float]:
+    """
+    One guidance scale per step: `scale`, and with `interval` 1 (none) from token `interval + 2` on.
+
+    The offset is the original's: its interval counts decode steps after the first token, which is always guided.
+    """
+    guided_steps = num_steps if interval is None else min(interval + 2, num_steps)
+    return [float(scale)] * guided_steps + [1.0] * (num_steps - guided_steps)
+
+
+def power_cosine_guidance(num_steps: int, scale: float, power: float, interval: int | None = None) -> list[float]:
+    """
+    One guidance scale per step, rising from 1 towards `scale`: (scale - 1) (1 - cos(pi (t / num_steps)^power)) / 2 + 1.
+
+    A larger `power` rises later; 0 is constant guidance. Source: RAR, modeling/rar.py. `interval` as above.
+    """
+    ramp = [(1 - math.cos(math.pi * (step / num_steps) ** power)) / 2 for step in range(num_steps)]
+    limit = constant_guidance(num_steps, scale, interval)
+    return [(step_scale - 1) * height + 1 for step_scale, height in zip(limit, ramp, strict=True)]
+
+
+def apply_guidance(logits: torch.Tensor, scale: float) -> torch.Tensor:
+    """Classifier-free guidance u + scale (c - u) of `(2 * batch_size, ...)` logits, conditional rows c first."""
+    conditional, unconditional = logits.chunk(2)
+    return torch.lerp(unconditional, conditional, scale)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Drawing a token
+
+
+def filter_top_k(logits: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Set all but the `top_k` largest logits of each row to -inf. Ties with the last one stay."""
+    kth_largest = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[..., -1:]
+    return logits.masked_fill(logits < kth_largest, -torch.inf)
+
+
+def filter_top_p(logits: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Keep each row's most probable tokens up to and including the one that takes their sum above `top_p`."""
+    sorted_logits, sorted_tokens = logits.sort(dim=-1, descending=True)
+    probabilities = sorted_logits.softmax(dim=-1)
+    mass_before = probabilities.cumsum(dim=-1) - probabilities
+    removed = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, sorted_tokens, mass_before > top_p)
+    return logits.masked_fill(removed, -torch.inf)
+
+
+def exponential_noise(
+    shape: tuple[int, int], generator: torch.Generator | Sequence[torch.Generator] | None, device: torch.device
+) -> torch.Tensor:
+    """
+    Exponential(1) noise of `shape`, drawn where the generator lives, so that a CPU seed means the same on any device.
+
+    With a list each row draws from its own generator, hence the same numbers in any split of the batch.
+    """
+    if isinstance(generator, Sequence):
+        return torch.cat([exponential_noise((1, *shape[1:]), row_generator, device) for row_generator in generator])
+    noise = torch.empty(shape, device=device if generator is None else generator.device)
+    return noise.exponential_(generator=generator).to(device)
+
+
+def sample_tokens(
+    logits: torch.Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None
+) -> torch.Tensor:
+    """
+    Draw one token per row of `(batch_size, codebook_size)` logits: `(batch_size,)` int64.
+
+    An exponential race: the index of the largest p_i / e_i, with e_i ~ Exponential(1), is distributed as p. Unlike
+    `torch.multinomial` it never waits for the device and accepts a generator per row.
+    """
+    noise = exponential_noise(logits.shape, generator, logits.device)
+    return logits.softmax(dim=-1).div_(noise).argmax(dim=-1)
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """What one call of `generate` asks for, checked as a whole. The defaults sample without guidance or filters."""
+
+    guidance_scale: float = 1.0
+    guidance_interval: int | None = None
+    guidance_scale_pow: float = 1.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    do_sample: bool = True
+
+    def __post_init__(self):
+        if not 0 <= self.guidance_scale < math.inf:
+            raise ValueError(f"guidance_scale must be 1 (none) or larger, got {self.guidance_scale}.")
+        if self.guidance_interval is not None and self.guidance_interval < 0:
+            raise ValueError(
+                f"guidance_interval must be None (all steps) or at least 0, got {self.guidance_interval}."
+            )
+        if not 0 <= self.guidance_scale_pow < math.inf:
+            raise ValueError(f"guidance_scale_pow must be 0 (constant) or larger, got {self.guidance_scale_pow}.")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}. For greedy use do_sample=False.")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be 0 (off) or larger, got {self.top_k}.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], where 1 is off, got {self.top_p}.")
+
+    @classmethod
+    def resolve(cls, generation_config: GenerationConfig, **requested) -> "SamplingSettings":
+        """
+        Each setting from the call, else from generation_config.json, else the default above.
+
+        transformers' own fallbacks (`top_k=50`, greedy) are never consulted: an unset field of its config is None.
+        """
+        chosen = {
+            name: getattr(generation_config, name, None) if value is None else value
+            for name, value in requested.items()
+        }
+        return cls(**{name: value for name, value in chosen.items() if value is not None})
+
+    @property
+    def effective_guidance_scale(self) -> float:
+        """At most 1 means no guidance, as in diffusers; RAR's original writes it 0."""
+        return max(float(self.guidance_scale), 1.0)
+
+    def filter(self, logits: torch.Tensor) -> torch.Tensor:
+        """Temperature, top-k and top-p on `(batch_size, codebook_size)` logits; removed tokens become -inf."""
+        logits = logits / self.temperature
+        if self.top_k > 0:
+            logits = filter_top_k(logits, self.top_k)
+        if self.top_p < 1:
+            logits = filter_top_p(logits, self.top_p)
+        return logits
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Key/value cache
+
+
+class LayerCache:
+    """
+    Keys and values of one attention layer in memory that is allocated once.
+
+    The allocation waits for the first keys and takes batch, heads, dtype and device from them, so that autocast and
+    offloading need no word here.
+    """
+
+    def __init__(self, max_length: int):
+        self.max_length = max_length
+        self.length = 0
+        self.keys: torch.Tensor | None = None
+        self.values: torch.Tensor | None = None
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store `(batch_size, heads, new_length, head_dim)` keys and values; returns views of all stored so far."""
+        if self.keys is None:
+            batch_size, num_heads, _, head_dim = keys.shape
+            self.keys = keys.new_empty(batch_size, num_heads, self.max_length, head_dim)
+            self.values = torch.empty_like(self.keys)
+        start, self.length = self.length, self.length + keys.shape[2]
+        if start > 0 and keys.shape[2] > 1:
+            raise ValueError("A cache that holds a prefix takes one position at a time: its attention has no mask.")
+        self.keys[:, :, start : self.length] = keys
+        self.values[:, :, start : self.length] = values
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def keep_rows(self, batch_size: int) -> None:
+        """Forget all rows but the first `batch_size`."""
+        self.keys, self.values = self.keys[:batch_size], self.values[:batch_size]
+
+
+class KeyValueCache:
+    """One [`LayerCache`] per layer, for sequences of at most `max_length`."""
+
+    def __init__(self, num_layers: int, max_length: int):
+        self.layers = [LayerCache(max_length) for _ in range(num_layers)]
+
+    @property
+    def length(self) -> int:
+        """Positions stored."""
+        return self.layers[0].length
+
+    def keep_rows(self, batch_size: int) -> None:
+        """Forget all rows but the first `batch_size`."""
+        for layer in self.layers:
+            layer.keep_rows(batch_size)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The decode loop
+
+
+def check_ids(name: str, ids: torch.Tensor, num_ids: int, wait_for_device: bool = False) -> None:
+    """
+    Raise unless `ids` are int64 in 0 to `num_ids - 1`.
+
+    Reading values off an accelerator stalls it, so there the range is checked only with `wait_for_device`.
+    """
+    if ids.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, got {ids.dtype}: convert with .long().")
+    if (ids.is_cpu or wait_for_device) and not torch.compiler.is_compiling() and ids.numel():
+        smallest, largest = ids.aminmax()
+        if smallest < 0 or largest >= num_ids:
+            outlier = int(smallest if smallest < 0 else largest)
+            raise ValueError(f"{name} must lie in 0 to {num_ids - 1}, got {outlier}.")
+
+
+def to_raster(sequence: torch.Tensor, orders: torch.LongTensor | None) -> torch.Tensor:
+    """Put `(batch_size, length)` entries, of which entry j belongs to raster position `orders[:, j]`, in place."""
+    return sequence if orders is None else torch.zeros_like(sequence).scatter(1, orders, sequence)
+
+
+class VFMTokGenerationMixin(GenerationMixin):
+    """
+    `generate` for models that predict image tokens from class labels.
+
+    The model's `forward(class_labels, image_tokens, cache=...)` returns the logits of the token that follows
+    `image_tokens`, computing only what the cache does not hold yet.
+    """
+
+    output_modalities = ("image",)
+    # Positions of the sequence before the first image token.
+    num_condition_tokens = 1
+
+    @torch.no_grad()
+    def generate(
+        self,
+        class_labels: torch.LongTensor,
+        guidance_scale: float | None = None,
+        guidance_interval: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        do_sample: bool | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        callback: Callable[[int, torch.LongTensor], bool | None] | None = None,
+    ) -> torch.LongTensor:
+        """
+        Sample the image tokens of one image per class label.
+
+        Settings left at None come from the model's `generation_config`, else from the default named here.
+
+        Args:
+            class_labels (`torch.LongTensor` of shape `(batch_size,)`):
+                Labels in 0 to `num_classes - 1`; `num_classes` is the null class (no condition).
+            guidance_scale (`float`, defaults to 1.0):
+                Classifier-free guidance. Up to 1 there is none, and each step is a single pass over the batch.
+            guidance_interval (`int`, *optional*):
+                Guide only the first `guidance_interval + 2` tokens. Later steps skip the unconditional half.
+            temperature (`float`, defaults to 1.0), top_k (`int`, defaults to 0: off), top_p (`float`, defaults to 1.0):
+                Applied in this order after guidance.
+            do_sample (`bool`, defaults to `True`):
+                `False` takes the most probable token.
+            generator (`torch.Generator` or a sequence of one per label, *optional*):
+                Source of randomness, on any device. With one per label an image does not depend on its batch.
+            logits_processor (`LogitsProcessorList`, *optional*):
+                Called as `(tokens so far, guided logits)` before the temperature.
+            callback (`Callable`, *optional*):
+                Called as `callback(step, image_tokens)` after each token; `image_tokens` is `(batch_size,
+                num_image_tokens)` with 0 where nothing is drawn yet, and must not be changed. Returning `False` stops.
+
+        Returns:
+            `torch.LongTensor` of shape `(batch_size, num_image_tokens)`, in raster order. After a stop by the
+            callback the tokens not drawn are 0.
+
+        Raises:
+            ValueError, TypeError: unusable arguments, before any work; logits that are not finite, at the end.
+        """
+        settings = SamplingSettings.resolve(
+            self.generation_config,
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            do_sample=do_sample,
+        )
+        self._check_class_labels(class_labels, wait_for_device=True)
+        scales = constant_guidance(
+            self.config.num_image_tokens, settings.effective_guidance_scale, settings.guidance_interval
+        )
+        return self._decode_tokens(class_labels, scales, settings, generator, logits_processor, callback)
+
+    def _decode_tokens(
+        self,
+        class_labels: torch.LongTensor,
+        scales: list[float],
+        settings: SamplingSettings,
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+        logits_processor: LogitsProcessorList | None,
+        callback: Callable[[int, torch.LongTensor], bool | None] | None,
+        orders: torch.LongTensor | None = None,
+        known_tokens: torch.LongTensor | None = None,
+    ) -> torch.LongTensor:
+        """
+        The loop. `scales` has a guidance scale per step, `orders` `(batch_size, num_image_tokens)` the raster position
+        of each token of the sequence (None: raster), `known_tokens` `(batch_size, n)` the sequence's first tokens.
+        """
+        batch_size = class_labels.shape[0]
+        if isinstance(generator, Sequence) and len(generator) != batch_size:
+            raise ValueError(f"Got {len(generator)} generators for {batch_size} class labels: pass one for each.")
+
+        num_tokens = self.config.num_image_tokens
+        first_step = 0 if known_tokens is None else known_tokens.shape[1]
+        guided_steps = max((step + 1 for step, scale in enumerate(scales) if scale != 1), default=0)
+
+        # One row per image and, while guidance lasts, a second one for its unconditional twin.
+        labels = class_labels
+        if guided_steps > first_step:
+            labels = torch.cat([class_labels, torch.full_like(class_labels, self.config.num_classes)])
+        num_passes = labels.shape[0] // batch_size
+        tokens = labels.new_zeros(labels.shape[0], num_tokens)
+        if first_step:
+            tokens[:, :first_step] = known_tokens.repeat(num_passes, 1)
+        model_kwargs = {} if orders is None else {"orders": orders.repeat(num_passes, 1)}
+        cache = KeyValueCache(self.config.num_hidden_layers, self.num_condition_tokens + num_tokens - 1)
+        largest_logits = torch.zeros(batch_size, num_tokens, device=labels.device)
+
+        for step in range(first_step, num_tokens):
+            if step == guided_steps and num_passes == 2:
+                num_passes, labels, tokens = 1, labels[:batch_size], tokens[:batch_size]
+                model_kwargs = {name: rows[:batch_size] for name, rows in model_kwargs.items()}
+                cache.keep_rows(batch_size)
+            logits = self(labels, tokens[:, :step], cache=cache, **model_kwargs).logits[:, -1]
+            if num_passes == 2:
+                logits = apply_guidance(logits, scales[step])
+            if logits_processor is not None:
+                logits = logits_processor(tokens[:batch_size, :step], logits)
+            if settings.do_sample:
+                logits = settings.filter(logits)
+                drawn = sample_tokens(logits, generator)
+            else:
+                drawn = logits.argmax(dim=-1)
+            largest_logits[:, step] = logits.amax(dim=-1)
+            tokens[:, step] = drawn.repeat(num_passes)
+            if callback is not None and callback(step, to_raster(tokens[:batch_size], orders)) is False:
+                break
+
+        # NaN survives every operation above, so that one look at the end, the loop's only wait, finds it.
+        if not largest_logits.isfinite().all():
+            raise ValueError(
+                f"The logits were not finite: the weights hold NaN, {self.dtype} overflows (load the model in "
+                "float32 or bfloat16), or a logits processor forbade every token."
+            )
+        return to_raster(tokens[:batch_size], orders)
+
+    def _check_class_labels(self, class_labels: torch.LongTensor, wait_for_device: bool = False) -> None:
+        if class_labels.ndim != 1:
+            raise ValueError(f"class_labels must have shape (batch_size,), got {tuple(class_labels.shape)}.")
+        # The null class, one past the last label, is a valid condition.
+        check_ids("class_labels", class_labels, self.config.num_classes + 1, wait_for_device)
+
+    def _check_image_tokens(
+        self, image_tokens: torch.LongTensor, class_labels: torch.LongTensor, wait_for_device: bool = False
+    ) -> None:
+        shape = (class_labels.shape[0], self.config.num_image_tokens)
+        if tuple(image_tokens.shape) != shape:
+            raise ValueError(
+                f"image_tokens must have shape {shape}, all tokens of one image per label, got {tuple(image_tokens.shape)}."
+            )
+        check_ids("image_tokens", image_tokens, self.config.codebook_size, wait_for_device)

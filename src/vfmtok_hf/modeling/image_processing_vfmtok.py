@@ -1,0 +1,255 @@
+"""Images to `pixel_values` and back, with the pixel arithmetic of the original training and evaluation code."""
+
+import os
+from typing import Literal
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import torch
+import torch.nn.functional as F
+from transformers import ImageProcessingMixin, PilBackend  # noqa: F401 - pipelines look up ImageProcessingMixin here
+from transformers.image_utils import ImageInput, PILImageResampling, SizeDict
+
+
+# A centre crop of anything longer keeps less than one percent of the picture.
+MAX_ASPECT_RATIO = 100
+
+
+def open_image(path: str | os.PathLike) -> PIL.Image.Image:
+    """
+    Read an image file whole (PIL alone would defer damage to the first use of its pixels).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not an image, or is truncated.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"There is no image file {os.fspath(path)!r}.")
+    try:
+        with PIL.Image.open(path) as image:
+            image.load()
+            return image
+    except (OSError, SyntaxError) as error:  # PIL's PNG reader reports some damage as SyntaxError
+        raise ValueError(f"{os.fspath(path)!r} cannot be read as an image: {error}") from error
+
+
+def eight_bit_array(image: np.ndarray) -> np.ndarray:
+    """
+    The same image as uint8: what the original was trained on, and what every file format here reduces to.
+
+    Booleans become 0 and 255, uint16 is divided by 257, floats are taken to be in [0, 1]; all rounded to nearest.
+
+    Raises:
+        ValueError: floats outside [0, 1], NaN included.
+        TypeError: any other integer type, whose range nobody can tell.
+    """
+    if image.dtype == np.uint8:
+        return image
+    if image.dtype == np.bool_:
+        return image.astype(np.uint8) * 255
+    if image.dtype == np.uint16:
+        return ((image.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if not np.issubdtype(image.dtype, np.floating):
+        raise TypeError(f"Images of {image.dtype} have no known range: convert them to uint8 or uint16.")
+    levels = np.rint(image.astype(np.float32) * 255)
+    if not ((levels >= 0) & (levels <= 255)).all():
+        raise ValueError(
+            f"Float images must be in [0, 1], got values from {image.min()} to {image.max()}: "
+            "rescale them, or pass uint8."
+        )
+    return levels.astype(np.uint8)
+
+
+def upright_eight_bit(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Turn an image as its EXIF orientation says, and bring 16-bit and float modes down to 8 bits."""
+    image = PIL.ImageOps.exif_transpose(image)
+    if image.mode == "I":  # 16-bit greyscale in PIL's 32-bit container
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(
+                f"32-bit integer images must hold 16-bit values, got {values.min()} to {values.max()}: "
+                "convert the image to 8 or 16 bits."
+            )
+        return PIL.Image.fromarray(eight_bit_array(values.astype(np.uint16)))
+    if image.mode.startswith("I;16") or image.mode == "F":
+        return PIL.Image.fromarray(eight_bit_array(np.asarray(image)))
+    return image
+
+
+class VFMTokImageProcessor(PilBackend):
+    r"""
+    Image processor of [`VFMTokModel`].
+
+    Preprocessing is the original's, bit for bit (`center_crop_arr` of guided-diffusion): halve with a box filter while
+    the shorter side is at least twice the target, resize the shorter side to the target with bicubic interpolation,
+    crop the centre, scale to [-1, 1]. Images are files, PIL images, arrays or tensors, alone, in a list or as a batch;
+    they are turned upright by their EXIF tag, brought to 8 bits, and transparent pixels are laid over white.
+
+    Args:
+        size (`int` or `dict`, defaults to `{"height": 336, "width": 336}`):
+            Side of the square output in pixels. It is the crop's size as well; there is no separate `crop_size`.
+        do_resize, do_center_crop, do_rescale, do_normalize, do_convert_rgb (`bool`, default to `True`):
+            Which steps are done.
+        resample (`int`, defaults to `PILImageResampling.BICUBIC`), rescale_factor (`float`, defaults to 1 / 255):
+            Filter of the last resize, and the factor from 8-bit levels to [0, 1].
+        image_mean, image_std (`list[float]`, default to 0.5):
+            From [0, 1] to [-1, 1], the range in which the model draws. The vision model's own normalisation happens
+            inside [`VFMTokModel`].
+
+    Raises (on call):
+        ValueError, TypeError, FileNotFoundError: unreadable file, empty image, values out of range, or an image more
+        than 100 times longer than wide.
+    """
+
+    size = {"height": 336, "width": 336}
+    resample = PILImageResampling.BICUBIC
+    image_mean = [0.5, 0.5, 0.5]
+    image_std = [0.5, 0.5, 0.5]
+    do_resize = True
+    do_center_crop = True
+    do_rescale = True
+    do_normalize = True
+    do_convert_rgb = True
+
+    # -- images -> pixel_values
+
+    def fetch_images(self, image_url_or_urls):
+        """Read paths; give two-dimensional (greyscale) arrays their channel axis; pass other images through."""
+        images = image_url_or_urls
+        if isinstance(images, (list, tuple)):
+            return [self.fetch_images(image) for image in images]
+        if isinstance(images, str) and images.startswith(("http://", "https://", "data:image/")):
+            return super().fetch_images(images)
+        if isinstance(images, (str, os.PathLike)):
+            return open_image(images)
+        if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 2:
+            return images[None]
+        return super().fetch_images(images)
+
+    def process_image(self, image: ImageInput, **kwargs) -> np.ndarray:
+        """One image of any accepted kind to uint8 of shape `(channels, height, width)`."""
+        if isinstance(image, PIL.Image.Image):
+            image = upright_eight_bit(image)
+        elif isinstance(image, torch.Tensor):
+            image = image.detach().cpu()
+            image = eight_bit_array((image.float() if image.is_floating_point() else image).numpy())
+        else:
+            image = eight_bit_array(image)
+        image = super().process_image(image, **kwargs)
+        if image.size == 0:
+            raise ValueError(f"The image has no pixels: its shape is {image.shape} (channels, height, width).")
+        return image
+
+    def resize(self, image: np.ndarray, size: SizeDict, resample: int, **kwargs) -> np.ndarray:
+        """
+        Bring the shorter side of `(channels, height, width)` to the target as guided-diffusion's `center_crop_arr`
+        does.
+        """
+        side = size.height
+        height, width = image.shape[1:]
+        if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+            raise ValueError(
+                f"The image is {width} x {height} pixels: more than {MAX_ASPECT_RATIO} times longer than wide, so that "
+                "a centre crop would keep almost nothing of it. Crop it first."
+            )
+        channels_last = image.transpose(1, 2, 0)
+        picture = PIL.Image.fromarray(channels_last[..., 0] if len(image) == 1 else channels_last)
+        while min(picture.size) >= 2 * side:
+            picture = picture.resize((picture.width // 2, picture.height // 2), PILImageResampling.BOX)
+        scale = side / min(picture.size)
+        picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), resample)
+        return np.asarray(picture).reshape(picture.height, picture.width, -1).transpose(2, 0, 1)
+
+    def center_crop(self, image: np.ndarray, size: SizeDict, **kwargs) -> np.ndarray:
+        """The central square of `(channels, height, width)`. An odd margin leaves its extra pixel below and right."""
+        side = size.height
+        height, width = image.shape[1:]
+        if min(height, width) < side:
+            raise ValueError(f"Cannot crop {side} x {side} pixels from {width} x {height}: set do_resize=True.")
+        top, left = (height - side) // 2, (width - side) // 2
+        return image[:, top : top + side, left : left + side]
+
+    def _preprocess(self, images: list[np.ndarray], size: SizeDict, crop_size: SizeDict | None, **kwargs):
+        return super()._preprocess(images, size=size, crop_size=size, **kwargs)
+
+    def _validate_preprocess_kwargs(self, size=None, crop_size=None, do_rescale=None, do_normalize=None, **kwargs):
+        if size.height is None or size.height != size.width:
+            raise ValueError(f"VFMTok images are square: size needs equal height and width, got {dict(size)}.")
+        if crop_size is not None:
+            raise ValueError("VFMTok crops to `size`: leave crop_size unset.")
+        if do_normalize and not do_rescale:
+            raise ValueError(
+                "do_normalize needs do_rescale=True: images are 8-bit until they are rescaled, and float images in "
+                "[0, 1] are accepted as they are."
+            )
+        super()._validate_preprocess_kwargs(
+            size=size, crop_size=size, do_rescale=do_rescale, do_normalize=do_normalize, **kwargs
+        )
+
+    # -- the model's output -> images
+
+    @staticmethod
+    def to_uint8(images: torch.Tensor) -> torch.Tensor:
+        """
+        Float images in [-1, 1] to uint8 of the same shape as the original does it: `x * 127.5 + 128`, clamped, the
+        fraction cut off. That is the usual mapping to [0, 255] rounded to nearest, halves up.
+        """
+        return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+    def postprocess(
+        self,
+        images: torch.Tensor,
+        output_type: Literal["pil", "np", "pt", "uint8"] = "pil",
+        size: int | None = None,
+        resize_mode: Literal["generation", "reconstruction"] = "generation",
+    ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
+        """
+        The model's images to pictures. All output types hold the same 8-bit picture.
+
+        Args:
+            images (`torch.FloatTensor` of shape `(batch_size, 3, height, width)`): about [-1, 1].
+            output_type (`str`):
+                `"pil"` for a list of PIL images, `"np"` for float32 `(batch_size, height, width, 3)` in [0, 1], `"pt"`
+                for a float32 tensor `(batch_size, 3, height, width)` in [0, 1], `"uint8"` for the 8-bit tensor.
+            size (`int`, *optional*):
+                Side in pixels to resize to. Defaults to the images' own.
+            resize_mode (`str`):
+                The original resizes in two ways, about 3 grey levels apart on noisy images, and numbers compare only
+                within one. `"generation"`: bicubic on the floats without antialiasing, then 8 bits
+                (`decode_codes_to_img`). `"reconstruction"`: 8 bits first, then PIL's bicubic (`vqgan_test.py`).
+
+        Raises:
+            ValueError: wrong shape, NaN or infinite values, or an unknown `output_type` or `resize_mode`.
+        """
+        if output_type not in ("pil", "np", "pt", "uint8"):
+            raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'uint8', got {output_type!r}.")
+        if resize_mode not in ("generation", "reconstruction"):
+            raise ValueError(f"resize_mode must be 'generation' or 'reconstruction', got {resize_mode!r}.")
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images must have shape (batch_size, 3, height, width), got {tuple(images.shape)}.")
+        if not images.isfinite().all():
+            raise ValueError(
+                "The images contain NaN or infinity: the weights are damaged or overflow their dtype; try float32."
+            )
+        pixels = self._resized_uint8(images, size, resize_mode)
+        if output_type == "uint8":
+            return pixels
+        if output_type == "pt":
+            return pixels.float() / 255
+        arrays = pixels.permute(0, 2, 3, 1).cpu().numpy()
+        if output_type == "np":
+            return arrays.astype(np.float32) / 255
+        return [PIL.Image.fromarray(array) for array in arrays]
+
+    def _resized_uint8(self, images: torch.Tensor, size: int | None, resize_mode: str) -> torch.Tensor:
+        if size is None or images.shape[-2:] == (size, size):
+            return self.to_uint8(images)
+        if resize_mode == "generation":
+            return self.to_uint8(F.interpolate(images.float(), size=(size, size), mode="bicubic", align_corners=False))
+        pictures = self.postprocess(images, output_type="pil")
+        resized = [np.asarray(picture.resize((size, size), PILImageResampling.BICUBIC)) for picture in pictures]
+        return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).to(images.device)
+
+
+__all__ = ["VFMTokImageProcessor"]

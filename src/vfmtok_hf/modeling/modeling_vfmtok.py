@@ -1,0 +1,1094 @@
+"""
+The VFMTok image tokenizer: image tokens from a frozen vision foundation model (arXiv 2507.08441).
+
+image -> frozen vision model, several feature levels -> anchor encoder (deformable cross-attention) -> quantizer
+-> image tokens -> ViT decoder -> pixel decoder -> image.
+
+The computation follows https://github.com/CVMI-Lab/VFMTok (Apache-2.0), which builds on Deformable DETR, VQGAN and
+LlamaGen; the parity page of the documentation lists each deliberate difference.
+"""
+
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_vfmtok import VFMTokConfig
+
+
+@dataclass
+class VFMTokEncoderOutput(ModelOutput):
+    """
+    Args:
+        image_tokens (`torch.LongTensor` of shape `(batch_size, num_anchors)`):
+            Index of the codebook row nearest to each latent, in [0, codebook_size).
+        quantized_latents (`torch.FloatTensor` of shape `(batch_size, num_anchors, codebook_dim)`):
+            Those rows, l2-normalised.
+        latents (`torch.FloatTensor` of shape `(batch_size, num_anchors, codebook_dim)`):
+            The anchor encoder's output before normalisation and quantization.
+        sampling_locations (`tuple[torch.FloatTensor]`, one per encoder layer, with `output_sampling_locations=True`):
+            Where each head looks, `(batch_size, num_anchors, heads, levels, points, 2)` as (x, y); the image is
+            [0, 1]^2 and points outside it read zeros.
+        attention_weights (`tuple[torch.FloatTensor]`, with `output_sampling_locations=True`):
+            Weight of each location, `(batch_size, num_anchors, heads, levels, points)`, summing to 1 over levels and
+            points.
+    """
+
+    image_tokens: torch.LongTensor | None = None
+    quantized_latents: torch.FloatTensor | None = None
+    latents: torch.FloatTensor | None = None
+    sampling_locations: tuple[torch.FloatTensor, ...] | None = None
+    attention_weights: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class VFMTokQuantizerOutput(ModelOutput):
+    """
+    Args:
+        quantized_latents (`torch.FloatTensor` of shape `(batch_size, num_anchors, codebook_dim)`):
+            Chosen codebook rows, l2-normalised, with a straight-through gradient to the latents.
+        image_tokens (`torch.LongTensor` of shape `(batch_size, num_anchors)`):
+            Their indices.
+        codebook_loss, commitment_loss, entropy_loss (`torch.FloatTensor` of shape `()`):
+            Scalar terms, their weights included.
+    """
+
+    quantized_latents: torch.FloatTensor | None = None
+    image_tokens: torch.LongTensor | None = None
+    codebook_loss: torch.FloatTensor | None = None
+    commitment_loss: torch.FloatTensor | None = None
+    entropy_loss: torch.FloatTensor | None = None
+
+
+@dataclass
+class VFMTokDecoderOutput(ModelOutput):
+    """
+    Args:
+        reconstruction (`torch.FloatTensor` of shape `(batch_size, 3, image_size, image_size)`):
+            The image, about [-1, 1], not clamped.
+        reconstructed_features (`torch.FloatTensor` of shape `(batch_size, patches, vision_hidden_size)`):
+            Prediction of the last vision feature level, with `output_features=True`.
+        image_embeds (`torch.FloatTensor` of shape `(batch_size, hidden_size)`):
+            CLS state of the feature branch, with `output_features=True`: what linear probing reads.
+    """
+
+    reconstruction: torch.FloatTensor | None = None
+    reconstructed_features: torch.FloatTensor | None = None
+    image_embeds: torch.FloatTensor | None = None
+
+
+@dataclass
+class VFMTokOutput(ModelOutput):
+    """
+    Args:
+        loss (`torch.FloatTensor` of shape `()`, with `return_loss=True`):
+            Sum of the four terms below. Losses on pixels (squared error, perceptual, adversarial) need other networks
+            and belong to the training script.
+        reconstruction (`torch.FloatTensor` of shape `(batch_size, 3, image_size, image_size)`):
+            The image, about [-1, 1], not clamped.
+        image_tokens (`torch.LongTensor` of shape `(batch_size, num_anchors)`):
+            Codebook indices.
+        codebook_loss, commitment_loss, entropy_loss (`torch.FloatTensor` of shape `()`, with `return_loss=True`):
+            The quantizer's terms, weights included.
+        feature_loss (`torch.FloatTensor` of shape `()`, with `return_loss=True`):
+            Mean of 1 - cosine similarity between reconstructed and true features of the last vision level.
+    """
+
+    loss: torch.FloatTensor | None = None
+    reconstruction: torch.FloatTensor | None = None
+    image_tokens: torch.LongTensor | None = None
+    codebook_loss: torch.FloatTensor | None = None
+    commitment_loss: torch.FloatTensor | None = None
+    entropy_loss: torch.FloatTensor | None = None
+    feature_loss: torch.FloatTensor | None = None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Input of the vision model
+
+
+def gaussian_kernel(size: int, sigma: float, device: torch.device) -> torch.Tensor:
+    offsets = torch.arange(size, dtype=torch.float32, device=device) - size // 2
+    kernel = torch.exp(-(offsets**2) / (2 * sigma**2))
+    return kernel / kernel.sum()
+
+
+def gaussian_blur(images: torch.Tensor, sigmas: tuple[float, float]) -> torch.Tensor:
+    """Separable blur over (height, width) with the least odd kernel that is both >= 3 and >= 4 sigma, mirrored edges."""
+    vertical, horizontal = (gaussian_kernel(max(int(4 * s), 3) // 2 * 2 + 1, s, images.device) for s in sigmas)
+    channels = images.shape[1]
+    top, left = len(vertical) // 2, len(horizontal) // 2
+    images = F.pad(images, (left, left, top, top), mode="reflect")
+    images = F.conv2d(images, vertical.view(1, 1, -1, 1).expand(channels, 1, -1, 1), groups=channels)
+    return F.conv2d(images, horizontal.view(1, 1, 1, -1).expand(channels, 1, 1, -1), groups=channels)
+
+
+def resize_for_vision_model(images: torch.Tensor, size: int) -> torch.Tensor:
+    """
+    Resize as the original's `pretrained_enc_arch.py`, which calls kornia: bicubic with aligned corners, and when
+    shrinking a Gaussian blur with sigma = (factor - 1) / 2 first.
+
+    Args:
+        images (`torch.Tensor` of shape `(batch_size, 3, height, width)`): float32.
+        size (`int`): side of the result.
+    """
+    factors = [side / size for side in images.shape[-2:]]
+    if factors == [1.0, 1.0]:
+        return images
+    if max(factors) > 1:
+        images = gaussian_blur(images, tuple(max((factor - 1) / 2, 0.001) for factor in factors))
+    return F.interpolate(images, size=(size, size), mode="bicubic", align_corners=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Anchor encoder
+
+
+class MultiScaleDeformableAttention(nn.Module):
+    """
+    Deformable attention's sampling core in plain PyTorch: the reference of the compiled layers that may replace its
+    `forward` from outside. It has no parameters, and its signature is the one that transformers' models use.
+
+    Source: Deformable DETR (arXiv 2010.04159), equation 3.
+    """
+
+    def forward(
+        self,
+        value: torch.Tensor,
+        value_spatial_shapes: torch.Tensor,
+        value_spatial_shapes_list: list[tuple[int, int]],
+        level_start_index: torch.Tensor,
+        sampling_locations: torch.Tensor,
+        attention_weights: torch.Tensor,
+        im2col_step: int,
+    ) -> torch.Tensor:
+        """
+        Args:
+            value (`torch.Tensor` of shape `(batch_size, sum of height * width, heads, head_dim)`):
+                Features of all levels, flattened and concatenated.
+            value_spatial_shapes (`torch.LongTensor` of shape `(levels, 2)`), level_start_index (`(levels,)`):
+                Height and width of each level and where it starts; read by compiled layers.
+            value_spatial_shapes_list (`list[tuple[int, int]]`):
+                The same heights and widths without a device.
+            sampling_locations (`torch.Tensor` of shape `(batch_size, queries, heads, levels, points, 2)`):
+                As (x, y) with the image being [0, 1]^2; outside of it zeros are read.
+            attention_weights (`torch.Tensor` of shape `(batch_size, queries, heads, levels, points)`).
+            im2col_step (`int`):
+                Batch chunk of the original CUDA kernel; read by compiled layers that keep it.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, queries, heads * head_dim)`.
+        """
+        batch_size, _, num_heads, head_dim = value.shape
+        num_queries = sampling_locations.shape[1]
+        levels = value.split([height * width for height, width in value_spatial_shapes_list], dim=1)
+        sampling_grids = 2 * sampling_locations - 1
+        samples = []
+        for index, (level, (height, width)) in enumerate(zip(levels, value_spatial_shapes_list, strict=True)):
+            # batch_size, height*width, heads, head_dim -> batch_size*heads, head_dim, height, width
+            level = level.permute(0, 2, 3, 1).reshape(batch_size * num_heads, head_dim, height, width)
+            # batch_size, queries, heads, points, 2 -> batch_size*heads, queries, points, 2
+            grid = sampling_grids[:, :, :, index].transpose(1, 2).flatten(0, 1)
+            samples.append(F.grid_sample(level, grid, mode="bilinear", padding_mode="zeros", align_corners=False))
+        # levels x (batch_size*heads, head_dim, queries, points) -> batch_size*heads, head_dim, queries, levels*points
+        samples = torch.cat(samples, dim=-1)
+        # batch_size, queries, heads, levels, points -> batch_size*heads, 1, queries, levels*points
+        weights = attention_weights.transpose(1, 2).reshape(batch_size * num_heads, 1, num_queries, -1)
+        output = (samples * weights).sum(-1)
+        # batch_size*heads, head_dim, queries -> batch_size, queries, heads*head_dim
+        return output.view(batch_size, num_heads * head_dim, num_queries).transpose(1, 2).contiguous()
+
+
+class VFMTokDeformableAttention(nn.Module):
+    """Cross-attention of the anchors to a few learned sampling locations on every feature level."""
+
+    def __init__(self, config: VFMTokConfig):
+        super().__init__()
+        self.num_heads = config.encoder_num_heads
+        self.num_levels = len(config.vision_feature_layers)
+        self.num_points = config.encoder_num_points
+        locations = self.num_heads * self.num_levels * self.num_points
+        self.sampling_offsets = nn.Linear(config.hidden_size, 2 * locations)
+        self.attention_weights = nn.Linear(config.hidden_size, locations)
+        self.value_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.output_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.sampler = MultiScaleDeformableAttention()
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        reference_points: torch.Tensor,
+        features: torch.Tensor,
+        spatial_shapes_list: list[tuple[int, int]],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        batch_size, num_queries, _ = hidden_states.shape
+        spatial_shapes = torch.tensor(spatial_shapes_list, device=hidden_states.device)
+        level_sizes = spatial_shapes.prod(1)
+        value = self.value_proj(features).view(batch_size, features.shape[1], self.num_heads, -1)
+
+        # queries, 2*heads*levels*points -> queries, heads, levels, points, (x, y): offsets in cells of the level
+        offsets = self.sampling_offsets(hidden_states).view(
+            batch_size, num_queries, self.num_heads, self.num_levels, self.num_points, 2
+        )
+        cells = spatial_shapes.flip(-1).to(offsets.dtype)[:, None]
+        sampling_locations = reference_points[:, None, None, None] + offsets / cells
+
+        weights = self.attention_weights(hidden_states).view(batch_size, num_queries, self.num_heads, -1)
+        weights = weights.softmax(-1).view(sampling_locations.shape[:-1])
+
+        output = self.sampler(
+            value,
+            spatial_shapes,
+            spatial_shapes_list,
+            level_sizes.cumsum(0) - level_sizes,
+            sampling_locations,
+            weights,
+            # The step must divide the batch in kernels that keep it; the whole batch always does.
+            batch_size,
+        )
+        return self.output_proj(output), sampling_locations, weights
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Explicit softmax attention; without a mask it is causal. Heads come back behind the sequence, as in `sdpa`."""
+    if attention_mask is None:
+        length = query.shape[-2]
+        attention_mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+    scores = query @ key.transpose(-1, -2) * scaling
+    scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, dropout, module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class VFMTokAttention(nn.Module):
+    """Multi-head self-attention with biases, causal unless a mask says otherwise."""
+
+    is_causal = True
+    num_key_value_groups = 1
+
+    def __init__(self, config: VFMTokConfig, num_heads: int, dropout: float = 0.0):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // num_heads
+        self.dropout = dropout
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        # batch_size, length, hidden_size -> batch_size, heads, length, head_dim
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(heads).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(heads).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, _ = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.dropout if self.training else 0.0,
+            scaling=self.head_dim**-0.5,
+        )
+        return self.o_proj(output.flatten(2))
+
+
+class VFMTokMLP(nn.Module):
+    """ReLU MLP of the anchor encoder."""
+
+    def __init__(self, config: VFMTokConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.encoder_intermediate_size)
+        self.fc2 = nn.Linear(config.encoder_intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(F.relu(self.fc1(hidden_states)))
+
+
+class VFMTokAnchorEncoderLayer(GradientCheckpointingLayer):
+    """Deformable cross-attention, causal self-attention, MLP; each followed by its norm (post-norm)."""
+
+    def __init__(self, config: VFMTokConfig):
+        super().__init__()
+        self.cross_attn = VFMTokDeformableAttention(config)
+        self.cross_attn_norm = nn.LayerNorm(config.hidden_size)
+        self.self_attn = VFMTokAttention(config, config.encoder_num_heads)
+        self.self_attn_norm = nn.LayerNorm(config.hidden_size)
+        self.mlp = VFMTokMLP(config)
+        self.mlp_norm = nn.LayerNorm(config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: torch.Tensor,
+        reference_points: torch.Tensor,
+        features: torch.Tensor,
+        spatial_shapes_list: list[tuple[int, int]],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        # Under mixed precision the original keeps both attentions in the weights' own precision.
+        dtype = self.cross_attn.value_proj.weight.dtype
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            attended, sampling_locations, attention_weights = self.cross_attn(
+                (hidden_states + position_embeddings).to(dtype),
+                reference_points.to(dtype),
+                features.to(dtype),
+                spatial_shapes_list,
+            )
+        hidden_states = self.cross_attn_norm(hidden_states + attended)
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            # Queries, keys and values all see the position.
+            attended = self.self_attn((hidden_states + position_embeddings).to(dtype))
+        hidden_states = self.self_attn_norm(hidden_states + attended)
+        hidden_states = self.mlp_norm(hidden_states + self.mlp(hidden_states))
+        return hidden_states, sampling_locations, attention_weights
+
+
+class VFMTokFeatureProjector(nn.Module):
+    """Brings one feature level to the encoder's width. The two norms at its end stand in a row in the original."""
+
+    def __init__(self, config: VFMTokConfig, num_channels: int):
+        super().__init__()
+        self.fc1 = nn.Linear(num_channels, config.hidden_size, bias=False)
+        self.norm1 = nn.LayerNorm(config.hidden_size)
+        self.fc2 = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.norm2 = nn.LayerNorm(config.hidden_size)
+        self.output_norm = nn.LayerNorm(config.hidden_size)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        hidden_states = F.relu(self.norm1(self.fc1(features)))
+        return self.output_norm(self.norm2(self.fc2(hidden_states)))
+
+
+class VFMTokAnchorEncoder(nn.Module):
+    """Anchor queries gather the vision features of all levels into one state per image token (paper, section 3.2)."""
+
+    def __init__(self, config: VFMTokConfig, num_channels: list[int]):
+        super().__init__()
+        self.config = config
+        self.projectors = nn.ModuleList(VFMTokFeatureProjector(config, channels) for channels in num_channels)
+        self.anchor_queries = nn.Parameter(torch.empty(1, config.num_anchors, config.hidden_size))
+        self.anchor_position_embeddings = nn.Parameter(torch.empty(1, config.num_anchors, config.hidden_size))
+        self.query_norm = nn.LayerNorm(config.hidden_size)
+        self.layers = nn.ModuleList(VFMTokAnchorEncoderLayer(config) for _ in range(config.encoder_num_layers))
+
+    def reference_points(self, device: torch.device) -> torch.Tensor:
+        """Centres of the anchor grid's cells in row-major order, `(num_anchors, 2)` as (x, y) in [0, 1]^2."""
+        side = self.config.anchor_grid_size
+        centres = (torch.arange(side, device=device, dtype=torch.float32) + 0.5) / side
+        return torch.cartesian_prod(centres, centres).flip(-1)
+
+    def forward(
+        self, vision_features: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        """
+        Args:
+            vision_features (`list[torch.Tensor]`): one `(batch_size, channels, height, width)` per level.
+
+        Returns:
+            Anchor states `(batch_size, num_anchors, hidden_size)`; sampling locations and attention weights per layer.
+        """
+        spatial_shapes_list = [(level.shape[-2], level.shape[-1]) for level in vision_features]
+        # levels x (batch_size, channels, height, width) -> batch_size, sum of height*width, hidden_size
+        features = torch.cat(
+            [
+                projector(level.flatten(2).transpose(1, 2))
+                for projector, level in zip(self.projectors, vision_features, strict=True)
+            ],
+            dim=1,
+        )
+        reference_points = self.reference_points(features.device)
+        hidden_states = self.query_norm(self.anchor_queries).expand(features.shape[0], -1, -1)
+        sampling_locations, attention_weights = [], []
+        for layer in self.layers:
+            hidden_states, locations, weights = layer(
+                hidden_states, self.anchor_position_embeddings, reference_points, features, spatial_shapes_list
+            )
+            sampling_locations.append(locations)
+            attention_weights.append(weights)
+        return hidden_states, tuple(sampling_locations), tuple(attention_weights)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Quantizer
+
+
+def entropy_loss(similarities: torch.Tensor, temperature: float = 0.01) -> torch.Tensor:
+    """
+    Mean entropy of each latent's code distribution minus the entropy of their mean: small when latents decide for a
+    code and all codes are used.
+
+    Args:
+        similarities (`torch.Tensor` of shape `(latents, codebook_size)`): negative squared distances.
+
+    Source: `compute_entropy_loss` of the original's `vq_model.py` (from LlamaGen).
+    """
+    logits = similarities / temperature
+    probabilities = logits.softmax(-1)
+    mean_probabilities = probabilities.mean(0)
+    sample_entropy = -(probabilities * (logits + 1e-5).log_softmax(-1)).sum(-1).mean()
+    mean_entropy = -(mean_probabilities * (mean_probabilities + 1e-5).log()).sum()
+    return sample_entropy - mean_entropy
+
+
+class VFMTokVectorQuantizer(nn.Module):
+    """
+    Nearest l2-normalised codebook row (paper, section 3.2; original `VectorQuantizer`). Works in float32 whatever the
+    model's precision: neighbouring rows are closer than half precision resolves.
+    """
+
+    def __init__(self, config: VFMTokConfig):
+        super().__init__()
+        self.config = config
+        self.codebook = nn.Embedding(config.codebook_size, config.codebook_dim)
+
+    def normalized_codebook(self) -> torch.Tensor:
+        """`(codebook_size, codebook_dim)`; training never renormalises the stored rows."""
+        return F.normalize(self.codebook.weight.float(), dim=-1)
+
+    def lookup(self, image_tokens: torch.LongTensor) -> torch.Tensor:
+        """`(..., )` indices -> `(..., codebook_dim)` l2-normalised rows."""
+        return F.normalize(self.codebook(image_tokens).float(), dim=-1)
+
+    def nearest(self, latents: torch.Tensor) -> torch.LongTensor:
+        """`(..., codebook_dim)` -> `(...)` indices. Between unit vectors the nearest is the most similar."""
+        with torch.autocast(latents.device.type, enabled=False):
+            return (F.normalize(latents.float(), dim=-1) @ self.normalized_codebook().T).argmax(-1)
+
+    def forward(self, latents: torch.Tensor) -> VFMTokQuantizerOutput:
+        """`(batch_size, num_anchors, codebook_dim)` latents, not normalised, to codes and loss terms."""
+        with torch.autocast(latents.device.type, enabled=False):
+            latents = F.normalize(latents.float(), dim=-1)
+            codebook = self.normalized_codebook()
+            with torch.no_grad():
+                image_tokens = (latents @ codebook.T).argmax(-1)
+            quantized = F.embedding(image_tokens, codebook)
+            return VFMTokQuantizerOutput(
+                quantized_latents=latents + (quantized - latents).detach(),
+                image_tokens=image_tokens,
+                codebook_loss=F.mse_loss(quantized, latents.detach()),
+                commitment_loss=self.config.commitment_cost * F.mse_loss(latents, quantized.detach()),
+                entropy_loss=self._entropy_loss(latents, codebook),
+            )
+
+    def _entropy_loss(self, latents: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+        if self.config.entropy_loss_ratio == 0:
+            return latents.new_zeros(())
+        negative_squared_distances = 2 * latents.flatten(0, 1) @ codebook.T - 2
+        return self.config.entropy_loss_ratio * entropy_loss(negative_squared_distances)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# ViT decoder
+
+
+class VFMTokSwiGLU(nn.Module):
+    def __init__(self, config: VFMTokConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.decoder_intermediate_size)
+        self.up_proj = nn.Linear(config.hidden_size, config.decoder_intermediate_size)
+        self.down_proj = nn.Linear(config.decoder_intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class VFMTokViTDecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm transformer layer."""
+
+    def __init__(self, config: VFMTokConfig):
+        super().__init__()
+        self.self_attn_norm = nn.LayerNorm(config.hidden_size)
+        self.self_attn = VFMTokAttention(config, config.decoder_num_heads, config.decoder_dropout)
+        self.mlp_norm = nn.LayerNorm(config.hidden_size)
+        self.mlp = VFMTokSwiGLU(config)
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        hidden_states = hidden_states + self.self_attn(self.self_attn_norm(hidden_states), attention_mask)
+        return hidden_states + self.mlp(self.mlp_norm(hidden_states))
+
+
+class VFMTokViTDecoder(nn.Module):
+    """
+    One causal transformer with two uses (paper, section 3.3): after the anchors' memory come the queries of the image
+    branch, or of the feature branch, or of both, hidden from each other. The memory's states are the same in either
+    branch, so that one pass serves both. The original's register tokens come last under a causal mask, influence
+    nothing and are left out.
+    """
+
+    def __init__(self, config: VFMTokConfig, feature_channels: int):
+        super().__init__()
+        self.config = config
+        width = config.hidden_size
+        self.anchor_position_embeddings = nn.Parameter(torch.empty(1, config.num_anchors, width))
+        self.position_embeddings = nn.Parameter(torch.empty(1, 1 + config.feature_grid_size**2, width))
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        self.image_mask_token = nn.Parameter(torch.empty(1, 1, width))
+        self.feature_mask_token = nn.Parameter(torch.empty(1, 1, width))
+        self.register_buffer("register_tokens", torch.zeros(1, config.num_register_tokens, width))
+        self.image_norm = nn.LayerNorm(width)
+        self.feature_norm = nn.LayerNorm(width)
+        self.layers = nn.ModuleList(VFMTokViTDecoderLayer(config) for _ in range(config.decoder_num_layers))
+        self.feature_head = nn.Linear(width, feature_channels)
+
+    def image_position_embeddings(self) -> torch.Tensor:
+        """Position table at the image branch's grid, `(1, 1 + image_grid_size ** 2, hidden_size)`, class entry first."""
+        source, target = self.config.feature_grid_size, self.config.image_grid_size
+        if source == target:
+            return self.position_embeddings
+        class_entry, table = self.position_embeddings.split([1, source**2], dim=1)
+        table = table.view(1, source, source, -1).permute(0, 3, 1, 2)
+        # The original adds 0.1 to the target side, and thereby samples with that scale: released weights need it.
+        table = F.interpolate(table, scale_factor=(target + 0.1) / source, mode="bicubic")
+        return torch.cat([class_entry, table.flatten(2).transpose(1, 2)], dim=1)
+
+    def _queries(self, mask_token: torch.Tensor, position_embeddings: torch.Tensor) -> torch.Tensor:
+        mask_tokens = mask_token.expand(-1, position_embeddings.shape[1] - 1, -1)
+        return torch.cat([self.cls_token, mask_tokens], dim=1) + position_embeddings
+
+    def image_queries(self) -> torch.Tensor:
+        """`(1, 1 + image_grid_size ** 2, hidden_size)`, CLS first."""
+        return self.image_norm(self._queries(self.image_mask_token, self.image_position_embeddings()))
+
+    def feature_queries(self) -> torch.Tensor:
+        """`(1, 1 + feature_grid_size ** 2, hidden_size)`, CLS first."""
+        return self.feature_norm(self._queries(self.feature_mask_token, self.position_embeddings))
+
+    def _decode(self, memory: torch.Tensor, *branches: torch.Tensor) -> list[torch.Tensor]:
+        """Final states of each branch of queries, given the memory."""
+        batch_size, num_anchors, _ = memory.shape
+        # The image branch's norm also serves the memory, in both branches.
+        memory = self.image_norm(memory + self.anchor_position_embeddings)
+        hidden_states = torch.cat([memory, *(queries.expand(batch_size, -1, -1) for queries in branches)], dim=1)
+        lengths = [num_anchors, *(queries.shape[1] for queries in branches)]
+        attention_mask = self._branch_mask(lengths, memory.device) if len(branches) > 1 else None
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, attention_mask)
+        return list(hidden_states.split(lengths, dim=1)[1:])
+
+    @staticmethod
+    def _branch_mask(lengths: list[int], device: torch.device) -> torch.Tensor:
+        """Causal, and the second branch does not see the first. True where attention is allowed."""
+        memory, image, features = lengths
+        mask = torch.ones(sum(lengths), sum(lengths), dtype=torch.bool, device=device).tril()
+        mask[memory + image :, memory : memory + image] = False
+        return mask[None, None]
+
+    def decode_image(self, memory: torch.Tensor) -> torch.Tensor:
+        """Memory `(batch_size, num_anchors, hidden_size)` -> `(batch_size, hidden_size, grid, grid)`."""
+        return self._to_grid(*self._decode(memory, self.image_queries()))
+
+    def decode_both(self, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Image grid, reconstructed features `(batch_size, patches, channels)`, CLS state of the feature branch."""
+        image, features = self._decode(memory, self.image_queries(), self.feature_queries())
+        return self._to_grid(image), self.feature_head(features[:, 1:]), features[:, 0]
+
+    def decode_image_embeds(self, memory: torch.Tensor) -> torch.Tensor:
+        """CLS state of the feature branch `(batch_size, hidden_size)`: being first, it needs no other query."""
+        (states,) = self._decode(memory, self.feature_queries()[:, :1])
+        return states[:, 0]
+
+    def _to_grid(self, states: torch.Tensor) -> torch.Tensor:
+        # batch_size, 1 + side*side, hidden_size -> batch_size, hidden_size, side, side
+        side = self.config.image_grid_size
+        grid = states[:, 1:].transpose(1, 2).reshape(states.shape[0], -1, side, side)
+        # A transposed view would put the CNN into channels-last layout, where the CPU's float32 group norm is ten
+        # times less accurate.
+        return grid.contiguous()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Pixel decoder
+
+
+class VFMTokResnetBlock(nn.Module):
+    def __init__(self, config: VFMTokConfig, in_channels: int, out_channels: int):
+        super().__init__()
+        groups = config.pixel_decoder_num_groups
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-6)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        residual = self.conv1(F.silu(self.norm1(hidden_states)))
+        residual = self.conv2(F.silu(self.norm2(residual)))
+        return self.shortcut(hidden_states) + residual
+
+
+class VFMTokPixelAttention(nn.Module):
+    """Single-head attention among all positions of the coarsest grid."""
+
+    def __init__(self, config: VFMTokConfig, channels: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(config.pixel_decoder_num_groups, channels, eps=1e-6)
+        self.q_proj = nn.Conv2d(channels, channels, 1)
+        self.k_proj = nn.Conv2d(channels, channels, 1)
+        self.v_proj = nn.Conv2d(channels, channels, 1)
+        self.o_proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        normed = self.norm(hidden_states)
+        # batch_size, channels, height, width -> batch_size, 1, height*width, channels
+        query, key, value = (
+            projection(normed).flatten(2).transpose(1, 2).unsqueeze(1)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        attended = F.scaled_dot_product_attention(query, key, value)
+        return hidden_states + self.o_proj(attended.squeeze(1).transpose(1, 2).reshape(hidden_states.shape))
+
+
+class VFMTokPixelMidBlock(nn.Module):
+    def __init__(self, config: VFMTokConfig, channels: int):
+        super().__init__()
+        self.resnet_in = VFMTokResnetBlock(config, channels, channels)
+        self.attention = VFMTokPixelAttention(config, channels)
+        self.resnet_out = VFMTokResnetBlock(config, channels, channels)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.resnet_out(self.attention(self.resnet_in(hidden_states)))
+
+
+class VFMTokPixelUpBlock(nn.Module):
+    """Residual blocks of one resolution and, except at the last, the step to twice the resolution."""
+
+    def __init__(self, config: VFMTokConfig, in_channels: int, out_channels: int, is_last: bool):
+        super().__init__()
+        channels = [in_channels] + [out_channels] * (config.pixel_decoder_num_res_blocks + 1)
+        self.resnets = nn.ModuleList(
+            VFMTokResnetBlock(config, before, after) for before, after in zip(channels[:-1], channels[1:], strict=True)
+        )
+        self.upsample = None if is_last else nn.Conv2d(out_channels, out_channels, 3, padding=1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        for resnet in self.resnets:
+            hidden_states = resnet(hidden_states)
+        if self.upsample is None:
+            return hidden_states
+        return self.upsample(F.interpolate(hidden_states, scale_factor=2.0, mode="nearest"))
+
+
+class VFMTokPixelDecoder(nn.Module):
+    """The CNN of VQGAN's decoder: `(batch_size, hidden_size, grid, grid)` -> `(batch_size, 3, image_size, image_size)`."""
+
+    def __init__(self, config: VFMTokConfig):
+        super().__init__()
+        channels = [config.pixel_decoder_base_channels * m for m in reversed(config.pixel_decoder_channel_multipliers)]
+        self.conv_in = nn.Conv2d(config.hidden_size, channels[0], 3, padding=1)
+        self.mid_block = VFMTokPixelMidBlock(config, channels[0])
+        self.up_blocks = nn.ModuleList(
+            VFMTokPixelUpBlock(config, before, after, is_last=index == len(channels) - 1)
+            for index, (before, after) in enumerate(zip([channels[0], *channels[:-1]], channels, strict=True))
+        )
+        self.norm_out = nn.GroupNorm(config.pixel_decoder_num_groups, channels[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(channels[-1], 3, 3, padding=1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.mid_block(self.conv_in(hidden_states))
+        for block in self.up_blocks:
+            hidden_states = block(hidden_states)
+        return self.conv_out(F.silu(self.norm_out(hidden_states)))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Model
+
+
+class VFMTokPreTrainedModel(PreTrainedModel):
+    config: VFMTokConfig
+    config_class = VFMTokConfig
+    base_model_prefix = "vfmtok"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["VFMTokAnchorEncoderLayer", "VFMTokViTDecoderLayer"]
+    _keep_in_fp32_modules_strict = ["quantizer"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        """As the original initialises, except that its clones of one layer are drawn independently here."""
+        width = self.config.hidden_size
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            if module.bias is not None:
+                bound = module.weight[0].numel() ** -0.5
+                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, nn.LayerNorm | nn.GroupNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, VFMTokDeformableAttention):
+            self._init_deformable_attention(module)
+        elif isinstance(module, VFMTokAnchorEncoder):
+            init.normal_(module.anchor_queries, std=width**-0.5)
+            init.normal_(module.anchor_position_embeddings, std=width**-0.5)
+        elif isinstance(module, VFMTokVectorQuantizer):
+            bound = 1 / self.config.codebook_size
+            init.uniform_(module.codebook.weight, -bound, bound)
+            init.copy_(module.codebook.weight, F.normalize(module.codebook.weight, dim=-1))
+        elif isinstance(module, VFMTokViTDecoder):
+            self._init_vit_decoder(module)
+
+    @staticmethod
+    def _init_deformable_attention(module: VFMTokDeformableAttention):
+        """Heads look in evenly spread directions, point k at distance k (Deformable DETR, appendix A.4)."""
+        angles = torch.arange(module.num_heads, dtype=torch.float32) * (2 * math.pi / module.num_heads)
+        directions = torch.stack([angles.cos(), angles.sin()], dim=-1)
+        directions = directions / directions.abs().amax(-1, keepdim=True)
+        distances = torch.arange(1, module.num_points + 1, dtype=torch.float32)
+        offsets = directions[:, None, None] * distances[:, None]
+        offsets = offsets.expand(-1, module.num_levels, -1, -1)
+        init.zeros_(module.sampling_offsets.weight)
+        init.copy_(module.sampling_offsets.bias, offsets.flatten().to(module.sampling_offsets.bias))
+        init.zeros_(module.attention_weights.weight)
+        init.zeros_(module.attention_weights.bias)
+        for projection in (module.value_proj, module.output_proj):
+            init.xavier_uniform_(projection.weight)
+            init.zeros_(projection.bias)
+
+    @staticmethod
+    def _init_vit_decoder(module: VFMTokViTDecoder):
+        for name in ("anchor_position_embeddings", "position_embeddings", "cls_token"):
+            init.normal_(getattr(module, name), std=module.config.hidden_size**-0.5)
+        for token in (module.image_mask_token, module.feature_mask_token):
+            init.normal_(token, std=module.config.hidden_size**-0.5)
+        init.zeros_(module.register_tokens)
+        for child in module.modules():
+            if isinstance(child, nn.Linear):
+                init.xavier_uniform_(child.weight)
+                init.zeros_(child.bias)
+
+
+def prune_unused_stages(vision_model: nn.Module, config: VFMTokConfig) -> None:
+    """timm models run and store all of their stages; those behind the last feature level go."""
+    if config.vision_config.model_type == "timm_wrapper":
+        vision_model.timm_model.prune_intermediate_layers(config.vision_feature_layers)
+
+
+def vision_feature_channels(vision_model: nn.Module, config: VFMTokConfig) -> list[int]:
+    """Channels of each feature level."""
+    if config.vision_config.model_type == "timm_wrapper":
+        return [vision_model.timm_model.feature_info[level]["num_chs"] for level in config.vision_feature_layers]
+    if config.vision_config.model_type == "timm_backbone":
+        return list(vision_model.channels)
+    return [config.vision_config.hidden_size] * len(config.vision_feature_layers)
+
+
+class VFMTokModel(VFMTokPreTrainedModel):
+    """
+    The image tokenizer: `encode` turns images into image tokens, `decode` turns image tokens into images.
+
+    The vision model is frozen: its parameters take no gradient and it stays in evaluation mode.
+    """
+
+    def __init__(self, config: VFMTokConfig):
+        super().__init__(config)
+        # A light checkpoint has no vision weights: its vision model is built for its widths alone and dropped.
+        with nullcontext() if config.save_vision_model else torch.device("meta"):
+            vision_model = AutoModel.from_config(config.vision_config)
+        prune_unused_stages(vision_model, config)
+        channels = vision_feature_channels(vision_model, config)
+        self.vision_model = vision_model if config.save_vision_model else None
+        self.anchor_encoder = VFMTokAnchorEncoder(config, channels)
+        self.quant_proj = nn.Linear(config.hidden_size, config.codebook_dim)
+        self.quantizer = VFMTokVectorQuantizer(config)
+        self.post_quant_proj = nn.Linear(config.codebook_dim, config.hidden_size)
+        self.vit_decoder = VFMTokViTDecoder(config, channels[-1])
+        self.pixel_decoder = VFMTokPixelDecoder(config)
+        self.post_init()
+        self._freeze_vision_model()
+
+    # -- the frozen vision model
+
+    def _freeze_vision_model(self) -> None:
+        if self.vision_model is not None:
+            self.vision_model.requires_grad_(False)
+            self.vision_model.eval()
+
+    def train(self, mode: bool = True) -> "VFMTokModel":
+        super().train(mode)
+        self._freeze_vision_model()
+        return self
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers. Loading makes new parameters, so the vision model is frozen again afterwards."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model._freeze_vision_model()
+        return loaded
+
+    def load_vision_model(self, name_or_path: str | None = None, **kwargs) -> None:
+        """
+        Give a light checkpoint its vision model.
+
+        Args:
+            name_or_path (`str`, *optional*):
+                Repository or folder of the vision model. Defaults to `config.vision_model_name_or_path` at
+                `config.vision_model_revision`.
+            kwargs: passed on to `from_pretrained` of the vision model.
+
+        Raises:
+            ValueError: no source is known, or the weights found do not fill the vision model.
+        """
+        if name_or_path is None:
+            name_or_path = self.config.vision_model_name_or_path
+            kwargs = {"revision": self.config.vision_model_revision or "main", **kwargs}
+        if name_or_path is None:
+            raise ValueError(
+                "This checkpoint does not say where its vision model comes from: "
+                "call load_vision_model(name_or_path) with a repository or folder."
+            )
+        vision_model, info = AutoModel.from_pretrained(
+            name_or_path, config=self.config.vision_config, dtype=self.dtype, output_loading_info=True, **kwargs
+        )
+        prune_unused_stages(vision_model, self.config)
+        missing = sorted(info["missing_keys"] & vision_model.state_dict().keys())
+        if missing:
+            raise ValueError(
+                f"{name_or_path} is not the vision model of this checkpoint: {len(missing)} weights are missing from "
+                f"it, the first of them {missing[0]!r}."
+            )
+        self.vision_model = vision_model.to(self.device)
+        self._freeze_vision_model()
+        if not self.config.save_vision_model:
+            ignored = {f"vision_model.{name}" for name in self.vision_model.state_dict()}
+            self._keys_to_ignore_on_save = (self._keys_to_ignore_on_save or set()) | ignored
+
+    def extract_vision_features(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+        """
+        The frozen vision model's feature levels. No gradient reaches its parameters; one does reach `pixel_values` if
+        they ask for it, which perceptual losses use.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(batch_size, 3, height, width)`): in [-1, 1], any size.
+
+        Returns:
+            `list[torch.Tensor]`: one `(batch_size, channels, height, width)` per level. A level that is the vision
+            model's last block is normalised by the model's final norm (original: `forward_features_levels`).
+
+        Raises:
+            ValueError: wrong shape or dtype, or a light checkpoint without its vision model.
+        """
+        if self.vision_model is None:
+            source = self.config.vision_model_name_or_path
+            raise ValueError(
+                "This checkpoint has no vision weights: it can decode but not encode. Call "
+                f"model.load_vision_model({source or 'name_or_path'!r}) first."
+            )
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3 or not pixel_values.is_floating_point():
+            raise ValueError(
+                "pixel_values must be floating point of shape (batch_size, 3, height, width) in [-1, 1], got "
+                f"{pixel_values.dtype} of shape {tuple(pixel_values.shape)}. VFMTokImageProcessor makes them from images."
+            )
+        images = resize_for_vision_model(pixel_values.float(), self.config.vision_image_size).clamp(-1, 1)
+        mean, std = (
+            images.new_tensor(constants).view(3, 1, 1)
+            for constants in (self.config.vision_image_mean, self.config.vision_image_std)
+        )
+        images = (((images + 1) / 2 - mean) / std).to(self.vision_model.dtype)
+        if self.config.vision_config.model_type == "timm_backbone":
+            return list(self.vision_model(images).feature_maps)
+        if self.config.vision_config.model_type == "timm_wrapper":
+            return self._timm_features(images)
+        return self._transformer_features(images)
+
+    def _timm_features(self, images: torch.Tensor) -> list[torch.Tensor]:
+        levels = self.config.vision_feature_layers
+        outputs = self.vision_model(images, output_hidden_states=levels, do_pooling=False)
+        features = list(outputs.hidden_states)
+        timm_model = self.vision_model.timm_model
+        if outputs.last_hidden_state.ndim == 3 and levels[-1] == len(timm_model.feature_info) - 1:
+            normed = outputs.last_hidden_state[:, timm_model.num_prefix_tokens :]
+            features[-1] = normed.transpose(1, 2).reshape(features[-1].shape)
+        return features
+
+    def _transformer_features(self, images: torch.Tensor) -> list[torch.Tensor]:
+        levels, vision_config = self.config.vision_feature_layers, self.config.vision_config
+        is_clip = vision_config.model_type == "clip_vision_model"
+        interpolates_on_request = is_clip or vision_config.model_type == "siglip_vision_model"
+        outputs = self.vision_model(
+            images,
+            output_hidden_states=levels,
+            **({"interpolate_pos_encoding": True} if interpolates_on_request else {}),
+        )
+        features = [outputs.hidden_states[level] for level in levels]
+        if levels[-1] == vision_config.num_hidden_layers:
+            # CLIP applies its final norm to the class token only.
+            last = outputs.last_hidden_state
+            features[-1] = self.vision_model.post_layernorm(last) if is_clip else last
+        height, width = (side // vision_config.patch_size for side in images.shape[-2:])
+        # Class and register tokens come first in every family.
+        return [
+            tokens[:, -height * width :].transpose(1, 2).reshape(images.shape[0], -1, height, width)
+            for tokens in features
+        ]
+
+    # -- image -> image tokens
+
+    def encode_features(self, vision_features: list[torch.Tensor]) -> torch.Tensor:
+        """Feature levels, as of `extract_vision_features`, to latents `(batch_size, num_anchors, codebook_dim)`."""
+        anchor_states, _, _ = self.anchor_encoder(vision_features)
+        return self.quant_proj(anchor_states)
+
+    def encode(self, pixel_values: torch.Tensor, output_sampling_locations: bool = False) -> VFMTokEncoderOutput:
+        """
+        Images to image tokens.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(batch_size, 3, height, width)`): in [-1, 1], any size.
+            output_sampling_locations (`bool`): also return where each anchor looked.
+
+        Raises:
+            ValueError: bad `pixel_values`, missing vision weights, or latents that are not finite.
+        """
+        vision_features = self.extract_vision_features(pixel_values)
+        anchor_states, sampling_locations, attention_weights = self.anchor_encoder(vision_features)
+        latents = self.quant_proj(anchor_states)
+        if not torch.compiler.is_compiling() and not latents.isfinite().all():
+            raise ValueError("The latents contain NaN or infinity: the input image or the weights are damaged.")
+        image_tokens = self.quantizer.nearest(latents)
+        return VFMTokEncoderOutput(
+            image_tokens=image_tokens,
+            quantized_latents=self.quantizer.lookup(image_tokens),
+            latents=latents,
+            sampling_locations=sampling_locations if output_sampling_locations else None,
+            attention_weights=attention_weights if output_sampling_locations else None,
+        )
+
+    # -- image tokens -> image
+
+    def decode(
+        self,
+        image_tokens: torch.LongTensor | None = None,
+        quantized_latents: torch.Tensor | None = None,
+        output_features: bool = False,
+    ) -> VFMTokDecoderOutput:
+        """
+        Image tokens, or their quantized latents, to images.
+
+        Args:
+            image_tokens (`torch.LongTensor` of shape `(batch_size, num_anchors)`): in [0, codebook_size).
+            quantized_latents (`torch.FloatTensor` of shape `(batch_size, num_anchors, codebook_dim)`): unit vectors.
+            output_features (`bool`): also return the feature branch's outputs.
+
+        Raises:
+            ValueError: not exactly one of the two is given, or it has a wrong shape, dtype or range.
+        """
+        memory = self._memory(image_tokens, quantized_latents)
+        if not output_features:
+            return VFMTokDecoderOutput(reconstruction=self.pixel_decoder(self.vit_decoder.decode_image(memory)))
+        image_grid, reconstructed_features, image_embeds = self.vit_decoder.decode_both(memory)
+        return VFMTokDecoderOutput(
+            reconstruction=self.pixel_decoder(image_grid),
+            reconstructed_features=reconstructed_features,
+            image_embeds=image_embeds,
+        )
+
+    def _memory(self, image_tokens: torch.LongTensor | None, quantized_latents: torch.Tensor | None) -> torch.Tensor:
+        if (image_tokens is None) == (quantized_latents is None):
+            raise ValueError("Give exactly one of image_tokens and quantized_latents.")
+        if quantized_latents is None:
+            self._check_image_tokens(image_tokens)
+            quantized_latents = self.quantizer.lookup(image_tokens)
+        elif quantized_latents.shape[1:] != (self.config.num_anchors, self.config.codebook_dim):
+            raise ValueError(
+                f"quantized_latents must have shape (batch_size, {self.config.num_anchors}, "
+                f"{self.config.codebook_dim}), got {tuple(quantized_latents.shape)}."
+            )
+        return self.post_quant_proj(quantized_latents.to(self.post_quant_proj.weight.dtype))
+
+    def _check_image_tokens(self, image_tokens: torch.LongTensor) -> None:
+        if image_tokens.dtype not in (torch.int64, torch.int32) or image_tokens.ndim != 2:
+            raise ValueError(
+                "image_tokens must be integers of shape (batch_size, num_anchors), got "
+                f"{image_tokens.dtype} of shape {tuple(image_tokens.shape)}."
+            )
+        if image_tokens.shape[1] != self.config.num_anchors:
+            raise ValueError(
+                f"This model has {self.config.num_anchors} tokens per image, got {image_tokens.shape[1]}: "
+                "tokens and model belong to different configurations."
+            )
+        # The range check reads a value back from the device, which a compiled graph cannot.
+        if not torch.compiler.is_compiling() and image_tokens.numel():
+            low, high = image_tokens.aminmax()
+            if low < 0 or high >= self.config.codebook_size:
+                raise ValueError(
+                    f"image_tokens must be in [0, {self.config.codebook_size}), got values from {low} to {high}."
+                )
+
+    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """
+        `(batch_size, hidden_size)` embedding of images, computed from their image tokens alone: the feature branch's
+        CLS state, as in the paper's linear probe.
+        """
+        image_tokens = self.encode(pixel_values).image_tokens
+        return self.vit_decoder.decode_image_embeds(self._memory(image_tokens, None))
+
+    # -- round trip and losses
+
+    @staticmethod
+    def feature_loss(reconstructed_features: torch.Tensor, vision_features: torch.Tensor) -> torch.Tensor:
+        """
+        Mean of 1 - cosine similarity, scalar.
+
+        Args:
+            reconstructed_features (`torch.Tensor` of shape `(batch_size, patches, channels)`).
+            vision_features (`torch.Tensor` of shape `(batch_size, channels, height, width)`): last level, the target.
+        """
+        target = vision_features.flatten(2).transpose(1, 2)
+        return (1 - F.cosine_similarity(reconstructed_features.float(), target.float(), dim=-1, eps=1e-6)).mean()
+
+    @can_return_tuple
+    def forward(self, pixel_values: torch.Tensor, return_loss: bool = False) -> VFMTokOutput:
+        """
+        Images through tokens and back.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(batch_size, 3, height, width)`): in [-1, 1], any size.
+            return_loss (`bool`): also compute the model's own loss terms; latents then pass the quantizer
+                straight-through.
+        """
+        vision_features = self.extract_vision_features(pixel_values)
+        latents = self.encode_features(vision_features)
+        if not return_loss:
+            image_tokens = self.quantizer.nearest(latents)
+            return VFMTokOutput(
+                reconstruction=self.decode(image_tokens=image_tokens).reconstruction, image_tokens=image_tokens
+            )
+        quantized = self.quantizer(latents)
+        decoded = self.decode(quantized_latents=quantized.quantized_latents, output_features=True)
+        feature_loss = self.feature_loss(decoded.reconstructed_features, vision_features[-1])
+        return VFMTokOutput(
+            loss=quantized.codebook_loss + quantized.commitment_loss + quantized.entropy_loss + feature_loss,
+            reconstruction=decoded.reconstruction,
+            image_tokens=quantized.image_tokens,
+            codebook_loss=quantized.codebook_loss,
+            commitment_loss=quantized.commitment_loss,
+            entropy_loss=quantized.entropy_loss,
+            feature_loss=feature_loss,
+        )
+
+
+__all__ = ["VFMTokModel", "VFMTokPreTrainedModel"]

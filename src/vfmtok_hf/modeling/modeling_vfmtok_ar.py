@@ -1,0 +1,262 @@
+"""
+The next-token image generator: class label -> image tokens in raster order (arXiv 2507.08441).
+
+class label -> class embedding at position 0, then one image token after the other -> causal transformer (RMS norm,
+2-D rotary embedding, SwiGLU) -> logits over the image tokenizer's codebook.
+
+The computation follows https://github.com/CVMI-Lab/VFMTok (autoregressive/models/gpt.py, Apache-2.0), which is
+LlamaGen's GPT (MIT).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_vfmtok_ar import VFMTokARConfig
+from .generation_vfmtok import KeyValueCache, LayerCache, VFMTokGenerationMixin
+
+
+@dataclass
+class VFMTokAROutput(ModelOutput):
+    """
+    Args:
+        loss (`torch.FloatTensor` of shape `()`, with `return_loss=True`):
+            Mean cross-entropy over all image tokens, in nats.
+        logits (`torch.FloatTensor` of shape `(batch_size, num_image_tokens, codebook_size)`):
+            float32 whatever the model's dtype; `logits[:, i]` predicts `image_tokens[:, i]`.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+
+
+def drop_labels(class_labels: torch.LongTensor, probability: float, null_class: int) -> torch.LongTensor:
+    """Replace each label by `null_class` with the given probability, which teaches the model what guidance needs."""
+    dropped = torch.rand(class_labels.shape, device=class_labels.device) < probability
+    return class_labels.masked_fill(dropped, null_class)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+def rotary_table(positions: torch.LongTensor, grid_size: int, head_dim: int, theta: float) -> torch.Tensor:
+    """
+    Cosines and sines of the 2-D rotary embedding for positions of the sequence [class, image tokens in raster order].
+
+    The first half of the rotated pairs turns with the token's row, the second with its column. The class position has
+    cosine *and* sine zero, as in the original: its query and key vanish, so every token gives it attention logit 0.
+
+    Args:
+        positions (`torch.LongTensor` of shape `(length,)`): 0 is the class, 1 + i image token i.
+
+    Returns:
+        `torch.Tensor` of shape `(2, length, head_dim / 2)`, float32.
+    """
+    axis_dim = head_dim // 2
+    frequencies = theta ** (-torch.arange(0, axis_dim, 2, dtype=torch.float32, device=positions.device) / axis_dim)
+    token = positions - 1
+    rows, columns = token.div(grid_size, rounding_mode="floor"), token.remainder(grid_size)
+    angles = torch.cat([rows[:, None] * frequencies, columns[:, None] * frequencies], dim=-1)
+    return torch.stack([angles.cos(), angles.sin()]) * (token >= 0)[:, None]
+
+
+def apply_rotary(states: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Rotate the neighbouring pairs (2j, 2j + 1) of `(batch_size, heads, length, head_dim)` states, in float32."""
+    cosines, sines = table
+    first, second = states.float().unflatten(-1, (-1, 2)).unbind(-1)
+    rotated = torch.stack([first * cosines - second * sines, second * cosines + first * sines], dim=-1)
+    return rotated.flatten(-2).to(states.dtype)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention; a single query, the newest of a cached sequence, sees all keys."""
+    scores = query @ key.transpose(-1, -2) * scaling
+    length = query.shape[2]
+    if length > 1:
+        future = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
+        scores = scores.masked_fill(future, -torch.inf)
+    probabilities = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    probabilities = F.dropout(probabilities, p=dropout, training=module.training)
+    return (probabilities @ value).transpose(1, 2).contiguous(), probabilities
+
+
+class VFMTokARAttention(nn.Module):
+    """Causal self-attention with rotary embedding."""
+
+    is_causal = True
+
+    def __init__(self, config: VFMTokARConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.head_dim
+        self.scaling = config.head_dim**-0.5
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.residual_dropout = nn.Dropout(config.residual_dropout)
+
+    def forward(
+        self, hidden_states: torch.Tensor, position_embeddings: torch.Tensor, cache: LayerCache | None = None
+    ) -> torch.Tensor:
+        # (batch, length, hidden) -> (batch, heads, length, head_dim)
+        head_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = apply_rotary(self.q_proj(hidden_states).view(head_shape).transpose(1, 2), position_embeddings)
+        key = apply_rotary(self.k_proj(hidden_states).view(head_shape).transpose(1, 2), position_embeddings)
+        value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
+        if cache is not None:
+            key, value = cache.append(key, value)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        attended, _ = attention(self, query, key, value, attention_mask=None, scaling=self.scaling, dropout=dropout)
+        return self.residual_dropout(self.o_proj(attended.flatten(-2)))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Transformer
+
+
+class VFMTokARMLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: VFMTokARConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.dropout = nn.Dropout(config.ffn_dropout)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)))
+
+
+class VFMTokARDecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm: attention, then MLP, each added to its input."""
+
+    def __init__(self, config: VFMTokARConfig):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = VFMTokARAttention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = VFMTokARMLP(config)
+
+    def forward(
+        self, hidden_states: torch.Tensor, position_embeddings: torch.Tensor, cache: LayerCache | None = None
+    ) -> torch.Tensor:
+        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), position_embeddings, cache)
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class VFMTokARForImageGeneration(PreTrainedModel, VFMTokGenerationMixin):
+    """
+    Generator of VFMTok image tokens, one after the other in raster order, for a class label.
+
+    `forward` scores given tokens and trains; `generate` samples.
+    """
+
+    config: VFMTokARConfig
+    config_class = VFMTokARConfig
+    base_model_prefix = "generator"
+    main_input_name = "class_labels"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["VFMTokARDecoderLayer"]
+
+    def __init__(self, config: VFMTokARConfig):
+        super().__init__(config)
+        self.class_embedding = nn.Embedding(config.num_classes + 1, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.codebook_size, config.hidden_size)
+        self.token_dropout = nn.Dropout(config.token_dropout)
+        self.layers = nn.ModuleList(VFMTokARDecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.codebook_size, bias=False)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self.lm_head:
+            init.zeros_(module.weight)
+
+    def decode_sequence(
+        self, class_labels: torch.LongTensor, image_tokens: torch.LongTensor, cache: KeyValueCache | None = None
+    ) -> torch.Tensor:
+        """
+        Hidden states after the final norm.
+
+        Args:
+            class_labels (`torch.LongTensor` of shape `(batch_size,)`): the condition at position 0.
+            image_tokens (`torch.LongTensor` of shape `(batch_size, length)`): the first tokens, `length` from 0 up.
+            cache (`KeyValueCache`, *optional*): holds the sequence's earlier positions, which are skipped.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, new positions, hidden_size)`: all of [class, image tokens] but those
+            that the cache held. The state of a position predicts the next token.
+        """
+        start = 0 if cache is None else cache.length
+        hidden_states = self.embed_tokens(image_tokens[:, max(start - 1, 0) :])
+        if start == 0:
+            hidden_states = torch.cat([self.class_embedding(class_labels)[:, None], hidden_states], dim=1)
+        hidden_states = self.token_dropout(hidden_states)
+        positions = torch.arange(start, image_tokens.shape[1] + 1, device=hidden_states.device)
+        config = self.config
+        position_embeddings = rotary_table(positions, config.grid_size, config.head_dim, config.rope_theta)
+        layer_caches = [None] * len(self.layers) if cache is None else cache.layers
+        for layer, layer_cache in zip(self.layers, layer_caches, strict=True):
+            hidden_states = layer(hidden_states, position_embeddings, layer_cache)
+        return self.norm(hidden_states)
+
+    @can_return_tuple
+    def forward(
+        self,
+        class_labels: torch.LongTensor,
+        image_tokens: torch.LongTensor,
+        return_loss: bool = False,
+        cache: KeyValueCache | None = None,
+    ) -> VFMTokAROutput:
+        """
+        Args:
+            class_labels (`torch.LongTensor` of shape `(batch_size,)`):
+                Labels in 0 to `num_classes - 1`, or `num_classes` for no condition. In training mode each is replaced
+                by the latter with probability `class_dropout`.
+            image_tokens (`torch.LongTensor` of shape `(batch_size, num_image_tokens)`):
+                The tokens to score, in raster order. With `cache` the tokens so far instead, `num_image_tokens - 1`
+                at most.
+            return_loss (`bool`, defaults to `False`):
+                Whether to compute the cross-entropy of `image_tokens`.
+            cache (`KeyValueCache`, *optional*):
+                For decoding: only positions that it does not hold are computed, and the output has a single position,
+                the prediction of the token after `image_tokens`. After the first call one token comes at a time.
+        """
+        if cache is not None:
+            hidden_states = self.decode_sequence(class_labels, image_tokens, cache)[:, -1:]
+            return VFMTokAROutput(logits=self.lm_head(hidden_states).float())
+
+        self._check_class_labels(class_labels)
+        self._check_image_tokens(image_tokens, class_labels)
+        if self.training:
+            class_labels = drop_labels(class_labels, self.config.class_dropout, self.config.num_classes)
+        logits = self.lm_head(self.decode_sequence(class_labels, image_tokens[:, :-1])).float()
+        loss = F.cross_entropy(logits.flatten(0, 1), image_tokens.flatten()) if return_loss else None
+        return VFMTokAROutput(loss=loss, logits=logits)
+
+
+__all__ = ["VFMTokARForImageGeneration", "VFMTokAROutput"]

@@ -1,0 +1,357 @@
+"""
+The randomized-order image generator: class label -> image tokens in any order (arXiv 2507.08441 on RAR, 2411.00776).
+
+[start token, class, image tokens in the given order] -> causal transformer whose layers are modulated by class and
+step (adaptive layer norm) -> logits over the image tokenizer's codebook. Each position is told, by a second position
+embedding, which position of the image it must predict; training shuffles that order, sampling may choose it.
+
+The computation follows https://github.com/CVMI-Lab/VFMTok-RAR (modeling/rar.py, Apache-2.0), which is the RAR of
+https://github.com/bytedance/1d-tokenizer (Apache-2.0).
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import LogitsProcessorList, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_vfmtok_rar import VFMTokRARConfig
+from .generation_vfmtok import (
+    KeyValueCache,
+    LayerCache,
+    SamplingSettings,
+    VFMTokGenerationMixin,
+    check_ids,
+    power_cosine_guidance,
+)
+from .modeling_vfmtok_ar import VFMTokAROutput, drop_labels, eager_attention_forward
+
+
+def draw_orders(batch_size: int, num_tokens: int, random_ratio: float, device: torch.device) -> torch.LongTensor:
+    """`(batch_size, num_tokens)` orders: each row random with probability `random_ratio`, else raster."""
+    shuffled = torch.rand(batch_size, num_tokens, device=device).argsort(dim=-1)
+    is_random = torch.rand(batch_size, 1, device=device) < random_ratio
+    return torch.where(is_random, shuffled, torch.arange(num_tokens, device=device))
+
+
+def keep_first(orders: torch.LongTensor, keep_mask: torch.BoolTensor) -> torch.LongTensor:
+    """Move the positions that `keep_mask` `(num_tokens,)` marks to the front of each order, else leave it as it is."""
+    return orders.take_along_dim((~keep_mask)[orders].int().argsort(dim=1, stable=True), dim=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Transformer
+
+
+def modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return hidden_states * (1 + scale) + shift
+
+
+class VFMTokRARModulation(nn.Linear):
+    """Shifts, scales and gates from the condition. Zero in a fresh model, which makes every layer the identity."""
+
+
+class VFMTokRARAttention(nn.Module):
+    """Causal self-attention whose queries and keys are layer-normalised per head."""
+
+    is_causal = True
+
+    def __init__(self, config: VFMTokRARConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.head_dim
+        self.scaling = config.head_dim**-0.5
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.q_norm = nn.LayerNorm(config.head_dim, eps=config.layer_norm_eps)
+        self.k_norm = nn.LayerNorm(config.head_dim, eps=config.layer_norm_eps)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, hidden_states: torch.Tensor, cache: LayerCache | None = None) -> torch.Tensor:
+        # (batch, length, hidden) -> (batch, heads, length, head_dim)
+        head_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).view(head_shape)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(hidden_states).view(head_shape)).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
+        if cache is not None:
+            key, value = cache.append(key, value)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        attended, _ = attention(self, query, key, value, attention_mask=None, scaling=self.scaling, dropout=dropout)
+        return self.dropout(self.o_proj(attended.flatten(-2)))
+
+
+class VFMTokRARMLP(nn.Module):
+    def __init__(self, config: VFMTokRARConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(hidden_states)))))
+
+
+class VFMTokRARDecoderLayer(GradientCheckpointingLayer):
+    """Attention and MLP, each on a modulated layer norm and added to its input through a gate."""
+
+    def __init__(self, config: VFMTokRARConfig):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = VFMTokRARAttention(config)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = VFMTokRARMLP(config)
+        self.modulation = VFMTokRARModulation(config.hidden_size, 6 * config.hidden_size)
+
+    def forward(
+        self, hidden_states: torch.Tensor, condition: torch.Tensor, cache: LayerCache | None = None
+    ) -> torch.Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=-1)
+        attended = self.self_attn(modulate(self.norm1(hidden_states), shift1, scale1), cache)
+        hidden_states = hidden_states + gate1 * attended
+        return hidden_states + gate2 * self.mlp(modulate(self.norm2(hidden_states), shift2, scale2))
+
+
+class VFMTokRARForImageGeneration(PreTrainedModel, VFMTokGenerationMixin):
+    """
+    Generator of VFMTok image tokens in any order, for a class label.
+
+    `forward` scores given tokens and trains; `generate` samples, in raster order unless told otherwise, and can
+    redraw a part of an image.
+    """
+
+    config: VFMTokRARConfig
+    config_class = VFMTokRARConfig
+    base_model_prefix = "generator"
+    main_input_name = "class_labels"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["VFMTokRARDecoderLayer"]
+    num_condition_tokens = 2
+
+    def __init__(self, config: VFMTokRARConfig):
+        super().__init__(config)
+        # Image tokens, a mask token that RAR inherited and never reads, the classes, the null class.
+        self.embed_tokens = nn.Embedding(config.codebook_size + config.num_classes + 2, config.hidden_size)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, config.hidden_size))
+        # Rows 0 and 1 are the start token and the class, row 2 + i is image position i.
+        self.position_embeddings = nn.Parameter(torch.empty(1, config.num_position_embeddings, config.hidden_size))
+        self.target_position_embeddings = nn.Parameter(torch.empty_like(self.position_embeddings))
+        self.timestep_embeddings = nn.Parameter(torch.empty(1, config.num_timestep_embeddings, config.hidden_size))
+        self.layers = nn.ModuleList(VFMTokRARDecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm_modulation = VFMTokRARModulation(config.hidden_size, 2 * config.hidden_size)
+        self.lm_head = nn.Linear(config.hidden_size, config.codebook_size)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, VFMTokRARModulation):
+            init.zeros_(module.weight)
+        elif isinstance(module, (nn.Linear, nn.Embedding)):
+            init.trunc_normal_(module.weight, std=std)
+        elif module is self:
+            init.trunc_normal_(self.cls_token, std=std)
+            init.trunc_normal_(self.position_embeddings, std=std)
+            init.trunc_normal_(self.target_position_embeddings, std=std)
+            init.trunc_normal_(self.timestep_embeddings, std=std)
+
+    def position_rows(self, batch_size: int, orders: torch.LongTensor | None) -> torch.LongTensor:
+        """`(batch_size, num_image_tokens + 2)` rows of the position tables for the sequence in the given order."""
+        rows = torch.arange(self.config.num_image_tokens + 2, device=self.position_embeddings.device)
+        rows = rows.expand(batch_size, -1)
+        return rows if orders is None else torch.cat([rows[:, :2], orders + 2], dim=1)
+
+    def decode_sequence(
+        self,
+        class_labels: torch.LongTensor,
+        sequence: torch.LongTensor,
+        orders: torch.LongTensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> torch.Tensor:
+        """
+        Hidden states after the final norm.
+
+        Args:
+            class_labels (`torch.LongTensor` of shape `(batch_size,)`): the condition.
+            sequence (`torch.LongTensor` of shape `(batch_size, length)`): the first tokens of the order, `length` from
+                0 up.
+            orders (`torch.LongTensor` of shape `(batch_size, num_image_tokens)`, *optional*): raster position of every
+                token of the sequence, those to come included. Raster order if unset.
+            cache (`KeyValueCache`, *optional*): holds the sequence's earlier positions, which are skipped.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, new positions, hidden_size)`: all of [class, sequence] but those that
+            the cache held. The state of a position predicts the next token of the order.
+        """
+        start, end = 0 if cache is None else cache.length, sequence.shape[1] + 2
+        class_embeds = self.embed_tokens(class_labels + self.config.codebook_size + 1)[:, None]
+        hidden_states = self.embed_tokens(sequence[:, max(start - 2, 0) :])
+        if start == 0:
+            cls_token = self.cls_token.expand(len(class_labels), -1, -1)
+            hidden_states = torch.cat([cls_token, class_embeds, hidden_states], dim=1)
+
+        rows = self.position_rows(len(class_labels), orders)
+        hidden_states = hidden_states + F.embedding(rows[:, start:end], self.position_embeddings[0])
+        # The position that each entry must predict is its successor's: none for the start token and for the last one.
+        is_start = int(start == 0)
+        targets = F.embedding(rows[:, start + is_start + 1 : end + 1], self.target_position_embeddings[0])
+        is_last = end - start - is_start - targets.shape[1]
+        hidden_states = hidden_states + F.pad(targets, (0, 0, is_start, is_last))
+
+        condition = F.silu(class_embeds + self.timestep_embeddings[:, start:end])
+        layer_caches = [None] * len(self.layers) if cache is None else cache.layers
+        for layer, layer_cache in zip(self.layers, layer_caches, strict=True):
+            hidden_states = layer(hidden_states, condition, layer_cache)
+        scale, shift = self.norm_modulation(condition).chunk(2, dim=-1)
+        hidden_states = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=self.config.layer_norm_eps)
+        return modulate(hidden_states, shift, scale)[:, is_start:]
+
+    @can_return_tuple
+    def forward(
+        self,
+        class_labels: torch.LongTensor,
+        image_tokens: torch.LongTensor,
+        return_loss: bool = False,
+        orders: torch.LongTensor | None = None,
+        random_ratio: float = 0.0,
+        cache: KeyValueCache | None = None,
+    ) -> VFMTokAROutput:
+        """
+        Args:
+            class_labels (`torch.LongTensor` of shape `(batch_size,)`):
+                Labels in 0 to `num_classes - 1`, or `num_classes` for no condition. In training mode each is replaced
+                by the latter with probability `class_dropout`.
+            image_tokens (`torch.LongTensor` of shape `(batch_size, num_image_tokens)`):
+                The tokens to score, in raster order whatever `orders` says, as are the logits: `logits[:, i]` predicts
+                `image_tokens[:, i]`. With `cache` the first tokens of the order instead, `num_image_tokens - 1` at
+                most.
+            return_loss (`bool`, defaults to `False`):
+                Whether to compute the cross-entropy of `image_tokens`.
+            orders (`torch.LongTensor` of shape `(batch_size, num_image_tokens)`, *optional*):
+                Permutations: entry j is the raster position predicted at step j.
+            random_ratio (`float`, defaults to 0.0):
+                Without `orders`: probability of a random order, per image; else raster. RAR trains at 1 first and
+                lowers it to 0.
+            cache (`KeyValueCache`, *optional*):
+                For decoding: only positions that it does not hold are computed, and the output has a single position,
+                the prediction of the token after `image_tokens`. After the first call one token comes at a time.
+        """
+        if cache is not None:
+            hidden_states = self.decode_sequence(class_labels, image_tokens, orders, cache)[:, -1:]
+            return VFMTokAROutput(logits=self.lm_head(hidden_states).float())
+
+        self._check_class_labels(class_labels)
+        self._check_image_tokens(image_tokens, class_labels)
+        if self.training:
+            class_labels = drop_labels(class_labels, self.config.class_dropout, self.config.num_classes)
+        if orders is not None:
+            self._check_orders(orders, len(class_labels))
+        elif random_ratio > 0:
+            orders = draw_orders(*image_tokens.shape, random_ratio, image_tokens.device)
+        sequence = image_tokens if orders is None else image_tokens.take_along_dim(orders, dim=1)
+        hidden_states = self.decode_sequence(class_labels, sequence[:, :-1], orders)
+        if orders is not None:
+            hidden_states = hidden_states.take_along_dim(orders.argsort(dim=1)[..., None], dim=1)
+        logits = self.lm_head(hidden_states).float()
+        loss = F.cross_entropy(logits.flatten(0, 1), image_tokens.flatten()) if return_loss else None
+        return VFMTokAROutput(loss=loss, logits=logits)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        class_labels: torch.LongTensor,
+        guidance_scale: float | None = None,
+        guidance_interval: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        do_sample: bool | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        callback: Callable[[int, torch.LongTensor], bool | None] | None = None,
+        guidance_scale_pow: float | None = None,
+        orders: torch.LongTensor | None = None,
+        image_tokens: torch.LongTensor | None = None,
+        keep_mask: torch.BoolTensor | None = None,
+    ) -> torch.LongTensor:
+        """
+        Sample the image tokens of one image per class label, or redraw a part of given ones.
+
+        Arguments, result and errors as in [`VFMTokGenerationMixin.generate`], with these differences: guidance grows
+        along the power-cosine schedule from 1 to `guidance_scale`, and a logits processor sees the tokens so far in
+        the order they were drawn.
+
+        Args:
+            guidance_scale_pow (`float`, defaults to 1.0):
+                Power of the schedule; larger is later, 0 is constant guidance.
+            orders (`torch.LongTensor` of shape `(batch_size, num_image_tokens)` or `(num_image_tokens,)`, *optional*):
+                Permutations: entry j is the raster position drawn at step j. Raster order if unset.
+            image_tokens (`torch.LongTensor` of shape `(batch_size, num_image_tokens)`, *optional*):
+                Tokens of images to edit, in raster order. Needs `keep_mask`.
+            keep_mask (`torch.BoolTensor` of shape `(num_image_tokens,)`, *optional*):
+                True where `image_tokens` stay. These come first in the order, whatever `orders` says, so that every
+                drawn token sees all of them; the model reads them in one pass.
+        """
+        settings = SamplingSettings.resolve(
+            self.generation_config,
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            guidance_scale_pow=guidance_scale_pow,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            do_sample=do_sample,
+        )
+        self._check_class_labels(class_labels, wait_for_device=True)
+        if orders is not None:
+            orders = orders.expand(len(class_labels), -1)
+            self._check_orders(orders, len(class_labels), wait_for_device=True)
+        known_tokens = None
+        if image_tokens is not None or keep_mask is not None:
+            self._check_edit(image_tokens, keep_mask, class_labels)
+            if orders is None:
+                orders = torch.arange(len(keep_mask), device=class_labels.device).expand_as(image_tokens)
+            orders = keep_first(orders, keep_mask)
+            known_tokens = image_tokens.take_along_dim(orders[:, : int(keep_mask.sum())], dim=1)
+        scales = power_cosine_guidance(
+            self.config.num_image_tokens,
+            settings.effective_guidance_scale,
+            settings.guidance_scale_pow,
+            settings.guidance_interval,
+        )
+        return self._decode_tokens(
+            class_labels, scales, settings, generator, logits_processor, callback, orders, known_tokens
+        )
+
+    def _check_orders(self, orders: torch.LongTensor, batch_size: int, wait_for_device: bool = False) -> None:
+        num_tokens = self.config.num_image_tokens
+        if tuple(orders.shape) != (batch_size, num_tokens):
+            raise ValueError(f"orders must have shape {(batch_size, num_tokens)}, got {tuple(orders.shape)}.")
+        check_ids("orders", orders, num_tokens, wait_for_device)
+        if (orders.is_cpu or wait_for_device) and not torch.compiler.is_compiling():
+            if (orders.sort(dim=1).values != torch.arange(num_tokens, device=orders.device)).any():
+                raise ValueError(f"Each row of orders must hold every position from 0 to {num_tokens - 1} once.")
+
+    def _check_edit(
+        self, image_tokens: torch.LongTensor | None, keep_mask: torch.BoolTensor | None, class_labels: torch.LongTensor
+    ) -> None:
+        if image_tokens is None or keep_mask is None:
+            raise ValueError("image_tokens and keep_mask go together: tokens to edit, and which of them stay.")
+        self._check_image_tokens(image_tokens, class_labels, wait_for_device=True)
+        if keep_mask.dtype != torch.bool or tuple(keep_mask.shape) != (self.config.num_image_tokens,):
+            raise ValueError(
+                f"keep_mask must be bool of shape ({self.config.num_image_tokens},), one mask for the whole batch, got "
+                f"{keep_mask.dtype} of shape {tuple(keep_mask.shape)}."
+            )
+
+
+__all__ = ["VFMTokRARForImageGeneration"]

@@ -1,0 +1,1 @@
+"""Training on Accelerate: `python -m vfmtok_hf.training.train_tokenizer`, `... train_generator`."""

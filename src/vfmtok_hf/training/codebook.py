@@ -1,0 +1,95 @@
+"""Keeping a codebook alive: first values from the data, restart of dead rows, and how much of it is used."""
+
+import torch
+import torch.nn.functional as F
+
+
+class CodebookUsage:
+    """
+    Share of the codebook that the last `history_length` image tokens of training touched, as the original measures it
+    (`VectorQuantizer.codebook_used`): a first-in-first-out history that starts as zeros, so early values count
+    token 0 as seen. It also counts the steps for which each row has been idle. Updating reads nothing back from the
+    device.
+    """
+
+    def __init__(self, codebook_size: int, device: torch.device | str = "cpu", history_length: int = 65_536):
+        self.codebook_size = codebook_size
+        self.history = torch.zeros(history_length, dtype=torch.int64, device=device)
+        self.idle_steps = torch.zeros(codebook_size, dtype=torch.int64, device=device)
+
+    def update(self, image_tokens: torch.LongTensor) -> None:
+        """`image_tokens`: one step's, of all processes, any shape."""
+        tokens = image_tokens.detach().flatten()
+        self.history = torch.cat([self.history, tokens])[-len(self.history) :]
+        self.idle_steps += 1
+        self.idle_steps[tokens] = 0
+
+    def usage(self) -> float:
+        """Distinct tokens in the history / codebook size, in (0, 1]."""
+        return self.history.unique().numel() / self.codebook_size
+
+    def state_dict(self) -> dict:
+        return {"history": self.history, "idle_steps": self.idle_steps}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.history.copy_(state["history"])
+        self.idle_steps.copy_(state["idle_steps"])
+
+
+def perplexity(image_tokens: torch.LongTensor, codebook_size: int) -> float:
+    """`exp(entropy)` of the tokens' frequencies: how many rows an even use would look like, in [1, codebook_size]."""
+    frequencies = torch.bincount(image_tokens.flatten(), minlength=codebook_size).double() / image_tokens.numel()
+    return torch.special.entr(frequencies).sum().exp().item()
+
+
+@torch.no_grad()
+def spherical_kmeans(
+    vectors: torch.Tensor, num_clusters: int, generator: torch.Generator, iterations: int = 20
+) -> torch.Tensor:
+    """
+    Centres of unit vectors under cosine similarity.
+
+    Args:
+        vectors (`torch.FloatTensor` of shape `(count, dim)`): not necessarily normalised; count >= num_clusters.
+        num_clusters (`int`): number of centres.
+        generator (`torch.Generator`): for the first centres and for those that lose all members.
+
+    Returns:
+        `torch.FloatTensor` of shape `(num_clusters, dim)`: unit vectors.
+
+    Raises:
+        ValueError: there are fewer vectors than clusters.
+    """
+    if len(vectors) < num_clusters:
+        raise ValueError(
+            f"k-means needs at least {num_clusters} latents to fill the codebook, got {len(vectors)}: "
+            "use more images, more anchors or a smaller codebook_size."
+        )
+    vectors = F.normalize(vectors.float(), dim=-1)
+    centres = vectors[torch.randperm(len(vectors), generator=generator)[:num_clusters].to(vectors.device)]
+    for _ in range(iterations):
+        nearest = (vectors @ centres.T).argmax(-1)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, vectors)
+        counts = torch.bincount(nearest, minlength=num_clusters)
+        strays = vectors[torch.randint(len(vectors), (num_clusters,), generator=generator).to(vectors.device)]
+        centres = torch.where((counts > 0)[:, None], F.normalize(sums, dim=-1), strays)
+    return centres
+
+
+@torch.no_grad()
+def restart_dead_rows(
+    codebook: torch.Tensor, usage: CodebookUsage, latents: torch.Tensor, patience: int, generator: torch.Generator
+) -> None:
+    """
+    Replace, in place, each codebook row that was idle for `patience` steps by the direction of a random current
+    latent. With the same generator state on every process all of them choose alike.
+
+    Args:
+        codebook (`torch.FloatTensor` of shape `(codebook_size, codebook_dim)`): stored rows.
+        latents (`torch.FloatTensor` of shape `(..., codebook_dim)`): this step's latents of all processes.
+    """
+    latents = F.normalize(latents.float().flatten(0, -2), dim=-1)
+    candidates = latents[torch.randint(len(latents), (len(codebook),), generator=generator).to(latents.device)]
+    dead = usage.idle_steps >= patience
+    codebook.copy_(torch.where(dead[:, None], candidates.to(codebook), codebook))
+    usage.idle_steps.masked_fill_(dead, 0)

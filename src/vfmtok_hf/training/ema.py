@@ -1,0 +1,71 @@
+"""Exponential moving average of a model's weights."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+class EMA:
+    """
+    Float32 average of a model's trainable parameters and of its buffers: `average += (1 - decay) * (value - average)`.
+    Frozen parameters are not copied and buffers of integers follow the model without averaging.
+
+    The decay rises with the number of updates, `min(decay, (1 + updates) / (10 + updates))`, so that a short run's
+    average does not remember its random start.
+
+    Args:
+        model (`nn.Module`): the model without wrappers, on its final device.
+        decay (`float`): weight of the past in each update, in [0, 1).
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.model = model
+        self.decay = decay
+        self.updates = 0
+        self.averages = {
+            name: tensor.detach().clone().float() if tensor.is_floating_point() else tensor.detach().clone()
+            for name, tensor in self._tracked()
+        }
+
+    def _tracked(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from ((name, value) for name, value in self.model.named_parameters() if value.requires_grad)
+        yield from self.model.named_buffers()
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Once per optimizer step, after it."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        averages, values = [], []
+        for name, value in self._tracked():
+            if value.is_floating_point():
+                averages.append(self.averages[name])
+                values.append(value.detach().float())
+            else:
+                self.averages[name].copy_(value)
+        torch._foreach_lerp_(averages, values, 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within the `with` block the model holds the averaged weights."""
+        own = {name: value.detach().clone() for name, value in self._tracked()}
+        self._write(self.averages)
+        try:
+            yield
+        finally:
+            self._write(own)
+
+    @torch.no_grad()
+    def _write(self, weights: dict[str, torch.Tensor]) -> None:
+        for name, value in self._tracked():
+            value.copy_(weights[name])
+
+    def state_dict(self) -> dict:
+        return {"updates": self.updates, "averages": self.averages}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.updates = state["updates"]
+        for name, average in self.averages.items():
+            average.copy_(state["averages"][name])

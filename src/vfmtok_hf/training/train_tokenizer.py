@@ -1,0 +1,346 @@
+"""
+Train the image tokenizer on a folder of images.
+
+    python -m vfmtok_hf.training.train_tokenizer --config configs/emoji/tokenizer.yaml
+    accelerate launch -m vfmtok_hf.training.train_tokenizer --config configs/emoji/tokenizer.yaml --learning_rate 5e-4
+    python -m vfmtok_hf.training.train_tokenizer --config configs/emoji/tokenizer.yaml --resume true
+
+The folder holds `class_name/image.png`. The run's folder receives `model/` (averaged weights, for `from_pretrained`),
+`checkpoints/`, `log.jsonl`, `arguments.yaml` and reconstruction pictures. docs/training.md explains the terms.
+"""
+
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch.utils.data import DataLoader
+from transformers import AutoConfig
+
+from vfmtok_hf.modeling.configuration_vfmtok import VFMTokConfig
+from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
+from vfmtok_hf.training.arguments import parse_arguments, save_arguments
+from vfmtok_hf.training.codebook import CodebookUsage, perplexity, restart_dead_rows, spherical_kmeans
+from vfmtok_hf.training.data import EpochSampler, ImageFolder
+from vfmtok_hf.training.discriminator import PatchDiscriminator, adversarial_loss, discriminator_hinge_loss
+from vfmtok_hf.training.ema import EMA
+from vfmtok_hf.training.objective import TokenizerObjective
+from vfmtok_hf.training.run import (
+    Progress,
+    RunLog,
+    StopRequest,
+    check_finite,
+    configure_logging,
+    learning_rate_at,
+    open_output,
+    save_checkpoint,
+    save_grid,
+    save_model,
+    set_learning_rate,
+)
+
+
+CODEBOOK = "quantizer.codebook.weight"
+
+
+@dataclass
+class TokenizerArguments:
+    # Data
+    train_data: str  # folder with one folder of images per class
+    validation_data: str  # the same, never trained on
+    output: str  # folder of the run
+    crop_scale: list[float] = field(default_factory=lambda: [0.8, 1.0])  # side of random crops / shorter image side
+    horizontal_flip: bool = True
+    balance_power: float = 0.0  # classes are drawn with weight n ** (1 - balance_power)
+    cache_images: bool = False  # keep decoded images in memory
+    num_workers: int = 0
+    # Model: from a folder or repository, or new on top of a pretrained vision model
+    init_from: str | None = None
+    vision_model: str | None = None
+    model: dict[str, Any] = field(default_factory=dict)  # VFMTokConfig fields of a new model
+    trainable: Literal["all", "decoder"] = "all"  # "decoder" keeps vision model, encoder, codebook: tokens stay
+    # Losses
+    l1_weight: float = 0.0
+    mse_weight: float = 2.0
+    perceptual_weight: float = 1.0
+    perceptual: Literal["vision", "none"] = "vision"  # distance between features of the frozen vision model
+    feature_weight: float = 1.0
+    codebook_weight: float = 1.0
+    adversarial_weight: float = 0.0
+    adversarial_start_step: int = 0
+    discriminator_learning_rate: float = 1e-4
+    # Codebook
+    codebook_warmup_steps: int = 0  # plain autoencoder first, then k-means on its latents
+    kmeans_images: int = 512
+    restart_patience: int = 0  # steps after which an idle codebook row is re-seeded; 0: never
+    restart_until: float = 0.8  # share of the run after which rows are left alone
+    # Optimizer
+    max_steps: int = 10_000
+    batch_size: int = 32  # per process
+    learning_rate: float = 1e-4
+    warmup_steps: int = 100
+    schedule: Literal["constant", "cosine"] = "constant"
+    final_learning_rate: float = 0.01  # of a cosine schedule, as a share of the peak
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.0
+    max_gradient_norm: float = 1.0
+    ema_decay: float = 0.9999
+    # System
+    mixed_precision: Literal["no", "bf16"] = "no"
+    channels_last: bool = False
+    compile: bool = False
+    seed: int = 0
+    log_every: int = 20
+    validate_every: int = 500
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    grid_images: int = 16  # in the reconstruction picture
+    resume: bool = False
+
+
+def build_model(arguments: TokenizerArguments) -> VFMTokModel:
+    """The model to start from: `init_from`, or random weights around the pretrained `vision_model`."""
+    if (arguments.init_from is None) == (arguments.vision_model is None):
+        raise ValueError("Give exactly one of --init_from (a tokenizer) and --vision_model (for a new tokenizer).")
+    if arguments.init_from is not None:
+        if arguments.model:
+            raise ValueError("--model describes a new tokenizer; --init_from brings its own configuration.")
+        return VFMTokModel.from_pretrained(arguments.init_from)
+    vision_config = AutoConfig.from_pretrained(arguments.vision_model)
+    model = VFMTokModel(VFMTokConfig(vision_config=vision_config, **arguments.model))
+    model.load_vision_model(arguments.vision_model)
+    return model
+
+
+@torch.no_grad()
+def initialise_codebook(model: VFMTokModel, data: ImageFolder, num_images: int, seed: int) -> None:
+    """k-means over the latents of `num_images` random training images. A function of weights and seed alone."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(data), generator=generator)[:num_images].tolist()
+    batches = (torch.stack([data[index]["pixel_values"] for index in part]) for part in _split(chosen, 32))
+    latents = torch.cat([model.encode(batch.to(model.device)).latents.flatten(0, 1) for batch in batches])
+    codebook = model.quantizer.codebook.weight
+    codebook.copy_(spherical_kmeans(latents, len(codebook), generator))
+
+
+def _split(items: list[int], size: int) -> list[list[int]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def peak_signal_to_noise(reconstruction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """PSNR in dB of each image, `(batch_size,)`; both in [-1, 1], the reconstruction clamped to it."""
+    squared_error = ((reconstruction.clamp(-1, 1) - target) / 2).square().flatten(1).mean(1)
+    return -10 * squared_error.clamp_min(1e-10).log10()
+
+
+@torch.no_grad()
+def validate(model: VFMTokModel, loader: DataLoader, quantize: bool, grid_images: int) -> tuple[dict, torch.Tensor]:
+    """
+    Reconstruction of unseen images in float32, through the image tokens once the codebook is in use.
+
+    Returns:
+        `psnr` (mean over images, dB), `usage` (share of the codebook that occurs), `perplexity`; and the picture's
+        images, `grid_images` originals followed by their reconstructions, `(2 * grid_images, 3, height, width)`.
+    """
+    model.eval()
+    ratios, tokens, originals, reconstructions = [], [], [], []
+    for batch in loader:
+        pixel_values = batch["pixel_values"].to(model.device)
+        encoded = model.encode(pixel_values)
+        memory = encoded.quantized_latents if quantize else F.normalize(encoded.latents, dim=-1)
+        reconstruction = model.decode(quantized_latents=memory).reconstruction
+        ratios.append(peak_signal_to_noise(reconstruction, pixel_values))
+        tokens.append(encoded.image_tokens)
+        if len(originals) * loader.batch_size < grid_images:
+            originals.append(pixel_values)
+            reconstructions.append(reconstruction)
+    model.train()
+    image_tokens, codebook_size = torch.cat(tokens), model.config.codebook_size
+    metrics = {
+        "psnr": torch.cat(ratios).mean().item(),
+        "usage": image_tokens.unique().numel() / codebook_size,
+        "perplexity": perplexity(image_tokens, codebook_size),
+    }
+    return metrics, torch.cat([torch.cat(images)[:grid_images] for images in (originals, reconstructions)])
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(TokenizerArguments, sys.argv[1:] if argv is None else argv)
+    configure_logging()
+    output = Path(arguments.output)
+    checkpoint = open_output(output, arguments.resume)
+    accelerator = Accelerator(mixed_precision=arguments.mixed_precision)
+    set_seed(arguments.seed, device_specific=True)
+    log = RunLog(output, accelerator.is_main_process)
+    if accelerator.is_main_process:
+        save_arguments(arguments, output / "arguments.yaml")
+
+    # Data
+    crop_scale = (arguments.crop_scale[0], arguments.crop_scale[1])
+    model = build_model(arguments)
+    image_size = model.config.image_size
+    train_data = ImageFolder(
+        arguments.train_data,
+        image_size,
+        crop_scale=crop_scale,
+        horizontal_flip=arguments.horizontal_flip,
+        cache_images=arguments.cache_images,
+        seed=arguments.seed,
+    )
+    validation_data = ImageFolder(arguments.validation_data, image_size, cache_images=arguments.cache_images)
+    train_loader = DataLoader(
+        train_data,
+        batch_size=arguments.batch_size,
+        sampler=EpochSampler(train_data.labels, arguments.balance_power, arguments.seed),
+        num_workers=arguments.num_workers,
+        drop_last=True,
+    )
+    validation_loader = DataLoader(validation_data, batch_size=arguments.batch_size, num_workers=arguments.num_workers)
+
+    # Model, losses, optimizers
+    train_encoder = arguments.trainable == "all"
+    weights = {
+        "l1": arguments.l1_weight,
+        "mse": arguments.mse_weight,
+        "perceptual": arguments.perceptual_weight if arguments.perceptual == "vision" else 0.0,
+        "feature": arguments.feature_weight,
+        "codebook": arguments.codebook_weight,
+    }
+    model.to(accelerator.device).train()
+    if arguments.channels_last:
+        model.to(memory_format=torch.channels_last)
+    objective = TokenizerObjective(model, weights, train_encoder)
+    betas = (arguments.beta1, arguments.beta2)
+    trainable = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trainable, lr=arguments.learning_rate, betas=betas, weight_decay=arguments.weight_decay, fused=True
+    )
+    ema = EMA(model, arguments.ema_decay)
+    usage = CodebookUsage(model.config.codebook_size, accelerator.device)
+    progress = Progress()
+    step_function = torch.compile(objective) if arguments.compile else objective
+    step_function, optimizer, train_loader = accelerator.prepare(step_function, optimizer, train_loader)
+    discriminator = None
+    if arguments.adversarial_weight > 0:
+        discriminator = PatchDiscriminator().to(accelerator.device)
+        discriminator_optimizer = torch.optim.AdamW(
+            discriminator.parameters(), lr=arguments.discriminator_learning_rate, betas=(0.5, 0.9), weight_decay=0.0
+        )
+        discriminator, discriminator_optimizer = accelerator.prepare(discriminator, discriminator_optimizer)
+    accelerator.register_for_checkpointing(progress, ema, usage)
+    if checkpoint is not None:
+        accelerator.load_state(str(checkpoint))
+        log.write("resume", progress.step, {})
+
+    # Loop
+    stop = StopRequest()
+    running: dict[str, torch.Tensor] = {}
+    window_start, window_steps = time.perf_counter(), 0
+    warmup_steps = arguments.codebook_warmup_steps if train_encoder else 0
+    if len(train_loader) == 0:
+        raise ValueError(f"{arguments.train_data} has fewer images than one batch of {arguments.batch_size}.")
+    while progress.step < arguments.max_steps and not stop:
+        train_data.set_epoch(progress.epoch)
+        batches = accelerator.skip_first_batches(train_loader, progress.batch) if progress.batch else train_loader
+        batches.set_epoch(progress.epoch)
+        for batch in batches:
+            step = progress.step
+            pixel_values = batch["pixel_values"]
+            learning_rate = learning_rate_at(
+                step,
+                arguments.learning_rate,
+                arguments.warmup_steps,
+                arguments.max_steps,
+                arguments.schedule,
+                arguments.final_learning_rate,
+            )
+            set_learning_rate(optimizer, learning_rate)
+            quantize = step >= warmup_steps
+            if step == warmup_steps > 0:
+                model.eval()
+                initialise_codebook(model, train_data, arguments.kmeans_images, arguments.seed)
+                model.train()
+                ema.averages[CODEBOOK].copy_(model.quantizer.codebook.weight)
+
+            out = step_function(pixel_values, quantize)
+            reconstruction, latents, image_tokens = (
+                out.pop(name) for name in ("reconstruction", "latents", "image_tokens")
+            )
+            loss = out.pop("loss")
+            is_adversarial = discriminator is not None and step >= arguments.adversarial_start_step
+            if is_adversarial:
+                discriminator.requires_grad_(False)
+                out["adversarial"] = adversarial_loss(discriminator(reconstruction))
+                loss = loss + arguments.adversarial_weight * out["adversarial"]
+            check_finite(loss, out, step, [train_data.files[index].name for index in batch["index"].tolist()])
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(trainable, arguments.max_gradient_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            if is_adversarial:
+                discriminator.requires_grad_(True)
+                logits = discriminator(pixel_values), discriminator(reconstruction.detach())
+                out["discriminator"] = discriminator_hinge_loss(*logits)
+                accelerator.backward(out["discriminator"])
+                discriminator_optimizer.step()
+                discriminator_optimizer.zero_grad()
+
+            if quantize:
+                usage.update(accelerator.gather(image_tokens))
+                if (
+                    train_encoder
+                    and arguments.restart_patience > 0
+                    and step < arguments.restart_until * arguments.max_steps
+                ):
+                    restart_dead_rows(
+                        model.quantizer.codebook.weight.data,
+                        usage,
+                        accelerator.gather(latents),
+                        arguments.restart_patience,
+                        torch.Generator().manual_seed(step),
+                    )
+            ema.update()
+            progress.step, progress.batch = step + 1, progress.batch + 1
+
+            for name, value in {"loss": loss, **out}.items():
+                running[name] = running.get(name, 0.0) + value.detach()
+            psnr = peak_signal_to_noise(reconstruction.detach(), pixel_values).mean()
+            running["psnr"] = running.get("psnr", 0.0) + psnr
+            window_steps += 1
+            done = progress.step >= arguments.max_steps
+            if progress.step % arguments.log_every == 0 or done:
+                images = window_steps * arguments.batch_size * accelerator.num_processes
+                rate = images / (time.perf_counter() - window_start)
+                means = {name: value.item() / window_steps for name, value in running.items()}
+                log.write(
+                    "train", progress.step, {**means, "usage": usage.usage(), "lr": learning_rate, "images/s": rate}
+                )
+                running, window_steps, window_start = {}, 0, time.perf_counter()
+            if progress.step % arguments.validate_every == 0 or done:
+                with ema.applied():
+                    metrics, images = validate(model, validation_loader, quantize, arguments.grid_images)
+                    if accelerator.is_main_process:
+                        log.write("validation", progress.step, metrics)
+                        picture = output / "reconstructions" / f"step_{progress.step:08d}.png"
+                        save_grid(images, picture, columns=arguments.grid_images)
+                        save_model(model, output / "model")
+                window_start = time.perf_counter()
+            if progress.step % arguments.checkpoint_every == 0 or done or stop:
+                save_checkpoint(accelerator, output, progress.step, arguments.keep_checkpoints)
+            if done or stop:
+                break
+        else:
+            progress.epoch, progress.batch = progress.epoch + 1, 0
+    if stop:
+        log.write("stopped", progress.step, {})
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,360 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModel
+
+from tests.testing import tiny_config, tiny_images, tiny_model
+from vfmtok_hf import VFMTokConfig, VFMTokModel
+from vfmtok_hf.modeling.modeling_vfmtok import MultiScaleDeformableAttention
+
+
+def assert_frozen(model):
+    assert not any(parameter.requires_grad for parameter in model.vision_model.parameters())
+    assert not any(module.training for module in model.vision_model.modules())
+
+
+# -- configuration
+
+
+def test_defaults_are_the_released_tokenizer():
+    config = VFMTokConfig()
+    with torch.device("meta"):
+        model = VFMTokModel(config)
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    # 73,286,831 in the original (spec 1.1), of which 4 x 512 register tokens are a buffer here.
+    assert trainable == 73_286_831 - 4 * 512
+    assert sum(parameter.numel() for parameter in model.vision_model.parameters()) == 304_372_736
+    assert (config.anchor_grid_size, config.image_grid_size) == (16, 21)
+
+
+def test_config_survives_json(tmp_path):
+    config = tiny_config(vision_image_mean=[0.1, 0.2, 0.3])
+    config.save_pretrained(tmp_path)
+    assert VFMTokConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), VFMTokConfig)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"num_anchors": 10}, "square number"),
+        ({"hidden_size": 33}, "divisible by encoder_num_heads"),
+        ({"image_size": 30}, "divisible by 4"),
+        ({"pixel_decoder_base_channels": 6}, "pixel_decoder_num_groups"),
+        ({"vision_feature_layers": [2, 1]}, "ascending"),
+        ({"vision_feature_layers": [1, 4]}, "must lie in 1..3"),
+        ({"vision_config": {"model_type": "bert"}}, "not supported"),
+    ],
+)
+def test_config_refuses_contradictions(overrides, message):
+    with pytest.raises((ValueError, StrictDataclassError), match=message):
+        tiny_config(**overrides)
+
+
+# -- encode, decode
+
+
+def test_encode_and_decode_shapes():
+    model, images = tiny_model(), tiny_images()
+    encoded = model.encode(images, output_sampling_locations=True)
+    assert encoded.image_tokens.shape == (2, 9)
+    assert encoded.image_tokens.dtype == torch.int64
+    assert encoded.latents.shape == encoded.quantized_latents.shape == (2, 9, 4)
+    assert [tuple(locations.shape) for locations in encoded.sampling_locations] == [(2, 9, 2, 3, 2, 2)] * 2
+    for weights in encoded.attention_weights:
+        assert weights.shape == (2, 9, 2, 3, 2)
+        torch.testing.assert_close(weights.sum((-1, -2)), torch.ones(2, 9, 2))
+    decoded = model.decode(image_tokens=encoded.image_tokens, output_features=True)
+    assert decoded.reconstruction.shape == (2, 3, 32, 32)
+    assert decoded.reconstructed_features.shape == (2, 16, 16)
+    assert decoded.image_embeds.shape == (2, 32)
+    assert model.encode(images).sampling_locations is None
+
+
+def test_output_has_image_size_whatever_the_input_size():
+    model = tiny_model(vision_image_size=48)
+    assert model(tiny_images(1, size=20)).reconstruction.shape == (1, 3, 32, 32)
+
+
+@torch.no_grad()
+def test_decoding_tokens_equals_decoding_quantized_latents():
+    model = tiny_model()
+    encoded = model.encode(tiny_images())
+    torch.testing.assert_close(model.quantizer.lookup(encoded.image_tokens), encoded.quantized_latents)
+    by_tokens = model.decode(image_tokens=encoded.image_tokens).reconstruction
+    by_latents = model.decode(quantized_latents=encoded.quantized_latents).reconstruction
+    assert torch.equal(by_tokens, by_latents)
+
+
+@torch.no_grad()
+def test_feature_branch_does_not_touch_the_image_branch():
+    model = tiny_model()
+    tokens = torch.randint(64, (2, 9))
+    both = model.decode(image_tokens=tokens, output_features=True)
+    torch.testing.assert_close(
+        model.decode(image_tokens=tokens).reconstruction, both.reconstruction, atol=1e-5, rtol=1e-5
+    )
+    memory = model._memory(tokens, None)
+    torch.testing.assert_close(model.vit_decoder.decode_image_embeds(memory), both.image_embeds, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_image_features_are_those_of_the_tokens():
+    model, images = tiny_model(), tiny_images()
+    decoded = model.decode(image_tokens=model.encode(images).image_tokens, output_features=True)
+    torch.testing.assert_close(model.get_image_features(images), decoded.image_embeds, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_anchor_self_attention_is_causal():
+    """Changing anchor i + 1 leaves the states of anchors up to i as they were."""
+    model = tiny_model()
+    features = model.extract_vision_features(tiny_images())
+    before, _, _ = model.anchor_encoder(features)
+    model.anchor_encoder.anchor_queries[:, 5] += torch.randn(32)
+    after, _, _ = model.anchor_encoder(features)
+    assert torch.equal(before[:, :5], after[:, :5])
+    assert not torch.isclose(before[:, 5:], after[:, 5:]).all(-1).any()
+
+
+def test_straight_through_gradient_is_the_identity():
+    model = tiny_model()
+    latents = torch.randn(2, 9, 4)
+    unit = F.normalize(latents, dim=-1).requires_grad_()
+    gradient = torch.randn(2, 9, 4)
+    model.quantizer(unit).quantized_latents.backward(gradient)
+    # Through the normalisation of an already unit vector the radial part vanishes, the rest passes unchanged.
+    tangential = gradient - (gradient * unit).sum(-1, keepdim=True) * unit
+    torch.testing.assert_close(unit.grad, tangential, atol=1e-5, rtol=1e-5)
+
+
+def test_quantizer_picks_the_nearest_row():
+    model = tiny_model()
+    latents = torch.randn(3, 9, 4)
+    distances = torch.cdist(F.normalize(latents, dim=-1), F.normalize(model.quantizer.codebook.weight, dim=-1))
+    assert torch.equal(model.quantizer.nearest(latents), distances.argmin(-1))
+    assert torch.equal(model.quantizer(latents).image_tokens, distances.argmin(-1))
+
+
+def test_loss_is_the_sum_of_its_terms():
+    out = tiny_model(entropy_loss_ratio=0.1)(tiny_images(), return_loss=True)
+    terms = (out.codebook_loss, out.commitment_loss, out.entropy_loss, out.feature_loss)
+    torch.testing.assert_close(out.loss, sum(terms))
+    assert all(term.requires_grad for term in terms)
+
+
+def test_every_trainable_parameter_gets_a_gradient():
+    model = tiny_model().train()
+    out = model(tiny_images(), return_loss=True)
+    (out.loss + out.reconstruction.square().mean()).backward()
+    without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []
+
+
+def test_decoder_dropout_acts_in_training_only():
+    model = tiny_model(decoder_dropout=0.5)
+    tokens = torch.randint(64, (1, 9))
+    assert torch.equal(model.decode(tokens).reconstruction, model.decode(tokens).reconstruction)
+    model.train()
+    assert not torch.equal(model.decode(tokens).reconstruction, model.decode(tokens).reconstruction)
+
+
+@torch.no_grad()
+def test_eager_and_sdpa_attention_agree(tmp_path):
+    model, images = tiny_model(), tiny_images()
+    model.save_pretrained(tmp_path)
+    eager = VFMTokModel.from_pretrained(tmp_path, attn_implementation="eager")
+    assert eager.config._attn_implementation == "eager"
+    torch.testing.assert_close(eager.encode(images).latents, model.encode(images).latents, atol=1e-5, rtol=1e-5)
+    tokens = model.encode(images).image_tokens
+    for name in ("reconstruction", "reconstructed_features"):
+        torch.testing.assert_close(
+            eager.decode(tokens, output_features=True)[name],
+            model.decode(tokens, output_features=True)[name],
+            atol=1e-5,
+            rtol=1e-5,
+        )
+    model.set_attn_implementation("eager")
+    assert model.config._attn_implementation == "eager"
+
+
+def test_gradient_checkpointing_changes_nothing():
+    model, images = tiny_model(decoder_dropout=0.0).train(), tiny_images()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        model.zero_grad()
+        out = model(images, return_loss=True)
+        (out.loss + out.reconstruction.square().mean()).backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert_frozen(model)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-5)
+
+
+# -- precision
+
+
+@torch.no_grad()
+def test_half_precision_stays_close(tmp_path):
+    model, images = tiny_model(), tiny_images(8)
+    model.save_pretrained(tmp_path)
+    latents = F.normalize(model.encode(images).latents, dim=-1)
+    tokens = model.encode(images).image_tokens
+    for dtype, bound in ((torch.bfloat16, 0.05), (torch.float16, 0.01)):
+        half = VFMTokModel.from_pretrained(tmp_path, dtype=dtype).eval()
+        assert half.dtype == dtype
+        assert half.quantizer.codebook.weight.dtype == torch.float32
+        # The mean difference of unit vectors; bf16 has 8 bits of mantissa, through some ten layers.
+        assert (F.normalize(half.encode(images).latents.float(), dim=-1) - latents).abs().mean() < bound
+        # Pixels of the same tokens, on a range of about 2.
+        difference = half.decode(tokens).reconstruction.float() - model.decode(tokens).reconstruction
+        assert difference.abs().mean() < bound
+
+
+@torch.no_grad()
+def test_codebook_lookup_is_fp32_under_autocast():
+    model, latents = tiny_model(), torch.randn(4, 9, 4)
+    expected = model.quantizer(latents)
+    with torch.autocast("cpu", torch.bfloat16):
+        quantized = model.quantizer(latents)
+        assert torch.equal(model.quantizer.nearest(latents), expected.image_tokens)
+    assert quantized.quantized_latents.dtype == torch.float32
+    assert torch.equal(quantized.quantized_latents, expected.quantized_latents)
+
+
+# -- saving, loading, freezing
+
+
+def test_save_and_load_is_exact_and_stays_frozen(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    for load in (VFMTokModel.from_pretrained, AutoModel.from_pretrained):
+        loaded = load(tmp_path)
+        assert isinstance(loaded, VFMTokModel)
+        assert loaded.state_dict().keys() == model.state_dict().keys()
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], tensor), name
+        assert_frozen(loaded)
+        assert loaded.vit_decoder.cls_token.requires_grad
+
+
+def test_vision_model_stays_frozen():
+    model = tiny_model()
+    assert_frozen(model)
+    assert_frozen(model.train())
+    assert model.training
+    assert model.vit_decoder.training
+    assert_frozen(copy.deepcopy(model))
+    assert_frozen(AutoModel.from_config(model.config).train())
+    model.load_state_dict(model.state_dict())
+    assert_frozen(model)
+
+
+def test_gradient_reaches_pixels_but_not_the_vision_model():
+    model = tiny_model()
+    images = tiny_images().requires_grad_()
+    sum(level.square().mean() for level in model.extract_vision_features(images)).backward()
+    assert images.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in model.vision_model.parameters())
+
+
+def test_light_checkpoint(tmp_path):
+    full = tiny_model()
+    full.vision_model.save_pretrained(tmp_path / "vision")
+    full.config.save_vision_model = False
+    light = VFMTokModel(full.config).eval()
+    light.load_state_dict({k: v for k, v in full.state_dict().items() if not k.startswith("vision_model.")})
+    light.save_pretrained(tmp_path / "light")
+
+    light = VFMTokModel.from_pretrained(tmp_path / "light").eval()
+    tokens = torch.randint(64, (1, 9))
+    assert torch.equal(light.decode(tokens).reconstruction, full.decode(tokens).reconstruction)
+    with pytest.raises(ValueError, match="no vision weights.*load_vision_model"):
+        light.encode(tiny_images())
+    with pytest.raises(ValueError, match="does not say where"):
+        light.load_vision_model()
+
+    light.load_vision_model(str(tmp_path / "vision"))
+    assert_frozen(light)
+    images = tiny_images()
+    assert torch.equal(light.encode(images).image_tokens, full.encode(images).image_tokens)
+    light.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").stat().st_size < 1.1 * (
+        tmp_path / "light" / "model.safetensors"
+    ).stat().st_size
+    assert VFMTokModel.from_pretrained(tmp_path / "again").vision_model is None
+
+
+def test_wrong_vision_weights_are_refused(tmp_path):
+    config = tiny_config(save_vision_model=False)
+    other = AutoModel.from_config(tiny_config().vision_config)
+    del other.encoder.layer[2]
+    other.config.num_hidden_layers = 2
+    other.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="weights are missing"):
+        VFMTokModel(config).load_vision_model(str(tmp_path))
+
+
+# -- bad input
+
+
+def test_bad_pixel_values():
+    model = tiny_model()
+    for bad in (torch.zeros(3, 32, 32), torch.zeros(1, 1, 32, 32), torch.zeros(1, 3, 32, 32, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match="pixel_values must be floating point of shape"):
+            model.encode(bad)
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        model.encode(torch.full((1, 3, 32, 32), torch.nan))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (torch.zeros(1, 8, dtype=torch.long), "9 tokens per image, got 8"),
+        (torch.zeros(9, dtype=torch.long), "of shape"),
+        (torch.zeros(1, 9), "must be integers"),
+        (torch.full((1, 9), 64), r"in \[0, 64\), got values from 64 to 64"),
+        (torch.full((1, 9), -1), "got values from -1"),
+    ],
+)
+def test_bad_image_tokens(tokens, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model().decode(image_tokens=tokens)
+
+
+def test_decode_takes_exactly_one_input():
+    model = tiny_model()
+    with pytest.raises(ValueError, match="exactly one"):
+        model.decode()
+    with pytest.raises(ValueError, match="exactly one"):
+        model.decode(torch.zeros(1, 9, dtype=torch.long), torch.zeros(1, 9, 4))
+    with pytest.raises(ValueError, match="quantized_latents must have shape"):
+        model.decode(quantized_latents=torch.zeros(1, 9, 5))
+
+
+# -- deformable sampling
+
+
+def test_sampling_a_pixel_centre_reads_that_pixel():
+    height, width = 3, 4
+    value = torch.randn(1, height * width, 1, 2)
+    for row, column in ((0, 0), (2, 3), (1, 2)):
+        location = torch.tensor([(column + 0.5) / width, (row + 0.5) / height]).view(1, 1, 1, 1, 1, 2)
+        output = MultiScaleDeformableAttention()(
+            value, None, [(height, width)], None, location, torch.ones(1, 1, 1, 1, 1), 1
+        )
+        torch.testing.assert_close(output[0, 0], value[0, row * width + column, 0])
+
+
+def test_levels_of_different_sizes_are_kept_apart():
+    shapes = [(2, 2), (4, 3)]
+    value = torch.cat([torch.full((1, 4, 1, 1), 1.0), torch.full((1, 12, 1, 1), 10.0)], dim=1)
+    locations = torch.full((1, 1, 1, 2, 1, 2), 0.5)
+    weights = torch.tensor([0.25, 0.75]).view(1, 1, 1, 2, 1)
+    output = MultiScaleDeformableAttention()(value, None, shapes, None, locations, weights, 1)
+    torch.testing.assert_close(output.item(), 0.25 * 1 + 0.75 * 10)

@@ -1,0 +1,163 @@
+"""Every supported family of vision models, as a tiny randomly initialised model of its real class."""
+
+import pytest
+import torch
+from transformers import (
+    CLIPVisionConfig,
+    Dinov2Config,
+    Dinov2WithRegistersConfig,
+    DINOv3ViTConfig,
+    SiglipVisionConfig,
+    TimmBackboneConfig,
+    TimmWrapperConfig,
+)
+
+from tests.testing import tiny_images, tiny_model
+from vfmtok_hf import VFMTokModel
+from vfmtok_hf.modeling.configuration_vfmtok import HALF_MEAN_STD, IMAGENET_MEAN_STD, OPENAI_CLIP_MEAN_STD
+
+
+SIZES = {
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "patch_size": 8,
+    "image_size": 32,
+    "intermediate_size": 32,
+}
+# family -> (config, attribute path of the final norm, prefix tokens, mean and std)
+TRANSFORMERS = {
+    "dinov2": (Dinov2Config(**SIZES), "layernorm", 1, IMAGENET_MEAN_STD),
+    "dinov2_with_registers": (
+        Dinov2WithRegistersConfig(**SIZES, num_register_tokens=4),
+        "layernorm",
+        5,
+        IMAGENET_MEAN_STD,
+    ),
+    "dinov3_vit": (DINOv3ViTConfig(**SIZES, num_register_tokens=4), "norm", 5, IMAGENET_MEAN_STD),
+    "clip": (CLIPVisionConfig(**SIZES), "post_layernorm", 1, OPENAI_CLIP_MEAN_STD),
+    "siglip": (SiglipVisionConfig(**SIZES), "post_layernorm", 0, HALF_MEAN_STD),
+}
+TIMM_VIT = TimmWrapperConfig(
+    architecture="vit_tiny_patch16_224",
+    model_args={"depth": 3, "embed_dim": 16, "num_heads": 2, "patch_size": 8, "img_size": 32},
+)
+TIMM_CONV = TimmWrapperConfig(
+    architecture="efficientnet_lite0", pretrained_cfg={"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+)
+
+
+def randomised_norms(model: VFMTokModel) -> VFMTokModel:
+    """Fresh norms are all alike, so that taking the wrong one would go unnoticed."""
+    with torch.no_grad():
+        for module in model.vision_model.modules():
+            if "Norm" in type(module).__name__ and getattr(module, "weight", None) is not None:
+                module.weight.uniform_(0.5, 1.5)
+    return model
+
+
+def assert_whole_model_works(model: VFMTokModel, tmp_path):
+    images = tiny_images()
+    out = model(images, return_loss=True)
+    assert out.reconstruction.shape == (2, 3, 32, 32)
+    assert out.loss.isfinite()
+    model.save_pretrained(tmp_path)
+    loaded = VFMTokModel.from_pretrained(tmp_path).eval()
+    assert not any(parameter.requires_grad for parameter in loaded.vision_model.parameters())
+    assert torch.equal(loaded.encode(images).latents, model.encode(images).latents)
+
+
+@pytest.mark.parametrize("family", TRANSFORMERS)
+@torch.no_grad()
+def test_transformers_levels(family):
+    config, final_norm, num_prefix_tokens, (mean, std) = TRANSFORMERS[family]
+    model = randomised_norms(tiny_model(vision_config=config))
+    assert (model.config.vision_image_mean, model.config.vision_image_std) == (list(mean), list(std))
+
+    images = tiny_images()
+    features = model.extract_vision_features(images)
+    normalised = ((images + 1) / 2 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    states = model.vision_model(normalised, output_hidden_states=True).hidden_states
+    assert len(states) == 4
+    assert states[1].shape[1] == num_prefix_tokens + 16
+    expected = [states[1], states[2], model.vision_model.get_submodule(final_norm)(states[3])]
+    for level, tokens in zip(features, expected, strict=True):
+        assert level.shape == (2, 16, 4, 4)
+        torch.testing.assert_close(level.flatten(2).transpose(1, 2), tokens[:, num_prefix_tokens:])
+
+
+@pytest.mark.parametrize("family", TRANSFORMERS)
+def test_transformers_whole_model(family, tmp_path):
+    assert_whole_model_works(tiny_model(vision_config=TRANSFORMERS[family][0]), tmp_path)
+
+
+@pytest.mark.parametrize("family", TRANSFORMERS)
+@torch.no_grad()
+def test_other_input_size_than_the_vision_model_was_trained_at(family):
+    model = tiny_model(vision_config=TRANSFORMERS[family][0], vision_image_size=48, feature_grid_size=6)
+    assert [tuple(level.shape) for level in model.extract_vision_features(tiny_images())] == [(2, 16, 6, 6)] * 3
+
+
+@torch.no_grad()
+def test_a_last_level_before_the_last_block_is_not_normalised():
+    config, *_ = TRANSFORMERS["dinov2"]
+    model = randomised_norms(tiny_model(vision_config=config, vision_feature_layers=[1, 2]))
+    images = tiny_images()
+    mean, std = (torch.tensor(constants).view(3, 1, 1) for constants in IMAGENET_MEAN_STD)
+    states = model.vision_model(((images + 1) / 2 - mean) / std, output_hidden_states=True).hidden_states
+    last = model.extract_vision_features(images)[-1]
+    torch.testing.assert_close(last.flatten(2).transpose(1, 2), states[2][:, 1:])
+
+
+@torch.no_grad()
+def test_timm_vit_levels(tmp_path):
+    model = randomised_norms(tiny_model(vision_config=TIMM_VIT, vision_feature_layers=[0, 1, 2]))
+    images = tiny_images()
+    features = model.extract_vision_features(images)
+    mean, std = (torch.tensor(constants).view(3, 1, 1) for constants in IMAGENET_MEAN_STD)
+    timm_model = model.vision_model.timm_model
+    last, states = timm_model.forward_intermediates(((images + 1) / 2 - mean) / std)
+    torch.testing.assert_close(features[0], states[0])
+    torch.testing.assert_close(features[1], states[1])
+    torch.testing.assert_close(features[2].flatten(2).transpose(1, 2), last[:, 1:])
+    assert_whole_model_works(model, tmp_path)
+
+
+@torch.no_grad()
+def test_timm_convolutional_levels_differ_in_size(tmp_path):
+    model = tiny_model(vision_config=TIMM_CONV, vision_feature_layers=[1, 2, 3], vision_image_size=64)
+    assert (model.config.vision_image_mean, model.config.vision_image_std) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+    features = model.extract_vision_features(tiny_images())
+    assert [tuple(level.shape) for level in features] == [(2, 24, 16, 16), (2, 40, 8, 8), (2, 112, 4, 4)]
+    # Stages behind the last level are neither run nor stored.
+    assert len(model.vision_model.timm_model.blocks) == 5
+    locations = model.encode(tiny_images(), output_sampling_locations=True).sampling_locations[0]
+    assert locations.shape[3] == 3
+    assert_whole_model_works(model, tmp_path)
+
+
+@torch.no_grad()
+def test_timm_backbone(tmp_path):
+    config = TimmBackboneConfig(backbone="resnet10t", out_indices=[1, 2, 3], use_pretrained_backbone=False)
+    model = tiny_model(vision_config=config, vision_image_size=64)
+    assert [level.shape[-1] for level in model.extract_vision_features(tiny_images())] == [16, 8, 4]
+    assert_whole_model_works(model, tmp_path)
+
+
+def test_two_tower_config_is_refused():
+    with pytest.raises(ValueError, match="of a two-tower model .* pass the vision config"):
+        tiny_model(vision_config={"model_type": "clip"})
+
+
+def test_pruned_vision_model_loads_from_its_full_checkpoint(tmp_path):
+    full = tiny_model(
+        vision_config=TIMM_CONV, vision_feature_layers=[1, 2, 4], vision_image_size=64, feature_grid_size=2
+    )
+    full.vision_model.save_pretrained(tmp_path)
+    light = tiny_model(
+        vision_config=TIMM_CONV, vision_feature_layers=[1, 2, 3], vision_image_size=64, save_vision_model=False
+    )
+    light.load_vision_model(str(tmp_path))
+    images = tiny_images()
+    assert torch.equal(light.extract_vision_features(images)[1], full.extract_vision_features(images)[1])
+    assert len(light.vision_model.timm_model.blocks) == 5

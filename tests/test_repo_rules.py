@@ -1,0 +1,137 @@
+"""Rules of the tree that nobody would notice breaking: import directions and what the Hub's export needs."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "src" / "vfmtok_hf"
+MODELING = sorted((PACKAGE / "modeling").glob("*.py"))
+
+# Part of the package -> the other parts it may import.
+ALLOWED = {
+    "modeling": set(),
+    "pipelines": {"modeling"},
+    "conversion": {"modeling", "pipelines"},
+    "hub_kernels": {"modeling"},
+    "training": {"modeling", "pipelines"},
+    "evaluation": {"modeling", "pipelines"},
+}
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Absolute names of all modules that a file imports, at any depth of nesting."""
+    package = ".".join(path.relative_to(PACKAGE.parent).parent.parts)
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            names |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def part_of(module: str) -> str | None:
+    """The part of the package that a module belongs to."""
+    match = re.match(r"vfmtok_hf\.(\w+)", module)
+    return match.group(1) if match else None
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_dependency_direction(path):
+    own_part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if own_part not in ALLOWED:
+        return
+    for module in imported_modules(path):
+        part = part_of(module)
+        if part in ALLOWED and part != own_part:
+            assert part in ALLOWED[own_part], f"{own_part} must not import {module}"
+
+
+def test_kernel_and_package_do_not_know_each_other():
+    for path in (ROOT / "kernel").rglob("*.py"):
+        assert not any(name.startswith("vfmtok_hf") for name in imported_modules_outside(path)), path
+
+
+def imported_modules_outside(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text())
+    imports = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    return {*imports, *(node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom))}
+
+
+@pytest.mark.parametrize("path", MODELING, ids=lambda path: path.name)
+def test_modeling_files_can_be_exported_to_the_hub(path):
+    """transformers copies siblings by a line regex that follows nothing but `from .name import ...`."""
+    source = path.read_text()
+    tree = ast.parse(source)
+    relative = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
+    assert all(node.level == 1 and node.module and "." not in node.module for node in relative)
+    assert not any(name.split(".")[0] == "vfmtok_hf" for name in imported_modules_outside(path) - {""} if "." in name)
+    # The regex also reads prose: a docstring line that looks like a relative import breaks the export.
+    import_lines = {line for node in relative for line in range(node.lineno, node.end_lineno + 1)}
+    for number, line in enumerate(source.splitlines(), start=1):
+        if re.match(r"\s*(from|import)\s+\.", line):
+            assert number in import_lines, f"{path.name}:{number} looks like a relative import"
+
+
+@pytest.mark.parametrize("path", MODELING, ids=lambda path: path.name)
+def test_modeling_imports_are_light(path):
+    allowed = {"torch", "torchvision", "transformers", "huggingface_hub", "numpy", "PIL"}
+    tops = {name.split(".")[0] for name in imported_modules(path)} - {"vfmtok_hf"}
+    assert tops - set(sys.stdlib_module_names) <= allowed
+
+
+@pytest.mark.parametrize("path", MODELING, ids=lambda path: path.name)
+def test_no_class_is_called_tokenizer(path):
+    """Hub export takes such a class for a text tokenizer, and the repository no longer loads."""
+    names = [node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)]
+    assert not [name for name in names if "Tokenizer" in name]
+
+
+def test_component_module_paths_are_frozen():
+    """model_index.json of every saved pipeline names these modules."""
+    from vfmtok_hf import VFMTokARForImageGeneration, VFMTokImageProcessor, VFMTokModel, VFMTokRARForImageGeneration
+
+    assert VFMTokModel.__module__ == "vfmtok_hf.modeling.modeling_vfmtok"
+    assert VFMTokARForImageGeneration.__module__ == "vfmtok_hf.modeling.modeling_vfmtok_ar"
+    assert VFMTokRARForImageGeneration.__module__ == "vfmtok_hf.modeling.modeling_vfmtok_rar"
+    assert VFMTokImageProcessor.__module__ == "vfmtok_hf.modeling.image_processing_vfmtok"
+
+
+def test_importing_the_package_is_light():
+    heavy = ("diffusers", "accelerate", "gradio", "kernels", "timm", "torchvision")
+    code = f"import sys, vfmtok_hf; print([m for m in {heavy!r} if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = ast.literal_eval(result.stdout.strip().splitlines()[-1])
+    # transformers itself imports torchvision and timm where they are installed.
+    assert set(loaded) <= {"timm", "torchvision"}
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "modeling").glob("configuration_*.py")), ids=lambda path: path.name)
+def test_strict_configurations_validate(path):
+    """Postponed annotations would silently switch the validation of `@strict` off."""
+    assert "from __future__ import annotations" not in path.read_text()
+    assert "@strict" in path.read_text()
+
+
+@pytest.mark.parametrize("name", ["vfmtok", "vfmtok_ar", "vfmtok_rar"])
+def test_every_configuration_field_has_a_reader(name):
+    source = "\n".join(path.read_text() for path in (PACKAGE).rglob("*.py"))
+    tree = ast.parse((PACKAGE / "modeling" / f"configuration_{name}.py").read_text())
+    fields = [
+        statement.target.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+        for statement in node.body
+        if isinstance(statement, ast.AnnAssign)
+    ]
+    assert len(fields) > 5
+    unread = [field for field in fields if not re.search(rf"(config|self)\.{field}\b|\"{field}\"", source)]
+    assert unread == []
