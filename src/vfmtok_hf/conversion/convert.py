@@ -41,6 +41,18 @@ class ConversionReport:
     config: PreTrainedConfig
     output: Path | None
 
+    def summary(self) -> str:
+        """The report in a few lines for people."""
+        entry = f"entry {self.entry!r}" if self.entry else "a bare state dict"
+        lines = [
+            f"read     {self.source} ({entry}, sha256 {self.sha256})",
+            f"tensors  {self.keys_read}, of which dropped: {len(self.dropped)}",
+            *(f"dropped  {key}: {reason}" for key, reason in self.dropped.items()),
+            f"model    {self.config.model_type}, {self.num_parameters:,} parameters, {', '.join(self.dtypes)}",
+            f"written  {self.output}" if self.output else "written  nothing (dry run)",
+        ]
+        return "\n".join(lines)
+
 
 def convert_tokenizer(
     checkpoint: str | Path,

@@ -26,8 +26,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 AR_HEADS = {
     (size["num_hidden_layers"], size["hidden_size"]): size["num_attention_heads"] for size in VARIANTS.values()
 }
-# Heads of the tokenizer's two transformers, by width: one size is released.
-TOKENIZER_HEADS = {512: 8}
+# The original's anchor encoder has 8 heads whatever its settings say; its ViT decoder's depend on the width.
+ENCODER_HEADS = 8
+DECODER_HEADS = {512: 8}
 # DINOv2 S, B and L: heads by width.
 DINOV2_HEADS = {384: 6, 768: 12, 1024: 16}
 RELEASED_VISION_MODEL = "facebook/dinov2-with-registers-large"
@@ -53,9 +54,12 @@ class _Sizes:
         return shape
 
     def count(self, list_name: str) -> int:
-        """Members of a numbered list: `count("layers.")` of keys `layers.0.a`, `layers.1.a` is 2."""
+        """Members of a numbered list, one at least: `count("layers.")` of keys `layers.0.a`, `layers.1.a` is 2."""
         pattern = re.compile(re.escape(self.prefix + list_name) + r"(\d+)\.")
-        return len({match[1] for key in self.shapes if (match := pattern.match(key))})
+        members = {match[1] for key in self.shapes if (match := pattern.match(key))}
+        if not members:
+            raise CheckpointError(f"The checkpoint lacks every '{self.prefix}{list_name}*'.")
+        return len(members)
 
 
 def _grid_side(key: str, positions: int) -> int:
@@ -152,7 +156,7 @@ def ar_fields(shapes: Shapes) -> dict[str, Any]:
 
 
 def rar_fields(shapes: Shapes) -> dict[str, Any]:
-    """Fields of `VFMTokRARConfig`, all of which the shapes determine."""
+    """Fields of `VFMTokRARConfig` that the shapes determine: all but the number of image tokens."""
     sizes = _Sizes(shapes)
     vocabulary, hidden_size = sizes.of("embeddings.weight", 2)
     codebook_size = sizes.of("lm_head.weight", 2)[0]
@@ -160,11 +164,12 @@ def rar_fields(shapes: Shapes) -> dict[str, Any]:
         "codebook_size": codebook_size,
         # Behind the image tokens come a mask token, the classes and the null class.
         "num_classes": vocabulary - codebook_size - 2,
-        "num_image_tokens": sizes.of("timesteps_embeddings", 3)[1] - RAR_SPARE_TIMESTEPS,
         "hidden_size": hidden_size,
         "num_hidden_layers": sizes.count("blocks."),
         "num_attention_heads": hidden_size // sizes.of("blocks.0.attn.q_norm.weight", 1)[0],
         "intermediate_size": sizes.of("blocks.0.mlp.fc1.weight", 2)[0],
+        "num_position_embeddings": sizes.of("pos_embed", 3)[1],
+        "num_timestep_embeddings": sizes.of("timesteps_embeddings", 3)[1],
     }
 
 
@@ -181,13 +186,14 @@ def tokenizer_config(
         overrides: `VFMTokConfig` fields, without `vision_config`.
     """
     inferred = tokenizer_fields(shapes)
-    heads = TOKENIZER_HEADS.get(inferred["hidden_size"])
-    for name in ("encoder_num_heads", "decoder_num_heads"):
-        if heads is None and name not in overrides:
-            raise ValueError(
-                f"A tokenizer of width {inferred['hidden_size']} is no released one: give {name} in config."
-            )
-    encoder_heads = overrides.get("encoder_num_heads", heads)
+    decoder_heads = DECODER_HEADS.get(inferred["hidden_size"])
+    if decoder_heads is None and "decoder_num_heads" not in overrides:
+        raise ValueError(
+            f"A tokenizer of width {inferred['hidden_size']} is no released one: give decoder_num_heads in config."
+        )
+    encoder_heads = overrides.get("encoder_num_heads", ENCODER_HEADS)
+    if not isinstance(encoder_heads, int) or encoder_heads < 1:
+        raise ValueError(f"encoder_num_heads must be a positive integer, got {encoder_heads!r}.")
     num_levels = num_feature_levels(shapes)
     weights = "encode_transformer.transformer.layers.0.cross_attn.attention_weights.bias"
     (locations,) = _Sizes(shapes).of(weights, 1)
@@ -197,7 +203,7 @@ def tokenizer_config(
             "levels do not divide."
         )
     inferred["encoder_num_points"] = locations // (encoder_heads * num_levels)
-    known = {} if heads is None else {"encoder_num_heads": heads, "decoder_num_heads": heads}
+    known = {"encoder_num_heads": encoder_heads, "decoder_num_heads": decoder_heads}
     config = _build(VFMTokConfig, inferred, known, {**overrides, "vision_config": vision_config})
     if len(config.vision_feature_layers) != num_levels:
         raise ValueError(
@@ -243,7 +249,11 @@ def described_vision_config(shapes: Shapes, overrides: Mapping[str, Any]) -> dic
 
 def pretrained_vision_config(name_or_path: str, overrides: Mapping[str, Any]) -> PreTrainedConfig:
     """Configuration of a transformers vision model; of two-tower models the vision tower's."""
-    config = AutoConfig.from_pretrained(name_or_path)
+    try:
+        config = AutoConfig.from_pretrained(name_or_path)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(f"{name_or_path} is no folder or repository of a vision model: {reason}") from error
     config = getattr(config, "vision_config", config)
     for name, value in overrides.items():
         setattr(config, name, value)
@@ -265,7 +275,15 @@ def ar_config(shapes: Shapes, overrides: Mapping[str, Any]) -> VFMTokARConfig:
 def rar_config(shapes: Shapes, overrides: Mapping[str, Any]) -> VFMTokRARConfig:
     """`overrides` are fields of `VFMTokRARConfig`."""
     inferred = rar_fields(shapes)
-    return _build(VFMTokRARConfig, inferred, _imagenet_labels(inferred["num_classes"]), overrides)
+    num_image_tokens = inferred["num_position_embeddings"] - RAR_SPARE_POSITIONS
+    agree = num_image_tokens == inferred["num_timestep_embeddings"] - RAR_SPARE_TIMESTEPS
+    if not agree and "num_image_tokens" not in overrides:
+        raise ValueError(
+            f"{inferred['num_position_embeddings']} positions and {inferred['num_timestep_embeddings']} timesteps are "
+            "not the original's surplus over the image tokens: give num_image_tokens in config."
+        )
+    known = {"num_image_tokens": num_image_tokens, **_imagenet_labels(inferred["num_classes"])}
+    return _build(VFMTokRARConfig, inferred, known, overrides)
 
 
 def _imagenet_labels(num_classes: int) -> dict[str, Any]:

@@ -165,7 +165,8 @@ def _check_kind(state_dict: Mapping[str, torch.Tensor], path: Path, kind: str) -
     if kind in found:
         return
     if any(marker in state_dict for marker in HUGGING_FACE_MARKERS):
-        raise CheckpointError(f"{path} is in Hugging Face format already: load its folder with from_pretrained.")
+        cure = "give its folder as vision_model" if kind == "dinov2" else "load its folder with from_pretrained"
+        raise CheckpointError(f"{path} is in Hugging Face format already: {cure}.")
     if found:
         raise CheckpointError(f"{path} is {DESCRIPTIONS[found.pop()]}, not {DESCRIPTIONS[kind]}.")
     marker = next(marker for marker, name in ORIGINAL_MARKERS.items() if name == kind)
