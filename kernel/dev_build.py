@@ -190,7 +190,9 @@ def build(backend: str, *, sanitize: bool = False, output: Path | None = None) -
         for file in python_files:
             shutil.copy(file, staged)
         (staged / "_ops.py").write_text(OPS_PY.format(identifier=identifier))
-        (staged / "metadata.json").write_text(json.dumps(metadata(config, identifier, backend, capabilities), indent=2))
+        (staged / "metadata.json").write_text(
+            json.dumps(metadata(config, identifier, backend, capabilities), indent=2)
+        )
         shutil.rmtree(variant, ignore_errors=True)
         staged.rename(variant)
     return variant

@@ -2,8 +2,8 @@
 
     python examples/emoji/prepare_data.py --output data/emoji64
 
-needs the `npm` client and `pip install emoji resvg-py`. Every package is pinned by version and sha256, so two runs on two machines
-give the same folder:
+needs the `npm` client and `pip install emoji resvg-py`. Every package is pinned by version and sha256,
+so that two runs give the same pictures:
 
     OUTPUT/train/<class>/<style>_<codepoint>.png         OUTPUT/validation/<class>/...
     OUTPUT/classes.json        labels, synonyms, counts, held-out emoji
@@ -33,68 +33,12 @@ from typing import NamedTuple
 
 from classes import CLASSES
 from PIL import Image
+from sources import CATALOGUE_SOURCE, SOURCES, Source
 
 
 IMAGE_SIZE = 64
 CONTENT_SIZE = 60  # a white margin of two pixels on each side: nothing touches the border
-
-
-class Source(NamedTuple):
-    """One drawing style: a pinned npm package, where its pictures are, and whom to credit."""
-
-    style: str
-    package: str
-    version: str
-    sha256: str
-    pictures: str  # folder of `<codepoints>.<extension>` files, or an iconify `icons.json`
-    author: str
-    licence: str
-    url: str
-
-    @property
-    def archive(self) -> str:
-        """Name `npm pack` gives the tarball."""
-        return f"{self.package.removeprefix('@').replace('/', '-')}-{self.version}.tgz"
-
-
-SOURCES = (
-    Source(
-        "noto", "emoji-datasource-google", "16.0.0",
-        "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
-        "package/img/google/64", "Google (Noto Emoji)", "Apache-2.0", "https://github.com/googlefonts/noto-emoji",
-    ),
-    Source(
-        "twemoji", "emoji-datasource-twitter", "16.0.0",
-        "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
-        "package/img/twitter/64", "Twitter and contributors (Twemoji)", "CC-BY-4.0", "https://github.com/jdecked/twemoji",
-    ),
-    Source(
-        "fluent", "@iconify-json/fluent-emoji", "1.2.7",
-        "8044210dbf11e016d4de85f15d01a243423bd832457e7e2491df1b751c0e272b",
-        "package/icons.json", "Microsoft (Fluent Emoji, color)", "MIT", "https://github.com/microsoft/fluentui-emoji",
-    ),
-    Source(
-        "fluentflat", "@iconify-json/fluent-emoji-flat", "1.2.6",
-        "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
-        "package/icons.json", "Microsoft (Fluent Emoji, flat)", "MIT", "https://github.com/microsoft/fluentui-emoji",
-    ),
-    Source(
-        "fluent3d", "@lobehub/fluent-emoji-3d", "1.1.0",
-        "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
-        "package/assets", "Microsoft (Fluent Emoji, 3D), packaged by LobeHub", "MIT", "https://github.com/microsoft/fluentui-emoji",
-    ),
-    Source(
-        "notov1", "@iconify-json/noto-v1", "1.2.5",
-        "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37",
-        "package/icons.json", "Google (Noto Emoji, first version)", "Apache-2.0", "https://github.com/googlefonts/noto-emoji",
-    ),
-    Source(
-        "emojitwo", "@iconify-json/emojione", "1.2.3",
-        "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e",
-        "package/icons.json", "EmojiTwo contributors", "CC-BY-4.0", "https://github.com/EmojiTwo/emojitwo",
-    ),
-)  # fmt: skip
-CATALOGUE_SOURCE = SOURCES[0]  # its emoji.json names every emoji: short name, category, skin tones
+SVG_NAMESPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
 
 
 class PrepareError(Exception):
@@ -124,29 +68,29 @@ def npm_pack(source: Source, cache: Path) -> None:
         result = subprocess.run([npm, "pack", "--silent", specification], cwd=partial, capture_output=True, text=True)
         if result.returncode != 0:
             reason = " ".join(result.stderr.split()) or "no message"
-            raise PrepareError(f"`npm pack {specification}` failed; check the network and npm's registry setting ({reason})")
+            raise PrepareError(f"`npm pack {specification}` failed: check the network and npm's settings ({reason})")
         os.replace(Path(partial) / source.archive, cache / source.archive)
 
 
 def verify_sha256(archive: Path, source: Source) -> None:
-    with archive.open("rb") as file:
-        actual = hashlib.file_digest(file, "sha256").hexdigest()
+    actual = hashlib.sha256(archive.read_bytes()).hexdigest()
     if actual != source.sha256:
         raise PrepareError(
-            f"{source.package}@{source.version}: sha256 is {actual}, expected {source.sha256}; delete {archive} to download again"
+            f"{source.package}@{source.version}: sha256 is {actual}, expected {source.sha256};"
+            f" delete {archive} to download it again"
         )
 
 
-# --- What an emoji is called ------------------------------------------------------------------------------------------
+# --- What an emoji is called -----------------------------------------------------------------------------------------
 
 
 def normalize_codepoints(text: str) -> str:
-    """`1F3F3-FE0F-200D-1F308` -> `1f3f3-200d-1f308`. Variation selectors say nothing about the picture and sets disagree on them."""
+    """`1F3F3-FE0F-200D-1F308` -> `1f3f3-200d-1f308`: sets disagree on variation selectors, which change no picture."""
     return "-".join(part for part in text.lower().split("-") if part != "fe0f")
 
 
 def to_slug(name: str) -> str:
-    """Name of an emoji in any set's spelling -> the form shared by all: no prefixes for flags, no `skin-tone`, only `[a-z0-9-]`."""
+    """Name of an emoji in any set's spelling -> the form shared by all: `waving-hand-light`, `croatia`."""
     slug = re.sub(r"[\s_-]+", "-", re.sub(r"[^\w\s-]", "", name.lower())).strip("-")
     return re.sub(r"^flag-(for-)?(flag-)?", "", slug).replace("-skin-tone", "")
 
@@ -155,10 +99,10 @@ def slugs_to_codepoints(catalogue: list[dict]) -> dict[str, str]:
     """Iconify sets name pictures in words; both the Unicode names and the (newer) CLDR names are in use."""
     from emoji import EMOJI_DATA
 
-    cldr = ((data["en"], characters) for characters, data in EMOJI_DATA.items())
     table: dict[str, str] = {}
-    for name, characters in cldr:
-        table.setdefault(to_slug(name), normalize_codepoints("-".join(f"{ord(character):x}" for character in characters)))
+    for characters, data in EMOJI_DATA.items():
+        codepoints = "-".join(f"{ord(character):x}" for character in characters)
+        table.setdefault(to_slug(data["en"]), normalize_codepoints(codepoints))
     for entry in catalogue:
         table.setdefault(to_slug(entry["name"] or ""), normalize_codepoints(entry["unified"]))
     return table
@@ -189,7 +133,7 @@ def held_out(families: Iterable[str], share: float) -> set[str]:
     return set(ranked[: max(1, round(share * len(ranked)))])
 
 
-# --- Pictures ---------------------------------------------------------------------------------------------------------
+# --- Pictures --------------------------------------------------------------------------------------------------------
 
 
 class Picture(NamedTuple):
@@ -223,8 +167,7 @@ def read_iconify(collection: dict, slugs: dict[str, str]) -> Iterator[tuple[str,
         if codepoints is None:
             continue
         box = f"{icon.get('left', 0)} {icon.get('top', 0)} {icon.get('width', width)} {icon.get('height', height)}"
-        svg = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{box}">{icon["body"]}</svg>'
-        yield codepoints, svg.encode()
+        yield codepoints, f'<svg {SVG_NAMESPACES} viewBox="{box}">{icon["body"]}</svg>'.encode()
 
 
 def read_member(archive: Path, name: str) -> bytes:
@@ -233,7 +176,7 @@ def read_member(archive: Path, name: str) -> bytes:
 
 
 def collect(archives: dict[Source, Path]) -> list[Picture]:
-    """Pictures of all sources that belong to a class. A style draws an emoji once: the first of two names for it wins."""
+    """Pictures of all sources that belong to a class. Of two names for one emoji in a style, the first wins."""
     catalogue = json.loads(read_member(archives[CATALOGUE_SOURCE], "package/emoji.json"))
     slugs, families = slugs_to_codepoints(catalogue), codepoints_to_families(catalogue)
     pictures: dict[str, Picture] = {}
@@ -241,8 +184,7 @@ def collect(archives: dict[Source, Path]) -> list[Picture]:
         for codepoints, data in read_pictures(archive, source, slugs):
             entry = families.get(codepoints)
             label = class_of(entry) if entry else None
-            # Microsoft draws no country flags; where the ones in this package come from is not stated.
-            if label is None or (source.style == "fluent3d" and entry["category"] == "Flags"):
+            if label is None or source.style in CLASSES[label].exclude_styles:
                 continue
             picture = Picture(source.style, codepoints, label, entry["short_name"], data)
             pictures.setdefault(picture.file_name, picture)
@@ -273,7 +215,7 @@ def draw(picture: Picture, path: Path) -> None:
     composite(decode(picture.data)).save(path, optimize=True)
 
 
-# --- Output -----------------------------------------------------------------------------------------------------------
+# --- Output ----------------------------------------------------------------------------------------------------------
 
 
 def write_dataset(pictures: list[Picture], output: Path, validation_share: float, workers: int) -> dict:
@@ -305,17 +247,22 @@ def write_dataset(pictures: list[Picture], output: Path, validation_share: float
 
 
 def attribution() -> str:
-    rows = "\n".join(f"| `{s.style}` | {s.author} | {s.licence} | {s.url} | `{s.package}@{s.version}` |" for s in SOURCES)
+    rows = "\n".join(
+        f"| `{s.style}` | {s.author} | {s.licence} | {s.url} | `{s.package}@{s.version}` |" for s in SOURCES
+    )
     return f"""# Attribution
 
-The pictures in this folder are emoji, scaled to {IMAGE_SIZE} x {IMAGE_SIZE} pixels on white. File names begin with the style.
+The pictures in this folder are emoji, scaled to {IMAGE_SIZE} x {IMAGE_SIZE} pixels on white.
+File names begin with the style.
 
 | style | drawn by | licence | project | package |
 |---|---|---|---|---|
 {rows}
 
-Licences: Apache-2.0 https://www.apache.org/licenses/LICENSE-2.0, CC-BY-4.0 https://creativecommons.org/licenses/by/4.0/,
-MIT https://github.com/microsoft/fluentui-emoji/blob/main/LICENSE. Changes made: rasterised, scaled, composited on white.
+Licences: Apache-2.0 https://www.apache.org/licenses/LICENSE-2.0,
+CC-BY-4.0 https://creativecommons.org/licenses/by/4.0/,
+MIT https://github.com/microsoft/fluentui-emoji/blob/main/LICENSE.
+Changes made: rasterised, scaled, composited on white.
 """
 
 
@@ -337,7 +284,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="image folder to write")
     parser.add_argument("--cache", type=Path, help="folder for the downloaded packages, 170 MB [OUTPUT-downloads]")
-    parser.add_argument("--validation-share", type=float, default=0.05, help="share of the emoji of each class to hold out [0.05]")
+    parser.add_argument("--validation-share", type=float, default=0.05, help="share of each class to hold out [0.05]")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that draw pictures [all cores]")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing OUTPUT")
     return parser.parse_args(arguments)
@@ -345,12 +292,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    if options.output.exists() and not options.overwrite:
-        if (options.output / "classes.json").exists():
-            print(f"{options.output} is already there; --overwrite builds it again")
-            return 0
-        print(f"error: {options.output} exists and is not a dataset of this script; choose another --output", file=sys.stderr)
+    if options.output.exists() and not (options.output / "classes.json").exists():
+        print(f"error: {options.output} exists and is not such a dataset; choose another --output", file=sys.stderr)
         return 1
+    if options.output.exists() and not options.overwrite:
+        print(f"{options.output} is already there; --overwrite builds it again")
+        return 0
     cache = options.cache or options.output.with_name(f"{options.output.name}-downloads")
     try:
         summary = build(options.output, cache, options.validation_share, options.workers)

@@ -10,6 +10,9 @@ namespace {
 // Vectors of one output row that are kept in registers while all samples are added up.
 constexpr int kMaxBlocks = MSDA_VECTOR_BYTES == 64 ? 4 : 8;
 
+constexpr int64_t kCacheLine = 64;
+constexpr int64_t kPrefetchedRows = 8;  // how far ahead rows are prefetched
+
 // One output row, or kBlocks vectors of it: `value` points at the head's first channel to process of position 0,
 // `locations` and `weights` at the samples of this query and head. With kPartial the (single) vector has `count` lanes.
 template <typename S, int kBlocks, bool kPartial>
@@ -83,32 +86,46 @@ MSDA_INLINE void forward_row(const Sizes& sizes, const S* value, const S* locati
   }
 }
 
-// Read one image's value once, in order. Samples touch it in an order no prefetcher follows; when they touch most of it
-// anyway, bringing it into the cache in a stream first is several times faster.
+// Read one image's value once, in order. Samples touch it in an order that no prefetcher follows; when they touch most of
+// it anyway, bringing it into the cache as a stream first is faster.
 template <typename S>
 MSDA_INLINE void warm_cache(const Sizes& sizes, const S* value) {
-  constexpr int64_t kCacheLine = 64;
   const char* bytes = reinterpret_cast<const char*>(value);
   const int64_t size = sizes.positions * sizes.heads * sizes.channels * static_cast<int64_t>(sizeof(S));
   for (int64_t offset = 0; offset < size; offset += kCacheLine) {
-    *static_cast<const volatile char*>(bytes + offset);
+    static_cast<void>(*static_cast<const volatile char*>(bytes + offset));
+  }
+}
+
+// Queries [begin, end) of one image.
+template <typename S>
+MSDA_INLINE void forward_image(const Sizes& sizes, const ForwardArguments& arguments, int64_t batch, int64_t begin,
+                               int64_t end) {
+  const int64_t samples = int64_t(sizes.levels) * sizes.points;
+  const S* value = static_cast<const S*>(arguments.value) + batch * sizes.positions * sizes.heads * sizes.channels;
+  const int64_t corners_per_head = 4 * samples * (end - begin);
+  if (corners_per_head >= sizes.positions) {
+    warm_cache(sizes, value);
+  }
+  for (int64_t query = begin; query < end; ++query) {
+    for (int64_t head = 0; head < sizes.heads; ++head) {
+      const int64_t row = (batch * sizes.queries + query) * sizes.heads + head;
+      forward_row(sizes, value + head * sizes.channels,
+                  static_cast<const S*>(arguments.sampling_locations) + row * samples * 2,
+                  static_cast<const S*>(arguments.attention_weights) + row * samples,
+                  static_cast<S*>(arguments.output) + row * sizes.channels);
+    }
   }
 }
 
 template <typename S>
 void forward(const Sizes& sizes, const ForwardArguments& arguments, int64_t begin, int64_t end) {
-  const int64_t samples = int64_t(sizes.levels) * sizes.points;
-  for (int64_t row = begin * sizes.heads; row < end * sizes.heads; ++row) {
-    const int64_t head = row % sizes.heads;
-    const int64_t batch = row / (sizes.heads * sizes.queries);
-    if (row == begin*sizes.heads || row % (sizes.heads*sizes.queries) == 0)
-      warm_cache(sizes, static_cast<const S*>(arguments.value) + batch * sizes.positions * sizes.heads * sizes.channels);
-    forward_row(sizes,
-                static_cast<const S*>(arguments.value) +
-                    (batch * sizes.positions * sizes.heads + head) * sizes.channels,
-                static_cast<const S*>(arguments.sampling_locations) + row * samples * 2,
-                static_cast<const S*>(arguments.attention_weights) + row * samples,
-                static_cast<S*>(arguments.output) + row * sizes.channels);
+  while (begin < end) {
+    const int64_t batch = begin / sizes.queries;
+    const int64_t image_end = (batch + 1) * sizes.queries;
+    const int64_t stop = end < image_end ? end : image_end;
+    forward_image<S>(sizes, arguments, batch, begin - batch * sizes.queries, stop - batch * sizes.queries);
+    begin = stop;
   }
 }
 
@@ -127,6 +144,16 @@ int64_t scratch_bytes(const Sizes& sizes) {
     positions = area > positions ? area : positions;
   }
   return (2 * positions + 1) * padded_channels<S>(sizes) * static_cast<int64_t>(sizeof(typename Storage<S>::Compute));
+}
+
+// One head's rows lie `stride` apart, too far for the hardware to foresee the next one.
+template <bool kForWriting, typename S>
+MSDA_INLINE void prefetch_ahead(const S* rows, int64_t row, int64_t row_count, int64_t stride, int64_t channels) {
+  const int64_t ahead = row + kPrefetchedRows < row_count ? row + kPrefetchedRows : row_count - 1;
+  const char* bytes = reinterpret_cast<const char*>(rows + ahead * stride);
+  for (int64_t offset = 0; offset < channels * static_cast<int64_t>(sizeof(S)); offset += kCacheLine) {
+    __builtin_prefetch(bytes + offset, kForWriting);
+  }
 }
 
 template <typename S>
@@ -153,18 +180,18 @@ MSDA_INLINE void copy_row_out(const typename Storage<S>::Compute* source, S* tar
   }
 }
 
-// For the kCorners given: dots = <grad_output, value row>, gradient row += share * grad_output.
+// For the kCorners rows at `offsets`: dots = <grad_output, value row>, gradient row += share * grad_output.
 template <typename C, int kCorners>
-MSDA_INLINE void backward_corners(const C* const* values, C* const* gradients, const C* shares, const C* grad_output,
-                                  int64_t channels, C* dots) {
+MSDA_INLINE void backward_corners(const C* value, C* gradient, const int64_t* offsets, const C* shares,
+                                  const C* grad_output, int64_t channels, C* dots) {
   typedef typename Storage<C>::Vector Vector;
   Vector products[4] = {};
   for (int64_t channel = 0; channel < channels; channel += kLanes<C>) {
     const Vector upstream = Storage<C>::load(grad_output + channel);
     for (int corner = 0; corner < kCorners; ++corner) {
-      products[corner] += upstream * Storage<C>::load(values[corner] + channel);
-      C* gradient = gradients[corner] + channel;
-      Storage<C>::store(gradient, Storage<C>::load(gradient) + shares[corner] * upstream);
+      const int64_t offset = offsets[corner] + channel;
+      products[corner] += upstream * Storage<C>::load(value + offset);
+      Storage<C>::store(gradient + offset, Storage<C>::load(gradient + offset) + shares[corner] * upstream);
     }
   }
   C sums[4];
@@ -182,21 +209,17 @@ MSDA_INLINE SampleGradient<C> backward_sample(const Level& level, C x, C y, C we
   }
   C dots[4] = {};
   C shares[4];
-  const C* values[4];
-  C* gradients[4];
+  int64_t offsets[4];
   for (int corner = 0; corner < 4; ++corner) {
-    const int64_t offset = corner_position(footprint, level, corner) * channels;
     shares[corner] = weight * corner_weight(footprint, corner);
-    values[corner] = value + offset;
-    gradients[corner] = gradient + offset;
+    offsets[corner] = corner_position(footprint, level, corner) * channels;
   }
   if (is_interior(footprint, level)) {
-    backward_corners<C, 4>(values, gradients, shares, grad_output, channels, dots);
+    backward_corners<C, 4>(value, gradient, offsets, shares, grad_output, channels, dots);
   } else {
     for (int corner = 0; corner < 4; ++corner) {
       if (has_corner(footprint, level, corner)) {
-        backward_corners<C, 1>(values + corner, gradients + corner, shares + corner, grad_output, channels,
-                               dots + corner);
+        backward_corners<C, 1>(value, gradient, offsets + corner, shares + corner, grad_output, channels, dots + corner);
       }
     }
   }
@@ -214,20 +237,24 @@ MSDA_INLINE void backward_level(const Sizes& sizes, const BackwardArguments& arg
   const int64_t stride = sizes.heads * sizes.channels;
   const int64_t padded = padded_channels<S>(sizes);
   const int64_t value_offset = ((batch * sizes.positions + level.start) * sizes.heads + head) * sizes.channels;
+  const S* source = static_cast<const S*>(arguments.value) + value_offset;
+  S* target = static_cast<S*>(arguments.grad_value) + value_offset;
   Compute* value = scratch;
   Compute* gradient = value + area * padded;
   Compute* upstream = gradient + area * padded;
 
   for (int64_t position = 0; position < area; ++position) {
-    copy_row_in(static_cast<const S*>(arguments.value) + value_offset + position * stride, value + position * padded,
-                sizes.channels);
+    prefetch_ahead<false>(source, position, area, stride, sizes.channels);
+    copy_row_in(source + position * stride, value + position * padded, sizes.channels);
   }
   memset(gradient, 0, static_cast<size_t>(area * padded) * sizeof(Compute));
 
+  const int64_t first_row = batch * sizes.queries * sizes.heads + head;
+  const S* grad_output = static_cast<const S*>(arguments.grad_output) + first_row * sizes.channels;
   for (int64_t query = 0; query < sizes.queries; ++query) {
-    const int64_t row = (batch * sizes.queries + query) * sizes.heads + head;
-    const int64_t first_sample = (row * sizes.levels + level_index) * sizes.points;
-    copy_row_in(static_cast<const S*>(arguments.grad_output) + row * sizes.channels, upstream, sizes.channels);
+    prefetch_ahead<false>(grad_output, query, sizes.queries, stride, sizes.channels);
+    copy_row_in(grad_output + query * stride, upstream, sizes.channels);
+    const int64_t first_sample = ((first_row + query * sizes.heads) * sizes.levels + level_index) * sizes.points;
     for (int64_t sample = first_sample; sample < first_sample + sizes.points; ++sample) {
       const S* location = static_cast<const S*>(arguments.sampling_locations) + 2 * sample;
       const S* weight = static_cast<const S*>(arguments.attention_weights) + sample;
@@ -242,8 +269,8 @@ MSDA_INLINE void backward_level(const Sizes& sizes, const BackwardArguments& arg
   }
 
   for (int64_t position = 0; position < area; ++position) {
-    copy_row_out(gradient + position * padded, static_cast<S*>(arguments.grad_value) + value_offset + position * stride,
-                 sizes.channels);
+    prefetch_ahead<true>(target, position, area, stride, sizes.channels);
+    copy_row_out(gradient + position * padded, target + position * stride, sizes.channels);
   }
 }
 

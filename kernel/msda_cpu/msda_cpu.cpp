@@ -4,6 +4,11 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <cstdint>
 #include <string>
 #include <tuple>
 
@@ -43,6 +48,22 @@ msda::ScalarKind scalar_kind(at::ScalarType dtype) {
   }
 }
 
+// A tensor of `like`'s shape that is about to be written for the first time. Large ones come fresh from the operating
+// system, and a page fault every 4 KB costs more than this file's arithmetic: ask for huge pages where they are on offer.
+at::Tensor fresh_like(const at::Tensor& like) {
+  at::Tensor tensor = at::empty_like(like);
+#if defined(__linux__)
+  constexpr uintptr_t kHugePage = uintptr_t(2) << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
+  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t last = (begin + tensor.nbytes()) / kHugePage * kHugePage;
+  if (first < last) {
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: failing changes nothing
+  }
+#endif
+  return tensor;
+}
+
 }  // namespace
 
 at::Tensor ms_deform_attn_forward(const at::Tensor& value, at::IntArrayRef spatial_shapes,
@@ -74,7 +95,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> ms_deform_attn_backward(const at:
   const at::Tensor value_ = value.contiguous();
   const at::Tensor locations = sampling_locations.contiguous();
   const at::Tensor weights = attention_weights.contiguous();
-  at::Tensor grad_value = at::empty_like(value_);
+  at::Tensor grad_value = fresh_like(value_);
   at::Tensor grad_locations = at::empty_like(locations);
   at::Tensor grad_weights = at::empty_like(weights);
 

@@ -1,31 +1,75 @@
+"""
+VFMTok for the Hugging Face ecosystem: image tokens from frozen vision foundation models, and autoregressive generators
+that turn class labels into those tokens without classifier-free guidance (arXiv 2507.08441).
+
+Importing the package registers its models with transformers' Auto classes. The pipeline needs diffusers, which is
+imported when `VFMTokPipeline` is first used.
+"""
+
+from importlib import import_module
 from pathlib import Path
-from transformers import AutoConfig, AutoModel
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoConfig, AutoImageProcessor, AutoModel
+
 from .modeling.configuration_vfmtok import VFMTokConfig
+from .modeling.configuration_vfmtok_ar import VFMTokARConfig
+from .modeling.configuration_vfmtok_rar import VFMTokRARConfig
+from .modeling.image_processing_vfmtok import VFMTokImageProcessor
 from .modeling.modeling_vfmtok import VFMTokModel
+from .modeling.modeling_vfmtok_ar import VFMTokARForImageGeneration
+from .modeling.modeling_vfmtok_rar import VFMTokRARForImageGeneration
+
+
+if TYPE_CHECKING:
+    from .hub_kernels import disable_kernels, enable_kernels
+    from .pipelines.pipeline_vfmtok import VFMTokPipeline
+
 __version__ = "0.1.0"
+
 DEFAULT_CHECKPOINT = str(Path(__file__).parent / "checkpoints" / "emoji")
-AutoConfig.register("vfmtok", VFMTokConfig, exist_ok=True)
-AutoModel.register(VFMTokConfig, VFMTokModel, exist_ok=True)
-try:
-    from .modeling.configuration_vfmtok_ar import VFMTokARConfig
-    from .modeling.modeling_vfmtok_ar import VFMTokARForImageGeneration
-    AutoConfig.register("vfmtok_ar", VFMTokARConfig, exist_ok=True)
-    AutoModel.register(VFMTokARConfig, VFMTokARForImageGeneration, exist_ok=True)
-except Exception as e:
-    print("AR not ready", e)
-try:
-    from .modeling.configuration_vfmtok_rar import VFMTokRARConfig
-    from .modeling.modeling_vfmtok_rar import VFMTokRARForImageGeneration
-    AutoConfig.register("vfmtok_rar", VFMTokRARConfig, exist_ok=True)
-    AutoModel.register(VFMTokRARConfig, VFMTokRARForImageGeneration, exist_ok=True)
-except Exception:
-    pass
-try:
-    from .modeling.image_processing_vfmtok import VFMTokImageProcessor
-except Exception:
-    pass
-def __getattr__(name):
-    if name == "VFMTokPipeline":
-        from .pipelines.pipeline_vfmtok import VFMTokPipeline
-        return VFMTokPipeline
-    raise AttributeError(name)
+"""Folder of the small pipeline that comes with the package: 64 x 64 emoji, fourteen classes."""
+
+_LAZY_NAMES = {
+    "VFMTokPipeline": ".pipelines.pipeline_vfmtok",
+    "enable_kernels": ".hub_kernels",
+    "disable_kernels": ".hub_kernels",
+}
+
+for _config_class, _model_class in (
+    (VFMTokConfig, VFMTokModel),
+    (VFMTokARConfig, VFMTokARForImageGeneration),
+    (VFMTokRARConfig, VFMTokRARForImageGeneration),
+):
+    AutoConfig.register(_config_class.model_type, _config_class, exist_ok=True)
+    AutoModel.register(_config_class, _model_class, exist_ok=True)
+AutoImageProcessor.register(
+    VFMTokConfig,
+    image_processor_classes={"pil": VFMTokImageProcessor},
+    exist_ok=True,
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY_NAMES:
+        return getattr(import_module(_LAZY_NAMES[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+__all__ = [
+    "DEFAULT_CHECKPOINT",
+    "VFMTokARConfig",
+    "VFMTokARForImageGeneration",
+    "VFMTokConfig",
+    "VFMTokImageProcessor",
+    "VFMTokModel",
+    "VFMTokPipeline",
+    "VFMTokRARConfig",
+    "VFMTokRARForImageGeneration",
+    "disable_kernels",
+    "enable_kernels",
+]

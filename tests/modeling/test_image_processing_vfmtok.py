@@ -99,7 +99,7 @@ def test_all_containers_give_the_same_pixels(processor, tmp_path):
         "channels first": array.transpose(2, 0, 1),
         "uint8 tensor": tensor,
         "float tensor": tensor / 255,
-        "bfloat16-free half array": array.astype(np.float64) / 255,
+        "float array": array.astype(np.float64) / 255,
         "path": tmp_path / "image.png",
         "string": str(tmp_path / "image.png"),
     }
@@ -115,7 +115,8 @@ def test_save_load_and_auto_class(processor, tmp_path):
     from vfmtok_hf.modeling.configuration_vfmtok import VFMTokConfig
 
     processor.save_pretrained(tmp_path)
-    AutoImageProcessor.register(VFMTokConfig, image_processor_classes={"pil": VFMTokImageProcessor}, exist_ok=True)
+    backends = dict.fromkeys(("torchvision", "pil"), VFMTokImageProcessor)  # the same under either name
+    AutoImageProcessor.register(VFMTokConfig, image_processor_classes=backends, exist_ok=True)
     image = gradient(60, 83)
     for loaded in (VFMTokImageProcessor.from_pretrained(tmp_path), AutoImageProcessor.from_pretrained(tmp_path)):
         assert type(loaded) is VFMTokImageProcessor

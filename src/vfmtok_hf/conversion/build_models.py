@@ -65,8 +65,10 @@ def build_tokenizer(
     """
     overrides = dict(overrides)
     vision_overrides = overrides.pop("vision_config", {})
-    embedded = {key: value for key, value in state_dict.items() if key.startswith(ORIGINAL_VISION_PREFIX)}
-    tokenizer = {key: value for key, value in state_dict.items() if key not in embedded}
+    if not isinstance(vision_overrides, Mapping):
+        raise ValueError(f"config's vision_config must be an object of fields, got {vision_overrides!r}.")
+    tokenizer = {key: tensor for key, tensor in state_dict.items() if not key.startswith(ORIGINAL_VISION_PREFIX)}
+    embedded = {key: tensor for key, tensor in state_dict.items() if key not in tokenizer}
     if embedded and (vision_state_dict is not None or vision_model is not None):
         raise ValueError("The checkpoint contains its vision model: give neither vision_checkpoint nor vision_model.")
     vision, prefix = (embedded, ORIGINAL_VISION_PREFIX) if embedded else (vision_state_dict or {}, "")
@@ -75,28 +77,33 @@ def build_tokenizer(
         raise ValueError("config asks to save the vision model: give vision_checkpoint or vision_model.")
     if vision and not save_vision_model:
         raise ValueError("config asks for a light checkpoint, but vision weights are given: leave one of them out.")
-
-    shapes = _shapes(tokenizer)
-    table = _tokenizer_table(shapes)
-    check_keys(tokenizer, table)
-    vision_table: KeyTable = []
-    if vision:
-        vision_shapes = _shapes(vision)
-        vision_table = dinov2_table(infer_config.dinov2_fields(vision_shapes, prefix)["num_hidden_layers"], prefix)
-        check_keys(vision, vision_table)
-        vision_config = infer_config.dinov2_config(vision_shapes, vision_overrides, prefix)
-    elif vision_model is not None:
-        vision_config = infer_config.pretrained_vision_config(vision_model, vision_overrides)
-    else:
-        vision_config = infer_config.described_vision_config(shapes, vision_overrides)
     if not save_vision_model:
         released = None if vision_overrides else infer_config.RELEASED_VISION_MODEL
         overrides.setdefault("vision_model_name_or_path", vision_model or released)
 
+    shapes = _shapes(tokenizer)
+    table = _tokenizer_table(shapes)
+    check_keys(tokenizer, table)
+    vision_table = _vision_table(vision, prefix)
+    if vision:
+        vision_config = infer_config.dinov2_config(_shapes(vision), vision_overrides, prefix)
+    elif vision_model is not None:
+        vision_config = infer_config.pretrained_vision_config(vision_model, vision_overrides)
+    else:
+        vision_config = infer_config.described_vision_config(shapes, vision_overrides)
+    # The model is made with a vision model only if there are weights to fill it; whether it is saved may differ.
     config = infer_config.tokenizer_config(shapes, vision_config, {**overrides, "save_vision_model": bool(vision)})
     conversion = _fill(VFMTokModel, config, (tokenizer, table), (vision, vision_table))
     conversion.model.config.save_vision_model = save_vision_model
     return conversion
+
+
+def _vision_table(vision: StateDict, prefix: str) -> KeyTable:
+    if not vision:
+        return []
+    table = dinov2_table(infer_config.dinov2_fields(_shapes(vision), prefix)["num_hidden_layers"], prefix)
+    check_keys(vision, table)
+    return table
 
 
 def build_ar(state_dict: StateDict, overrides: Mapping[str, Any]) -> Conversion:
@@ -140,9 +147,9 @@ def export_original_dinov2(model: VFMTokModel) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: the vision model is another, or missing.
     """
-    vision_config = model.config.vision_config
     if model.vision_model is None:
         raise ValueError("This model has no vision weights: call its load_vision_model first.")
+    vision_config = model.vision_model.config
     if vision_config.model_type != "dinov2_with_registers":
         raise ValueError(f"Only DINOv2 with registers has original names, not {vision_config.model_type!r}.")
     weights = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(VISION_PREFIX)}

@@ -177,9 +177,7 @@ def rar_fields(shapes: Shapes) -> dict[str, Any]:
 # Whole configurations
 
 
-def tokenizer_config(
-    shapes: Shapes, vision_config: dict[str, Any] | PreTrainedConfig, overrides: Mapping[str, Any]
-) -> VFMTokConfig:
+def tokenizer_config(shapes: Shapes, vision_config: PreTrainedConfig, overrides: Mapping[str, Any]) -> VFMTokConfig:
     """
     Args:
         vision_config: of the vision model that the tokenizer is to be joined with.
@@ -213,8 +211,8 @@ def tokenizer_config(
     return config
 
 
-def dinov2_config(shapes: Shapes, overrides: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`Dinov2WithRegistersConfig` as a dict. `overrides` are fields of it."""
+def dinov2_config(shapes: Shapes, overrides: Mapping[str, Any], prefix: str = "") -> PreTrainedConfig:
+    """Configuration of an original DINOv2. `overrides` are fields of it."""
     inferred = dinov2_fields(shapes, prefix)
     heads = DINOV2_HEADS.get(inferred["hidden_size"])
     if heads is None and "num_attention_heads" not in overrides:
@@ -223,10 +221,10 @@ def dinov2_config(shapes: Shapes, overrides: Mapping[str, Any], prefix: str = ""
             "give num_attention_heads in config's vision_config."
         )
     _check_overrides(inferred, overrides)
-    return {"num_attention_heads": heads, **inferred, **overrides}
+    return AutoConfig.for_model(**{"num_attention_heads": heads, **inferred, **overrides})
 
 
-def described_vision_config(shapes: Shapes, overrides: Mapping[str, Any]) -> dict[str, Any]:
+def described_vision_config(shapes: Shapes, overrides: Mapping[str, Any]) -> PreTrainedConfig:
     """
     Vision configuration of a tokenizer without vision weights: the released DINOv2-L where the widths fit it.
 
@@ -243,8 +241,8 @@ def described_vision_config(shapes: Shapes, overrides: Mapping[str, Any]) -> dic
         )
     described = {"model_type": released.model_type, **overrides}
     if fits_released and described["model_type"] == released.model_type:
-        return {**released.init_kwargs, **described}
-    return described
+        described = {**released.init_kwargs, **described}
+    return AutoConfig.for_model(**described)
 
 
 def pretrained_vision_config(name_or_path: str, overrides: Mapping[str, Any]) -> PreTrainedConfig:

@@ -67,18 +67,16 @@ def tokenizer_table(
     decoder_num_layers: int,
     pixel_decoder_channels: Sequence[int],
     pixel_decoder_num_res_blocks: int,
-    vision_num_layers: int | None = None,
 ) -> KeyTable:
     """
-    Rows of the tokenizer.
+    Rows of the tokenizer without its vision model.
 
     Args:
         pixel_decoder_channels: channels of each resolution, coarse to fine.
-        vision_num_layers: blocks of a DINOv2 with registers inside the checkpoint; unset if it has none.
     """
     return [
         *_pixel_decoder(pixel_decoder_channels, pixel_decoder_num_res_blocks),
-        *_anchor_encoder(num_levels, encoder_num_layers, vision_num_layers),
+        *_anchor_encoder(num_levels, encoder_num_layers),
         *_vit_decoder(decoder_num_layers),
         DroppedRow("slot_quantize.codebook_used", (65536,), "history of codes seen in training, read by no forward"),
         *_weight("slot_quantize.embedding", "quantizer.codebook"),
@@ -116,11 +114,9 @@ def _resnet(original: str, ours: str, has_shortcut: bool = False) -> Iterator[Ro
         yield from _layer(f"{original}.nin_shortcut", f"{ours}.shortcut")
 
 
-def _anchor_encoder(num_levels: int, num_layers: int, vision_num_layers: int | None) -> Iterator[Row]:
+def _anchor_encoder(num_levels: int, num_layers: int) -> Iterator[Row]:
     yield from _tensor("encode_transformer.carrier_tokens", "anchor_encoder.anchor_queries")
     yield from _tensor("encode_transformer.slots_pos", "anchor_encoder.anchor_position_embeddings")
-    if vision_num_layers is not None:
-        yield from dinov2_table(vision_num_layers, ORIGINAL_VISION_PREFIX)
     for level in range(num_levels):
         original, ours = f"encode_transformer.projectors.{level}.mlp", f"anchor_encoder.projectors.{level}"
         yield from _weight(f"{original}.0", f"{ours}.fc1")
@@ -177,7 +173,7 @@ def _vit_decoder(num_layers: int) -> Iterator[Row]:
 
 def dinov2_table(num_layers: int, original_prefix: str = "", prefix: str = VISION_PREFIX) -> KeyTable:
     """Rows of a DINOv2 with registers and plain MLPs (S, B, L): facebookresearch's names and transformers'."""
-    rows: list[Row] = []
+    rows: KeyTable = []
     for original, ours in (
         ("cls_token", "cls_token"),
         ("pos_embed", "position_embeddings"),
@@ -206,7 +202,7 @@ def dinov2_table(num_layers: int, original_prefix: str = "", prefix: str = VISIO
 
 def ar_table(num_layers: int) -> KeyTable:
     """Rows of the next-token generator (LlamaGen's GPT)."""
-    rows: list[Row] = []
+    rows: KeyTable = []
     rows += _weight("cls_embedding.embedding_table", "class_embedding")
     rows += _weight("tok_embeddings", "embed_tokens")
     for index in range(num_layers):
@@ -225,7 +221,7 @@ def ar_table(num_layers: int) -> KeyTable:
 
 def rar_table(num_layers: int) -> KeyTable:
     """Rows of the randomized-order generator (RAR)."""
-    rows: list[Row] = []
+    rows: KeyTable = []
     for original, ours in (
         ("cls_token", "cls_token"),
         ("pos_embed", "position_embeddings"),
@@ -283,7 +279,7 @@ def to_ours(
     check_keys(state_dict, table)
     rows = [row for row in table if row.original in state_dict]
     _check_shapes(state_dict, rows, shapes)
-    converted = {}
+    converted: dict[str, torch.Tensor] = {}
     for row in rows:
         if isinstance(row, DroppedRow):
             continue
@@ -313,7 +309,7 @@ def to_original(state_dict: Mapping[str, torch.Tensor], table: KeyTable) -> dict
     return original
 
 
-def _check_shapes(state_dict, rows: KeyTable, shapes: Mapping[str, Sequence[int]]) -> None:
+def _check_shapes(state_dict: Mapping[str, torch.Tensor], rows: KeyTable, shapes: Mapping[str, Sequence[int]]) -> None:
     wrong = [
         f"{row.original} {tuple(state_dict[row.original].shape)} instead of {expected}"
         for row in rows

@@ -1,7 +1,7 @@
 """Folders that appear whole or not at all."""
 
-import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,8 +28,12 @@ def check_output(output: Path, overwrite: bool) -> None:
     ancestor = next(parent for parent in output.absolute().parents if parent.exists())
     if not ancestor.is_dir():
         raise NotADirectoryError(f"{ancestor} is a file, so {output} cannot be made in it: choose another output.")
-    if not os.access(ancestor, os.W_OK | os.X_OK):
-        raise PermissionError(f"{ancestor} is not writable: choose another output.")
+    try:
+        # Asking the file system beats reading permission bits, which know nothing of read-only mounts.
+        with tempfile.TemporaryFile(dir=ancestor):
+            pass
+    except OSError as error:
+        raise PermissionError(f"{ancestor} is not writable ({error.strerror}): choose another output.") from error
 
 
 @contextmanager

@@ -30,10 +30,9 @@ class VFMTokRARConfig(PreTrainedConfig):
             Epsilon of the layer norms.
         initializer_range (`float`, defaults to 0.02):
             Standard deviation of fresh weights; the layers that modulate start at zero.
-        num_position_embeddings, num_timestep_embeddings (`int`, *optional*):
-            Rows of the position tables and of the timestep table. `num_image_tokens + 2` are read (a start token, the
-            class, the image tokens); unset gives the original's larger tables, with 1024 and 100 rows above
-            `num_image_tokens`.
+        num_position_embeddings, num_timestep_embeddings (`int`, defaults to 1280 and 356):
+            Rows of the position tables and of the timestep table. Only `num_image_tokens + 2` of them are read, for the
+            start token, the class and the image tokens; the defaults are the original's.
         dropout, attention_dropout (`float`):
             Dropout, in training only, of the branches' outputs and the MLP's activations, and of the attention
             probabilities.
@@ -56,18 +55,11 @@ class VFMTokRARConfig(PreTrainedConfig):
     intermediate_size: int = 4096
     layer_norm_eps: float = 1e-6
     initializer_range: float = 0.02
-    num_position_embeddings: int | None = None
-    num_timestep_embeddings: int | None = None
+    num_position_embeddings: int = 1280
+    num_timestep_embeddings: int = 356
     dropout: float | int = 0.1
     attention_dropout: float | int = 0.1
     class_dropout: float | int = 0.1
-
-    def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
-        if self.num_position_embeddings is None:
-            self.num_position_embeddings = self.num_image_tokens + 1024
-        if self.num_timestep_embeddings is None:
-            self.num_timestep_embeddings = self.num_image_tokens + 100
 
     @classmethod
     def from_variant(cls, variant: str, **overrides) -> "VFMTokRARConfig":

@@ -9,6 +9,7 @@ the device.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
@@ -65,7 +66,7 @@ def filter_top_p(logits: torch.Tensor, top_p: float) -> torch.Tensor:
 
 
 def exponential_noise(
-    shape: tuple[int, int], generator: torch.Generator | Sequence[torch.Generator] | None, device: torch.device
+    shape: tuple[int, ...], generator: torch.Generator | Sequence[torch.Generator] | None, device: torch.device
 ) -> torch.Tensor:
     """
     Exponential(1) noise of `shape`, drawn where the generator lives, so that a CPU seed means the same on any device.
@@ -159,15 +160,16 @@ class LayerCache:
     offloading need no word here.
     """
 
+    keys: torch.Tensor
+    values: torch.Tensor
+
     def __init__(self, max_length: int):
         self.max_length = max_length
         self.length = 0
-        self.keys: torch.Tensor | None = None
-        self.values: torch.Tensor | None = None
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store `(batch_size, heads, new_length, head_dim)` keys and values; returns views of all stored so far."""
-        if self.keys is None:
+        if self.length == 0:
             batch_size, num_heads, _, head_dim = keys.shape
             self.keys = keys.new_empty(batch_size, num_heads, self.max_length, head_dim)
             self.values = torch.empty_like(self.keys)
@@ -219,7 +221,7 @@ def check_ids(name: str, ids: torch.Tensor, num_ids: int, wait_for_device: bool 
             raise ValueError(f"{name} must lie in 0 to {num_ids - 1}, got {outlier}.")
 
 
-def to_raster(sequence: torch.Tensor, orders: torch.LongTensor | None) -> torch.Tensor:
+def to_raster(sequence: torch.Tensor, orders: torch.Tensor | None) -> torch.Tensor:
     """Put `(batch_size, length)` entries, of which entry j belongs to raster position `orders[:, j]`, in place."""
     return sequence if orders is None else torch.zeros_like(sequence).scatter(1, orders, sequence)
 
@@ -232,14 +234,15 @@ class VFMTokGenerationMixin(GenerationMixin):
     `image_tokens`, computing only what the cache does not hold yet.
     """
 
+    config: Any
     output_modalities = ("image",)
     # Positions of the sequence before the first image token.
     num_condition_tokens = 1
 
     @torch.no_grad()
-    def generate(
+    def generate(  # type: ignore[override]
         self,
-        class_labels: torch.LongTensor,
+        class_labels: torch.Tensor,
         guidance_scale: float | None = None,
         guidance_interval: int | None = None,
         temperature: float | None = None,
@@ -248,8 +251,8 @@ class VFMTokGenerationMixin(GenerationMixin):
         do_sample: bool | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         logits_processor: LogitsProcessorList | None = None,
-        callback: Callable[[int, torch.LongTensor], bool | None] | None = None,
-    ) -> torch.LongTensor:
+        callback: Callable[[int, torch.Tensor], bool | None] | None = None,
+    ) -> torch.Tensor:
         """
         Sample the image tokens of one image per class label.
 
@@ -298,15 +301,15 @@ class VFMTokGenerationMixin(GenerationMixin):
 
     def _decode_tokens(
         self,
-        class_labels: torch.LongTensor,
+        class_labels: torch.Tensor,
         scales: list[float],
         settings: SamplingSettings,
         generator: torch.Generator | Sequence[torch.Generator] | None,
         logits_processor: LogitsProcessorList | None,
-        callback: Callable[[int, torch.LongTensor], bool | None] | None,
-        orders: torch.LongTensor | None = None,
-        known_tokens: torch.LongTensor | None = None,
-    ) -> torch.LongTensor:
+        callback: Callable[[int, torch.Tensor], bool | None] | None,
+        orders: torch.Tensor | None = None,
+        known_tokens: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """
         The loop. `scales` has a guidance scale per step, `orders` `(batch_size, num_image_tokens)` the raster position
         of each token of the sequence (None: raster), `known_tokens` `(batch_size, n)` the sequence's first tokens.
@@ -320,12 +323,11 @@ class VFMTokGenerationMixin(GenerationMixin):
         guided_steps = max((step + 1 for step, scale in enumerate(scales) if scale != 1), default=0)
 
         # One row per image and, while guidance lasts, a second one for its unconditional twin.
-        labels = class_labels
+        labels, num_passes = class_labels, 1
         if guided_steps > first_step:
-            labels = torch.cat([class_labels, torch.full_like(class_labels, self.config.num_classes)])
-        num_passes = labels.shape[0] // batch_size
-        tokens = labels.new_zeros(labels.shape[0], num_tokens)
-        if first_step:
+            labels, num_passes = torch.cat([labels, torch.full_like(labels, self.config.num_classes)]), 2
+        tokens = labels.new_zeros(len(labels), num_tokens)
+        if known_tokens is not None:
             tokens[:, :first_step] = known_tokens.repeat(num_passes, 1)
         model_kwargs = {} if orders is None else {"orders": orders.repeat(num_passes, 1)}
         cache = KeyValueCache(self.config.num_hidden_layers, self.num_condition_tokens + num_tokens - 1)
@@ -336,11 +338,11 @@ class VFMTokGenerationMixin(GenerationMixin):
                 num_passes, labels, tokens = 1, labels[:batch_size], tokens[:batch_size]
                 model_kwargs = {name: rows[:batch_size] for name, rows in model_kwargs.items()}
                 cache.keep_rows(batch_size)
-            logits = self(labels, tokens[:, :step], cache=cache, **model_kwargs).logits[:, -1]
+            logits = self(labels, tokens[:, :step], cache=cache, **model_kwargs).logits[:, -1]  # type: ignore[operator]
             if num_passes == 2:
                 logits = apply_guidance(logits, scales[step])
             if logits_processor is not None:
-                logits = logits_processor(tokens[:batch_size, :step], logits)
+                logits = logits_processor(tokens[:batch_size, :step], logits)  # type: ignore[arg-type]
             if settings.do_sample:
                 logits = settings.filter(logits)
                 drawn = sample_tokens(logits, generator)
@@ -354,19 +356,19 @@ class VFMTokGenerationMixin(GenerationMixin):
         # NaN survives every operation above, so that one look at the end, the loop's only wait, finds it.
         if not largest_logits.isfinite().all():
             raise ValueError(
-                f"The logits were not finite: the weights hold NaN, {self.dtype} overflows (load the model in "
-                "float32 or bfloat16), or a logits processor forbade every token."
+                "The logits were not finite: the weights hold NaN, float16 overflows (load the model in float32 or "
+                "bfloat16), or a logits processor forbade every token."
             )
         return to_raster(tokens[:batch_size], orders)
 
-    def _check_class_labels(self, class_labels: torch.LongTensor, wait_for_device: bool = False) -> None:
+    def _check_class_labels(self, class_labels: torch.Tensor, wait_for_device: bool = False) -> None:
         if class_labels.ndim != 1:
             raise ValueError(f"class_labels must have shape (batch_size,), got {tuple(class_labels.shape)}.")
         # The null class, one past the last label, is a valid condition.
         check_ids("class_labels", class_labels, self.config.num_classes + 1, wait_for_device)
 
     def _check_image_tokens(
-        self, image_tokens: torch.LongTensor, class_labels: torch.LongTensor, wait_for_device: bool = False
+        self, image_tokens: torch.Tensor, class_labels: torch.Tensor, wait_for_device: bool = False
     ) -> None:
         shape = (class_labels.shape[0], self.config.num_image_tokens)
         if tuple(image_tokens.shape) != shape:

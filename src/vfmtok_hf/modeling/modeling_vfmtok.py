@@ -35,19 +35,19 @@ class VFMTokEncoderOutput(ModelOutput):
             Those rows, l2-normalised.
         latents (`torch.FloatTensor` of shape `(batch_size, num_anchors, codebook_dim)`):
             The anchor encoder's output before normalisation and quantization.
-        sampling_locations (`tuple[torch.FloatTensor]`, one per encoder layer, with `output_sampling_locations=True`):
+        sampling_locations (`tuple[torch.Tensor]`, one per encoder layer, with `output_sampling_locations=True`):
             Where each head looks, `(batch_size, num_anchors, heads, levels, points, 2)` as (x, y); the image is
             [0, 1]^2 and points outside it read zeros.
-        attention_weights (`tuple[torch.FloatTensor]`, with `output_sampling_locations=True`):
+        attention_weights (`tuple[torch.Tensor]`, with `output_sampling_locations=True`):
             Weight of each location, `(batch_size, num_anchors, heads, levels, points)`, summing to 1 over levels and
             points.
     """
 
-    image_tokens: torch.LongTensor | None = None
-    quantized_latents: torch.FloatTensor | None = None
-    latents: torch.FloatTensor | None = None
-    sampling_locations: tuple[torch.FloatTensor, ...] | None = None
-    attention_weights: tuple[torch.FloatTensor, ...] | None = None
+    image_tokens: torch.Tensor | None = None
+    quantized_latents: torch.Tensor | None = None
+    latents: torch.Tensor | None = None
+    sampling_locations: tuple[torch.Tensor, ...] | None = None
+    attention_weights: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
@@ -62,11 +62,11 @@ class VFMTokQuantizerOutput(ModelOutput):
             Scalar terms, their weights included.
     """
 
-    quantized_latents: torch.FloatTensor | None = None
-    image_tokens: torch.LongTensor | None = None
-    codebook_loss: torch.FloatTensor | None = None
-    commitment_loss: torch.FloatTensor | None = None
-    entropy_loss: torch.FloatTensor | None = None
+    quantized_latents: torch.Tensor | None = None
+    image_tokens: torch.Tensor | None = None
+    codebook_loss: torch.Tensor | None = None
+    commitment_loss: torch.Tensor | None = None
+    entropy_loss: torch.Tensor | None = None
 
 
 @dataclass
@@ -81,9 +81,9 @@ class VFMTokDecoderOutput(ModelOutput):
             CLS state of the feature branch, with `output_features=True`: what linear probing reads.
     """
 
-    reconstruction: torch.FloatTensor | None = None
-    reconstructed_features: torch.FloatTensor | None = None
-    image_embeds: torch.FloatTensor | None = None
+    reconstruction: torch.Tensor | None = None
+    reconstructed_features: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
 
 
 @dataclass
@@ -103,13 +103,13 @@ class VFMTokOutput(ModelOutput):
             Mean of 1 - cosine similarity between reconstructed and true features of the last vision level.
     """
 
-    loss: torch.FloatTensor | None = None
-    reconstruction: torch.FloatTensor | None = None
-    image_tokens: torch.LongTensor | None = None
-    codebook_loss: torch.FloatTensor | None = None
-    commitment_loss: torch.FloatTensor | None = None
-    entropy_loss: torch.FloatTensor | None = None
-    feature_loss: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    reconstruction: torch.Tensor | None = None
+    image_tokens: torch.Tensor | None = None
+    codebook_loss: torch.Tensor | None = None
+    commitment_loss: torch.Tensor | None = None
+    entropy_loss: torch.Tensor | None = None
+    feature_loss: torch.Tensor | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ def gaussian_kernel(size: int, sigma: float, device: torch.device) -> torch.Tens
     return kernel / kernel.sum()
 
 
-def gaussian_blur(images: torch.Tensor, sigmas: tuple[float, float]) -> torch.Tensor:
+def gaussian_blur(images: torch.Tensor, *sigmas: float) -> torch.Tensor:
     """Separable blur over (height, width) with the least odd kernel that is both >= 3 and >= 4 sigma, mirrored edges."""
     vertical, horizontal = (gaussian_kernel(max(int(4 * s), 3) // 2 * 2 + 1, s, images.device) for s in sigmas)
     channels = images.shape[1]
@@ -145,7 +145,7 @@ def resize_for_vision_model(images: torch.Tensor, size: int) -> torch.Tensor:
     if factors == [1.0, 1.0]:
         return images
     if max(factors) > 1:
-        images = gaussian_blur(images, tuple(max((factor - 1) / 2, 0.001) for factor in factors))
+        images = gaussian_blur(images, *(max((factor - 1) / 2, 0.001) for factor in factors))
     return F.interpolate(images, size=(size, size), mode="bicubic", align_corners=True)
 
 
@@ -192,15 +192,17 @@ class MultiScaleDeformableAttention(nn.Module):
         num_queries = sampling_locations.shape[1]
         levels = value.split([height * width for height, width in value_spatial_shapes_list], dim=1)
         sampling_grids = 2 * sampling_locations - 1
-        samples = []
+        samples_by_level = []
         for index, (level, (height, width)) in enumerate(zip(levels, value_spatial_shapes_list, strict=True)):
             # batch_size, height*width, heads, head_dim -> batch_size*heads, head_dim, height, width
             level = level.permute(0, 2, 3, 1).reshape(batch_size * num_heads, head_dim, height, width)
             # batch_size, queries, heads, points, 2 -> batch_size*heads, queries, points, 2
             grid = sampling_grids[:, :, :, index].transpose(1, 2).flatten(0, 1)
-            samples.append(F.grid_sample(level, grid, mode="bilinear", padding_mode="zeros", align_corners=False))
+            samples_by_level.append(
+                F.grid_sample(level, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+            )
         # levels x (batch_size*heads, head_dim, queries, points) -> batch_size*heads, head_dim, queries, levels*points
-        samples = torch.cat(samples, dim=-1)
+        samples = torch.cat(samples_by_level, dim=-1)
         # batch_size, queries, heads, levels, points -> batch_size*heads, 1, queries, levels*points
         weights = attention_weights.transpose(1, 2).reshape(batch_size * num_heads, 1, num_queries, -1)
         output = (samples * weights).sum(-1)
@@ -466,11 +468,11 @@ class VFMTokVectorQuantizer(nn.Module):
         """`(codebook_size, codebook_dim)`; training never renormalises the stored rows."""
         return F.normalize(self.codebook.weight.float(), dim=-1)
 
-    def lookup(self, image_tokens: torch.LongTensor) -> torch.Tensor:
+    def lookup(self, image_tokens: torch.Tensor) -> torch.Tensor:
         """`(..., )` indices -> `(..., codebook_dim)` l2-normalised rows."""
         return F.normalize(self.codebook(image_tokens).float(), dim=-1)
 
-    def nearest(self, latents: torch.Tensor) -> torch.LongTensor:
+    def nearest(self, latents: torch.Tensor) -> torch.Tensor:
         """`(..., codebook_dim)` -> `(...)` indices. Between unit vectors the nearest is the most similar."""
         with torch.autocast(latents.device.type, enabled=False):
             return (F.normalize(latents.float(), dim=-1) @ self.normalized_codebook().T).argmax(-1)
@@ -981,7 +983,7 @@ class VFMTokModel(VFMTokPreTrainedModel):
 
     def decode(
         self,
-        image_tokens: torch.LongTensor | None = None,
+        image_tokens: torch.Tensor | None = None,
         quantized_latents: torch.Tensor | None = None,
         output_features: bool = False,
     ) -> VFMTokDecoderOutput:
@@ -1006,7 +1008,7 @@ class VFMTokModel(VFMTokPreTrainedModel):
             image_embeds=image_embeds,
         )
 
-    def _memory(self, image_tokens: torch.LongTensor | None, quantized_latents: torch.Tensor | None) -> torch.Tensor:
+    def _memory(self, image_tokens: torch.Tensor | None, quantized_latents: torch.Tensor | None) -> torch.Tensor:
         if (image_tokens is None) == (quantized_latents is None):
             raise ValueError("Give exactly one of image_tokens and quantized_latents.")
         if quantized_latents is None:
@@ -1019,7 +1021,7 @@ class VFMTokModel(VFMTokPreTrainedModel):
             )
         return self.post_quant_proj(quantized_latents.to(self.post_quant_proj.weight.dtype))
 
-    def _check_image_tokens(self, image_tokens: torch.LongTensor) -> None:
+    def _check_image_tokens(self, image_tokens: torch.Tensor) -> None:
         if image_tokens.dtype not in (torch.int64, torch.int32) or image_tokens.ndim != 2:
             raise ValueError(
                 "image_tokens must be integers of shape (batch_size, num_anchors), got "

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -34,11 +34,11 @@ class VFMTokAROutput(ModelOutput):
             float32 whatever the model's dtype; `logits[:, i]` predicts `image_tokens[:, i]`.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
 
 
-def drop_labels(class_labels: torch.LongTensor, probability: float, null_class: int) -> torch.LongTensor:
+def drop_labels(class_labels: torch.Tensor, probability: float, null_class: int) -> torch.Tensor:
     """Replace each label by `null_class` with the given probability, which teaches the model what guidance needs."""
     dropped = torch.rand(class_labels.shape, device=class_labels.device) < probability
     return class_labels.masked_fill(dropped, null_class)
@@ -48,7 +48,7 @@ def drop_labels(class_labels: torch.LongTensor, probability: float, null_class: 
 # Attention
 
 
-def rotary_table(positions: torch.LongTensor, grid_size: int, head_dim: int, theta: float) -> torch.Tensor:
+def rotary_table(positions: torch.Tensor, grid_size: int, head_dim: int, theta: float) -> torch.Tensor:
     """
     Cosines and sines of the 2-D rotary embedding for positions of the sequence [class, image tokens in raster order].
 
@@ -182,6 +182,8 @@ class VFMTokARForImageGeneration(PreTrainedModel, VFMTokGenerationMixin):
 
     def __init__(self, config: VFMTokARConfig):
         super().__init__(config)
+        # The one that the base class derives from `config` forgets settings of our own when it is saved and loaded.
+        self.generation_config = GenerationConfig(guidance_interval=None)
         self.class_embedding = nn.Embedding(config.num_classes + 1, config.hidden_size)
         self.embed_tokens = nn.Embedding(config.codebook_size, config.hidden_size)
         self.token_dropout = nn.Dropout(config.token_dropout)
@@ -197,7 +199,7 @@ class VFMTokARForImageGeneration(PreTrainedModel, VFMTokGenerationMixin):
             init.zeros_(module.weight)
 
     def decode_sequence(
-        self, class_labels: torch.LongTensor, image_tokens: torch.LongTensor, cache: KeyValueCache | None = None
+        self, class_labels: torch.Tensor, image_tokens: torch.Tensor, cache: KeyValueCache | None = None
     ) -> torch.Tensor:
         """
         Hidden states after the final norm.
@@ -227,8 +229,8 @@ class VFMTokARForImageGeneration(PreTrainedModel, VFMTokGenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        class_labels: torch.LongTensor,
-        image_tokens: torch.LongTensor,
+        class_labels: torch.Tensor,
+        image_tokens: torch.Tensor,
         return_loss: bool = False,
         cache: KeyValueCache | None = None,
     ) -> VFMTokAROutput:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -32,14 +32,14 @@ from .generation_vfmtok import (
 from .modeling_vfmtok_ar import VFMTokAROutput, drop_labels, eager_attention_forward
 
 
-def draw_orders(batch_size: int, num_tokens: int, random_ratio: float, device: torch.device) -> torch.LongTensor:
+def draw_orders(batch_size: int, num_tokens: int, random_ratio: float, device: torch.device) -> torch.Tensor:
     """`(batch_size, num_tokens)` orders: each row random with probability `random_ratio`, else raster."""
     shuffled = torch.rand(batch_size, num_tokens, device=device).argsort(dim=-1)
     is_random = torch.rand(batch_size, 1, device=device) < random_ratio
     return torch.where(is_random, shuffled, torch.arange(num_tokens, device=device))
 
 
-def keep_first(orders: torch.LongTensor, keep_mask: torch.BoolTensor) -> torch.LongTensor:
+def keep_first(orders: torch.Tensor, keep_mask: torch.Tensor) -> torch.Tensor:
     """Move the positions that `keep_mask` `(num_tokens,)` marks to the front of each order, else leave it as it is."""
     return orders.take_along_dim((~keep_mask)[orders].int().argsort(dim=1, stable=True), dim=1)
 
@@ -138,6 +138,8 @@ class VFMTokRARForImageGeneration(PreTrainedModel, VFMTokGenerationMixin):
 
     def __init__(self, config: VFMTokRARConfig):
         super().__init__(config)
+        # The one that the base class derives from `config` forgets settings of our own when it is saved and loaded.
+        self.generation_config = GenerationConfig(guidance_interval=None, guidance_scale_pow=None)
         # Image tokens, a mask token that RAR inherited and never reads, the classes, the null class.
         self.embed_tokens = nn.Embedding(config.codebook_size + config.num_classes + 2, config.hidden_size)
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.hidden_size))
@@ -164,7 +166,7 @@ class VFMTokRARForImageGeneration(PreTrainedModel, VFMTokGenerationMixin):
             init.trunc_normal_(self.target_position_embeddings, std=std)
             init.trunc_normal_(self.timestep_embeddings, std=std)
 
-    def position_rows(self, batch_size: int, orders: torch.LongTensor | None) -> torch.LongTensor:
+    def position_rows(self, batch_size: int, orders: torch.Tensor | None) -> torch.Tensor:
         """`(batch_size, num_image_tokens + 2)` rows of the position tables for the sequence in the given order."""
         rows = torch.arange(self.config.num_image_tokens + 2, device=self.position_embeddings.device)
         rows = rows.expand(batch_size, -1)
@@ -172,9 +174,9 @@ class VFMTokRARForImageGeneration(PreTrainedModel, VFMTokGenerationMixin):
 
     def decode_sequence(
         self,
-        class_labels: torch.LongTensor,
-        sequence: torch.LongTensor,
-        orders: torch.LongTensor | None = None,
+        class_labels: torch.Tensor,
+        sequence: torch.Tensor,
+        orders: torch.Tensor | None = None,
         cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
         """
@@ -218,10 +220,10 @@ class VFMTokRARForImageGeneration(PreTrainedModel, VFMTokGenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        class_labels: torch.LongTensor,
-        image_tokens: torch.LongTensor,
+        class_labels: torch.Tensor,
+        image_tokens: torch.Tensor,
         return_loss: bool = False,
-        orders: torch.LongTensor | None = None,
+        orders: torch.Tensor | None = None,
         random_ratio: float = 0.0,
         cache: KeyValueCache | None = None,
     ) -> VFMTokAROutput:
@@ -256,7 +258,7 @@ class VFMTokRARForImageGeneration(PreTrainedModel, VFMTokGenerationMixin):
         if orders is not None:
             self._check_orders(orders, len(class_labels))
         elif random_ratio > 0:
-            orders = draw_orders(*image_tokens.shape, random_ratio, image_tokens.device)
+            orders = draw_orders(len(image_tokens), image_tokens.shape[1], random_ratio, image_tokens.device)
         sequence = image_tokens if orders is None else image_tokens.take_along_dim(orders, dim=1)
         hidden_states = self.decode_sequence(class_labels, sequence[:, :-1], orders)
         if orders is not None:
@@ -266,9 +268,9 @@ class VFMTokRARForImageGeneration(PreTrainedModel, VFMTokGenerationMixin):
         return VFMTokAROutput(loss=loss, logits=logits)
 
     @torch.no_grad()
-    def generate(
+    def generate(  # type: ignore[override]
         self,
-        class_labels: torch.LongTensor,
+        class_labels: torch.Tensor,
         guidance_scale: float | None = None,
         guidance_interval: int | None = None,
         temperature: float | None = None,
@@ -277,12 +279,12 @@ class VFMTokRARForImageGeneration(PreTrainedModel, VFMTokGenerationMixin):
         do_sample: bool | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         logits_processor: LogitsProcessorList | None = None,
-        callback: Callable[[int, torch.LongTensor], bool | None] | None = None,
+        callback: Callable[[int, torch.Tensor], bool | None] | None = None,
         guidance_scale_pow: float | None = None,
-        orders: torch.LongTensor | None = None,
-        image_tokens: torch.LongTensor | None = None,
-        keep_mask: torch.BoolTensor | None = None,
-    ) -> torch.LongTensor:
+        orders: torch.Tensor | None = None,
+        image_tokens: torch.Tensor | None = None,
+        keep_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """
         Sample the image tokens of one image per class label, or redraw a part of given ones.
 
@@ -316,12 +318,15 @@ class VFMTokRARForImageGeneration(PreTrainedModel, VFMTokGenerationMixin):
             orders = orders.expand(len(class_labels), -1)
             self._check_orders(orders, len(class_labels), wait_for_device=True)
         known_tokens = None
-        if image_tokens is not None or keep_mask is not None:
-            self._check_edit(image_tokens, keep_mask, class_labels)
+        if image_tokens is not None and keep_mask is not None:
+            self._check_image_tokens(image_tokens, class_labels, wait_for_device=True)
+            self._check_keep_mask(keep_mask)
             if orders is None:
-                orders = torch.arange(len(keep_mask), device=class_labels.device).expand_as(image_tokens)
+                orders = torch.arange(len(keep_mask), device=image_tokens.device).expand_as(image_tokens)
             orders = keep_first(orders, keep_mask)
             known_tokens = image_tokens.take_along_dim(orders[:, : int(keep_mask.sum())], dim=1)
+        elif image_tokens is not None or keep_mask is not None:
+            raise ValueError("image_tokens and keep_mask go together: tokens to edit, and which of them stay.")
         scales = power_cosine_guidance(
             self.config.num_image_tokens,
             settings.effective_guidance_scale,
@@ -332,7 +337,7 @@ class VFMTokRARForImageGeneration(PreTrainedModel, VFMTokGenerationMixin):
             class_labels, scales, settings, generator, logits_processor, callback, orders, known_tokens
         )
 
-    def _check_orders(self, orders: torch.LongTensor, batch_size: int, wait_for_device: bool = False) -> None:
+    def _check_orders(self, orders: torch.Tensor, batch_size: int, wait_for_device: bool = False) -> None:
         num_tokens = self.config.num_image_tokens
         if tuple(orders.shape) != (batch_size, num_tokens):
             raise ValueError(f"orders must have shape {(batch_size, num_tokens)}, got {tuple(orders.shape)}.")
@@ -341,12 +346,7 @@ class VFMTokRARForImageGeneration(PreTrainedModel, VFMTokGenerationMixin):
             if (orders.sort(dim=1).values != torch.arange(num_tokens, device=orders.device)).any():
                 raise ValueError(f"Each row of orders must hold every position from 0 to {num_tokens - 1} once.")
 
-    def _check_edit(
-        self, image_tokens: torch.LongTensor | None, keep_mask: torch.BoolTensor | None, class_labels: torch.LongTensor
-    ) -> None:
-        if image_tokens is None or keep_mask is None:
-            raise ValueError("image_tokens and keep_mask go together: tokens to edit, and which of them stay.")
-        self._check_image_tokens(image_tokens, class_labels, wait_for_device=True)
+    def _check_keep_mask(self, keep_mask: torch.Tensor) -> None:
         if keep_mask.dtype != torch.bool or tuple(keep_mask.shape) != (self.config.num_image_tokens,):
             raise ValueError(
                 f"keep_mask must be bool of shape ({self.config.num_image_tokens},), one mask for the whole batch, got "

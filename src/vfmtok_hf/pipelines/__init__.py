@@ -1,1 +1,6 @@
+"""diffusers pipelines."""
 
+from .pipeline_vfmtok import VFMTokPipeline
+
+
+__all__ = ["VFMTokPipeline"]

@@ -75,6 +75,7 @@ def _read_yaml(file: str) -> dict[str, Any]:
 def _typed(key: str, value: Any, expected: Any) -> Any:
     options = typing.get_args(expected)
     if typing.get_origin(expected) is typing.Literal:
+        value = "no" if value is False else value  # what YAML makes of a bare `no`
         if value not in options:
             raise ValueError(f"--{key} must be one of {list(options)}, got {value!r}.")
         return value

@@ -83,10 +83,16 @@ class ImageFolder(Dataset):
         side = scale * shorter
         shares = rng.uniform(size=2) if self.crop_scale else (0.5, 0.5)
         left, top = (share * (length - side) for share, length in zip(shares, image.size, strict=True))
-        padding = max(0, -int(np.floor(min(left, top))))
+        padding = max(0, int(np.ceil(side - shorter)))
         if padding:
             image = ImageOps.expand(image, padding, WHITE)
-        box = (left + padding, top + padding, left + padding + side, top + padding + side)
+        # Rounding may carry the far edges a hair past the image, which Pillow refuses.
+        box = (
+            left + padding,
+            top + padding,
+            min(left + padding + side, image.width),
+            min(top + padding + side, image.height),
+        )
         image = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC, box=box)
         if self.crop_scale and self.horizontal_flip and rng.uniform() < 0.5:
             image = ImageOps.mirror(image)

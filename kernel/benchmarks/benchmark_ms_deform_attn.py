@@ -1,0 +1,168 @@
+"""Side by side: plain torch against the kernel, eager and compiled, forward and backward, as ratios and as CSV.
+
+    python kernel/benchmarks/benchmark_ms_deform_attn.py --output ratios.csv
+    kernels benchmark <repo>        # the class below, on a published build
+
+Sizes are those of the released VFMTok encoder: 256 queries, 4 levels of 24 x 24, 8 heads of 64 channels, 4 points; the
+locations are the anchors' grid with offsets of about 3 pixels. A backward is timed alone, on a kept graph. Times are
+medians; allocation of the results is part of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch._functorch.config
+from kernels import Benchmark
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from reference import load_kernel, ms_deform_attn_reference  # noqa: E402
+
+
+SHAPES = ((24, 24),) * 4
+QUERIES, HEADS, CHANNELS, POINTS = 256, 8, 64, 4
+FIELDS = ["device", "dtype", "threads", "batch", "pass", "implementation", "milliseconds", "times_faster", "gb_per_s"]
+
+
+def released_inputs(batch: int, dtype: torch.dtype, device: str, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    levels = len(SHAPES)
+    side = int(QUERIES**0.5)
+    centres = (torch.arange(side) + 0.5) / side
+    grid = torch.stack([centres.repeat(side), centres.repeat_interleave(side)], dim=-1)
+    offsets = torch.randn(batch, QUERIES, HEADS, levels, POINTS, 2, generator=generator) * 3 / SHAPES[0][0]
+    value = torch.randn(batch, sum(h * w for h, w in SHAPES), HEADS, CHANNELS, generator=generator)
+    weights = torch.rand(batch, QUERIES, HEADS, levels * POINTS, generator=generator).softmax(-1)
+    weights = weights.view(batch, QUERIES, HEADS, levels, POINTS)
+    return [tensor.to(device, dtype) for tensor in (value, grid[None, :, None, None, None] + offsets, weights)]
+
+
+def least_bytes(batch: int, element_size: int, is_backward: bool) -> int:
+    """Every tensor moved once: what has to cross the memory bus when all reuse happens in caches."""
+    value = batch * sum(height * width for height, width in SHAPES) * HEADS * CHANNELS
+    samples = batch * QUERIES * HEADS * len(SHAPES) * POINTS
+    output = batch * QUERIES * HEADS * CHANNELS
+    moved = value + 3 * samples + output
+    return element_size * (moved + value + 3 * samples if is_backward else moved)
+
+
+def median_milliseconds(function, device: str, seconds: float) -> float:
+    def timed() -> float:
+        start = time.perf_counter()
+        function()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return 1e3 * (time.perf_counter() - start)
+
+    timed()
+    first = timed()
+    repeats = max(3, min(200, int(1e3 * seconds / first)))
+    return sorted(timed() for _ in range(repeats))[repeats // 2]
+
+
+def time_passes(function, tensors, device: str, seconds: float) -> dict[str, float]:
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+    with torch.no_grad():
+        forward = median_milliseconds(lambda: function(leaves[0], SHAPES, leaves[1], leaves[2]), device, seconds)
+    output = function(leaves[0], SHAPES, leaves[1], leaves[2])
+    grad_output = torch.randn_like(output)
+    backward = median_milliseconds(
+        lambda: torch.autograd.grad(output, leaves, grad_output, retain_graph=True), device, seconds
+    )
+    return {"forward": forward, "backward": backward}
+
+
+def implementations(device: str, with_compiled: bool) -> dict:
+    """Names and functions; the first is what the others are compared with."""
+    kernel = load_kernel(device).ms_deform_attn
+    functions = {"plain torch": ms_deform_attn_reference, "kernel": kernel}
+    if with_compiled:
+        # Retaining the graph for repeated backwards forbids donated buffers.
+        torch._functorch.config.donated_buffer = False
+        functions |= {f"{name}, compiled": torch.compile(function) for name, function in functions.items()}
+    return functions
+
+
+def measure(arguments: argparse.Namespace, dtype: torch.dtype, batch: int, functions: dict) -> list[dict]:
+    tensors = released_inputs(batch, dtype, arguments.device)
+    baseline: dict[str, float] = {}
+    rows = []
+    for name, function in functions.items():
+        for direction, milliseconds in time_passes(function, tensors, arguments.device, arguments.seconds).items():
+            baseline.setdefault(direction, milliseconds)
+            moved = least_bytes(batch, dtype.itemsize, direction == "backward")
+            rows.append(
+                {
+                    "device": arguments.device,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "threads": torch.get_num_threads(),
+                    "batch": batch,
+                    "pass": direction,
+                    "implementation": name,
+                    "milliseconds": f"{milliseconds:.3f}",
+                    "times_faster": f"{baseline[direction] / milliseconds:.1f}",
+                    "gb_per_s": f"{moved / milliseconds / 1e6:.1f}",
+                }
+            )
+            print("  ".join(f"{row_value!s:>14}" for row_value in rows[-1].values()), flush=True)
+    return rows
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(partial, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=float, default=2.0, help="time spent on each number, about")
+    parser.add_argument("--no-compiled", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--output", type=Path, help="CSV file to write")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    print(f"torch {torch.__version__}, {platform.processor() or platform.machine()}, load {os.getloadavg()[0]:.1f}")
+    print("  ".join(f"{field:>14}" for field in FIELDS))
+    functions = implementations(arguments.device, not arguments.no_compiled)
+    rows = []
+    for dtype in arguments.dtype:
+        for batch in arguments.batch:
+            rows += measure(arguments, getattr(torch, dtype), batch, functions)
+    if arguments.output:
+        write_csv(arguments.output, rows)
+
+
+class MsDeformAttnBenchmark(Benchmark):
+    """For `kernels benchmark`: forward at batch 8."""
+
+    seed = 0
+
+    def setup(self) -> None:
+        self.tensors = released_inputs(8, torch.float32, self.device)
+        self.out = torch.empty(8, QUERIES, HEADS * CHANNELS, device=self.device)
+
+    def benchmark_released(self) -> None:
+        self.out = self.kernel.ms_deform_attn(self.tensors[0], SHAPES, self.tensors[1], self.tensors[2])
+
+    def verify_released(self) -> torch.Tensor:
+        return ms_deform_attn_reference(self.tensors[0], SHAPES, self.tensors[1], self.tensors[2])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,429 @@
+"""
+The `vfmtok` command.
+
+Exit codes: 0 done, 1 failed with one line on stderr, 2 wrong usage. Commands import what they need when they run, so
+that `--help` stays quick.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer.core
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+if TYPE_CHECKING:
+    from vfmtok_hf.conversion import ConversionReport
+    from vfmtok_hf.pipelines import VFMTokPipeline
+
+
+app = typer.Typer(
+    name="vfmtok",
+    help="VFMTok: images to image tokens and back, and images from class labels.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+convert_app = typer.Typer(
+    help="Convert checkpoints of the original code to Hugging Face folders.", no_args_is_help=True
+)
+app.add_typer(convert_app, name="convert")
+
+output_console = Console()
+error_console = Console(stderr=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What several commands share
+
+
+class ManyLabelsCommand(typer.core.TyperCommand):
+    """A command without positional arguments whose `--labels` takes every word up to the next option."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        option = ""
+        repeated: list[str] = []
+        for argument in args:
+            if argument.startswith("-"):
+                option = argument.partition("=")[0]
+            elif option in ("--labels", "-l") and repeated[-1] != option:
+                repeated.append(option)
+            repeated.append(argument)
+        return super().parse_args(ctx, repeated)
+
+
+class Dtype(str, Enum):
+    """Precision of the weights."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Weights(str, Enum):
+    """Which weights of a training checkpoint."""
+
+    ema = "ema"
+    model = "model"
+
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help="Pipeline folder or repository. *Default: the checkpoint in this package.*"),
+]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="Such as `cpu` or `cuda:1`. *Default: the accelerator, if there is one.*")
+]
+DtypeOption = Annotated[Dtype, typer.Option(help="Precision of the models.")]
+BatchSizeOption = Annotated[int, typer.Option(min=1, help="Images at once. It bounds memory and changes no result.")]
+PicturesOption = Annotated[
+    Path, typer.Option("--output", "-o", help="A picture for one grid, or a folder for single files.")
+]
+ImagesArgument = Annotated[list[Path], typer.Argument(help="Image files, and folders of them.", show_default=False)]
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn what can go wrong outside this program into one line on stderr and exit code 1."""
+    try:
+        yield
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        error_console.print(f"Error: {reason}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+
+
+@contextmanager
+def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr, gone when done. Yields the function that advances it."""
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+    hidden = not error_console.is_terminal
+    with Progress(*columns, console=error_console, transient=True, disable=hidden) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda steps: bar.advance(task, steps)
+
+
+def resolve_model(model: str | None) -> str:
+    """The folder or repository that `--model` means. A folder that is not there would be taken for a repository."""
+    import vfmtok_hf
+
+    name_or_path = model or vfmtok_hf.DEFAULT_CHECKPOINT
+    looks_like_path = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
+    if looks_like_path and not Path(name_or_path).is_dir():
+        raise FileNotFoundError(f"There is no model folder {name_or_path}.")
+    return name_or_path
+
+
+def load_pipeline(
+    model: str | None, device: str | None, dtype: Dtype, generates: bool = False, encodes: bool = False
+) -> "VFMTokPipeline":
+    """
+    The pipeline on its device, with compiled kernels where there are any and the libraries' own progress bars off.
+
+    Unless it `generates`, an image tokenizer alone will do; if it `encodes`, a light one gets its vision model.
+    """
+    import diffusers
+    import torch
+    import transformers
+    from transformers.utils.hub import has_file
+
+    from vfmtok_hf import VFMTokPipeline
+    from vfmtok_hf.environment import default_device
+    from vfmtok_hf.hub_kernels import enable_kernels
+
+    name_or_path, torch_dtype = resolve_model(model), getattr(torch, dtype.value)
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
+    if generates:
+        pipe = VFMTokPipeline.from_pretrained(name_or_path, dtype=torch_dtype)
+    elif has_file(name_or_path, "config.json"):  # which the root of a pipeline does not have
+        pipe = VFMTokPipeline.from_image_tokenizer(name_or_path, dtype=torch_dtype)
+    else:
+        pipe = VFMTokPipeline.from_pretrained(name_or_path, dtype=torch_dtype, transformer=None)
+    if encodes and pipe.vq_model.vision_model is None:
+        pipe.vq_model.load_vision_model()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.to(device or default_device())
+    enable_kernels(pipe.vq_model)
+    return pipe
+
+
+def report_written(count: int, what: str, output: Path) -> None:
+    text = f"{count} {what}{'' if count == 1 else 's'}: {output}"
+    output_console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def report_skipped(reason: str) -> None:
+    error_console.print(f"Skipped: {reason}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Commands
+
+
+@app.command(cls=ManyLabelsCommand)
+def generate(
+    labels: Annotated[
+        list[str] | None,
+        typer.Option("--labels", "-l", metavar="NAME|ID...", help="Classes. *Default: one image of each.*"),
+    ] = None,
+    num_images_per_label: Annotated[int, typer.Option("--num-images-per-label", "-n", min=1)] = 1,
+    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 1.0,
+    temperature: Annotated[float | None, typer.Option(help="*Default: the checkpoint's.*")] = None,
+    top_k: Annotated[int | None, typer.Option(help="0 is off. *Default: the checkpoint's.*")] = None,
+    top_p: Annotated[float | None, typer.Option(help="1 is off. *Default: the checkpoint's.*")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Image i is drawn from seed + i, whatever the batch size.")] = 0,
+    output: PicturesOption = Path("grid.png"),
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = Dtype.float32,
+    batch_size: BatchSizeOption = 16,
+) -> None:
+    """
+    Draw images of classes.
+
+    `vfmtok generate --labels smiley heart --seed 0 --output grid.png`
+    """
+    with one_line_errors():
+        from torch import Generator
+
+        from vfmtok_hf.output_files import check_picture_output, picture_output
+
+        check_picture_output(output)
+        pipe = load_pipeline(model, device, dtype, generates=True)
+        class_ids = pipe.get_label_ids(labels or range(pipe.transformer.config.num_classes))
+        class_ids = [class_id for class_id in class_ids for _ in range(num_images_per_label)]
+        num_steps = math.ceil(len(class_ids) / batch_size) * pipe.transformer.config.num_image_tokens
+        columns = num_images_per_label if num_images_per_label > 1 else None
+        with picture_output(output, columns) as add, progress("Drawing", num_steps) as advance:
+            for start in range(0, len(class_ids), batch_size):
+                batch = class_ids[start : start + batch_size]
+                images = pipe(
+                    batch,
+                    guidance_scale=guidance_scale,
+                    temperature=temperature,
+                    top_k=top_k,
+                    top_p=top_p,
+                    generator=[Generator().manual_seed(seed + start + index) for index in range(len(batch))],
+                    callback_on_step_end=lambda *_: advance(1),
+                ).images
+                for index, (class_id, image) in enumerate(zip(batch, images, strict=True), start):
+                    name = pipe.id2label.get(class_id, str(class_id)).partition(",")[0].strip()
+                    slug = re.sub(r"\W+", "-", name).strip("-")
+                    add(image, f"{index:05d}-{slug}.png", name)
+        report_written(len(class_ids), "image", output)
+
+
+@app.command()
+def tokenize(
+    images: ImagesArgument,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="`.safetensors`, or `.npy` with the names in a file beside it.")
+    ] = Path("tokens.safetensors"),
+    skip_errors: Annotated[bool, typer.Option(help="Report images that cannot be used, and go on.")] = False,
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = Dtype.float32,
+    batch_size: BatchSizeOption = 16,
+) -> None:
+    """Images to image tokens. Folders are read batch by batch."""
+    with one_line_errors():
+        import torch
+
+        from vfmtok_hf.output_files import check_output_file
+        from vfmtok_hf.token_files import check_suffix, find_images, save_tokens, tokenize_files
+
+        check_suffix(output)
+        check_output_file(output)
+        files = find_images(images)
+        pipe = load_pipeline(model, device, dtype, encodes=True)
+        names, parts = [], []
+        with progress("Tokenizing", len(files)) as advance:
+            on_error = report_skipped if skip_errors else None
+            for batch_names, image_tokens in tokenize_files(pipe, files, batch_size, on_error):
+                names += batch_names
+                parts.append(image_tokens.cpu())
+                advance(batch_size)
+        if not names:
+            raise ValueError("None of the images can be used.")
+        save_tokens(output, names, torch.cat(parts))
+        report_written(len(names), "tokenized image", output)
+
+
+@app.command()
+def detokenize(
+    tokens: Annotated[Path, typer.Argument(help="File of image tokens, as of `vfmtok tokenize`.", show_default=False)],
+    output: PicturesOption = Path("images"),
+    size: Annotated[int | None, typer.Option(min=1, help="Side in pixels. *Default: the model's.*")] = None,
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = Dtype.float32,
+    batch_size: BatchSizeOption = 16,
+) -> None:
+    """Image tokens to images."""
+    with one_line_errors():
+        from vfmtok_hf.output_files import check_picture_output, picture_output
+        from vfmtok_hf.token_files import load_tokens, picture_name
+
+        check_picture_output(output)
+        names, image_tokens = load_tokens(tokens)
+        file_names = [picture_name(name) for name in names]
+        pipe = load_pipeline(model, device, dtype)
+        with picture_output(output) as add, progress("Decoding", len(names)) as advance:
+            for start in range(0, len(names), batch_size):
+                images = pipe.detokenize(image_tokens[start : start + batch_size], size=size)
+                for index, image in enumerate(images, start):
+                    add(image, file_names[index], names[index])
+                advance(len(images))
+        report_written(len(names), "image", output)
+
+
+@app.command()
+def reconstruct(
+    images: ImagesArgument,
+    output: PicturesOption = Path("reconstructions.png"),
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = Dtype.float32,
+    batch_size: BatchSizeOption = 16,
+) -> None:
+    """Images through their image tokens and back: originals beside reconstructions, and the PSNR of each."""
+    with one_line_errors():
+        from torchvision.transforms.functional import to_pil_image
+
+        from vfmtok_hf.evaluation.reconstruction import psnr
+        from vfmtok_hf.image_grid import image_grid
+        from vfmtok_hf.output_files import check_picture_output, picture_output
+        from vfmtok_hf.token_files import find_images, picture_name, tokenize_files
+
+        check_picture_output(output)
+        files = find_images(images)
+        pipe = load_pipeline(model, device, dtype, encodes=True)
+        decibels = {}
+        with picture_output(output) as add, progress("Reconstructing", len(files)) as advance:
+            for names, image_tokens in tokenize_files(pipe, files, batch_size):
+                crops = pipe.image_processor(
+                    [files[name] for name in names],
+                    size=pipe.vq_model.config.image_size,
+                    do_rescale=False,
+                    do_normalize=False,
+                    return_tensors="pt",
+                )["pixel_values"]
+                reconstructions = pipe.detokenize(image_tokens, "uint8", batch_size=batch_size).cpu()
+                for name, value, crop, reconstruction in zip(
+                    names, psnr(crops, reconstructions).tolist(), crops, reconstructions, strict=True
+                ):
+                    decibels[name] = value
+                    pair = [to_pil_image(crop), to_pil_image(reconstruction)]
+                    add(image_grid(pair, 2, [name, f"{value:.1f} dB"]), picture_name(name), "")
+                advance(len(names))
+        print_psnr(decibels)
+        report_written(len(decibels), "pair", output)
+
+
+def print_psnr(decibels: dict[str, float]) -> None:
+    table = Table("image", "PSNR (dB)", show_footer=len(decibels) > 1)
+    table.columns[0].footer, table.columns[1].footer = "mean", f"{sum(decibels.values()) / len(decibels):.2f}"
+    table.columns[1].justify = "right"
+    for name, value in decibels.items():
+        table.add_row(escape(name), f"{value:.2f}")
+    output_console.print(table)
+
+
+@app.command()
+def info(model: ModelOption = None) -> None:
+    """Versions, device, kernel, and what the checkpoint holds."""
+    with one_line_errors():
+        from vfmtok_hf.environment import checkpoint_facts, environment_facts
+
+        print_facts(environment_facts())
+        print_facts(checkpoint_facts(resolve_model(model)))
+
+
+def print_facts(facts: dict[str, str]) -> None:
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        output_console.print(f"{name:<{width}}  {value}", markup=False, highlight=False, soft_wrap=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# vfmtok convert
+
+
+CheckpointOption = Annotated[
+    Path, typer.Option("--checkpoint", help="The original's file: `.pt`, `.bin` or `.safetensors`.")
+]
+FolderOption = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
+WeightsOption = Annotated[Weights, typer.Option(help="Moving averages, or the last step's weights.")]
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", help="JSON object of configuration fields that shapes cannot tell.")
+]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print what would happen, and write nothing.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an existing model folder.")]
+
+
+@convert_app.command("tokenizer")
+def convert_tokenizer(
+    checkpoint: CheckpointOption,
+    output: FolderOption,
+    vision_checkpoint: Annotated[Path | None, typer.Option(help="Original DINOv2 file to include.")] = None,
+    vision_model: Annotated[
+        str | None, typer.Option(help="Instead: repository or folder of a transformers vision model.")
+    ] = None,
+    weights: WeightsOption = Weights.ema,
+    config: ConfigOption = None,
+    dry_run: DryRunOption = False,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """The image tokenizer. Without a vision model the result decodes, and encodes once it is given one."""
+    with one_line_errors():
+        from vfmtok_hf import conversion
+
+        report = conversion.convert_tokenizer(
+            checkpoint, output, vision_checkpoint, vision_model, weights.value, config, dry_run, overwrite
+        )
+        print_report(report)
+
+
+@convert_app.command("ar")
+def convert_ar(
+    checkpoint: CheckpointOption,
+    output: FolderOption,
+    weights: WeightsOption = Weights.ema,
+    config: ConfigOption = None,
+    dry_run: DryRunOption = False,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """A next-token generator (GPT-B to GPT-3B)."""
+    with one_line_errors():
+        from vfmtok_hf import conversion
+
+        print_report(conversion.convert_ar(checkpoint, output, weights.value, config, dry_run, overwrite))
+
+
+@convert_app.command("rar")
+def convert_rar(
+    checkpoint: CheckpointOption,
+    output: FolderOption,
+    weights: WeightsOption = Weights.ema,
+    config: ConfigOption = None,
+    dry_run: DryRunOption = False,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """A randomized-order generator (RAR-L to RAR-XXL)."""
+    with one_line_errors():
+        from vfmtok_hf import conversion
+
+        print_report(conversion.convert_rar(checkpoint, output, weights.value, config, dry_run, overwrite))
+
+
+def print_report(report: "ConversionReport") -> None:
+    output_console.print(report.summary(), markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,437 @@
+"""The diffusers pipeline: class labels to images, images to image tokens and back."""
+
+import difflib
+import inspect
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from safetensors import SafetensorError
+from transformers.image_utils import ImageInput
+
+from vfmtok_hf.modeling.image_processing_vfmtok import VFMTokImageProcessor
+from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
+from vfmtok_hf.modeling.modeling_vfmtok_ar import VFMTokARForImageGeneration
+from vfmtok_hf.modeling.modeling_vfmtok_rar import VFMTokRARForImageGeneration
+
+
+ClassLabels = int | str | Sequence[int | str]
+Images = list[PIL.Image.Image] | np.ndarray | torch.Tensor
+
+
+def batches(items: Sequence, batch_size: int) -> Iterator[Sequence]:
+    """Consecutive slices of at most `batch_size` items."""
+    for start in range(0, len(items), batch_size):
+        yield items[start : start + batch_size]
+
+
+def concatenate(parts: list[Images]) -> Images:
+    """One batch out of several, of whichever output type."""
+    if isinstance(parts[0], torch.Tensor):
+        return torch.cat(parts)
+    if isinstance(parts[0], np.ndarray):
+        return np.concatenate(parts)
+    return [image for part in parts for image in part]
+
+
+class LabelNames:
+    """
+    Class ids by name. A class answers to its whole name and to each of its comma-separated synonyms, in any case.
+
+    Args:
+        id2label (`dict`): class id (JSON makes it a string) to name, such as `"tench, Tinca tinca"`.
+    """
+
+    def __init__(self, id2label: dict[int | str, str]):
+        self.id2label = {int(class_id): name for class_id, name in id2label.items()}
+        self.whole_names: dict[str, list[int]] = {}
+        self.synonyms: dict[str, list[int]] = {}
+        for class_id, name in self.id2label.items():
+            self.whole_names.setdefault(self._normalize(name), []).append(class_id)
+            for synonym in dict.fromkeys(self._normalize(part) for part in name.split(",")):
+                self.synonyms.setdefault(synonym, []).append(class_id)
+
+    @staticmethod
+    def _normalize(name: str) -> str:
+        return " ".join(name.casefold().split())
+
+    def find(self, name: str) -> int:
+        """
+        The class of that name, or of that number written out.
+
+        Raises:
+            ValueError: no class or several have that name.
+        """
+        normalized = self._normalize(name)
+        class_ids = self.whole_names.get(normalized) or self.synonyms.get(normalized)
+        if class_ids is None and normalized.isdecimal():
+            return int(normalized)
+        if class_ids is None:
+            raise ValueError(f"There is no class {name!r}. {self._suggestion(normalized)}")
+        if len(class_ids) > 1:
+            candidates = ", ".join(f"{class_id} ({self.id2label[class_id]})" for class_id in class_ids)
+            raise ValueError(f"{name!r} names several classes: {candidates}. Pass the number of one.")
+        return class_ids[0]
+
+    def _suggestion(self, normalized: str) -> str:
+        if not self.id2label:
+            return "This pipeline has no class names: pass class numbers."
+        closest = difflib.get_close_matches(normalized, self.synonyms, n=5)
+        if closest:
+            return f"Did you mean {', '.join(map(repr, closest))}?"
+        return f"The names are pipe.id2label.values(), such as {', '.join(map(repr, list(self.synonyms)[:5]))}."
+
+
+class VFMTokPipeline(DiffusionPipeline):
+    r"""
+    Class-conditional image generation with VFMTok, without classifier-free guidance unless asked for.
+
+    Args:
+        vq_model ([`VFMTokModel`]): the image tokenizer.
+        transformer ([`VFMTokARForImageGeneration`] or [`VFMTokRARForImageGeneration`], *optional*):
+            The generator. `tokenize`, `detokenize` and `reconstruct` need none:
+            `VFMTokPipeline.from_pretrained(path, transformer=None)`.
+        image_processor ([`VFMTokImageProcessor`]): images to `pixel_values` and back.
+        id2label (`dict[int, str]`, *optional*):
+            Class names; synonyms are separated by commas. Defaults to the generator's own.
+
+    Example:
+
+    ```python
+    >>> pipe = VFMTokPipeline.from_pretrained(vfmtok_hf.DEFAULT_CHECKPOINT)
+    >>> image = pipe("smiley", generator=torch.Generator().manual_seed(0)).images[0]
+    ```
+    """
+
+    vq_model: VFMTokModel
+    transformer: VFMTokARForImageGeneration | VFMTokRARForImageGeneration | None
+    image_processor: VFMTokImageProcessor
+
+    model_cpu_offload_seq = "transformer->vq_model"
+    _optional_components = ["transformer"]
+    _callback_tensor_inputs = ["image_tokens"]
+
+    def __init__(
+        self,
+        vq_model: VFMTokModel,
+        transformer: VFMTokARForImageGeneration | VFMTokRARForImageGeneration | None,
+        image_processor: VFMTokImageProcessor,
+        id2label: dict[int, str] | dict[str, str] | None = None,
+    ):
+        super().__init__()
+        if transformer is not None:
+            self._check_components(vq_model, transformer)
+            id2label = id2label or transformer.config.id2label
+        self.register_modules(vq_model=vq_model, transformer=transformer, image_processor=image_processor)
+        self.register_to_config(id2label=id2label)
+        self._label_names = LabelNames(id2label or {})
+        self._interrupt = False
+
+    @staticmethod
+    def _check_components(vq_model, transformer) -> None:
+        for of_vq_model, of_transformer in (("num_anchors", "num_image_tokens"), ("codebook_size", "codebook_size")):
+            expected, actual = getattr(vq_model.config, of_vq_model), getattr(transformer.config, of_transformer)
+            if expected != actual:
+                raise ValueError(
+                    f"The generator was made for another image tokenizer: its {of_transformer} is {actual}, the "
+                    f"tokenizer's {of_vq_model} is {expected}."
+                )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "VFMTokPipeline":
+        """
+        As in diffusers, with one difference: the dtype is float32 unless `dtype` says otherwise, whatever the files
+        hold. Half precision files save disk space; computing in it is slow on CPUs and may overflow.
+
+        Raises:
+            OSError: there is no pipeline, or a file of it is missing.
+            ValueError: a weights file is damaged.
+        """
+        if "torch_dtype" not in kwargs:  # the older name, which diffusers accepts too
+            kwargs.setdefault("dtype", torch.float32)
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} has a damaged or truncated weights file ({error}): fetch it again."
+            ) from error
+
+    @classmethod
+    def from_image_tokenizer(
+        cls, pretrained_model_name_or_path, dtype: torch.dtype = torch.float32
+    ) -> "VFMTokPipeline":
+        """A pipeline without generator, from a folder or repository that holds an image tokenizer alone."""
+        vq_model = VFMTokModel.from_pretrained(pretrained_model_name_or_path, dtype=dtype)
+        return cls(vq_model, None, VFMTokImageProcessor.from_pretrained(pretrained_model_name_or_path))
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """Class names."""
+        return self._label_names.id2label
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether sampling is to stop after the current token. Set `pipe._interrupt = True` in a callback for it."""
+        return self._interrupt
+
+    # -- class labels -> images
+
+    def get_label_ids(self, class_labels: ClassLabels) -> list[int]:
+        """
+        Class ids of ids and names, one or several.
+
+        Raises:
+            ValueError: an unknown or ambiguous name, with the closest matches; an id out of range; an empty list.
+        """
+        if isinstance(class_labels, str) or not isinstance(class_labels, Iterable):
+            class_labels = [class_labels]
+        class_ids = [
+            self._label_names.find(label) if isinstance(label, str) else operator.index(label)
+            for label in class_labels
+        ]
+        if not class_ids:
+            raise ValueError("There are no class labels: pass at least one.")
+        num_classes = self._generator_model().config.num_classes
+        for class_id in class_ids:
+            if not 0 <= class_id < num_classes:
+                raise ValueError(f"Class labels must lie in 0 to {num_classes - 1}, got {class_id}.")
+        return class_ids
+
+    def _generator_model(self) -> VFMTokARForImageGeneration | VFMTokRARForImageGeneration:
+        if self.transformer is None:
+            raise ValueError("This pipeline was loaded without a generator: load it without transformer=None.")
+        return self.transformer
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: ClassLabels,
+        num_images_per_label: int = 1,
+        guidance_scale: float = 1.0,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[["VFMTokPipeline", int, int, dict[str, Any]], Any] | None = None,
+        decode_batch_size: int = 16,
+        **generate_kwargs,
+    ) -> ImagePipelineOutput | tuple:
+        """
+        Draw images.
+
+        Args:
+            class_labels (`int`, `str` or a list of them):
+                Classes by id or by name: any synonym in `id2label`, in any case.
+            num_images_per_label (`int`, defaults to 1):
+                The images of one label follow each other.
+            guidance_scale (`float`, defaults to 1.0):
+                Classifier-free guidance. 1 is none and one pass a step.
+            temperature (`float`, *optional*), top_k (`int`, *optional*), top_p (`float`, *optional*):
+                Left out they come from the generator's `generation_config`, else they are off.
+            generator (`torch.Generator` or a list of one per image, *optional*):
+                Source of randomness. With a list, an image depends on its own generator alone: the same seed gives
+                the same tokens in any batch, and pixels that differ by rounding at most.
+            output_type (`str`, defaults to `"pil"`):
+                `"pil"`, `"np"` (floats in [0, 1], channels last), `"pt"` (the same, channels first), or `"tokens"` for
+                the image tokens `(batch_size, num_image_tokens)` themselves.
+            return_dict (`bool`, defaults to `True`): `False` returns `(images,)`.
+            callback_on_step_end (`Callable`, *optional*):
+                Called as `callback(pipe, step, step, {"image_tokens": tokens})` after each token; the third argument
+                stands where diffusers has the timestep. What it returns is not used. Setting `pipe._interrupt = True`
+                in it stops sampling; tokens not drawn yet are 0.
+            decode_batch_size (`int`, defaults to 16): images decoded at once, which bounds memory.
+            generate_kwargs:
+                Further arguments of the generator's `generate`: `guidance_interval`, `do_sample`, `logits_processor`;
+                of a RAR generator also `guidance_scale_pow` and `orders`.
+
+        Returns:
+            `ImagePipelineOutput` with `images`, or a tuple of them.
+        """
+        self._check_output_type(output_type)
+        if num_images_per_label < 1:
+            raise ValueError(f"num_images_per_label must be at least 1, got {num_images_per_label}.")
+        class_ids = [class_id for class_id in self.get_label_ids(class_labels) for _ in range(num_images_per_label)]
+        image_tokens = self._sample(
+            class_ids,
+            callback_on_step_end,
+            guidance_scale=guidance_scale,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            generator=generator,
+            **generate_kwargs,
+        )
+        return self._output(image_tokens, output_type, return_dict, decode_batch_size)
+
+    def _sample(self, class_ids: list[int], callback_on_step_end: Callable | None, **generate_kwargs) -> torch.Tensor:
+        transformer = self._generator_model()
+        self._interrupt = False
+        with self.progress_bar(total=transformer.config.num_image_tokens) as progress_bar:
+
+            def callback(step: int, image_tokens: torch.Tensor) -> bool:
+                progress_bar.update(step + 1 - progress_bar.n)  # kept tokens of an edited image are not drawn
+                if callback_on_step_end is not None:
+                    callback_on_step_end(self, step, step, {"image_tokens": image_tokens})
+                return not self._interrupt
+
+            labels = torch.tensor(class_ids, device=self._execution_device)
+            return transformer.generate(labels, callback=callback, **generate_kwargs)
+
+    def _output(
+        self, image_tokens: torch.Tensor, output_type: str, return_dict: bool, batch_size: int
+    ) -> ImagePipelineOutput | tuple:
+        images = image_tokens
+        if output_type != "tokens":
+            images = self.detokenize(image_tokens, output_type=output_type, batch_size=batch_size)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @staticmethod
+    def _check_output_type(output_type: str) -> None:
+        if output_type not in ("pil", "np", "pt", "tokens"):
+            raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'tokens', got {output_type!r}.")
+
+    # -- images <-> image tokens
+
+    @torch.no_grad()
+    def tokenize(self, images: ImageInput, batch_size: int = 16) -> torch.Tensor:
+        """
+        Image tokens `(number of images, num_image_tokens)` of images.
+
+        Args:
+            images: one image or a list of them, each a path, PIL image, array or tensor.
+            batch_size (`int`, defaults to 16): images read and encoded at once, which bounds memory.
+        """
+        vq_model = self._at_hand(self.vq_model)
+        images = images if isinstance(images, (list, tuple)) else [images]
+        if not images:
+            raise ValueError("There are no images: pass at least one.")
+        tokens = []
+        for batch in batches(images, batch_size):
+            pixel_values = self.image_processor(batch, return_tensors="pt")["pixel_values"]
+            tokens.append(vq_model.encode(pixel_values.to(vq_model.device)).image_tokens)
+        return torch.cat(tokens)
+
+    @torch.no_grad()
+    def detokenize(
+        self,
+        image_tokens: torch.Tensor,
+        output_type: str = "pil",
+        size: int | None = None,
+        resize_mode: str = "generation",
+        batch_size: int = 16,
+    ) -> Images:
+        """
+        Images of image tokens `(number of images, num_image_tokens)`, decoded `batch_size` at a time.
+
+        The other arguments are those of [`VFMTokImageProcessor.postprocess`].
+        """
+        if not len(image_tokens):
+            raise ValueError("There are no image tokens: pass those of at least one image.")
+        vq_model = self._at_hand(self.vq_model)
+        parts = []
+        for batch in batches(image_tokens, batch_size):
+            reconstruction = vq_model.decode(image_tokens=batch.to(vq_model.device)).reconstruction
+            parts.append(self.image_processor.postprocess(reconstruction, output_type, size, resize_mode))
+        return concatenate(parts)
+
+    @torch.no_grad()
+    def reconstruct(
+        self, images: ImageInput, output_type: str = "pil", return_dict: bool = True, batch_size: int = 16
+    ) -> ImagePipelineOutput | tuple:
+        """Images through their image tokens and back, cropped and at the model's size."""
+        self._check_output_type(output_type)
+        return self._output(self.tokenize(images, batch_size), output_type, return_dict, batch_size)
+
+    @staticmethod
+    def _at_hand(model: VFMTokModel) -> VFMTokModel:
+        """The model on its device. Offloading hooks watch `forward` alone, and `encode` and `decode` go past it."""
+        hook = getattr(model, "_hf_hook", None)
+        if hook is not None:
+            hook.pre_forward(model)
+        return model
+
+    # -- editing by tokens
+
+    @torch.no_grad()
+    def inpaint(
+        self,
+        images: ImageInput,
+        class_labels: ClassLabels,
+        mask: ImageInput | torch.Tensor,
+        guidance_scale: float = 1.0,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[["VFMTokPipeline", int, int, dict[str, Any]], Any] | None = None,
+        decode_batch_size: int = 16,
+        **generate_kwargs,
+    ) -> ImagePipelineOutput | tuple:
+        """
+        Redraw a part of images for a class, and keep the tokens of the rest.
+
+        It needs a generator that draws tokens in any order (RAR): every new token then sees all kept ones. An image
+        token describes its surroundings rather than exactly its cell of the grid, so that kept parts change a little.
+
+        Args:
+            images: one image or a list of them.
+            class_labels: one label for all images, or one for each.
+            mask:
+                A picture, white where to redraw: it is cropped as the images are, and a token is redrawn if more than
+                half of its cell is white. Or a bool tensor `(num_image_tokens,)`, True where to redraw. One for all.
+            guidance_scale, temperature, top_k, top_p, generator, output_type, return_dict, callback_on_step_end,
+            decode_batch_size, generate_kwargs: as in `__call__`.
+
+        Raises:
+            ValueError: the generator keeps to raster order, the mask is empty, or labels and images do not pair up.
+        """
+        self._check_output_type(output_type)
+        if "keep_mask" not in inspect.signature(self._generator_model().generate).parameters:
+            raise ValueError(
+                f"{type(self.transformer).__name__} draws tokens in raster order only and cannot keep later ones: "
+                "load a pipeline with a RAR generator."
+            )
+        class_ids = self.get_label_ids(class_labels)
+        redraw = self.token_mask(mask)
+        if not redraw.any():
+            raise ValueError("The mask marks no token: make more than half of at least one token's cell white.")
+        image_tokens = self.tokenize(images, decode_batch_size)
+        if len(class_ids) not in (1, len(image_tokens)):
+            raise ValueError(
+                f"Got {len(class_ids)} class labels for {len(image_tokens)} images: pass one, or one each."
+            )
+        edited_tokens = self._sample(
+            class_ids * (len(image_tokens) // len(class_ids)),
+            callback_on_step_end,
+            image_tokens=image_tokens.to(self._execution_device),
+            keep_mask=~redraw.to(self._execution_device),
+            guidance_scale=guidance_scale,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            generator=generator,
+            **generate_kwargs,
+        )
+        return self._output(edited_tokens, output_type, return_dict, decode_batch_size)
+
+    def token_mask(self, mask: ImageInput | torch.Tensor) -> torch.Tensor:
+        """`(num_image_tokens,)`, True for the tokens more than half of whose cell the picture `mask` has white."""
+        if isinstance(mask, torch.Tensor) and mask.ndim == 1:
+            return mask
+        pixels = self.image_processor(mask, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
+        white = (pixels.float().mean(dim=1) > 127.5).float()
+        share = F.adaptive_avg_pool2d(white, self.vq_model.config.anchor_grid_size)
+        return share.flatten() > 0.5
+
+
+__all__ = ["VFMTokPipeline"]

@@ -1,0 +1,168 @@
+"""Image tokens of many image files, on disk with the names of their images."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from vfmtok_hf.output_files import whole_file
+from vfmtok_hf.pipelines import VFMTokPipeline
+
+
+TOKEN_FILE_SUFFIXES = (".safetensors", ".npy")
+
+
+def find_images(paths: Sequence[Path]) -> dict[str, Path]:
+    """
+    Image files by name: those given, and all below the folders given, sorted. A file in a folder is named by its path
+    in that folder.
+
+    Raises:
+        FileNotFoundError: a path does not exist, or there is no image at all.
+        ValueError: two images have the same name.
+    """
+    PIL.Image.init()
+    suffixes = {suffix for suffix, image_format in PIL.Image.EXTENSION.items() if image_format in PIL.Image.OPEN}
+    images: dict[str, Path] = {}
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"There is no file or folder {path}.")
+        files = [path]
+        if path.is_dir():
+            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes and file.is_file())
+        for file in files:
+            name = file.relative_to(path).as_posix() if path.is_dir() else file.name
+            if name in images:
+                raise ValueError(f"Both {images[name]} and {file} would be called {name}: take them one at a time.")
+            images[name] = file
+    if not images:
+        raise FileNotFoundError(f"There are no images in {', '.join(map(str, paths))}.")
+    return images
+
+
+def tokenize_files(
+    pipe: VFMTokPipeline,
+    images: dict[str, Path],
+    batch_size: int = 16,
+    on_error: Callable[[str], None] | None = None,
+) -> Iterator[tuple[list[str], torch.Tensor]]:
+    """
+    Names and image tokens `(number of images, num_image_tokens)` of one batch of files after the other. Only that
+    batch is in memory.
+
+    Args:
+        images: files by name, as of `find_images`.
+        on_error: called with the reason of an image that cannot be used, which is then left out. Without it the first
+            such image raises.
+
+    Raises:
+        ValueError: an image cannot be used; the message names it.
+    """
+    names = list(images)
+    for start in range(0, len(names), batch_size):
+        yield _tokenize_batch(pipe, {name: images[name] for name in names[start : start + batch_size]}, on_error)
+
+
+def _tokenize_batch(pipe, images, on_error) -> tuple[list[str], torch.Tensor]:
+    try:
+        return list(images), pipe.tokenize(list(images.values()), batch_size=len(images))
+    except (OSError, TypeError, ValueError) as error:
+        if len(images) == 1:
+            (path,) = images.values()
+            reason = str(error) if str(path) in str(error) else f"{path}: {error}"
+            if on_error is None:
+                raise ValueError(reason) from error
+            on_error(reason)
+            return [], torch.empty(0, pipe.vq_model.config.num_anchors, dtype=torch.int64)
+    # One of the batch is to blame: find it, and keep the others.
+    parts = [_tokenize_batch(pipe, {name: path}, on_error) for name, path in images.items()]
+    return [name for names, _ in parts for name in names], torch.cat([tokens for _, tokens in parts])
+
+
+def names_file(path: Path) -> Path:
+    """Where the names of the images of a `.npy` file are, which itself holds numbers only."""
+    return path.with_suffix(".names.json")
+
+
+def save_tokens(path: Path, names: Sequence[str], image_tokens: torch.Tensor) -> None:
+    """
+    Write image tokens as int32 `(number of images, num_image_tokens)`, whole or not at all.
+
+    `.safetensors` holds them as `image_tokens`, with the names as a JSON list in its metadata entry `names`; `.npy`
+    holds the array, with the names in a `.names.json` beside it.
+
+    Raises:
+        ValueError: another suffix.
+    """
+    check_suffix(path)
+    image_tokens = image_tokens.to(torch.int32).contiguous()
+    if path.suffix == ".npy":
+        with whole_file(names_file(path)) as temporary:
+            temporary.write_text(json.dumps(list(names)), encoding="utf-8")
+        with whole_file(path) as temporary:
+            np.save(temporary, image_tokens.numpy())
+    else:
+        with whole_file(path) as temporary:
+            save_file({"image_tokens": image_tokens}, temporary, metadata={"names": json.dumps(list(names))})
+
+
+def load_tokens(path: Path) -> tuple[list[str], torch.Tensor]:
+    """
+    Names and image tokens of a file by `save_tokens`. Files made elsewhere need no names: their images are numbered.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: another suffix, or the file does not hold integers of two dimensions.
+    """
+    check_suffix(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no token file {path}.")
+    try:
+        names, image_tokens = _load_npy(path) if path.suffix == ".npy" else _load_safetensors(path)
+    except (KeyError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{path} is not a file of image tokens: {error}.") from error
+    if image_tokens.ndim != 2 or image_tokens.is_floating_point():
+        raise ValueError(
+            f"{path} must hold integers of shape (number of images, num_image_tokens), got {image_tokens.dtype} of "
+            f"shape {tuple(image_tokens.shape)}."
+        )
+    if names is None:
+        names = [f"{index:06d}" for index in range(len(image_tokens))]
+    if len(names) != len(image_tokens):
+        raise ValueError(f"{path} has {len(names)} names for {len(image_tokens)} images.")
+    return names, image_tokens.long()
+
+
+def _load_npy(path: Path) -> tuple[list[str] | None, torch.Tensor]:
+    names = names_file(path)
+    tokens = torch.from_numpy(np.load(path, allow_pickle=False))
+    return json.loads(names.read_text(encoding="utf-8")) if names.is_file() else None, tokens
+
+
+def _load_safetensors(path: Path) -> tuple[list[str] | None, torch.Tensor]:
+    with safe_open(path, framework="pt") as file:
+        names = (file.metadata() or {}).get("names")
+        return None if names is None else json.loads(names), file.get_tensor("image_tokens")
+
+
+def check_suffix(path: Path) -> None:
+    """Raise `ValueError` unless the suffix is one of a token file."""
+    if path.suffix not in TOKEN_FILE_SUFFIXES:
+        raise ValueError(f"Token files end in {' or '.join(TOKEN_FILE_SUFFIXES)}, got {path.name!r}.")
+
+
+def picture_name(name: str) -> str:
+    """
+    The PNG file, relative to a folder, of the image called `name`.
+
+    Raises:
+        ValueError: the name points out of the folder.
+    """
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"The image name {name!r} points out of the output folder.")
+    return name if name.lower().endswith(".png") else f"{name}.png"

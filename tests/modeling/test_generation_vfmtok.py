@@ -1,0 +1,353 @@
+"""Sampling: pure functions against the reference and brute force, and the decode loop on a tiny generator."""
+
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
+
+from tests.modeling.generators import TINY_SIZES, Recorder, record_forward_rows, tiny_ar, tiny_rar
+from tests.testing import reference_tensors
+from vfmtok_hf.modeling.generation_vfmtok import (
+    KeyValueCache,
+    SamplingSettings,
+    apply_guidance,
+    constant_guidance,
+    filter_top_k,
+    filter_top_p,
+    power_cosine_guidance,
+    sample_tokens,
+)
+
+
+LABELS = torch.tensor([0, 1, 4, 2])
+
+
+@pytest.fixture(params=[tiny_ar, tiny_rar], ids=["ar", "rar"])
+def model(request):
+    return request.param()
+
+
+def generators(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Filters
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(0, 0.0001), (0, 0.9), (1, 1.0), (20, 1.0), (50, 0.8), (612, 1.0)], ids=str
+)
+def test_filters_remove_what_the_original_removes(top_k, top_p):
+    reference = reference_tensors("gpt")
+    filtered = SamplingSettings(top_k=top_k, top_p=top_p).filter(reference["filter.logits"])
+    assert torch.equal(filtered, reference[f"filter.top_k{top_k}_top_p{top_p}"])
+
+
+def test_ties_at_the_top_k_boundary_stay_as_in_the_original():
+    reference = reference_tensors("gpt")
+    assert torch.equal(filter_top_k(reference["filter.ties.logits"], 2), reference["filter.ties.top_k2_top_p1.0"])
+
+
+def test_temperature_comes_before_the_filters():
+    reference = reference_tensors("gpt")
+    settings = SamplingSettings(temperature=0.7, top_k=50, top_p=0.8)
+    probabilities = settings.filter(reference["filter.logits"]).softmax(dim=-1)
+    expected = reference["filter.probs_temperature0.7_top_k50_top_p0.8"]
+    torch.testing.assert_close(probabilities, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.3, 0.75, 0.99])
+def test_top_p_keeps_the_smallest_set_above_p(top_p):
+    logits = torch.randn(20, 30)
+    kept = filter_top_p(logits, top_p).isfinite()
+    for row, probabilities in enumerate(logits.softmax(dim=-1)):
+        expected, mass = set(), 0.0
+        for token in probabilities.argsort(descending=True).tolist():
+            if mass <= top_p:
+                expected.add(token)
+            mass += probabilities[token].item()
+        assert set(kept[row].nonzero().flatten().tolist()) == expected
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 30, 100])
+def test_top_k_keeps_the_k_largest(top_k):
+    logits = torch.randn(20, 30)
+    kept = filter_top_k(logits, top_k).isfinite()
+    for row in range(20):
+        expected = sorted(range(30), key=lambda token: -logits[row, token])[:top_k]
+        assert set(kept[row].nonzero().flatten().tolist()) == set(expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Draws
+
+
+def test_draws_follow_the_softmax():
+    logits = torch.tensor([1.0, 0.0, -1.0, -torch.inf, 2.0])
+    draws = sample_tokens(logits.expand(100_000, -1), torch.Generator().manual_seed(0))
+    frequencies = draws.bincount(minlength=5) / len(draws)
+    # Five standard deviations of a frequency near 1/2 at 100 000 draws are 0.008.
+    torch.testing.assert_close(frequencies, logits.softmax(dim=-1), atol=0.008, rtol=0)
+    assert frequencies[3] == 0
+
+
+def test_one_generator_per_row_draws_the_same_in_any_split():
+    logits = torch.randn(3, 1000)
+    together = sample_tokens(logits, generators(7, 8, 9))
+    apart = [sample_tokens(logits[row : row + 1], *generators(7 + row)) for row in range(3)]
+    assert torch.equal(together, torch.cat(apart))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Guidance
+
+
+def test_guidance_interpolates_and_at_1_is_exactly_the_condition():
+    logits = torch.randn(4, 10)
+    conditional, unconditional = logits.chunk(2)
+    expected = unconditional + 2.5 * (conditional - unconditional)
+    torch.testing.assert_close(apply_guidance(logits, 2.5), expected)
+    assert torch.equal(apply_guidance(logits, 1.0), conditional)
+
+
+def test_constant_schedule_counts_its_interval_from_the_second_token():
+    assert constant_guidance(6, 3.0) == [3.0] * 6
+    assert constant_guidance(6, 3.0, interval=0) == [3.0, 3.0, 1.0, 1.0, 1.0, 1.0]
+    assert constant_guidance(6, 3.0, interval=99) == [3.0] * 6
+
+
+@pytest.mark.parametrize(
+    ("scale", "power", "name"),
+    [
+        (4.0, 1.0, "guidance4.0_pow1.0"),
+        (4.0, 2.75, "guidance4.0_pow2.75"),
+        (16.0, 2.75, "guidance16.0_pow2.75_temp1.02"),
+    ],
+)
+def test_power_cosine_schedule_is_the_originals(scale, power, name):
+    expected = reference_tensors("rar")[f"gen.{name}.cfg_scale"]
+    torch.testing.assert_close(torch.tensor(power_cosine_guidance(16, scale, power)), expected, atol=1e-5, rtol=1e-6)
+
+
+def test_power_cosine_schedule_starts_at_1_and_power_0_is_constant():
+    assert power_cosine_guidance(8, 5.0, 1.5)[0] == 1.0
+    assert power_cosine_guidance(8, 5.0, 0.0) == constant_guidance(8, 5.0)
+    assert power_cosine_guidance(8, 5.0, 1.0, interval=2)[4:] == [1.0] * 4
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+def test_tokens_have_the_contracted_shape_and_range(model):
+    tokens = model.generate(LABELS)
+    assert tokens.shape == (4, 9)
+    assert tokens.dtype == torch.int64
+    assert tokens.min() >= 0
+    assert tokens.max() < model.config.codebook_size
+
+
+@pytest.mark.parametrize("scale", [0, 0.5, 1, 1.0])
+def test_guidance_up_to_1_is_no_guidance(model, scale):
+    guided = model.generate(LABELS, guidance_scale=scale, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(guided, model.generate(LABELS, generator=torch.Generator().manual_seed(0)))
+
+
+def test_without_guidance_each_step_is_one_pass_over_the_batch(model):
+    rows = record_forward_rows(model)
+    model.generate(LABELS)
+    assert rows == [4] * 9
+
+
+def test_with_guidance_each_step_is_one_pass_over_twice_the_batch(model):
+    rows = record_forward_rows(model)
+    model.generate(LABELS, guidance_scale=2.0)
+    assert rows == [8] * 9
+
+
+def test_the_unconditional_half_is_dropped_after_the_interval(model):
+    rows = record_forward_rows(model)
+    model.generate(LABELS, guidance_scale=2.0, guidance_interval=1)
+    assert rows == [8] * 3 + [4] * 6
+
+
+@pytest.mark.parametrize("interval", [None, 0, 3])
+def test_guided_loop_equals_uncached_forwards_of_both_halves(interval):
+    model, recorder = tiny_ar(), Recorder()
+    tokens = model.generate(
+        LABELS, guidance_scale=3.0, guidance_interval=interval, logits_processor=recorder, do_sample=False
+    )
+    conditional = model(LABELS, tokens).logits
+    unconditional = model(torch.full_like(LABELS, model.config.num_classes), tokens).logits
+    scales = torch.tensor(constant_guidance(9, 3.0, interval))[:, None]
+    expected = unconditional + scales * (conditional - unconditional)
+    torch.testing.assert_close(recorder.step_logits, expected, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_cached_logits_equal_the_full_forward(model):
+    recorder = Recorder()
+    tokens = model.generate(LABELS, logits_processor=recorder)
+    torch.testing.assert_close(recorder.step_logits, model(LABELS, tokens).logits, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_a_prefix_enters_the_cache_in_one_call_or_token_by_token(model):
+    tokens = torch.randint(model.config.codebook_size, (4, 9))
+    at_once, in_steps = (KeyValueCache(2, model.num_condition_tokens + 8) for _ in range(2))
+    whole = model(LABELS, tokens[:, :5], cache=at_once).logits
+    for length in range(6):
+        stepwise = model(LABELS, tokens[:, :length], cache=in_steps).logits
+    assert at_once.length == in_steps.length == model.num_condition_tokens + 5
+    assert whole.shape == (4, 1, model.config.codebook_size)
+    torch.testing.assert_close(whole, stepwise, atol=1e-5, rtol=0)
+
+
+def test_a_filled_cache_refuses_several_positions_at_once(model):
+    cache = KeyValueCache(2, model.num_condition_tokens + 8)
+    tokens = torch.zeros(4, 9, dtype=torch.int64)
+    model(LABELS, tokens[:, :1], cache=cache)
+    with pytest.raises(ValueError, match="one position at a time"):
+        model(LABELS, tokens[:, :4], cache=cache)
+
+
+def test_a_seed_gives_the_same_tokens_in_any_batch_split(model):
+    together = model.generate(LABELS, guidance_scale=1.5, generator=generators(1, 2, 3, 4))
+    halves = [model.generate(LABELS[:2], guidance_scale=1.5, generator=generators(1, 2))]
+    halves += [model.generate(LABELS[2:3], guidance_scale=1.5, generator=generators(3)[0])]
+    halves += [model.generate(LABELS[3:], guidance_scale=1.5, generator=generators(4))]
+    assert torch.equal(together, torch.cat(halves))
+
+
+def test_without_sampling_the_most_probable_token_is_taken(model):
+    tokens = model.generate(LABELS, do_sample=False, temperature=0.1, top_k=3)
+    recorder = Recorder()
+    assert torch.equal(model.generate(LABELS, top_k=1, logits_processor=recorder), tokens)
+    assert torch.equal(recorder.step_logits.argmax(dim=-1), tokens)
+
+
+def test_a_logits_processor_sees_the_tokens_so_far_and_decides(model):
+    recorder = Recorder()
+    forbidden = list(range(16, 32))
+    processors = LogitsProcessorList([recorder, SuppressTokensLogitsProcessor(forbidden)])
+    tokens = model.generate(LABELS, logits_processor=processors, guidance_scale=2.0)
+    assert tokens.max() < 16
+    assert all(torch.equal(seen, tokens[:, :step]) for step, seen in enumerate(recorder.tokens))
+
+
+def test_the_callback_sees_each_step_and_may_stop(model):
+    seen = []
+
+    def callback(step, image_tokens):
+        seen.append((step, image_tokens.clone()))
+        return step < 4
+
+    tokens = model.generate(LABELS, callback=callback, guidance_scale=2.0, generator=torch.Generator().manual_seed(0))
+    assert [step for step, _ in seen] == [0, 1, 2, 3, 4]
+    assert torch.equal(seen[-1][1], tokens)
+    assert torch.equal(tokens[:, 5:], torch.zeros(4, 4, dtype=torch.int64))
+    whole = model.generate(LABELS, guidance_scale=2.0, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(tokens[:, :5], whole[:, :5])
+
+
+class CountReads(TorchDispatchMode):
+    """Counts reads of tensor values by Python: what makes the host wait for an accelerator."""
+
+    reads = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.reads += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("make_model", [tiny_ar, tiny_rar], ids=["ar", "rar"])
+def test_no_step_reads_a_value_off_the_device(make_model):
+    reads = []
+    for num_image_tokens in (4, 9):
+        model = make_model(num_image_tokens=num_image_tokens)
+        with CountReads() as counter:
+            model.generate(LABELS, guidance_scale=2.0, top_k=10, top_p=0.9, temperature=0.8)
+        reads.append(counter.reads)
+    assert reads[0] == reads[1] > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Defaults
+
+
+def test_generation_config_sets_the_defaults_and_is_saved(model, tmp_path):
+    settings = {"guidance_scale": 2.0, "guidance_interval": 3, "top_k": 4, "do_sample": True}
+    expected = model.generate(LABELS, **settings, generator=torch.Generator().manual_seed(0))
+    model.generation_config.update(**settings)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert torch.equal(loaded.generate(LABELS, generator=torch.Generator().manual_seed(0)), expected)
+    rows = record_forward_rows(loaded)
+    loaded.generate(LABELS, guidance_scale=1.0)
+    assert rows == [4] * 9
+
+
+def test_unset_generation_config_means_the_whole_codebook():
+    settings = SamplingSettings.resolve(tiny_ar().generation_config, top_k=None, do_sample=None, temperature=None)
+    assert settings == SamplingSettings(top_k=0, do_sample=True, temperature=1.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"guidance_scale": -1.0}, "guidance_scale must be"),
+        ({"guidance_scale": math.nan}, "guidance_scale must be"),
+        ({"guidance_interval": -1}, "guidance_interval must be"),
+        ({"temperature": 0.0}, "do_sample=False"),
+        ({"temperature": math.nan}, "temperature must be"),
+        ({"top_k": -1}, "top_k must be"),
+        ({"top_p": 0.0}, "top_p must lie in"),
+        ({"top_p": 1.1}, "top_p must lie in"),
+        ({"generator": generators(0)}, "Got 1 generators for 4 class labels"),
+    ],
+    ids=str,
+)
+def test_unusable_settings_are_refused_before_any_work(model, arguments, message):
+    rows = record_forward_rows(model)
+    with pytest.raises(ValueError, match=message):
+        model.generate(LABELS, **arguments)
+    assert rows == []
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "message"),
+    [
+        (torch.tensor([0, 6]), ValueError, "class_labels must lie in 0 to 5, got 6"),
+        (torch.tensor([-1, 0]), ValueError, "class_labels must lie in 0 to 5, got -1"),
+        (torch.tensor([0.0, 1.0]), TypeError, r"int64, got torch.float32: convert with .long\(\)"),
+        (torch.tensor([[0], [1]]), ValueError, r"shape \(batch_size,\), got \(2, 1\)"),
+    ],
+    ids=["above", "below", "float", "shape"],
+)
+def test_unusable_labels_are_refused_before_any_work(model, labels, error, message):
+    rows = record_forward_rows(model)
+    with pytest.raises(error, match=message):
+        model.generate(labels)
+    with pytest.raises(error, match=message):
+        model(labels, torch.zeros(2, TINY_SIZES["num_image_tokens"], dtype=torch.int64))
+    assert rows == [2]
+
+
+@pytest.mark.parametrize("do_sample", [True, False])
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_nan_in_the_weights_is_an_error(model, do_sample, guidance_scale):
+    model.layers[1].self_attn.o_proj.weight.data[0, 0] = math.nan
+    with pytest.raises(ValueError, match="weights hold NaN"):
+        model.generate(LABELS, do_sample=do_sample, guidance_scale=guidance_scale, top_k=5, top_p=0.9)
+
+
+def test_a_processor_that_forbids_every_token_is_an_error(model):
+    with pytest.raises(ValueError, match="forbade every token"):
+        model.generate(LABELS, logits_processor=lambda tokens, logits: torch.full_like(logits, -torch.inf))

@@ -1,0 +1,296 @@
+"""The `vfmtok` command, with tiny checkpoints."""
+
+import ast
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import vfmtok_hf
+from tests.pipelines.tiny_pipeline import ID2LABEL, tiny_pipeline
+from vfmtok_hf import cli, conversion
+from vfmtok_hf.token_files import load_tokens
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for kind in ("ar", "rar"):
+        tiny_pipeline(kind).save_pretrained(folder / kind)
+    return folder
+
+
+@pytest.fixture
+def model(checkpoints, monkeypatch):
+    monkeypatch.setattr(vfmtok_hf, "DEFAULT_CHECKPOINT", str(checkpoints / "ar"))
+    return str(checkpoints / "ar")
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for name in ("a.png", "b.jpg", "c.png"):
+        PIL.Image.fromarray(random.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(folder / name)
+    return folder
+
+
+def vfmtok(*arguments, code=0):
+    """Run the command; returns (stdout, stderr)."""
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    return result.stdout, result.stderr
+
+
+def pixels(path):
+    return np.asarray(PIL.Image.open(path))
+
+
+# -- generate
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        ["--labels", "smiley", "heart"],
+        ["--labels", "smiley", "--labels", "heart"],
+        ["-l", "smiley", "1"],
+        ["--labels=0", "heart"],
+    ],
+)
+def test_labels_take_several_words(model, tmp_path, labels):
+    vfmtok("generate", *labels, "--seed", 0, "--output", tmp_path / "images")
+    assert sorted(os.listdir(tmp_path / "images")) == ["00000-smiley.png", "00001-heart.png"]
+
+
+def test_labels_come_in_any_place(model, tmp_path):
+    vfmtok("generate", "--seed", 0, "--labels", "smiley", "red panda", "--output", tmp_path / "images", "-n", 2)
+    names = ["00000-smiley.png", "00001-smiley.png", "00002-Red-Panda.png", "00003-Red-Panda.png"]
+    assert sorted(os.listdir(tmp_path / "images")) == names
+
+
+def test_words_outside_labels_are_wrong_usage(model):
+    _, stderr = vfmtok("generate", "--seed", 0, "smiley", code=2)
+    assert "smiley" in stderr
+
+
+def test_a_grid_is_the_default(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stdout, stderr = vfmtok("generate", "--labels", "smiley", "heart")
+    assert stdout == "2 images: grid.png\n"
+    assert stderr == ""
+    assert os.listdir(tmp_path) == ["grid.png"]
+
+
+def test_without_labels_there_is_one_image_of_each_class(model, tmp_path):
+    vfmtok("generate", "--output", tmp_path / "images")
+    assert len(os.listdir(tmp_path / "images")) == len(ID2LABEL)
+
+
+@pytest.mark.parametrize("kind", ["ar", "rar"])
+def test_a_seed_gives_the_same_images_whatever_the_batch_size(checkpoints, tmp_path, kind):
+    for batch_size in (1, 3, 16):
+        vfmtok(
+            "generate", "--model", checkpoints / kind, "--seed", 5, "--batch-size", batch_size,
+            "--guidance-scale", 2, "--temperature", 0.9, "--top-k", 40, "--top-p", 0.95,
+            "--output", tmp_path / str(batch_size),
+        )  # fmt: skip
+    for name in os.listdir(tmp_path / "16"):
+        for batch_size in (1, 3):
+            difference = pixels(tmp_path / "16" / name).astype(int) - pixels(tmp_path / str(batch_size) / name)
+            assert np.abs(difference).max() <= 1  # the tokens are equal; convolutions round differently in batches
+
+
+def test_image_i_is_drawn_from_seed_plus_i(model, tmp_path):
+    vfmtok("generate", "-l", "heart", "heart", "--seed", 7, "-o", tmp_path / "both")
+    vfmtok("generate", "-l", "heart", "--seed", 8, "-o", tmp_path / "second")
+    both, second = pixels(tmp_path / "both/00001-heart.png"), pixels(tmp_path / "second/00000-heart.png")
+    assert np.abs(both.astype(int) - second).max() <= 1
+    assert (both != pixels(tmp_path / "both/00000-heart.png")).any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--labels", "hart"], "There is no class 'hart'. Did you mean 'heart'?"),
+        (["--labels", "77"], "Class labels must lie in 0 to 4, got 77."),
+        (["--top-p", "0"], "top_p"),
+        (["--model", "./absent"], "There is no model folder ./absent."),
+        (["--device", "nonsense"], "nonsense"),
+    ],
+)
+def test_errors_are_one_line_and_leave_nothing(model, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    stdout, stderr = vfmtok("generate", *arguments, code=1)
+    assert stdout == ""
+    assert stderr.startswith("Error: ")
+    assert message in stderr
+    assert stderr.count("\n") == 1
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("command", ["generate", "tokenize", "detokenize", "reconstruct"])
+def test_unwritable_output_is_found_before_the_model_is_loaded(tmp_path, photographs, command):
+    (tmp_path / "file").write_text("")
+    inputs = {"generate": [], "detokenize": [tmp_path / "tokens.npy"]}.get(command, [photographs])
+    output = tmp_path / "file" / ("tokens.npy" if command == "tokenize" else "grid.png")
+    _, stderr = vfmtok(command, *inputs, "--output", output, "--model", "./absent", code=1)
+    assert "is a file, not a folder" in stderr
+
+
+def test_wrong_usage_has_its_own_code(model):
+    vfmtok("generate", "--batch-size", 0, code=2)
+    vfmtok("generate", "--bogus", code=2)
+    vfmtok("draw", code=2)
+
+
+# -- tokens
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "npy"])
+def test_tokenize_then_detokenize_is_reconstruct(model, photographs, tmp_path, suffix):
+    tokens = tmp_path / f"tokens.{suffix}"
+    stdout, _ = vfmtok("tokenize", photographs, "--output", tokens, "--batch-size", 2)
+    assert stdout == f"3 tokenized images: {tokens}\n"
+    names, image_tokens = load_tokens(tokens)
+    assert names == ["a.png", "b.jpg", "c.png"]
+    pipe = vfmtok_hf.VFMTokPipeline.from_pretrained(model)
+    assert torch.equal(image_tokens, pipe.tokenize([photographs / name for name in names]))
+
+    vfmtok("detokenize", tokens, "--output", tmp_path / "images", "--batch-size", 2)
+    assert sorted(os.listdir(tmp_path / "images")) == ["a.png", "b.jpg.png", "c.png"]
+    expected = np.asarray(pipe.reconstruct(photographs / "a.png").images[0]).astype(int)
+    assert np.abs(pixels(tmp_path / "images" / "a.png") - expected).max() <= 1
+    vfmtok("detokenize", tokens, "--output", tmp_path / "grid.png", "--size", 20)
+    assert (tmp_path / "grid.png").exists()
+
+
+def test_tokenize_stops_at_a_damaged_image_or_skips_it(model, photographs, tmp_path):
+    (photographs / "bad.png").write_text("no image")
+    _, stderr = vfmtok("tokenize", photographs, "-o", tmp_path / "tokens.npy", code=1)
+    assert "bad.png" in stderr
+    assert os.listdir(tmp_path) == ["photographs"]
+    stdout, stderr = vfmtok("tokenize", photographs, "-o", tmp_path / "tokens.npy", "--skip-errors")
+    assert stdout.startswith("3 tokenized images")
+    assert stderr.startswith("Skipped: ")
+    _, stderr = vfmtok("tokenize", photographs / "bad.png", "-o", tmp_path / "none.npy", "--skip-errors", code=1)
+    assert "None of the images can be used" in stderr
+
+
+def test_token_files_of_another_kind_are_refused_first(model, photographs, tmp_path):
+    _, stderr = vfmtok("tokenize", photographs, "-o", tmp_path / "tokens.pt", code=1)
+    assert "end in .safetensors or .npy" in stderr
+    np.save(tmp_path / "long.npy", np.zeros((1, 10), dtype=np.int32))
+    _, stderr = vfmtok("detokenize", tmp_path / "long.npy", "-o", tmp_path / "images", code=1)
+    assert "9 tokens per image, got 10" in stderr
+
+
+def test_an_image_tokenizer_alone_will_do(model, photographs, tmp_path):
+    pipe = vfmtok_hf.VFMTokPipeline.from_pretrained(model)
+    for part in (pipe.vq_model, pipe.image_processor):
+        part.save_pretrained(tmp_path / "tokenizer")
+    vfmtok("tokenize", photographs, "-m", tmp_path / "tokenizer", "-o", tmp_path / "tokens.npy")
+    assert torch.equal(load_tokens(tmp_path / "tokens.npy")[1], pipe.tokenize(sorted(photographs.iterdir())))
+    vfmtok("detokenize", tmp_path / "tokens.npy", "-m", tmp_path / "tokenizer", "-o", tmp_path / "images")
+    _, stderr = vfmtok("generate", "-m", tmp_path / "tokenizer", "-o", tmp_path / "images", code=1)
+    assert "model_index.json" in stderr
+
+
+def test_a_light_tokenizer_decodes_and_asks_for_its_vision_model(model, photographs, tmp_path):
+    pipe = vfmtok_hf.VFMTokPipeline.from_pretrained(model)
+    tokens = tmp_path / "tokens.npy"
+    vfmtok("tokenize", photographs, "-o", tokens)
+    light, vision_folder = tmp_path / "light", tmp_path / "vision"
+    pipe.vq_model.vision_model.save_pretrained(vision_folder)
+    state_dict = {k: v for k, v in pipe.vq_model.state_dict().items() if not k.startswith("vision_model.")}
+    for name_or_path, code in ((None, 1), (str(vision_folder), 0)):
+        pipe.vq_model.config.update({"save_vision_model": False, "vision_model_name_or_path": name_or_path})
+        pipe.vq_model.save_pretrained(light, state_dict=state_dict)
+        pipe.image_processor.save_pretrained(light)
+        vfmtok("detokenize", tokens, "-m", light, "-o", tmp_path / "images")
+        _, stderr = vfmtok("tokenize", photographs, "-m", light, "-o", tmp_path / "light.npy", code=code)
+        assert ("load_vision_model" in stderr) == bool(code)
+    assert torch.equal(load_tokens(tmp_path / "light.npy")[1], load_tokens(tokens)[1])
+
+
+def test_damaged_checkpoints_are_one_line(model, tmp_path):
+    shutil.copytree(model, tmp_path / "damaged")
+    weights = tmp_path / "damaged" / "vq_model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    _, stderr = vfmtok("generate", "-m", tmp_path / "damaged", "-o", tmp_path / "grid.png", code=1)
+    assert "damaged or truncated weights file" in stderr
+    assert stderr.count("\n") == 1
+    assert not (tmp_path / "grid.png").exists()
+
+
+def test_reconstruct_shows_pairs_and_their_psnr(model, photographs, tmp_path):
+    stdout, _ = vfmtok("reconstruct", photographs, "--output", tmp_path / "pairs.png")
+    assert (tmp_path / "pairs.png").exists()
+    for name in ("a.png", "b.jpg", "c.png", "mean"):
+        assert name in stdout
+    vfmtok("reconstruct", photographs / "a.png", "--output", tmp_path / "pairs")
+    assert os.listdir(tmp_path / "pairs") == ["a.png"]
+
+
+# -- convert and info
+
+
+def test_convert_hands_everything_to_the_library(tmp_path, monkeypatch):
+    calls = {}
+
+    class Report:
+        def summary(self):
+            return "what happened"
+
+    for kind in ("tokenizer", "ar", "rar"):
+        function = f"convert_{kind}"
+        monkeypatch.setattr(conversion, function, lambda *a, kind=kind: calls.update({kind: a}) or Report())
+    checkpoint, output, config = (tmp_path / name for name in ("original.pt", "converted", "config.json"))
+    options = ["--checkpoint", checkpoint, "--output", output, "--weights", "model", "--config", config, "--dry-run"]
+    for kind in ("ar", "rar"):
+        assert vfmtok("convert", kind, *options)[0] == "what happened\n"
+        assert calls[kind] == (checkpoint, output, "model", config, True, False)
+    vfmtok("convert", "tokenizer", *options, "--vision-model", "facebook/model", "--overwrite")
+    assert calls["tokenizer"] == (checkpoint, output, None, "facebook/model", "model", config, True, True)
+
+
+def test_convert_reports_a_missing_checkpoint(tmp_path):
+    _, stderr = vfmtok("convert", "ar", "--checkpoint", tmp_path / "absent.pt", "-o", tmp_path / "out", code=1)
+    assert "absent.pt" in stderr
+    assert stderr.count("\n") == 1
+    vfmtok("convert", "ar", "--output", tmp_path / "out", code=2)
+
+
+def test_info(model):
+    stdout, _ = vfmtok("info")
+    for fact in (
+        vfmtok_hf.__version__,
+        torch.__version__.split("+")[0],
+        "deformable attention",
+        "32 x 32 pixels",
+        "VFMTokARForImage",
+        model,
+    ):
+        assert fact in stdout
+
+
+def test_help_names_every_command():
+    stdout, _ = vfmtok("--help")
+    for command in ("generate", "tokenize", "detokenize", "reconstruct", "convert", "info"):
+        assert command in stdout
+        vfmtok(command, "--help")
+
+
+def test_the_command_module_itself_imports_nothing_heavy():
+    """`--help` and usage errors wait for none of the libraries that the commands use."""
+    tree = ast.parse(Path(cli.__file__).read_text())
+    imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    modules = {node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in imports}
+    assert {module.split(".")[0] for module in modules} - set(sys.stdlib_module_names) == {"rich", "typer"}
