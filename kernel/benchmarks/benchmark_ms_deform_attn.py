@@ -25,7 +25,7 @@ from kernels import Benchmark
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from reference import load_kernel, ms_deform_attn_reference  # noqa: E402
+from reference import load_kernel, ms_deform_attn_reference
 
 
 SHAPES = ((24, 24),) * 4

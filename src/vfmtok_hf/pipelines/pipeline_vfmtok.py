@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import operator
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from vfmtok_hf.modeling.modeling_vfmtok_rar import VFMTokRARForImageGeneration
 
 
 ClassLabels = int | str | Sequence[int | str]
+InputImages = ImageInput | str | os.PathLike | Sequence[str | os.PathLike]
 Images = list[PIL.Image.Image] | np.ndarray | torch.Tensor
 
 
@@ -301,7 +303,7 @@ class VFMTokPipeline(DiffusionPipeline):
     # -- images <-> image tokens
 
     @torch.no_grad()
-    def tokenize(self, images: ImageInput, batch_size: int = 16) -> torch.Tensor:
+    def tokenize(self, images: InputImages, batch_size: int = 16) -> torch.Tensor:
         """
         Image tokens `(number of images, num_image_tokens)` of images.
 
@@ -344,7 +346,7 @@ class VFMTokPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def reconstruct(
-        self, images: ImageInput, output_type: str = "pil", return_dict: bool = True, batch_size: int = 16
+        self, images: InputImages, output_type: str = "pil", return_dict: bool = True, batch_size: int = 16
     ) -> ImagePipelineOutput | tuple:
         """Images through their image tokens and back, cropped and at the model's size."""
         self._check_output_type(output_type)
@@ -363,7 +365,7 @@ class VFMTokPipeline(DiffusionPipeline):
     @torch.no_grad()
     def inpaint(
         self,
-        images: ImageInput,
+        images: InputImages,
         class_labels: ClassLabels,
         mask: ImageInput | torch.Tensor,
         guidance_scale: float = 1.0,

@@ -1,0 +1,150 @@
+"""
+Join the trained parts into the pipeline folder that the package ships, in half precision, with a card that states what
+was measured on it.
+
+    python examples/emoji/assemble.py --tokenizer runs/emoji/decoder/model --generator runs/emoji/generator/model \\
+        --data data/emoji64 --output src/vfmtok_hf/checkpoints/emoji
+"""
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from vfmtok_hf import VFMTokARForImageGeneration, VFMTokImageProcessor, VFMTokModel, VFMTokPipeline
+from vfmtok_hf.evaluation.reconstruction import psnr
+from vfmtok_hf.image_grid import image_grid
+
+
+# Chosen by looking at grids of all classes at several values.
+SAMPLING = {"temperature": 0.9, "top_k": 100}
+
+CARD = """---
+license: apache-2.0
+library_name: diffusers
+tags:
+- vfmtok
+- class-conditional-image-generation
+---
+
+# Emoji: the checkpoint that comes with vfmtok-hf
+
+A small VFMTok pipeline that shows all of the package's parts at work without a download. It draws 64 x 64 emoji of
+{num_classes} classes ({class_names}) without classifier-free guidance. It knows nothing but emoji, was trained for less than
+two hours on one CPU, and says nothing about the quality of VFMTok at full size.
+
+![Four samples of each class](samples.png)
+
+*Samples of seeds 0 to {last_seed}, none picked; {sampling}, no guidance.*
+
+![Held-out emoji over their reconstructions](reconstructions.png)
+
+*Held-out emoji (every second row) and their reconstructions from {num_anchors} tokens each.*
+
+| part | what | parameters |
+|---|---|---|
+| vision model | EfficientNet-Lite0 up to stride 16, frozen, pretrained on ImageNet | {vision_parameters:,} |
+| image tokenizer | {num_anchors} tokens from a codebook of {codebook_size}, 3 feature levels of different size | {tokenizer_parameters:,} |
+| generator | next-token transformer, {layers} layers of width {width} | {generator_parameters:,} |
+
+## Measured
+On {num_validation} held-out images (whole emoji were held out, in all styles and skin tones), with the weights of this
+folder: PSNR **{psnr:.2f} dB**; **{usage:.1%}** of the codebook occurs in their tokens.
+
+## Data
+{num_training:,} images of Noto Emoji (Apache-2.0), Twemoji (CC-BY-4.0), EmojiTwo (CC-BY-4.0) and Fluent Emoji (MIT);
+`ATTRIBUTION.md` has sources and notices. Some classes have fewer than 100 images; samples of those may resemble
+training images.
+
+## Recipe
+`make emoji-checkpoint` repeats it: `examples/emoji` makes the data, `configs/emoji` holds the settings of the three
+training runs.
+
+## Licence
+The weights are under Apache-2.0. Those of the vision model are Google's EfficientNet-Lite0, converted by ML Illustrated
+(Apache-2.0); its notice is in `LICENSE.efficientnet-lite0`.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", type=Path, required=True, help="trained VFMTokModel")
+    parser.add_argument("--generator", type=Path, required=True, help="trained VFMTokARForImageGeneration")
+    parser.add_argument("--data", type=Path, required=True, help="folder that prepare_data.py wrote")
+    parser.add_argument("--vision-model", type=Path, required=True, help="folder that vision_model.py wrote")
+    parser.add_argument("--output", type=Path, required=True, help="pipeline folder to write")
+    arguments = parser.parse_args()
+
+    partial = arguments.output.with_name(arguments.output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    save_pipeline(arguments.tokenizer, arguments.generator, partial)
+    shutil.copy(arguments.data / "ATTRIBUTION.md", partial)
+    shutil.copy(arguments.vision_model / "LICENSE", partial / "LICENSE.efficientnet-lite0")
+    write_card(partial, arguments.data)
+    shutil.rmtree(arguments.output, ignore_errors=True)
+    os.replace(partial, arguments.output)
+
+
+def save_pipeline(tokenizer: Path, generator: Path, folder: Path) -> None:
+    vq_model = VFMTokModel.from_pretrained(tokenizer, dtype=torch.float16)
+    transformer = VFMTokARForImageGeneration.from_pretrained(generator, dtype=torch.float16)
+    transformer.generation_config.update(do_sample=True, **SAMPLING)
+    size = vq_model.config.image_size
+    processor = VFMTokImageProcessor(size={"height": size, "width": size})
+    VFMTokPipeline(vq_model, transformer, processor).save_pretrained(folder)
+
+
+def write_card(folder: Path, data: Path, samples_per_class: int = 4) -> None:
+    pipe = VFMTokPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    names = [name.split(",")[0] for _, name in sorted(pipe.id2label.items())]
+    seeds = range(len(names) * samples_per_class)
+    samples = pipe(
+        list(range(len(names))),
+        num_images_per_label=samples_per_class,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+    ).images
+    captions = [name for name in names for _ in range(samples_per_class)]
+    image_grid(samples, 2 * samples_per_class, captions).save(folder / "samples.png")
+
+    files = sorted((data / "validation").glob("*/*.png"))
+    tokens = pipe.tokenize(files)
+    ratios = psnr(as_tensor([Image.open(file) for file in files]), as_tensor(pipe.detokenize(tokens)))
+    shown = files[:: len(files) // 32][:32]
+    pairs = list(zip([Image.open(file) for file in shown], pipe.reconstruct(shown).images, strict=True))
+    rows = [pairs[start : start + 8] for start in range(0, len(pairs), 8)]
+    in_rows = [pair[side] for row in rows for side in (0, 1) for pair in row]
+    image_grid(in_rows, columns=8).save(folder / "reconstructions.png")
+
+    vision = pipe.vq_model.vision_model.num_parameters()
+    card = CARD.format(
+        num_classes=len(names),
+        class_names=", ".join(names),
+        last_seed=seeds[-1],
+        sampling=", ".join(f"{name.replace('_', ' ')} {value}" for name, value in SAMPLING.items()),
+        num_anchors=pipe.vq_model.config.num_anchors,
+        codebook_size=pipe.vq_model.config.codebook_size,
+        vision_parameters=vision,
+        tokenizer_parameters=pipe.vq_model.num_parameters() - vision,
+        generator_parameters=pipe.transformer.num_parameters(),
+        layers=pipe.transformer.config.num_hidden_layers,
+        width=pipe.transformer.config.hidden_size,
+        num_training=len(list((data / "train").glob("*/*.png"))),
+        num_validation=len(files),
+        psnr=ratios.mean().item(),
+        usage=tokens.unique().numel() / pipe.vq_model.config.codebook_size,
+    )
+    (folder / "README.md").write_text(card)
+
+
+def as_tensor(pictures: list[Image.Image]) -> torch.Tensor:
+    """`(images, 3, height, width)` uint8."""
+    arrays = [torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8) for picture in pictures]
+    return torch.stack(arrays).view(len(pictures), pictures[0].height, pictures[0].width, 3).permute(0, 3, 1, 2)
+
+
+if __name__ == "__main__":
+    main()
