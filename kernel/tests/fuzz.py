@@ -101,7 +101,7 @@ def compare(results, tensors, shapes, grad_output, tolerance: float) -> None:
     one_outside = (exact[1].detach() * sides - 0.5 == -1).any(-1, keepdim=True).expand_as(exact[1])
     for locations_gradient in (results[2], expected[2]):
         locations_gradient[one_outside] = 0
-    for result, reference in zip(results, expected):
+    for result, reference in zip(results, expected, strict=True):
         scale = max(1.0, reference.abs().max().item())
         torch.testing.assert_close(result.double() / scale, reference / scale, rtol=tolerance, atol=tolerance)
 

@@ -27,7 +27,7 @@ def ms_deform_attn_reference(value, spatial_shapes, sampling_locations, attentio
     queries = sampling_locations.shape[1]
     levels = value.split([height * width for height, width in spatial_shapes], dim=1)
     sampled = []
-    for index, (level, (height, width)) in enumerate(zip(levels, spatial_shapes)):
+    for index, (level, (height, width)) in enumerate(zip(levels, spatial_shapes, strict=True)):
         # batch, height * width, heads, channels -> batch * heads, channels, height, width
         images = level.permute(0, 2, 3, 1).reshape(batch * heads, channels, height, width)
         # batch, queries, heads, points, 2 -> batch * heads, queries, points, 2

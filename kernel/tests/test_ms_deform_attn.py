@@ -54,7 +54,7 @@ def test_equals_the_reference(msda, device, name, dtype):
     )
     tolerance = TOLERANCES[dtype]
     torch.testing.assert_close(output.double(), exact, rtol=tolerance, atol=tolerance)
-    for gradient, expected in zip(gradients, exact_gradients):
+    for gradient, expected in zip(gradients, exact_gradients, strict=True):
         # Location gradients are multiplied by the level's side, so rounding counts relative to the largest entry.
         scale = max(1.0, expected.abs().max().item())
         torch.testing.assert_close(gradient.double() / scale, expected / scale, rtol=tolerance, atol=tolerance)
@@ -91,7 +91,7 @@ def test_non_contiguous_tensors(msda, device):
         torch.autograd.grad(output, leaves, expanded),
         torch.autograd.grad(msda.ms_deform_attn(leaves[0], shapes, leaves[1], leaves[2]).sum(), leaves),
     )
-    assert all(gradient.shape == tensor.shape for gradient, tensor in zip(expected_gradients, tensors))
+    assert all(gradient.shape == tensor.shape for gradient, tensor in zip(expected_gradients, tensors, strict=True))
 
 
 @pytest.mark.parametrize("location", [float("nan"), float("inf"), -float("inf"), 1e30, -1e30])
@@ -218,7 +218,7 @@ def test_runs_are_repeatable(msda, device):
         output, gradients = output_and_gradients(msda.ms_deform_attn, tensors, shapes)
         results.append((output, *gradients))
     torch.set_num_threads(threads)
-    assert all(torch.equal(first, second) for first, second in zip(*results))
+    assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
 
 
 def test_layer_is_pure_and_has_the_common_signature(msda, device):
