@@ -33,8 +33,10 @@ tags:
 # Emoji: the checkpoint that comes with vfmtok-hf
 
 A small VFMTok pipeline that shows all of the package's parts at work without a download. It draws 64 x 64 emoji of
-{num_classes} classes ({class_names}) without classifier-free guidance. It knows nothing but emoji, was trained for less than
-two hours on one CPU, and says nothing about the quality of VFMTok at full size.
+{num_classes} classes without classifier-free guidance: {class_names}.
+
+It knows nothing but emoji, was trained for less than two hours on one CPU, and says nothing about the quality of VFMTok at
+full size.
 
 ![Four samples of each class](samples.png)
 
@@ -90,6 +92,7 @@ def main() -> None:
 
 def save_pipeline(tokenizer: Path, generator: Path, folder: Path) -> None:
     vq_model = VFMTokModel.from_pretrained(tokenizer, dtype=torch.float16)
+    vq_model.config.vision_config.name_or_path = ""  # a folder of the machine it was trained on
     transformer = VFMTokARForImageGeneration.from_pretrained(generator, dtype=torch.float16)
     transformer.generation_config.update(do_sample=True, **SAMPLING)
     size = vq_model.config.image_size

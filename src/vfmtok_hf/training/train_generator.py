@@ -214,6 +214,8 @@ def main(argv: list[str] | None = None) -> None:
         batch_size=arguments.batch_size,
         sampler=EpochSampler(train_data.labels, arguments.balance_power, arguments.seed),
         drop_last=True,
+        # Starting an epoch draws from it: from the global generator a resumed run would draw once more.
+        generator=torch.Generator(),
     )
     if len(train_loader) == 0:
         raise ValueError(f"{arguments.train_data} has fewer images than one batch of {arguments.batch_size}.")

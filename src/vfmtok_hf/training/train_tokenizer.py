@@ -114,6 +114,7 @@ def build_model(arguments: TokenizerArguments) -> VFMTokModel:
             raise ValueError("--model describes a new tokenizer; --init_from brings its own configuration.")
         return VFMTokModel.from_pretrained(arguments.init_from)
     vision_config = AutoConfig.from_pretrained(arguments.vision_model)
+    vision_config.name_or_path = ""  # often a folder of this machine
     model = VFMTokModel(VFMTokConfig(vision_config=vision_config, **arguments.model))
     model.load_vision_model(arguments.vision_model)
     return model
@@ -201,6 +202,8 @@ def main(argv: list[str] | None = None) -> None:
         sampler=EpochSampler(train_data.labels, arguments.balance_power, arguments.seed),
         num_workers=arguments.num_workers,
         drop_last=True,
+        # Starting an epoch draws from it: from the global generator a resumed run would draw once more.
+        generator=torch.Generator(),
     )
     if len(train_loader) == 0:
         raise ValueError(f"{arguments.train_data} has fewer images than one batch of {arguments.batch_size}.")

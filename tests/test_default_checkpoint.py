@@ -1,0 +1,81 @@
+"""The checkpoint inside the package, and what the README promises of it."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from vfmtok_hf import DEFAULT_CHECKPOINT, VFMTokPipeline
+from vfmtok_hf.evaluation.reconstruction import psnr
+
+
+ROOT = Path(__file__).parent.parent
+IMAGES = sorted((ROOT / "examples" / "images").glob("*.png"))
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = VFMTokPipeline.from_pretrained(DEFAULT_CHECKPOINT)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def as_tensor(pictures):
+    return torch.stack(
+        [torch.frombuffer(bytearray(p.convert("RGB").tobytes()), dtype=torch.uint8).view(64, 64, 3) for p in pictures]
+    ).permute(0, 3, 1, 2)
+
+
+def test_fits_the_wheel():
+    """25 MB at most."""
+    assert sum(file.stat().st_size for file in Path(DEFAULT_CHECKPOINT).rglob("*")) < 25e6
+
+
+def test_card_and_notices_are_there():
+    card = (Path(DEFAULT_CHECKPOINT) / "README.md").read_text()
+    assert re.search(r"PSNR \*\*\d\d\.\d\d dB\*\*", card)
+    for name in ("ATTRIBUTION.md", "LICENSE.efficientnet-lite0", "samples.png", "reconstructions.png"):
+        assert (Path(DEFAULT_CHECKPOINT) / name).stat().st_size > 0
+
+
+def test_reconstructs_images_it_was_not_trained_on(pipe):
+    assert len(IMAGES) == 14
+    reconstructions = pipe.reconstruct(IMAGES).images
+    ratios = psnr(as_tensor([Image.open(file) for file in IMAGES]), as_tensor(reconstructions))
+    # The card states the mean over the whole validation set; these fourteen scatter around it.
+    assert ratios.mean() > 22
+
+
+def test_images_of_a_class_look_like_that_class(pipe):
+    """Mean colour tells hearts of seed 0 to 7 apart from clocks: a crude check that labels reach the image."""
+    seeds = [torch.Generator().manual_seed(seed) for seed in range(16)]
+    images = pipe(["heart", "clock"], num_images_per_label=8, generator=seeds, output_type="pt").images
+    saturation = images.amax(1) - images.amin(1)
+    hearts, clocks = saturation.mean((1, 2)).chunk(2)
+    assert hearts.mean() > 1.5 * clocks.mean()
+
+
+def test_same_seed_same_tokens_in_any_batch(pipe):
+    together = pipe(
+        ["smiley", "heart"], generator=[torch.Generator().manual_seed(s) for s in (5, 6)], output_type="tokens"
+    ).images
+    alone = pipe("heart", generator=[torch.Generator().manual_seed(6)], output_type="tokens").images
+    assert torch.equal(together[1:], alone)
+
+
+def test_names_asked_for_by_others_exist(pipe):
+    assert pipe.get_label_ids(["smiley", "Heart", "EMOTICON"])[0] == pipe.get_label_ids("smiley")[0]
+    with pytest.raises(ValueError, match="Did you mean 'smiley'"):
+        pipe.get_label_ids("smily")
+
+
+def test_readme_code_runs():
+    """Every Python block of the README, one after the other in one process, as a reader would paste them."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert len(blocks) >= 2
+    result = subprocess.run([sys.executable, "-c", "\n".join(blocks)], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,212 @@
+"""Whole runs of the training scripts on a few generated images."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+from tests.testing import tiny_config, tiny_model
+from vfmtok_hf import VFMTokARForImageGeneration, VFMTokModel, VFMTokRARForImageGeneration
+from vfmtok_hf.training import train_generator, train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Two classes of eight images: a coloured disc, or bar, at a random place."""
+    root = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    rows, columns = np.mgrid[:32, :32]
+    for name in ("bar", "disc"):
+        (root / name).mkdir()
+        for index in range(8):
+            centre = rng.integers(8, 24, 2)
+            shape = (
+                (rows - centre[0]) ** 2 + (columns - centre[1]) ** 2 < 49
+                if name == "disc"
+                else abs(rows - centre[0]) < 4
+            )
+            pixels = np.full((32, 32, 3), 255, np.uint8)
+            pixels[shape] = rng.integers(0, 200, 3)
+            Image.fromarray(pixels).save(root / name / f"{name}_{index}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def vision_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vision")
+    torch.manual_seed(1)
+    tiny_model().vision_model.save_pretrained(folder)
+    return folder
+
+
+def run(main, options):
+    """One run of a script, as in a process of its own: Accelerate keeps its state per process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    main([item for name, value in options.items() for item in (f"--{name}", str(value))])
+
+
+def train_tokenizer_for(steps, data, output, **options):
+    fields = tiny_config().to_diff_dict()
+    model = {name: value for name, value in fields.items() if name not in ("vision_config", "model_type")}
+    model = {name: value for name, value in model.items() if name in type(tiny_config()).__dataclass_fields__}
+    defaults = {
+        "train_data": data,
+        "validation_data": data,
+        "output": output,
+        "max_steps": steps,
+        "batch_size": 4,
+        "learning_rate": 2e-3,
+        "warmup_steps": 1,
+        "ema_decay": 0.9,
+        "log_every": 1,
+        "validate_every": 4,
+        "checkpoint_every": 4,
+        "grid_images": 4,
+        "kmeans_images": 16,
+    }
+    values = {**defaults, **options}
+    if "init_from" not in values:
+        values |= {f"model.{name}": json.dumps(value) for name, value in model.items()}
+    run(train_tokenizer.main, values)
+    return output
+
+
+@pytest.fixture(scope="module")
+def tokenizer(data, vision_model, tmp_path_factory):
+    """A run with all phases: plain autoencoder, k-means, quantized."""
+    output = tmp_path_factory.mktemp("tokenizer") / "run"
+    return train_tokenizer_for(
+        8, data, output, vision_model=vision_model, codebook_warmup_steps=3, restart_patience=2, mixed_precision="bf16"
+    )
+
+
+def log_of(output, kind):
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def weights_of(folder, model_class=VFMTokModel):
+    return model_class.from_pretrained(folder).state_dict()
+
+
+def test_tokenizer_run_writes_what_it_promises(tokenizer, vision_model):
+    steps = log_of(tokenizer, "train")
+    assert [line["step"] for line in steps] == list(range(1, 9))
+    assert {"loss", "mse", "perceptual", "feature", "codebook", "psnr", "images/s"} <= steps[0].keys()
+    validation = log_of(tokenizer, "validation")[-1]
+    assert validation["psnr"] > 5
+    assert 0 < validation["usage"] <= 1
+    assert (tokenizer / "reconstructions" / "step_00000008.png").is_file()
+    assert (tokenizer / "arguments.yaml").is_file()
+    assert [folder.name for folder in sorted((tokenizer / "checkpoints").iterdir())] == [
+        "step_00000004",
+        "step_00000008",
+    ]
+    model = VFMTokModel.from_pretrained(tokenizer / "model")
+    trained = model.vision_model.state_dict()
+    start = tiny_model()
+    start.load_vision_model(str(vision_model))
+    for name, tensor in start.vision_model.state_dict().items():
+        assert torch.equal(trained[name], tensor), name
+
+
+def test_loss_falls(data, vision_model, tmp_path):
+    output = train_tokenizer_for(30, data, tmp_path / "run", vision_model=vision_model, validate_every=100)
+    losses = [line["mse"] for line in log_of(output, "train")]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_resumed_tokenizer_run_equals_the_uninterrupted_one(data, vision_model, tmp_path):
+    """Bit for bit: weights, averages, data order and augmentation all continue."""
+    options = {"vision_model": vision_model, "codebook_warmup_steps": 2, "restart_patience": 2, "validate_every": 3}
+    whole = train_tokenizer_for(6, data, tmp_path / "whole", checkpoint_every=3, **options)
+    part = train_tokenizer_for(3, data, tmp_path / "part", checkpoint_every=3, restart_until=1.6, **options)
+    with pytest.raises(ValueError, match="already holds a run"):
+        train_tokenizer_for(6, data, part, checkpoint_every=3, **options)
+    train_tokenizer_for(6, data, part, checkpoint_every=3, resume="true", **options)
+    expected = weights_of(whole / "model")
+    for name, tensor in weights_of(part / "model").items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_decoder_phase_keeps_the_tokens(tokenizer, data, tmp_path):
+    output = train_tokenizer_for(
+        2, data, tmp_path / "run", init_from=tokenizer / "model", trainable="decoder", adversarial_weight=0.1
+    )
+    before, after = weights_of(tokenizer / "model"), weights_of(output / "model")
+    changed = {name.split(".")[0] for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert changed == {"post_quant_proj", "vit_decoder", "pixel_decoder"}
+    assert "adversarial" in log_of(output, "train")[0]
+
+
+def test_new_tokenizer_needs_one_source(data, tmp_path):
+    with pytest.raises(ValueError, match="exactly one of --init_from"):
+        train_tokenizer_for(1, data, tmp_path / "run", init_from="a", vision_model="b")
+
+
+def train_generator_for(steps, tokenizer, data, output, **options):
+    values = {
+        "tokenizer": tokenizer / "model",
+        "train_data": data,
+        "validation_data": data,
+        "output": output,
+        "variants": 2,
+        "max_steps": steps,
+        "batch_size": 4,
+        "learning_rate": 3e-3,
+        "warmup_steps": 1,
+        "ema_decay": 0.9,
+        "log_every": 1,
+        "validate_every": 4,
+        "sample_every": 4,
+        "checkpoint_every": 4,
+        "samples_per_class": 2,
+        "model.hidden_size": 32,
+        "model.num_hidden_layers": 2,
+        "model.num_attention_heads": 2,
+        "model.intermediate_size": 48,
+        **options,
+    }
+    run(train_generator.main, values)
+    return output
+
+
+@pytest.mark.parametrize(
+    ("generator", "model_class"), [("ar", VFMTokARForImageGeneration), ("rar", VFMTokRARForImageGeneration)]
+)
+def test_generator_run(generator, model_class, tokenizer, data, tmp_path):
+    output = train_generator_for(16, tokenizer, data, tmp_path / "run", generator=generator)
+    losses = [line["loss"] for line in log_of(output, "train")]
+    assert sum(losses[-4:]) < 0.95 * sum(losses[:4])
+    assert log_of(output, "validation")[-1]["loss"] > 0
+    assert (output / "samples" / "step_00000016.png").is_file()
+    model = model_class.from_pretrained(output / "model")
+    assert model.config.id2label == {0: "bar", 1: "disc"}
+    assert model.config.num_classes == 2
+    assert model.generate(torch.tensor([0, 1])).shape == (2, 9)
+
+
+def test_resumed_generator_run_equals_the_uninterrupted_one(tokenizer, data, tmp_path):
+    whole = train_generator_for(6, tokenizer, data, tmp_path / "whole", checkpoint_every=3, validate_every=3)
+    part = train_generator_for(3, tokenizer, data, tmp_path / "part", checkpoint_every=3, validate_every=3)
+    train_generator_for(6, tokenizer, data, part, checkpoint_every=3, validate_every=3, resume="true")
+    expected = weights_of(whole / "model", VFMTokARForImageGeneration)
+    for name, tensor in weights_of(part / "model", VFMTokARForImageGeneration).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_tokens_are_extracted_again_for_another_tokenizer(tokenizer, data, tmp_path):
+    output = train_generator_for(2, tokenizer, data, tmp_path / "run")
+    file = output / "tokens" / "train.safetensors"
+    first = file.stat().st_mtime_ns
+    train_generator_for(4, tokenizer, data, output, resume="true")
+    assert file.stat().st_mtime_ns == first
+    other = tmp_path / "other"
+    changed = VFMTokModel.from_pretrained(tokenizer / "model")
+    torch.nn.init.normal_(changed.quantizer.codebook.weight)
+    changed.save_pretrained(other / "model")
+    train_generator_for(6, other, data, output, resume="true")
+    assert file.stat().st_mtime_ns > first
