@@ -157,7 +157,8 @@ def load_pipeline(
 
 
 def report_written(count: int, what: str, output: Path) -> None:
-    text = f"{count} {what}{'' if count == 1 else 's'}: {output}"
+    seconds = time.perf_counter() - STARTED
+    text = f"{count} {what}{'' if count == 1 else 's'} in {seconds:.1f} s: {output}"
     output_console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
