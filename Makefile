@@ -21,7 +21,7 @@ test: install  ## the default test suite
 	$(BIN)/python -m pytest
 
 demo: install  ## draw images with the checkpoint that comes with the package
-	$(BIN)/vfmtok generate --seed 0 --output outputs/demo/generated.png
+	$(BIN)/vfmtok generate --num-images-per-label 6 --seed 0 --output outputs/demo/generated.png
 	$(BIN)/vfmtok reconstruct examples/images --output outputs/demo/reconstructed.png
 
 quality: install  ## lint, format and type checks
@@ -45,7 +45,8 @@ emoji-checkpoint: data/emoji64 data/efficientnet_lite0  ## train the shipped che
 	$(BIN)/python -m vfmtok_hf.training.train_tokenizer --config configs/emoji/tokenizer.yaml
 	$(BIN)/python -m vfmtok_hf.training.train_tokenizer --config configs/emoji/decoder.yaml
 	$(BIN)/python -m vfmtok_hf.training.train_generator --config configs/emoji/generator.yaml
-	$(BIN)/python examples/emoji/assemble.py --tokenizer runs/emoji/decoder/model --generator runs/emoji/generator/model \
+	$(BIN)/python -m vfmtok_hf.training.train_generator --config configs/emoji/generator_continued.yaml
+	$(BIN)/python examples/emoji/assemble.py --tokenizer runs/emoji/decoder/model --generator runs/emoji/generator_continued/model \
 		--data data/emoji64 --vision-model data/efficientnet_lite0 --output src/vfmtok_hf/checkpoints/emoji
 
 clean:

@@ -7,6 +7,7 @@ that `--help` stays quick.
 
 import math
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -36,6 +37,8 @@ convert_app = typer.Typer(
     help="Convert checkpoints of the original code to Hugging Face folders.", no_args_is_help=True
 )
 app.add_typer(convert_app, name="convert")
+
+STARTED = time.perf_counter()
 
 output_console = Console()
 error_console = Console(stderr=True)

@@ -173,6 +173,7 @@ def test_every_argument_is_read(module, arguments_class):
         ("tokenizer", train_tokenizer, "TokenizerArguments"),
         ("decoder", train_tokenizer, "TokenizerArguments"),
         ("generator", train_generator, "GeneratorArguments"),
+        ("generator_continued", train_generator, "GeneratorArguments"),
         ("generator_rar", train_generator, "GeneratorArguments"),
     ],
 )
