@@ -71,6 +71,19 @@ def test_labels_take_several_words(model, tmp_path, labels):
     assert sorted(os.listdir(tmp_path / "images")) == ["00000-smiley.png", "00001-heart.png"]
 
 
+@pytest.mark.parametrize(("limit", "threads"), [(0, 2), (10**9, 1)])
+def test_small_models_run_on_one_thread(model, tmp_path, monkeypatch, limit, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(cli, "SMALL_PIPELINE_PARAMETERS", limit)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        vfmtok("generate", "--labels", "smiley", "--output", tmp_path / "grid.png")
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_labels_come_in_any_place(model, tmp_path):
     vfmtok("generate", "--seed", 0, "--labels", "smiley", "red panda", "--output", tmp_path / "images", "-n", 2)
     names = ["00000-smiley.png", "00001-smiley.png", "00002-Red-Panda.png", "00003-Red-Panda.png"]

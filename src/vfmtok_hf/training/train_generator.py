@@ -91,6 +91,7 @@ class GeneratorArguments:
     temperature: float = 1.0
     top_k: int = 0
     # System
+    attention: Literal["sdpa", "eager"] = "sdpa"  # on CPUs "eager" is several times faster in bf16
     mixed_precision: Literal["no", "bf16"] = "no"
     compile: bool = False
     seed: int = 0
@@ -224,6 +225,7 @@ def main(argv: list[str] | None = None) -> None:
     # Model and optimizer
     labels = read_class_names(arguments.class_names, train_images.class_names)
     model = build_generator(arguments, tokenizer, labels).to(accelerator.device).train()
+    model.set_attn_implementation(arguments.attention)
     betas = (arguments.beta1, arguments.beta2)
     groups = parameter_groups(model, arguments.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=arguments.learning_rate, betas=betas, fused=True)
