@@ -11,6 +11,8 @@ from PIL import Image
 from tests.testing import tiny_config, tiny_model
 from vfmtok_hf import VFMTokARForImageGeneration, VFMTokModel, VFMTokRARForImageGeneration
 from vfmtok_hf.training import train_generator, train_tokenizer
+from vfmtok_hf.training.data import ImageFolder
+from vfmtok_hf.training.tokens import extract_tokens
 
 
 @pytest.fixture(scope="module")
@@ -210,3 +212,17 @@ def test_tokens_are_extracted_again_for_another_tokenizer(tokenizer, data, tmp_p
     changed.save_pretrained(other / "model")
     train_generator_for(6, other, data, output, resume="true")
     assert file.stat().st_mtime_ns > first
+
+
+def test_second_nearest_rows_are_a_sequence_of_their_own(tokenizer, data):
+    model = VFMTokModel.from_pretrained(tokenizer / "model").eval()
+    images = ImageFolder(data, 32)
+    tokens = extract_tokens(model, images, variants=1, neighbours=2, batch_size=4)
+    assert tokens.shape == (2, 16, 9)
+    with torch.no_grad():
+        encoded = model.encode(torch.stack([images[index]["pixel_values"] for index in range(16)]))
+    assert torch.equal(tokens[0].long(), encoded.image_tokens)
+    unit = torch.nn.functional.normalize(encoded.latents, dim=-1)
+    similarity = unit @ model.quantizer.normalized_codebook().T
+    similarity.scatter_(-1, tokens[0].long()[..., None], -2)
+    assert torch.equal(tokens[1].long(), similarity.argmax(-1))

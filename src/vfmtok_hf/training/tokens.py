@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
@@ -45,20 +46,20 @@ class TokenDataset(Dataset):
 
 
 def load_or_extract_tokens(
-    file: Path, tokenizer: VFMTokModel, data: ImageFolder, variants: int, batch_size: int = 32
+    file: Path, tokenizer: VFMTokModel, data: ImageFolder, variants: int, neighbours: int = 1, batch_size: int = 32
 ) -> torch.Tensor:
     """
-    Tokens of `variants` epochs of `data`, `(variants, images, num_image_tokens)`. They are read from `file` if it was
+    Tokens of `variants` epochs of `data`, `(variants * neighbours, images, num_image_tokens)`. They are read from `file` if it was
     made by the same tokenizer from the same images with the same augmentation, else extracted and written to it.
     """
-    fingerprint = _fingerprint(tokenizer, data, variants)
+    fingerprint = _fingerprint(tokenizer, data, variants, neighbours)
     if file.is_file():
         with safe_open(file, framework="pt") as saved:
             if (saved.metadata() or {}).get("fingerprint") == fingerprint:
                 return saved.get_tensor("image_tokens")
         logger.info("%s belongs to another tokenizer or other images: extracting anew", file)
     logger.info("extracting tokens of %d images, %d variants", len(data), variants)
-    image_tokens = extract_tokens(tokenizer, data, variants, batch_size)
+    image_tokens = extract_tokens(tokenizer, data, variants, neighbours, batch_size)
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(".writing")
     tensors = {"image_tokens": image_tokens, "labels": torch.tensor(data.labels)}
@@ -68,24 +69,37 @@ def load_or_extract_tokens(
 
 
 @torch.no_grad()
-def extract_tokens(tokenizer: VFMTokModel, data: ImageFolder, variants: int, batch_size: int) -> torch.Tensor:
-    """`(variants, images, num_image_tokens)` int32, computed in the tokenizer's own precision without autocast."""
+def extract_tokens(
+    tokenizer: VFMTokModel, data: ImageFolder, variants: int, neighbours: int, batch_size: int
+) -> torch.Tensor:
+    """
+    `(variants * neighbours, images, num_image_tokens)` int32, computed in the tokenizer's own precision without autocast.
+
+    With `neighbours` 2 each image also gives the sequence of its second-nearest codebook rows, as in the training of
+    VFMTok-RAR (`encode_topk_indices` and `get_neighboring_codes` of the original's `vq_model.py`).
+    """
     loader = DataLoader(data, batch_size=batch_size)
+    codebook = tokenizer.quantizer.normalized_codebook()
     extracted = []
     for variant in range(variants):
         data.set_epoch(variant)
-        batches = [tokenizer.encode(batch["pixel_values"].to(tokenizer.device)).image_tokens.cpu() for batch in loader]
-        extracted.append(torch.cat(batches).int())
-    return torch.stack(extracted)
+        batches = []
+        for batch in loader:
+            latents = tokenizer.encode(batch["pixel_values"].to(tokenizer.device)).latents
+            nearest = (F.normalize(latents.float(), dim=-1) @ codebook.T).topk(neighbours).indices
+            # images, num_image_tokens, neighbours -> neighbours, images, num_image_tokens
+            batches.append(nearest.movedim(-1, 0).int().cpu())
+        extracted.append(torch.cat(batches, dim=1))
+    return torch.cat(extracted)
 
 
-def _fingerprint(tokenizer: VFMTokModel, data: ImageFolder, variants: int) -> str:
+def _fingerprint(tokenizer: VFMTokModel, data: ImageFolder, variants: int, neighbours: int) -> str:
     """Changes with whatever changes the tokens: weights, files, augmentation."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tokenizer.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     files = [(str(file.relative_to(file.parents[1])), file.stat().st_size) for file in data.files]
-    settings = [data.image_size, data.crop_scale, data.horizontal_flip, data.seed, variants, files]
+    settings = [data.image_size, data.crop_scale, data.horizontal_flip, data.seed, variants, neighbours, files]
     digest.update(json.dumps(settings).encode())
     return digest.hexdigest()

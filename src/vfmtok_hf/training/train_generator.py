@@ -62,7 +62,8 @@ class GeneratorArguments:
     validation_data: str  # the same, never trained on
     output: str  # folder of the run
     class_names: str | None = None  # JSON file with "id2label"; None: the names of the folders
-    variants: int = 4  # augmented token sequences of each training image
+    variants: int = 4  # augmentations of each training image
+    neighbours: int = 1  # token sequences of each: 2 adds its second-nearest codebook rows (VFMTok-RAR)
     crop_scale: list[float] = field(default_factory=lambda: [0.8, 1.0])  # side of random crops / shorter image side
     horizontal_flip: bool = True
     balance_power: float = 0.0  # classes are drawn with weight n ** (1 - balance_power)
@@ -204,7 +205,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"{arguments.validation_data} and {arguments.train_data} must hold the same class folders.")
     with accelerator.main_process_first():
         train_tokens = load_or_extract_tokens(
-            output / "tokens" / "train.safetensors", tokenizer, train_images, arguments.variants
+            output / "tokens" / "train.safetensors", tokenizer, train_images, arguments.variants, arguments.neighbours
         )
         validation_tokens = load_or_extract_tokens(
             output / "tokens" / "validation.safetensors", tokenizer, validation_images, variants=1
