@@ -46,7 +46,8 @@ emoji-checkpoint: data/emoji64 data/efficientnet_lite0  ## train the shipped che
 	$(BIN)/python -m vfmtok_hf.training.train_tokenizer --config configs/emoji/decoder.yaml
 	$(BIN)/python -m vfmtok_hf.training.train_generator --config configs/emoji/generator.yaml
 	$(BIN)/python -m vfmtok_hf.training.train_generator --config configs/emoji/generator_continued.yaml
-	$(BIN)/python examples/emoji/assemble.py --tokenizer runs/emoji/decoder/model --generator runs/emoji/generator_continued/model \
+	$(BIN)/python -m vfmtok_hf.training.train_generator --config configs/emoji/generator_balanced.yaml
+	$(BIN)/python examples/emoji/assemble.py --tokenizer runs/emoji/decoder/model --generator runs/emoji/generator_balanced/model \
 		--data data/emoji64 --vision-model data/efficientnet_lite0 --output src/vfmtok_hf/checkpoints/emoji
 
 clean:

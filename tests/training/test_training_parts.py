@@ -174,6 +174,7 @@ def test_every_argument_is_read(module, arguments_class):
         ("decoder", train_tokenizer, "TokenizerArguments"),
         ("generator", train_generator, "GeneratorArguments"),
         ("generator_continued", train_generator, "GeneratorArguments"),
+        ("generator_balanced", train_generator, "GeneratorArguments"),
         ("generator_rar", train_generator, "GeneratorArguments"),
     ],
 )
