@@ -1,6 +1,7 @@
 """Whole runs of the training scripts on a few generated images."""
 
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -132,6 +133,46 @@ def test_resumed_tokenizer_run_equals_the_uninterrupted_one(data, vision_model, 
     expected = weights_of(whole / "model")
     for name, tensor in weights_of(part / "model").items():
         assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.fixture
+def signal_handlers():
+    """A run installs handlers for the life of its process; here they go with the test."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_sigterm_saves_and_the_run_continues_as_if_uninterrupted(
+    data, vision_model, tmp_path, monkeypatch, signal_handlers
+):
+    options = {"vision_model": vision_model, "validate_every": 4, "checkpoint_every": 100}
+    whole = train_tokenizer_for(4, data, tmp_path / "whole", **options)
+    write = train_tokenizer.RunLog.write
+
+    def write_then_terminate(log, kind, step, values):
+        write(log, kind, step, values)
+        if (kind, step) == ("train", 2):
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_tokenizer.RunLog, "write", write_then_terminate)
+        stopped = train_tokenizer_for(4, data, tmp_path / "stopped", **options)
+    assert [line["step"] for line in log_of(stopped, "stopped")] == [2]
+    assert [folder.name for folder in (stopped / "checkpoints").iterdir()] == ["step_00000002"]
+    train_tokenizer_for(4, data, stopped, resume="true", **options)
+    expected = weights_of(whole / "model")
+    for name, tensor in weights_of(stopped / "model").items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(data, vision_model, tmp_path):
+    output = tmp_path / "run"
+    with pytest.raises(FloatingPointError, match=r"step 0 .*\.png"):
+        train_tokenizer_for(2, data, output, vision_model=vision_model, mse_weight="nan", checkpoint_every=1)
+    assert not (output / "checkpoints").exists()
+    assert not (output / "model").exists()
 
 
 def test_decoder_phase_keeps_the_tokens(tokenizer, data, tmp_path):
