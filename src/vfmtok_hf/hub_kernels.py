@@ -125,7 +125,9 @@ def _sources(device_type: str, path: str | os.PathLike | None, download: bool) -
     )
     if device_type == "cuda":
         yield Source(
-            COMMUNITY_REPO_ID, lambda: _community_layer(_layer(_load_community(download))), asked_for=download
+            COMMUNITY_REPO_ID,
+            lambda: _community_layer(_layer(_load_community(download))),  # type: ignore[arg-type]
+            asked_for=download,
         )
 
 
@@ -257,7 +259,7 @@ def _bind_first_working(
         return failures
     for source in _sources(device_type, path, download):
         try:
-            layer = _guarded_layer(source.load(), device_type, source.name)
+            layer = _guarded_layer(source.load(), device_type, source.name)  # type: ignore[arg-type]
             for module in modules:
                 _bind(module, layer, mode, device_type)
         except Exception as error:  # whatever a foreign library may raise must not reach the user's program
