@@ -358,3 +358,17 @@ def test_levels_of_different_sizes_are_kept_apart():
     weights = torch.tensor([0.25, 0.75]).view(1, 1, 1, 2, 1)
     output = MultiScaleDeformableAttention()(value, None, shapes, None, locations, weights, 1)
     torch.testing.assert_close(output.item(), 0.25 * 1 + 0.75 * 10)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_samples_what_float32_samples(dtype):
+    """At a batch of one the feature maps are strided views, for which torch's own half-precision sampling is wrong."""
+    torch.manual_seed(0)
+    value = torch.randn(1, 24 * 24, 8, 64).to(dtype)
+    locations = (torch.rand(1, 256, 8, 1, 4, 2) * 1.2 - 0.1).to(dtype)
+    weights = torch.rand(1, 256, 8, 1, 4).softmax(-1).to(dtype)
+    sampler = MultiScaleDeformableAttention()
+    expected = sampler(value.float(), None, [(24, 24)], None, locations.float(), weights.float(), 1)
+    output = sampler(value, None, [(24, 24)], None, locations, weights, 1)
+    assert output.dtype == dtype
+    torch.testing.assert_close(output.float(), expected, rtol=torch.finfo(dtype).eps, atol=1e-6)

@@ -191,7 +191,10 @@ class MultiScaleDeformableAttention(nn.Module):
         batch_size, _, num_heads, head_dim = value.shape
         num_queries = sampling_locations.shape[1]
         levels = value.split([height * width for height, width in value_spatial_shapes_list], dim=1)
-        sampling_grids = 2 * sampling_locations - 1
+        # Half precision would move the locations by up to a tenth of a cell, and torch's CPU `grid_sample` reads past
+        # the end of strided half-precision maps.
+        dtype = torch.promote_types(value.dtype, torch.float32)
+        sampling_grids = 2 * sampling_locations.to(dtype) - 1
         samples_by_level = []
         for index, (level, (height, width)) in enumerate(zip(levels, value_spatial_shapes_list, strict=True)):
             # batch_size, height*width, heads, head_dim -> batch_size*heads, head_dim, height, width
@@ -199,13 +202,13 @@ class MultiScaleDeformableAttention(nn.Module):
             # batch_size, queries, heads, points, 2 -> batch_size*heads, queries, points, 2
             grid = sampling_grids[:, :, :, index].transpose(1, 2).flatten(0, 1)
             samples_by_level.append(
-                F.grid_sample(level, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+                F.grid_sample(level.to(dtype), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
             )
         # levels x (batch_size*heads, head_dim, queries, points) -> batch_size*heads, head_dim, queries, levels*points
         samples = torch.cat(samples_by_level, dim=-1)
         # batch_size, queries, heads, levels, points -> batch_size*heads, 1, queries, levels*points
         weights = attention_weights.transpose(1, 2).reshape(batch_size * num_heads, 1, num_queries, -1)
-        output = (samples * weights).sum(-1)
+        output = (samples * weights).sum(-1).to(value.dtype)
         # batch_size*heads, head_dim, queries -> batch_size, queries, heads*head_dim
         return output.view(batch_size, num_heads * head_dim, num_queries).transpose(1, 2).contiguous()
 
