@@ -141,6 +141,7 @@ def load_pipeline(
     from transformers.utils.hub import has_file
 
     from vfmtok_hf import VFMTokPipeline
+    from vfmtok_hf.cpu_inference import pack_weights
     from vfmtok_hf.environment import default_device
     from vfmtok_hf.hub_kernels import enable_kernels
 
@@ -158,8 +159,12 @@ def load_pipeline(
     pipe.set_progress_bar_config(disable=True)
     pipe.to(device or default_device())
     enable_kernels(pipe.vq_model)
-    if pipe.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        use_one_thread_for_small_models(pipe)
+    if pipe.device.type == "cpu":
+        if "OMP_NUM_THREADS" not in os.environ:
+            use_one_thread_for_small_models(pipe)
+        for model in (pipe.vq_model, pipe.transformer):
+            if model is not None:
+                pack_weights(model)
     return pipe
 
 

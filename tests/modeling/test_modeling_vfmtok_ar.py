@@ -19,6 +19,7 @@ from tests.modeling.generators import (
 )
 from tests.testing import REFERENCE, reference_tensors
 from vfmtok_hf.conversion import convert_ar, export_original_ar
+from vfmtok_hf.cpu_inference import pack_weights
 from vfmtok_hf.modeling import generation_vfmtok
 from vfmtok_hf.modeling.configuration_vfmtok_ar import VFMTokARConfig
 from vfmtok_hf.modeling.modeling_vfmtok_ar import VFMTokARForImageGeneration, apply_rotary, rotary_table
@@ -113,9 +114,12 @@ def test_reference_gradient_norms(reference, converted):
         ("cfg4.0_interval5", {"guidance_scale": 4.0, "guidance_interval": 5}),
     ],
 )
-def test_reference_greedy_tokens_and_step_logits(reference, converted, name, guidance):
+@pytest.mark.parametrize("prepare", [nn.Identity(), pack_weights], ids=["plain", "packed"])
+def test_reference_greedy_tokens_and_step_logits(reference, converted, name, guidance, prepare):
     recorder = Recorder()
-    tokens = converted("ema").generate(reference["labels"], do_sample=False, logits_processor=recorder, **guidance)
+    tokens = prepare(converted("ema")).generate(
+        reference["labels"], do_sample=False, logits_processor=recorder, **guidance
+    )
     assert torch.equal(tokens, reference[f"gen.{name}.tokens"])
     torch.testing.assert_close(recorder.step_logits, reference[f"gen.{name}.step_logits"], **GUIDED_LOGITS_BOUND)
 

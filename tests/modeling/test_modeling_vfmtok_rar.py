@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from tests.modeling.generators import (
     TINY_SIZES,
@@ -18,6 +19,7 @@ from tests.modeling.generators import (
 )
 from tests.testing import REFERENCE, reference_tensors
 from vfmtok_hf.conversion import convert_rar, export_original_rar
+from vfmtok_hf.cpu_inference import pack_weights
 from vfmtok_hf.modeling import generation_vfmtok
 from vfmtok_hf.modeling.configuration_vfmtok_rar import VFMTokRARConfig
 from vfmtok_hf.modeling.modeling_vfmtok_rar import VFMTokRARForImageGeneration, draw_orders, keep_first
@@ -136,9 +138,10 @@ def test_reference_gradient_norms(reference, model):
         ),
     ],
 )
-def test_reference_greedy_tokens_and_step_logits(reference, model, name, settings):
+@pytest.mark.parametrize("prepare", [nn.Identity(), pack_weights], ids=["plain", "packed"])
+def test_reference_greedy_tokens_and_step_logits(reference, model, name, settings, prepare):
     recorder = Recorder()
-    tokens = model.generate(reference["labels"], do_sample=False, logits_processor=recorder, **settings)
+    tokens = prepare(model).generate(reference["labels"], do_sample=False, logits_processor=recorder, **settings)
     assert torch.equal(tokens, reference[f"gen.{name}.tokens"])
     # A processor sees the logits before the temperature, the original recorded them after it.
     step_logits = recorder.step_logits / settings.get("temperature", 1.0)

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from tests.testing import REFERENCE, reference_images, reference_tensors
 from vfmtok_hf import VFMTokImageProcessor, VFMTokModel
 from vfmtok_hf.conversion import convert_tokenizer, export_original_tokenizer
+from vfmtok_hf.cpu_inference import PackedLinear, pack_weights
 from vfmtok_hf.modeling.modeling_vfmtok import resize_for_vision_model
 from vfmtok_hf.training.codebook import CodebookUsage
 
@@ -50,9 +52,9 @@ def folders(tmp_path_factory):
     return folders
 
 
-@pytest.fixture(scope="module")
-def model(folders):
-    return VFMTokModel.from_pretrained(folders["ema"]).eval()
+@pytest.fixture(scope="module", params=[nn.Identity(), pack_weights], ids=["plain", "packed"])
+def model(request, folders):
+    return request.param(VFMTokModel.from_pretrained(folders["ema"]).eval())
 
 
 @pytest.fixture(scope="module")
@@ -205,8 +207,10 @@ def test_reconstruction(batch, trace, tensors):
         close(image.double().square().sum((2, 3)), tensors["b336.recon.channel_sqsum"], 10)
 
 
-def test_reconstruction_against_float64(trace, tensors):
-    close(trace["b336"]["reconstruction"][:, :, ::5, ::5], tensors["b336.f64.recon.stride5"], 5e-5)
+def test_reconstruction_against_float64(model, trace, tensors):
+    # torch's group norm of channels-last tensors takes the variance in one pass, which loses digits.
+    bound = 3e-4 if isinstance(model.quant_proj, PackedLinear) else 5e-5
+    close(trace["b336"]["reconstruction"][:, :, ::5, ::5], tensors["b336.f64.recon.stride5"], bound)
 
 
 def test_float64_run(folders, tensors):

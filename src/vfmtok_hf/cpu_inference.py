@@ -1,0 +1,118 @@
+"""
+Faster inference on CPUs, with equal results: linear layers by oneDNN on weights in its own memory layout.
+
+torch gives float32 products to the BLAS library it was built with, which need not know the machine: MKL, for one, runs
+AVX2 code on AMD processors that have AVX-512. oneDNN, which is part of torch too, knows them, and reads weights that lie
+in blocks at nearly the speed of memory (docs/performance.md has the measurements).
+"""
+
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+class PackedLinear(nn.Module):
+    """
+    An `nn.Linear` for inference on the CPU, its weight in oneDNN's blocked layout.
+
+    It is saved, copied and pickled as the `nn.Linear` it came from. It has no backward.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        # Not a parameter: a blocked tensor has no storage that code written for parameters could touch.
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
+        self.bias = None if linear.bias is None else linear.bias.detach()
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """
+        `(..., in_features)` to `(..., out_features)`.
+
+        Raises:
+            RuntimeError: a gradient is wanted.
+        """
+        if hidden_states.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError("Packed weights have no gradients: call unpack_weights(model) before training.")
+        return torch.ops.mkldnn._linear_pointwise(hidden_states, self.weight, self.bias, "none", [], "")
+
+    def to_linear(self) -> nn.Linear:
+        """The layer with a plain weight, equal to the last bit."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(self.weight.to_dense())
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias)
+        return linear
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+    def __reduce__(self):
+        return type(self), (self.to_linear(),)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        self.to_linear()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _apply(self, fn, recurse=True):
+        before = torch.empty(0, dtype=self.weight.dtype)
+        after = fn(before)
+        if (after.device, after.dtype) != (before.device, before.dtype):
+            raise RuntimeError(
+                f"This model's weights are packed for the CPU in {before.dtype}: call unpack_weights(model) before "
+                "moving or converting it."
+            )
+        return self
+
+
+def can_pack(module: nn.Module) -> bool:
+    """Whether oneDNN has a product for this layer: an `nn.Linear` in float32 or bfloat16 on the CPU."""
+    return (
+        type(module) is nn.Linear
+        and torch.backends.mkldnn.is_available()
+        and module.weight.device.type == "cpu"
+        and (
+            module.weight.dtype == torch.float32
+            or (module.weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        )
+    )
+
+
+def pack_weights(model: ModuleT) -> ModuleT:
+    """
+    Prepare a model for fast inference on the CPU, in place; layers that oneDNN has no product for stay.
+
+    Linear layers change places with [`PackedLinear`], one at a time, so that memory grows by one layer. Convolutions
+    get channels-last weights, which their activations follow. Results change by rounding only. Training needs
+    [`unpack_weights`] first; `torch.compile` packs weights itself and wants the model as it was.
+
+    Args:
+        model (`torch.nn.Module`): a tokenizer or generator, in float32 or bfloat16.
+
+    Returns:
+        `torch.nn.Module`: the argument.
+    """
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if can_pack(child):
+                setattr(parent, name, PackedLinear(child))
+            elif isinstance(child, nn.Conv2d) and child.weight.is_cpu:
+                child.to(memory_format=torch.channels_last)
+    return model
+
+
+def unpack_weights(model: ModuleT) -> ModuleT:
+    """Undo [`pack_weights`] in place, to the last bit; returns the argument."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, PackedLinear):
+                setattr(parent, name, child.to_linear())
+            elif isinstance(child, nn.Conv2d):
+                child.to(memory_format=torch.contiguous_format)
+    return model
+
+
+__all__ = ["PackedLinear", "pack_weights", "unpack_weights"]

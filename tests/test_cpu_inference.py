@@ -1,0 +1,96 @@
+"""Packed weights: equal results, and every use that a plain layer has either works or says what to do."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from tests.modeling.generators import tiny_ar, tiny_batch, tiny_rar
+from tests.testing import tiny_images, tiny_model
+from vfmtok_hf import VFMTokARForImageGeneration
+from vfmtok_hf.cpu_inference import PackedLinear, pack_weights, unpack_weights
+
+
+@pytest.fixture
+def linear():
+    return nn.Linear(20, 30)
+
+
+@pytest.mark.parametrize("shape", [(20,), (1, 20), (2, 7, 20), (0, 20)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_packed_layer_computes_the_same(shape, bias):
+    linear, inputs = nn.Linear(20, 30, bias=bias), torch.randn(shape)
+    torch.testing.assert_close(PackedLinear(linear)(inputs), linear(inputs))
+
+
+def test_strided_inputs(linear):
+    inputs = torch.randn(20, 5).T
+    torch.testing.assert_close(PackedLinear(linear)(inputs), linear(inputs))
+
+
+def test_bfloat16(linear):
+    inputs = torch.randn(3, 20).bfloat16()
+    torch.testing.assert_close(PackedLinear(linear.bfloat16())(inputs), linear(inputs))
+
+
+def test_copies_and_pickles(linear):
+    packed, inputs = PackedLinear(linear), torch.randn(2, 20)
+    for twin in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):  # noqa: S301
+        assert torch.equal(twin(inputs), packed(inputs))
+
+
+def test_model_keeps_its_results_and_gives_its_weights_back():
+    model, images = tiny_model().eval(), tiny_images()
+    weights = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        expected = model(images)
+        packed = pack_weights(model)(images)
+    assert packed.image_tokens.equal(expected.image_tokens)
+    torch.testing.assert_close(packed.reconstruction, expected.reconstruction)
+    assert any(isinstance(module, PackedLinear) for module in model.vision_model.modules())
+    for state_dict in (model.state_dict(), unpack_weights(model).state_dict()):
+        assert state_dict.keys() == weights.keys()
+        assert all(tensor.equal(weights[name]) for name, tensor in state_dict.items())
+    assert not any(isinstance(module, PackedLinear) for module in model.modules())
+    model(images, return_loss=True).loss.backward()
+
+
+@pytest.mark.parametrize("tiny_generator", [tiny_ar, tiny_rar])
+def test_generators_draw_the_same_tokens(tiny_generator):
+    model = tiny_generator().eval()
+    class_labels, _ = tiny_batch(model)
+    draw = lambda: model.generate(class_labels, generator=torch.Generator().manual_seed(0))  # noqa: E731
+    expected = draw()
+    pack_weights(model)
+    assert draw().equal(expected)
+
+
+def test_save_and_load(tmp_path):
+    model = tiny_ar().eval()
+    class_labels, image_tokens = tiny_batch(model)
+    with torch.no_grad():
+        expected = model(class_labels, image_tokens).logits
+        pack_weights(model).save_pretrained(tmp_path)
+        loaded = VFMTokARForImageGeneration.from_pretrained(tmp_path)
+        assert loaded(class_labels, image_tokens).logits.equal(expected)
+
+
+def test_moving_a_packed_model_says_what_to_do(linear):
+    model = pack_weights(nn.Sequential(linear))
+    assert model.to("cpu", torch.float32) is model
+    for change in (lambda: model.to("meta"), model.double):
+        with pytest.raises(RuntimeError, match="unpack_weights"):
+            change()
+
+
+def test_training_a_packed_model_says_what_to_do(linear):
+    model = pack_weights(nn.Sequential(nn.Linear(20, 20), linear))
+    with pytest.raises(RuntimeError, match="unpack_weights"):
+        model(torch.randn(2, 20, requires_grad=True))
+
+
+def test_other_dtypes_stay_as_they_are(linear):
+    model = pack_weights(nn.Sequential(linear.double()))
+    assert type(model[0]) is nn.Linear
