@@ -1,0 +1,96 @@
+"""
+Decoding of image tokens: the original's loop against ours, plain and with packed weights, without and with guidance.
+
+    python benchmarks/decode.py --size B --dtype float32 --batch-sizes 1 8 32
+
+Random weights of the released sizes. `limit` is the share of the memory bandwidth that a plain large matrix-vector
+product of torch reaches in the same run: bytes of weights and of filled cache read per step, over the step's time.
+"""
+
+import argparse
+
+import torch
+from measuring import alternate, machine, matrix_vector_bandwidth, write_table
+from original_decode import OriginalDecoder
+
+from vfmtok_hf import VFMTokARConfig, VFMTokARForImageGeneration
+from vfmtok_hf.cpu_inference import pack_weights
+
+
+SIZES = {
+    "B": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 2048},
+    "L": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 2816},
+}
+
+
+def random_generator(size: str, dtype: torch.dtype) -> VFMTokARForImageGeneration:
+    torch.manual_seed(0)
+    model = VFMTokARForImageGeneration(VFMTokARConfig(**SIZES[size])).eval()
+    torch.nn.init.normal_(model.lm_head.weight, std=0.02)
+    return model.to(dtype)
+
+
+def bytes_per_step(model: VFMTokARForImageGeneration, rows: int, steps: int) -> float:
+    """Weights that every step reads, and on average the filled part of the cache."""
+    weights = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if "embed" not in name)
+    config = model.config
+    position = 2 * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize
+    return weights + rows * position * (steps + 1) / 2
+
+
+def ours(model: VFMTokARForImageGeneration, class_labels: torch.Tensor, steps: int, scale: float) -> None:
+    model.generate(class_labels, guidance_scale=scale, callback=lambda step, _: step + 1 < steps)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
+    parser.add_argument("--size", choices=SIZES, default="B")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0], help="1 is none")
+    parser.add_argument("--steps", type=int, default=256, help="tokens of each image, 256 being a whole one")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+
+    torch.set_num_threads(arguments.threads)
+    dtype = getattr(torch, arguments.dtype)
+    bandwidth = matrix_vector_bandwidth(dtype)
+    print(f"{machine()}; matrix-vector product {bandwidth / 1e9:.1f} GB/s")
+    model, packed = random_generator(arguments.size, dtype), pack_weights(random_generator(arguments.size, dtype))
+    original = OriginalDecoder(model)
+    for batch_size in arguments.batch_sizes:
+        labels = torch.arange(batch_size)
+        for scale in arguments.guidance:
+            steps = arguments.steps
+            seconds = alternate(
+                {
+                    "original": lambda: original.generate(labels, steps, scale),
+                    "ours": lambda: ours(model, labels, steps, scale),
+                    "ours, packed": lambda: ours(packed, labels, steps, scale),
+                },
+                arguments.runs,
+            )
+            rows = batch_size * (2 if scale > 1 else 1)
+            table = [
+                {
+                    "model": f"AR-{arguments.size}",
+                    "dtype": arguments.dtype,
+                    "threads": arguments.threads,
+                    "batch": batch_size,
+                    "guidance": scale,
+                    "side": side,
+                    "tokens/s": f"{batch_size * steps / time:.1f}",
+                    "images/s": f"{batch_size * steps / time / model.config.num_image_tokens:.3f}",
+                    "limit": f"{bytes_per_step(model, rows, steps) * steps / time / bandwidth:.0%}",
+                    "times the original": f"{seconds['original'] / time:.2f}",
+                }
+                for side, time in seconds.items()
+            ]
+            for row in table:
+                print(*row.values(), sep="  ", flush=True)
+            write_table("decode", table)
+
+
+if __name__ == "__main__":
+    main()

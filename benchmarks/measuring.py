@@ -1,0 +1,66 @@
+"""What the benchmarks share: alternating medians, the machine's memory bandwidth, tables."""
+
+import csv
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def seconds_of(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def alternate(sides: dict[str, Callable[[], object]], runs: int) -> dict[str, float]:
+    """Median seconds of each side: one warm-up each, then `runs` rounds in which the sides take turns."""
+    for function in sides.values():
+        function()
+    rounds = [{name: seconds_of(function) for name, function in sides.items()} for _ in range(runs)]
+    return {name: statistics.median(times[name] for times in rounds) for name in sides}
+
+
+def matrix_vector_bandwidth(dtype: torch.dtype, megabytes: int = 512) -> float:
+    """Bytes per second that a plain large matrix-vector product of torch reads: the decode loop's yardstick."""
+    columns = 8192
+    matrix = torch.randn(megabytes * 2**20 // (columns * dtype.itemsize), columns).to(dtype)
+    vector = torch.randn(1, columns).to(dtype)
+    seconds = alternate({"product": lambda: F.linear(vector, matrix)}, runs=9)["product"]
+    return matrix.numel() * matrix.element_size() / seconds
+
+
+def machine() -> str:
+    """Processor, threads and torch, which every table names."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    processor = names[0] if names else platform.processor()
+    return f"{processor}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def write_table(name: str, rows: list[dict[str, object]]) -> None:
+    """
+    Add rows to results/NAME.csv, replacing those that measured the same thing, and write results/NAME.md from all.
+
+    Columns up to and including `side` say what was measured.
+    """
+    keys = list(rows[0])[: list(rows[0]).index("side") + 1]
+    path = RESULTS / f"{name}.csv"
+    path.parent.mkdir(exist_ok=True)
+    kept = list(csv.DictReader(path.open())) if path.exists() else []
+    rows = [{key: str(value) for key, value in row.items()} for row in rows]
+    measured = {tuple(row[key] for key in keys) for row in rows}
+    rows = [row for row in kept if tuple(row[key] for key in keys) not in measured] + rows
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    path.with_suffix(".md").write_text("".join("| " + " | ".join(line) + " |\n" for line in lines))
