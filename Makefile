@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := src tests examples kernel
+SOURCES := src tests examples kernel benchmarks
 
 .PHONY: install test demo quality style emoji-checkpoint clean
 

@@ -86,13 +86,14 @@ def read_build_config() -> dict:
         return tomllib.load(file)
 
 
-def sources_of(config: dict, backend: str) -> tuple[list[Path], list[str]]:
-    """Every file the backend's kernels list, and the CUDA capabilities they ask for."""
+def sources_of(config: dict, backend: str) -> tuple[list[Path], list[str], list[str]]:
+    """Every file the backend's kernels list, the CUDA capabilities and the C++ flags they ask for."""
     kernels = [kernel for kernel in config["kernel"].values() if kernel["backend"] == backend]
     files = [KERNEL_DIR / name for name in config["torch"]["src"]]
     files += [KERNEL_DIR / name for kernel in kernels for name in kernel["src"]]
     capabilities = [capability for kernel in kernels for capability in kernel.get("cuda-capabilities", [])]
-    return files, capabilities
+    flags = [flag for kernel in kernels for flag in kernel.get("cxx-flags", [])]
+    return files, capabilities, flags
 
 
 def package_files(config: dict) -> list[Path]:
@@ -161,10 +162,10 @@ def metadata(config: dict, identifier: str, backend: str, capabilities: list[str
 def build(backend: str, *, sanitize: bool = False, output: Path | None = None) -> Path:
     """Build one variant and return its folder, `<output>/<variant>` (default output: kernel/build)."""
     config = read_build_config()
-    files, capabilities = sources_of(config, backend)
+    files, capabilities, flags = sources_of(config, backend)
     extra = SANITIZER_FLAGS if sanitize else []
     python_files = package_files(config)
-    settings = [torch.__version__, backend, *capabilities, *extra, REGISTRATION_H, OPS_PY]
+    settings = [torch.__version__, backend, *capabilities, *flags, *extra, REGISTRATION_H, OPS_PY]
     unique = digest([Path(__file__), *files, *python_files], settings)
     package = config["general"]["name"].replace("-", "_")
     identifier = f"_{package}_{backend}_{unique}"
@@ -182,10 +183,11 @@ def build(backend: str, *, sanitize: bool = False, output: Path | None = None) -
         objects.mkdir()
         staged.mkdir()
         (objects / "registration.h").write_text(REGISTRATION_H)
-        commands = compile_commands(files, backend, capabilities, extra, objects)
+        commands = compile_commands(files, backend, capabilities, [*flags, *extra], objects)
         jobs = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
         with ThreadPoolExecutor(jobs) as pool:
             list(pool.map(run, (command for command, _ in commands)))
+        # Not linked with -fopenmp: a second OpenMP runtime beside torch's own would bring its own threads.
         run(link_command([target for _, target in commands], backend, extra, staged / library_name))
         for file in python_files:
             shutil.copy(file, staged)

@@ -19,9 +19,9 @@ kernel-fuzz: install  ## random calls of a build with address and undefined-beha
 	LOCAL_KERNELS=vfmtok-hf/vfmtok-msda=$(abspath $(KERNEL_SANITIZED)) LD_PRELOAD="$(SANITIZER_RUNTIME)" \
 		ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 $(BIN)/python kernel/tests/fuzz.py --cases 5000
 
-kernel-benchmark: kernel  ## plain torch against the kernel, as outputs/kernel-ratios.csv
-	mkdir -p outputs
-	$(BIN)/python kernel/benchmarks/benchmark_ms_deform_attn.py --device cpu --output outputs/kernel-ratios.csv
+kernel-benchmark: kernel  ## plain torch against the kernel, eager and compiled, as ratios
+	$(BIN)/python kernel/benchmarks/benchmark_ms_deform_attn.py --device cpu \
+		--output benchmarks/results/deformable_attention.csv
 
 kernel-gpu: install  ## every check and benchmark of the CUDA kernel, on a machine with a GPU
 	PYTHON=$(abspath $(BIN))/python kernel/tests/run_on_gpu outputs

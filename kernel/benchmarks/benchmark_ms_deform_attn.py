@@ -1,6 +1,6 @@
 """Side by side: plain torch against the kernel, eager and compiled, forward and backward, as ratios and as CSV.
 
-    python kernel/benchmarks/benchmark_ms_deform_attn.py --output ratios.csv
+    python kernel/benchmarks/benchmark_ms_deform_attn.py --output benchmarks/results/deformable_attention.csv
     kernels benchmark <repo>        # the class below, on a published build
 
 Sizes are those of the released VFMTok encoder: 256 queries, 4 levels of 24 x 24, 8 heads of 64 channels, 4 points; the
@@ -126,6 +126,25 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     os.replace(partial, path)
 
 
+def write_ratios(path: Path, rows: list[dict]) -> None:
+    """The same as a Markdown table: a line per dtype, batch and pass, a column per implementation."""
+    names = list(dict.fromkeys(row["implementation"] for row in rows))
+    cells: dict[tuple, dict[str, str]] = {}
+    for row in rows:
+        key = (row["dtype"], str(row["batch"]), row["pass"])
+        cells.setdefault(key, {})[row["implementation"]] = row["times_faster"]
+        if row["implementation"] == "kernel":
+            cells[key]["kernel, GB/s"] = row["gb_per_s"]
+    columns = [*names, "kernel, GB/s"]
+    header = ["dtype", "batch", "pass", *columns]
+    lines = [
+        header,
+        ["---"] * len(header),
+        *([*key, *(cell[name] for name in columns)] for key, cell in cells.items()),
+    ]
+    path.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -134,7 +153,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=2.0, help="time spent on each number, about")
     parser.add_argument("--no-compiled", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--output", type=Path, help="CSV file to write")
+    parser.add_argument("--output", type=Path, help="CSV file to write, with a Markdown table of the ratios beside it")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(f"torch {torch.__version__}, {platform.processor() or platform.machine()}, load {os.getloadavg()[0]:.1f}")
@@ -146,6 +165,7 @@ def main() -> None:
             rows += measure(arguments, getattr(torch, dtype), batch, functions)
     if arguments.output:
         write_csv(arguments.output, rows)
+        write_ratios(arguments.output.with_suffix(".md"), rows)
 
 
 class MsDeformAttnBenchmark(Benchmark):

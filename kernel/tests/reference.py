@@ -22,7 +22,8 @@ def load_kernel(backend: str = "cpu"):
 
 
 def ms_deform_attn_reference(value, spatial_shapes, sampling_locations, attention_weights):
-    """Same arguments and result as `ms_deform_attn`."""
+    """Same arguments and result as `ms_deform_attn`; half precision is sampled in float32, as there."""
+    dtype = torch.promote_types(value.dtype, torch.float32)
     batch, _, heads, channels = value.shape
     queries = sampling_locations.shape[1]
     levels = value.split([height * width for height, width in spatial_shapes], dim=1)
@@ -31,12 +32,15 @@ def ms_deform_attn_reference(value, spatial_shapes, sampling_locations, attentio
         # batch, height * width, heads, channels -> batch * heads, channels, height, width
         images = level.permute(0, 2, 3, 1).reshape(batch * heads, channels, height, width)
         # batch, queries, heads, points, 2 -> batch * heads, queries, points, 2
-        grid = (2 * sampling_locations[:, :, :, index] - 1).transpose(1, 2).flatten(0, 1)
-        sampled.append(F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False))
+        grid = (2 * sampling_locations[:, :, :, index].to(dtype) - 1).transpose(1, 2).flatten(0, 1)
+        sampled.append(
+            F.grid_sample(images.to(dtype), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        )
     # batch * heads, channels, queries, levels * points
     samples = torch.stack(sampled, dim=-2).flatten(-2)
     weights = attention_weights.transpose(1, 2).reshape(batch * heads, 1, queries, -1)
-    return (samples * weights).sum(-1).view(batch, heads * channels, queries).transpose(1, 2)
+    output = (samples * weights).sum(-1).to(value.dtype)
+    return output.view(batch, heads * channels, queries).transpose(1, 2)
 
 
 def random_inputs(

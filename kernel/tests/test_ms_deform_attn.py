@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from pathlib import Path
 
 import pytest
 import torch
@@ -219,6 +220,14 @@ def test_runs_are_repeatable(msda, device):
         results.append((output, *gradients))
     torch.set_num_threads(threads)
     assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
+
+
+def test_cpu_build_uses_threads(msda, device):
+    """torch's `parallel_for` is a header: compiled without OpenMP it runs on one thread and says nothing."""
+    if device != "cpu":
+        pytest.skip("threads are the CPU build's; run where torch sees no GPU")
+    library = next(Path(msda.__file__).parent.glob("*.so"))
+    assert any(symbol in library.read_bytes() for symbol in (b"GOMP_parallel", b"__kmpc_fork_call"))
 
 
 def test_layer_is_pure_and_has_the_common_signature(msda, device):
