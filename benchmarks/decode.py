@@ -8,6 +8,7 @@ product of torch reaches in the same run: bytes of weights and of filled cache r
 """
 
 import argparse
+from functools import partial
 
 import torch
 from measuring import alternate, machine, matrix_vector_bandwidth, write_table
@@ -38,7 +39,7 @@ def bytes_per_step(model: VFMTokARForImageGeneration, rows: int, steps: int) -> 
     return weights + rows * position * (steps + 1) / 2
 
 
-def ours(model: VFMTokARForImageGeneration, class_labels: torch.Tensor, steps: int, scale: float) -> None:
+def draw(model: VFMTokARForImageGeneration, class_labels: torch.Tensor, steps: int, scale: float) -> None:
     model.generate(class_labels, guidance_scale=scale, callback=lambda step, _: step + 1 < steps)
 
 
@@ -58,19 +59,17 @@ def main() -> None:
     bandwidth = matrix_vector_bandwidth(dtype)
     print(f"{machine()}; matrix-vector product {bandwidth / 1e9:.1f} GB/s")
     model, packed = random_generator(arguments.size, dtype), pack_weights(random_generator(arguments.size, dtype))
-    original = OriginalDecoder(model)
+    sides = {
+        "original": OriginalDecoder(model).generate,
+        "ours": partial(draw, model),
+        "ours, packed": partial(draw, packed),
+    }
     for batch_size in arguments.batch_sizes:
-        labels = torch.arange(batch_size)
         for scale in arguments.guidance:
-            steps = arguments.steps
-            seconds = alternate(
-                {
-                    "original": lambda: original.generate(labels, steps, scale),
-                    "ours": lambda: ours(model, labels, steps, scale),
-                    "ours, packed": lambda: ours(packed, labels, steps, scale),
-                },
-                arguments.runs,
-            )
+            calls = {
+                name: partial(side, torch.arange(batch_size), arguments.steps, scale) for name, side in sides.items()
+            }
+            seconds = alternate(calls, arguments.runs)
             rows = batch_size * (2 if scale > 1 else 1)
             table = [
                 {
@@ -79,13 +78,13 @@ def main() -> None:
                     "threads": arguments.threads,
                     "batch": batch_size,
                     "guidance": scale,
-                    "side": side,
-                    "tokens/s": f"{batch_size * steps / time:.1f}",
-                    "images/s": f"{batch_size * steps / time / model.config.num_image_tokens:.3f}",
-                    "limit": f"{bytes_per_step(model, rows, steps) * steps / time / bandwidth:.0%}",
+                    "side": name,
+                    "tokens/s": f"{batch_size * arguments.steps / time:.1f}",
+                    "images/s": f"{batch_size * arguments.steps / time / model.config.num_image_tokens:.3f}",
+                    "limit": f"{bytes_per_step(model, rows, arguments.steps) * arguments.steps / time / bandwidth:.0%}",
                     "times the original": f"{seconds['original'] / time:.2f}",
                 }
-                for side, time in seconds.items()
+                for name, time in seconds.items()
             ]
             for row in table:
                 print(*row.values(), sep="  ", flush=True)

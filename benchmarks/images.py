@@ -9,6 +9,7 @@ dtype reaches in the same run, oneDNN's if that is the faster one.
 """
 
 import argparse
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -63,8 +64,7 @@ def main() -> None:
         for part, run in parts.items():
             with FlopCounterMode(display=False) as counter:
                 run(plain)
-            sides = {name: (lambda model=model: run(model)) for name, model in models.items()}
-            seconds = alternate(sides, arguments.runs)
+            seconds = alternate({name: partial(run, model) for name, model in models.items()}, arguments.runs)
             table = [
                 {
                     "part": part,
