@@ -268,24 +268,23 @@ def eager_attention_forward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: None,
     dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Explicit softmax attention; without a mask it is causal. Heads come back behind the sequence, as in `sdpa`."""
-    if attention_mask is None:
-        length = query.shape[-2]
-        attention_mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+    """Explicit causal softmax attention. Heads come back behind the sequence, as in `sdpa`."""
+    length = query.shape[-2]
+    allowed = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
     scores = query @ key.transpose(-1, -2) * scaling
-    scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
     weights = F.dropout(weights, dropout, module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
 class VFMTokAttention(nn.Module):
-    """Multi-head self-attention with biases, causal unless a mask says otherwise."""
+    """Causal multi-head self-attention with biases."""
 
     is_causal = True
     num_key_value_groups = 1
@@ -300,23 +299,43 @@ class VFMTokAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, lengths: list[int] | None = None) -> torch.Tensor:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch_size, length, hidden_size)`).
+            lengths (`list[int]`, *optional*):
+                The sequence is a prefix and several branches of these lengths; a branch sees the prefix and itself.
+        """
         # batch_size, length, hidden_size -> batch_size, heads, length, head_dim
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(heads).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(heads).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        states = [
+            projection(hidden_states).view(heads).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        ]
+        if lengths is None:
+            return self.o_proj(self._attend(*states))
+        # Every branch repeats the prefix's attention, the cheap part, so that each call is plainly causal: a mask
+        # over all branches would keep fast attention kernels out and compute every hidden pair.
+        prefix, *branches = zip(*(state.split(lengths, dim=2) for state in states), strict=True)
+        first, *others = (
+            self._attend(*(torch.cat(parts, dim=2) for parts in zip(prefix, branch, strict=True)))
+            for branch in branches
+        )
+        return self.o_proj(torch.cat([first, *(other[:, lengths[0] :] for other in others)], dim=1))
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """`(batch_size, heads, length, head_dim)` three times -> `(batch_size, length, hidden_size)`."""
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, _ = attention(
             self,
             query,
             key,
             value,
-            attention_mask,
+            None,
             dropout=self.dropout if self.training else 0.0,
             scaling=self.head_dim**-0.5,
         )
-        return self.o_proj(output.flatten(2))
+        return output.flatten(2)
 
 
 class VFMTokMLP(nn.Module):
@@ -528,8 +547,8 @@ class VFMTokViTDecoderLayer(GradientCheckpointingLayer):
         self.mlp_norm = nn.LayerNorm(config.hidden_size)
         self.mlp = VFMTokSwiGLU(config)
 
-    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        hidden_states = hidden_states + self.self_attn(self.self_attn_norm(hidden_states), attention_mask)
+    def forward(self, hidden_states: torch.Tensor, lengths: list[int] | None = None) -> torch.Tensor:
+        hidden_states = hidden_states + self.self_attn(self.self_attn_norm(hidden_states), lengths)
         return hidden_states + self.mlp(self.mlp_norm(hidden_states))
 
 
@@ -586,18 +605,9 @@ class VFMTokViTDecoder(nn.Module):
         memory = self.image_norm(memory + self.anchor_position_embeddings)
         hidden_states = torch.cat([memory, *(queries.expand(batch_size, -1, -1) for queries in branches)], dim=1)
         lengths = [num_anchors, *(queries.shape[1] for queries in branches)]
-        attention_mask = self._branch_mask(lengths, memory.device) if len(branches) > 1 else None
         for layer in self.layers:
-            hidden_states = layer(hidden_states, attention_mask)
+            hidden_states = layer(hidden_states, lengths if len(branches) > 1 else None)
         return list(hidden_states.split(lengths, dim=1)[1:])
-
-    @staticmethod
-    def _branch_mask(lengths: list[int], device: torch.device) -> torch.Tensor:
-        """Causal, and the second branch does not see the first. True where attention is allowed."""
-        memory, image, features = lengths
-        mask = torch.ones(sum(lengths), sum(lengths), dtype=torch.bool, device=device).tril()
-        mask[memory + image :, memory : memory + image] = False
-        return mask[None, None]
 
     def decode_image(self, memory: torch.Tensor) -> torch.Tensor:
         """Memory `(batch_size, num_anchors, hidden_size)` -> `(batch_size, hidden_size, grid, grid)`."""
@@ -675,7 +685,7 @@ class VFMTokPixelMidBlock(nn.Module):
         return self.resnet_out(self.attention(self.resnet_in(hidden_states)))
 
 
-class VFMTokPixelUpBlock(nn.Module):
+class VFMTokPixelUpBlock(GradientCheckpointingLayer):
     """Residual blocks of one resolution and, except at the last, the step to twice the resolution."""
 
     def __init__(self, config: VFMTokConfig, in_channels: int, out_channels: int, is_last: bool):
