@@ -34,7 +34,7 @@ def test_restart_replaces_exactly_the_idle_rows():
     for _ in range(4):
         usage.update(torch.tensor([0, 3]))
     latents = torch.randn(2, 6, 3)
-    restart_dead_rows(codebook, usage, latents, patience=4, generator=torch.Generator().manual_seed(0))
+    assert restart_dead_rows(codebook, usage, latents, patience=4, seed=0) == 3
     assert torch.equal(codebook[[0, 3]], torch.zeros(2, 3))
     directions = F.normalize(latents.flatten(0, 1), dim=-1)
     for row in codebook[[1, 2, 4]]:

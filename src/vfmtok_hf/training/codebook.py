@@ -1,7 +1,11 @@
 """Keeping a codebook alive: first values from the data, restart of dead rows, and how much of it is used."""
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
+
+from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 
 
 class CodebookUsage:
@@ -22,7 +26,7 @@ class CodebookUsage:
         tokens = image_tokens.detach().flatten()
         self.history = torch.cat([self.history, tokens])[-len(self.history) :]
         self.idle_steps += 1
-        self.idle_steps[tokens] = 0
+        self.idle_steps.index_fill_(0, tokens, 0)
 
     def usage(self) -> float:
         """Distinct tokens in the history / codebook size, in (0, 1]."""
@@ -77,19 +81,32 @@ def spherical_kmeans(
 
 
 @torch.no_grad()
+def initialise_codebook(model: VFMTokModel, batches: Iterable[torch.Tensor], seed: int) -> None:
+    """k-means over the latents of batches of `pixel_values`. A function of weights, images and seed alone."""
+    latents = torch.cat([model.encode(batch.to(model.device)).latents.flatten(0, 1) for batch in batches])
+    codebook = model.quantizer.codebook.weight
+    codebook.copy_(spherical_kmeans(latents, len(codebook), torch.Generator().manual_seed(seed)))
+
+
+@torch.no_grad()
 def restart_dead_rows(
-    codebook: torch.Tensor, usage: CodebookUsage, latents: torch.Tensor, patience: int, generator: torch.Generator
-) -> None:
+    codebook: torch.Tensor, usage: CodebookUsage, latents: torch.Tensor, patience: int, seed: int
+) -> torch.Tensor:
     """
     Replace, in place, each codebook row that was idle for `patience` steps by the direction of a random current
-    latent. With the same generator state on every process all of them choose alike.
+    latent. With the same seed all processes choose alike. Reads nothing back from the device.
 
     Args:
         codebook (`torch.FloatTensor` of shape `(codebook_size, codebook_dim)`): stored rows.
         latents (`torch.FloatTensor` of shape `(..., codebook_dim)`): this step's latents of all processes.
+
+    Returns:
+        `torch.LongTensor` of shape `()`: number of rows replaced.
     """
     latents = F.normalize(latents.float().flatten(0, -2), dim=-1)
-    candidates = latents[torch.randint(len(latents), (len(codebook),), generator=generator).to(latents.device)]
+    generator = torch.Generator(latents.device).manual_seed(seed)
+    chosen = torch.randint(len(latents), (len(codebook),), generator=generator, device=latents.device)
     dead = usage.idle_steps >= patience
-    codebook.copy_(torch.where(dead[:, None], candidates.to(codebook), codebook))
+    codebook.copy_(torch.where(dead[:, None], latents[chosen].to(codebook), codebook))
     usage.idle_steps.masked_fill_(dead, 0)
+    return dead.sum()

@@ -10,6 +10,7 @@ The folder holds `class_name/image.png`. The run's folder receives `model/` (ave
 """
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,18 +18,28 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import GradientAccumulationPlugin, set_seed
 from torch.utils.data import DataLoader
 from transformers import AutoConfig
 
 from vfmtok_hf.modeling.configuration_vfmtok import VFMTokConfig
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 from vfmtok_hf.training.arguments import parse_arguments, save_arguments
-from vfmtok_hf.training.codebook import CodebookUsage, perplexity, restart_dead_rows, spherical_kmeans
+from vfmtok_hf.training.codebook import CodebookUsage, initialise_codebook, perplexity, restart_dead_rows
 from vfmtok_hf.training.data import EpochSampler, ImageFolder
-from vfmtok_hf.training.discriminator import PatchDiscriminator, adversarial_loss, discriminator_hinge_loss
+from vfmtok_hf.training.discriminator import (
+    DinoDiscriminator,
+    DiscriminatorObjective,
+    PatchDiscriminator,
+    adaptive_weight,
+    adversarial_loss,
+    check_virtual_batches,
+    frozen,
+    load_dino,
+)
 from vfmtok_hf.training.ema import EMA
 from vfmtok_hf.training.objective import TokenizerObjective
+from vfmtok_hf.training.perceptual import LPIPS
 from vfmtok_hf.training.run import (
     Progress,
     RunLog,
@@ -65,15 +76,22 @@ class TokenizerArguments:
     vision_model: str | None = None
     model: dict[str, Any] = field(default_factory=dict)  # VFMTokConfig fields of a new model
     trainable: Literal["all", "decoder"] = "all"  # "decoder" keeps vision model, encoder, codebook: tokens stay
-    # Losses
+    # Losses; a weight of 0 switches a term off
     l1_weight: float = 0.0
-    mse_weight: float = 2.0
-    perceptual_weight: float = 1.0
-    perceptual: Literal["vision", "none"] = "vision"  # distance between features of the frozen vision model
+    mse_weight: float = 2.0  # the original counts it twice
+    lpips_weight: float = 0.0
+    lpips_dropout: float = 0.0  # the original: 0.5
+    vgg_weights: str | None = None  # file of torchvision's VGG-16 for LPIPS; default: torch's cache, or a download
+    perceptual_weight: float = 1.0  # distance between features of the frozen vision model
     feature_weight: float = 1.0
     codebook_weight: float = 1.0
+    commitment_weight: float = 1.0  # times commitment_cost of the model
+    entropy_weight: float = 1.0  # times entropy_loss_ratio of the model
     adversarial_weight: float = 0.0
     adversarial_start_step: int = 0
+    adaptive_adversarial_weight: bool = False  # balance it with the gradient of the terms on pixels
+    discriminator: Literal["dino", "patch"] = "patch"
+    discriminator_model: str = "facebook/dino-vits16"  # folder or repository of the ViT under "dino"
     discriminator_learning_rate: float = 1e-4
     # Codebook
     codebook_warmup_steps: int = 0  # plain autoencoder first, then k-means on its latents
@@ -82,7 +100,8 @@ class TokenizerArguments:
     restart_until: float = 0.8  # share of the run after which rows are left alone
     # Optimizer
     max_steps: int = 10_000
-    batch_size: int = 32  # per process
+    batch_size: int = 32  # per process and forward pass
+    gradient_accumulation_steps: int = 1  # forward passes per step
     learning_rate: float = 1e-4
     warmup_steps: int = 100
     schedule: Literal["constant", "cosine"] = "constant"
@@ -97,6 +116,7 @@ class TokenizerArguments:
     mixed_precision: Literal["no", "bf16"] = "no"
     channels_last: bool = False
     compile: bool = False
+    gradient_checkpointing: bool = False  # less memory, about a third more time
     seed: int = 0
     log_every: int = 20
     validate_every: int = 500
@@ -121,19 +141,37 @@ def build_model(arguments: TokenizerArguments) -> VFMTokModel:
     return model
 
 
-@torch.no_grad()
-def initialise_codebook(model: VFMTokModel, data: ImageFolder, num_images: int, seed: int) -> None:
-    """k-means over the latents of `num_images` random training images. A function of weights and seed alone."""
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(data), generator=generator)[:num_images].tolist()
-    batches = (torch.stack([data[index]["pixel_values"] for index in part]) for part in _split(chosen, 32))
-    latents = torch.cat([model.encode(batch.to(model.device)).latents.flatten(0, 1) for batch in batches])
-    codebook = model.quantizer.codebook.weight
-    codebook.copy_(spherical_kmeans(latents, len(codebook), generator))
+def build_objective(model: VFMTokModel, arguments: TokenizerArguments) -> TokenizerObjective:
+    weights = {
+        "l1": arguments.l1_weight,
+        "mse": arguments.mse_weight,
+        "lpips": arguments.lpips_weight,
+        "perceptual": arguments.perceptual_weight,
+        "feature": arguments.feature_weight,
+        "codebook": arguments.codebook_weight,
+        "commitment": arguments.commitment_weight,
+        "entropy": arguments.entropy_weight,
+    }
+    lpips = LPIPS(arguments.vgg_weights, arguments.lpips_dropout) if arguments.lpips_weight > 0 else None
+    return TokenizerObjective(model, weights, arguments.trainable == "all", lpips).train()
 
 
-def _split(items: list[int], size: int) -> list[list[int]]:
-    return [items[start : start + size] for start in range(0, len(items), size)]
+def build_discriminator(arguments: TokenizerArguments) -> DiscriminatorObjective | None:
+    if arguments.adversarial_weight == 0:
+        return None
+    if arguments.adaptive_adversarial_weight and arguments.compile:
+        raise ValueError("--adaptive_adversarial_weight walks the graph twice, which --compile true cannot: drop one.")
+    if arguments.discriminator == "patch":
+        return DiscriminatorObjective(PatchDiscriminator())
+    check_virtual_batches(arguments.batch_size)
+    return DiscriminatorObjective(DinoDiscriminator(load_dino(arguments.discriminator_model)))
+
+
+def kmeans_batches(data: ImageFolder, count: int, seed: int, size: int = 32) -> Iterator[torch.Tensor]:
+    """Batches of `count` random training images, the same on every process."""
+    chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:count]
+    for part in chosen.split(size):
+        yield torch.stack([data[index]["pixel_values"] for index in part.tolist()])
 
 
 def peak_signal_to_noise(reconstruction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -178,7 +216,11 @@ def main(argv: list[str] | None = None) -> None:
     configure_logging()
     output = Path(arguments.output)
     checkpoint = open_output(output, arguments.resume)
-    accelerator = Accelerator(mixed_precision=arguments.mixed_precision)
+    accumulation_steps = arguments.gradient_accumulation_steps
+    accelerator = Accelerator(
+        mixed_precision=arguments.mixed_precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(accumulation_steps, sync_with_dataloader=False),
+    )
     set_seed(arguments.seed, device_specific=True)
     log = RunLog(output, accelerator.is_main_process)
     if accelerator.is_main_process:
@@ -211,19 +253,12 @@ def main(argv: list[str] | None = None) -> None:
     validation_loader = DataLoader(validation_data, batch_size=arguments.batch_size, num_workers=arguments.num_workers)
 
     # Model, losses, optimizers
-    train_encoder = arguments.trainable == "all"
-    weights = {
-        "l1": arguments.l1_weight,
-        "mse": arguments.mse_weight,
-        "perceptual": arguments.perceptual_weight if arguments.perceptual == "vision" else 0.0,
-        "feature": arguments.feature_weight,
-        "codebook": arguments.codebook_weight,
-    }
     model.set_attn_implementation(arguments.attention)
-    model.to(accelerator.device).train()
+    if arguments.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    objective = build_objective(model, arguments).to(accelerator.device)
     if arguments.channels_last:
-        model.to(memory_format=torch.channels_last)
-    objective = TokenizerObjective(model, weights, train_encoder)
+        objective.to(memory_format=torch.channels_last)
     betas = (arguments.beta1, arguments.beta2)
     trainable = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -234,13 +269,19 @@ def main(argv: list[str] | None = None) -> None:
     progress = Progress()
     step_function = torch.compile(objective) if arguments.compile else objective
     step_function, optimizer, train_loader = accelerator.prepare(step_function, optimizer, train_loader)
-    discriminator = None
-    if arguments.adversarial_weight > 0:
-        discriminator = PatchDiscriminator().to(accelerator.device)
-        discriminator_optimizer = torch.optim.AdamW(
-            discriminator.parameters(), lr=arguments.discriminator_learning_rate, betas=(0.5, 0.9), weight_decay=0.0
+    wrapped = [step_function]
+    discriminator_objective = build_discriminator(arguments)
+    if discriminator_objective is not None:
+        discriminator_objective.to(accelerator.device).train()
+        discriminator = discriminator_objective.discriminator
+        discriminator_trainable = [parameter for parameter in discriminator.parameters() if parameter.requires_grad]
+        discriminator_optimizer = torch.optim.Adam(
+            discriminator_trainable, lr=arguments.discriminator_learning_rate, betas=betas, fused=True
         )
-        discriminator, discriminator_optimizer = accelerator.prepare(discriminator, discriminator_optimizer)
+        discriminator_step_function, discriminator_optimizer = accelerator.prepare(
+            discriminator_objective, discriminator_optimizer
+        )
+        wrapped.append(discriminator_step_function)
     accelerator.register_for_checkpointing(progress, ema, usage)
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint))
@@ -249,7 +290,8 @@ def main(argv: list[str] | None = None) -> None:
     # Loop
     stop = StopRequest()
     window = WindowMeans()
-    codebook = model.quantizer.codebook.weight.data
+    codebook, last_layer = model.quantizer.codebook.weight.data, model.pixel_decoder.conv_out.weight
+    train_encoder = objective.train_encoder
     warmup_steps = arguments.codebook_warmup_steps if train_encoder else 0
     restart_until = (
         arguments.restart_until * arguments.max_steps if train_encoder and arguments.restart_patience else 0
@@ -258,9 +300,12 @@ def main(argv: list[str] | None = None) -> None:
     while progress.step < arguments.max_steps and not stop:
         step = progress.step
         quantize = step >= warmup_steps
+        is_adversarial = discriminator_objective is not None and step >= arguments.adversarial_start_step
         if step == warmup_steps > 0:
             model.eval()
-            initialise_codebook(model, train_data, arguments.kmeans_images, arguments.seed)
+            initialise_codebook(
+                model, kmeans_batches(train_data, arguments.kmeans_images, arguments.seed), arguments.seed
+            )
             model.train()
             ema.averages[CODEBOOK].copy_(codebook)
         learning_rate = learning_rate_at(
@@ -273,45 +318,58 @@ def main(argv: list[str] | None = None) -> None:
         )
         set_learning_rate(optimizer, learning_rate)
 
-        # Tokenizer step
-        batch = next(batches)
-        pixel_values = batch["pixel_values"]
-        terms = step_function(pixel_values, quantize)
-        loss, reconstruction, latents, image_tokens = (
-            terms.pop(name) for name in ("loss", "reconstruction", "latents", "image_tokens")
-        )
-        is_adversarial = discriminator is not None and step >= arguments.adversarial_start_step
-        if is_adversarial:
-            discriminator.requires_grad_(False)
-            terms["adversarial"] = adversarial_loss(discriminator(reconstruction))
-            loss = loss + arguments.adversarial_weight * terms["adversarial"]
-        check_finite(loss, terms, step, [train_data.files[index].name for index in batch["index"].tolist()])
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(trainable, arguments.max_gradient_norm)
+        # Gradients of the tokenizer, and of the discriminator on the same reconstructions
+        parts, latents, image_tokens = [], [], []
+        for _ in range(accumulation_steps):
+            batch = next(batches)
+            pixel_values = batch["pixel_values"]
+            with accelerator.accumulate(*wrapped):
+                out = step_function(pixel_values, quantize)
+                loss, terms, reconstruction = out["loss"], out["terms"], out["reconstruction"]
+                if is_adversarial:
+                    with frozen(discriminator_trainable), accelerator.autocast():
+                        terms["adversarial"] = adversarial_loss(discriminator(reconstruction))
+                    weight = arguments.adversarial_weight
+                    if arguments.adaptive_adversarial_weight:
+                        terms["adaptive_weight"] = adaptive_weight(out["image_loss"], terms["adversarial"], last_layer)
+                        weight = weight * terms["adaptive_weight"]
+                    loss = loss + weight * terms["adversarial"]
+                check_finite(loss, terms, step, [train_data.files[index].name for index in batch["index"].tolist()])
+                accelerator.backward(loss)
+                if is_adversarial:
+                    verdict = discriminator_step_function(reconstruction, pixel_values)
+                    # The weight matters to the clipping of the gradient.
+                    accelerator.backward(arguments.adversarial_weight * verdict["discriminator"])
+                    terms |= verdict
+            psnr = peak_signal_to_noise(reconstruction.detach(), pixel_values).mean()
+            parts.append({"loss": loss, **terms, "psnr": psnr})
+            latents.append(out["latents"])
+            image_tokens.append(out["image_tokens"])
+        values = {name: torch.stack([part[name].detach() for part in parts]).mean() for name in parts[0]}
+
+        # Step
+        values["gradient_norm"] = accelerator.clip_grad_norm_(trainable, arguments.max_gradient_norm)
         optimizer.step()
         optimizer.zero_grad()
-
-        # Discriminator step
         if is_adversarial:
-            discriminator.requires_grad_(True)
-            real_logits, fake_logits = discriminator(pixel_values), discriminator(reconstruction.detach())
-            terms["discriminator"] = discriminator_hinge_loss(real_logits, fake_logits)
-            accelerator.backward(terms["discriminator"])
+            values["discriminator_gradient_norm"] = accelerator.clip_grad_norm_(
+                discriminator_trainable, arguments.max_gradient_norm
+            )
             discriminator_optimizer.step()
             discriminator_optimizer.zero_grad()
 
         # Codebook and average
         if quantize:
-            usage.update(accelerator.gather(image_tokens))
+            usage.update(accelerator.gather(torch.cat(image_tokens)))
             if step < restart_until:
-                generator = torch.Generator().manual_seed(step)
-                restart_dead_rows(codebook, usage, accelerator.gather(latents), arguments.restart_patience, generator)
+                everywhere = accelerator.gather(torch.cat(latents))
+                restarted = restart_dead_rows(codebook, usage, everywhere, arguments.restart_patience, seed=step)
+                values["restarted_rows"] = restarted.float()
         ema.update()
         progress.step += 1
 
         # Log, validate, save
-        psnr = peak_signal_to_noise(reconstruction.detach(), pixel_values).mean()
-        window.add({"loss": loss, **terms, "psnr": psnr}, len(pixel_values) * accelerator.num_processes)
+        window.add(values, accumulation_steps * len(pixel_values) * accelerator.num_processes)
         done = progress.step == arguments.max_steps
         if progress.step % arguments.log_every == 0 or done:
             log.write("train", progress.step, {**window.take(), "usage": usage.usage(), "lr": learning_rate})
