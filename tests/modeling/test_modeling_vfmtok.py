@@ -101,6 +101,34 @@ def test_feature_branch_does_not_touch_the_image_branch():
     torch.testing.assert_close(model.vit_decoder.decode_image_embeds(memory), both.image_embeds, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_branches_share_one_pass_of_the_memory(attention):
+    """Each layer sees the memory once for both branches, and computes what two passes compute, gradients too."""
+    model = tiny_model(decoder_dropout=0.0)
+    model.set_attn_implementation(attention)
+    decoder, lengths = model.vit_decoder, []
+    for layer in decoder.layers:
+        layer.mlp.register_forward_hook(lambda module, args, output: lengths.append(output.shape[1]))
+    tokens = torch.randint(64, (2, 9))
+    results = []
+    for shared in (True, False):
+        model.zero_grad()
+        lengths.clear()
+        memory = model._memory(tokens, None)
+        if shared:
+            image, features, _ = decoder.decode_both(memory)
+            assert lengths == [9 + (1 + 64) + (1 + 16)] * 2
+        else:
+            image = decoder.decode_image(memory)
+            (states,) = decoder._decode(memory, decoder.feature_queries())
+            features = decoder.feature_head(states[:, 1:])
+            assert sorted(lengths) == [9 + (1 + 16)] * 2 + [9 + (1 + 64)] * 2
+        (image.square().mean() + features.square().mean()).backward()
+        gradients = {name: p.grad.clone() for name, p in decoder.named_parameters() if p.grad is not None}
+        results.append((image, features, gradients))
+    torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-5)
+
+
 @torch.no_grad()
 def test_image_features_are_those_of_the_tokens():
     model, images = tiny_model(), tiny_images()

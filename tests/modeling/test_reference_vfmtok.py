@@ -20,6 +20,7 @@ from vfmtok_hf.conversion import convert_tokenizer, export_original_tokenizer
 from vfmtok_hf.cpu_inference import PackedLinear, pack_weights
 from vfmtok_hf.modeling.modeling_vfmtok import resize_for_vision_model
 from vfmtok_hf.training.codebook import CodebookUsage
+from vfmtok_hf.training.objective import TokenizerObjective
 
 
 BATCHES = {"b336": ("b336_0", "b336_1"), "b256": ("b256_0", "b256_1")}
@@ -272,6 +273,36 @@ def test_training_losses_and_gradients(entropy_ratio, folders, tensors):
     probe_loss = out.reconstruction.square().mean() + out.loss
     close(probe_loss, tensors[f"train.entropy_ratio_{entropy_ratio}.probe_loss"].squeeze())
     probe_loss.backward()
+    assert_original_gradients(model, entropy_ratio)
+
+
+@pytest.mark.parametrize("entropy_ratio", [0.0, 0.1])
+def test_objective_of_the_training_script(entropy_ratio, folders, tensors):
+    """The same numbers from the module that trains, with the original's weights; its pixel loss counts twice."""
+    model = VFMTokModel.from_pretrained(folders["model"])
+    model.config.entropy_loss_ratio = entropy_ratio
+    weights = {"l1": 0.0, "mse": 2.0, "lpips": 0.0, "perceptual": 0.0, "feature": 1.0}
+    weights |= dict.fromkeys(("codebook", "commitment", "entropy"), 1.0)
+    objective = TokenizerObjective(model, weights).train()
+    images = reference_images(*BATCHES["b336"])
+    out = objective(images)
+    terms = out["terms"]
+    assert torch.equal(out["image_tokens"], tensors["train.indices"])
+    close(terms["codebook"], tensors["train.vq_loss"].squeeze())
+    close(terms["commitment"], tensors["train.commit_loss"].squeeze())
+    close(terms["feature"], tensors["train.cosine_loss"].squeeze())
+    close(terms["entropy"], tensors[f"train.entropy_ratio_{entropy_ratio}.entropy_loss"].squeeze())
+    close(out["reconstruction"][:, :, ::15, ::15], tensors["train.recon.stride15"], 1e-3)
+    close(out["image_loss"], 2 * F.mse_loss(out["reconstruction"], images))
+
+    probe_loss = out["loss"] - out["image_loss"] + out["reconstruction"].square().mean()
+    close(probe_loss, tensors[f"train.entropy_ratio_{entropy_ratio}.probe_loss"].squeeze())
+    probe_loss.backward()
+    assert_original_gradients(model, entropy_ratio)
+
+
+def assert_original_gradients(model, entropy_ratio):
+    """Norms of the probe loss's gradients, by the original's names."""
     original = export_original_tokenizer_gradients(model)
     norms = json.loads((REFERENCE / "tokenizer" / "train_grad_norms.json").read_text())
     expected = norms[next(key for key in norms if key.endswith(str(entropy_ratio)))]
