@@ -1,15 +1,21 @@
 """Whole runs of the training scripts on a few generated images."""
 
+import itertools
 import json
+import os
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image
 
 from tests.testing import tiny_config, tiny_model
+from tests.training.test_discriminator import tiny_vit
 from vfmtok_hf import VFMTokARForImageGeneration, VFMTokModel, VFMTokRARForImageGeneration
 from vfmtok_hf.training import train_generator, train_tokenizer
 from vfmtok_hf.training.data import ImageFolder
@@ -183,6 +189,97 @@ def test_decoder_phase_keeps_the_tokens(tokenizer, data, tmp_path):
     changed = {name.split(".")[0] for name, tensor in after.items() if not torch.equal(tensor, before[name])}
     assert changed == {"post_quant_proj", "vit_decoder", "pixel_decoder"}
     assert "adversarial" in log_of(output, "train")[0]
+
+
+PRECISE = {"model.decoder_dropout": 0.0, "feature_weight": 0.0, "adversarial_weight": 0.5, "learning_rate": 1e-3}
+
+
+def assert_same_training(one, other):
+    """Equal up to the order of float32 sums, which Adam's division by small gradients magnifies."""
+    for (line, expected), name in itertools.product(
+        zip(log_of(other, "train"), log_of(one, "train"), strict=True), ("loss", "adversarial", "gradient_norm")
+    ):
+        assert line[name] == pytest.approx(expected[name], rel=1e-3), (line["step"], name)
+    expected = weights_of(one / "model")
+    for name, tensor in weights_of(other / "model").items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=1e-3)
+
+
+def test_accumulated_gradients_equal_the_large_batch(data, vision_model, tmp_path):
+    """Both optimizers: the discriminator too steps once, on the mean gradient of all parts."""
+    options = {"vision_model": vision_model, "restart_patience": 2, **PRECISE}
+    whole = train_tokenizer_for(3, data, tmp_path / "whole", batch_size=4, **options)
+    parts = train_tokenizer_for(3, data, tmp_path / "parts", batch_size=1, gradient_accumulation_steps=4, **options)
+    assert log_of(parts, "train")[-1]["restarted_rows"] > 0
+    assert_same_training(whole, parts)
+
+
+def test_two_processes_equal_one_with_the_double_batch(data, vision_model, tmp_path):
+    """With a term off, a discriminator, accumulation and restarts: no parameter goes unused, all choose alike."""
+    options = {"vision_model": vision_model, "restart_patience": 2, "gradient_accumulation_steps": 2, **PRECISE}
+    one = train_tokenizer_for(3, data, tmp_path / "one", batch_size=2, **options)
+    arguments = yaml.safe_load((one / "arguments.yaml").read_text())
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump({**arguments, "output": str(tmp_path / "two"), "batch_size": 1}))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "-m"]
+    done = subprocess.run(
+        [*launcher, "vfmtok_hf.training.train_tokenizer", "--config", str(config)],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert_same_training(one, tmp_path / "two")
+
+
+def test_every_option_of_the_objective_at_once(data, vision_model, tmp_path):
+    """The original's discriminator with the adaptive weight, from its start step on, in mixed precision."""
+    torch.manual_seed(0)
+    tiny_vit().save_pretrained(tmp_path / "dino")
+    output = train_tokenizer_for(
+        3,
+        data,
+        tmp_path / "run",
+        vision_model=vision_model,
+        mixed_precision="bf16",
+        gradient_checkpointing="true",
+        l1_weight=1,
+        entropy_weight=2,
+        adversarial_weight=0.5,
+        adversarial_start_step=1,
+        adaptive_adversarial_weight="true",
+        discriminator="dino",
+        discriminator_model=tmp_path / "dino",
+        **{"model.entropy_loss_ratio": 0.1},
+    )
+    steps = log_of(output, "train")
+    names = {"adversarial", "adaptive_weight", "discriminator", "logits_fake", "logits_real"}
+    assert [names <= line.keys() for line in steps] == [False, True, True]
+    assert all(line["gradient_norm"] > 0 for line in steps)
+    last = steps[-1]
+    weighted = last["l1"] + 2 * last["mse"] + last["perceptual"] + last["feature"] + 2 * last["entropy"]
+    weighted += last["codebook"] + last["commitment"] + 0.5 * last["adaptive_weight"] * last["adversarial"]
+    assert last["loss"] == pytest.approx(weighted, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"discriminator": "dino", "batch_size": 9}, "--batch_size 9 does not split"),
+        ({"adaptive_adversarial_weight": "true", "compile": "true"}, "--compile true cannot"),
+    ],
+)
+def test_impossible_adversarial_options(options, message, data, vision_model, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        train_tokenizer_for(1, data, tmp_path / "run", vision_model=vision_model, adversarial_weight=1, **options)
+
+
+def test_lpips_without_weights_stops_before_training(data, vision_model, tmp_path):
+    with pytest.raises(FileNotFoundError, match="--vgg_weights missing.pth does not exist"):
+        train_tokenizer_for(
+            1, data, tmp_path / "run", vision_model=vision_model, lpips_weight=1, vgg_weights="missing.pth"
+        )
+    assert not (tmp_path / "run" / "log.jsonl").exists()
 
 
 def test_new_tokenizer_needs_one_source(data, tmp_path):
