@@ -181,3 +181,12 @@ def test_every_argument_is_read(module, arguments_class):
 def test_the_emoji_recipe_parses(config, module, arguments_class):
     file = str(train_tokenizer.Path(__file__).parents[2] / "configs" / "emoji" / f"{config}.yaml")
     assert parse_arguments(getattr(module, arguments_class), ["--config", file]).max_steps > 0
+
+
+def test_the_imagenet_recipe_is_the_originals_objective():
+    file = str(train_tokenizer.Path(__file__).parents[2] / "configs" / "imagenet" / "tokenizer.yaml")
+    arguments = parse_arguments(train_tokenizer.TokenizerArguments, ["--config", file])
+    assert (arguments.mse_weight, arguments.lpips_weight, arguments.feature_weight) == (2.0, 1.0, 1.0)
+    assert (arguments.adversarial_weight, arguments.adversarial_start_step) == (0.5, 20_000)
+    assert arguments.discriminator == "dino"
+    assert (arguments.l1_weight, arguments.perceptual_weight, arguments.adaptive_adversarial_weight) == (0, 0, False)

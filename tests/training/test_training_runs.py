@@ -78,7 +78,7 @@ def train_tokenizer_for(steps, data, output, **options):
     }
     values = {**defaults, **options}
     if "init_from" not in values:
-        values |= {f"model.{name}": json.dumps(value) for name, value in model.items()}
+        values = {f"model.{name}": json.dumps(value) for name, value in model.items()} | values
     run(train_tokenizer.main, values)
     return output
 
@@ -221,7 +221,7 @@ def test_two_processes_equal_one_with_the_double_batch(data, vision_model, tmp_p
     arguments = yaml.safe_load((one / "arguments.yaml").read_text())
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump({**arguments, "output": str(tmp_path / "two"), "batch_size": 1}))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "-m"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
     done = subprocess.run(
         [*launcher, "vfmtok_hf.training.train_tokenizer", "--config", str(config)],
         env={**os.environ, "ACCELERATE_USE_CPU": "true"},
