@@ -116,7 +116,7 @@ class TokenizerArguments:
     mixed_precision: Literal["no", "bf16"] = "no"
     channels_last: bool = False
     compile: bool = False
-    gradient_checkpointing: bool = False  # less memory, about a third more time
+    gradient_checkpointing: bool = False  # less memory, more time
     seed: int = 0
     log_every: int = 20
     validate_every: int = 500
