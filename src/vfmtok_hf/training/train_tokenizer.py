@@ -343,8 +343,10 @@ def main(argv: list[str] | None = None) -> None:
                     terms |= verdict
             psnr = peak_signal_to_noise(reconstruction.detach(), pixel_values).mean()
             parts.append({"loss": loss, **terms, "psnr": psnr})
-            latents.append(out["latents"])
-            image_tokens.append(out["image_tokens"])
+            # Gathered part by part they come in the order of one large batch, so that restarts choose alike.
+            image_tokens.append(accelerator.gather(out["image_tokens"]))
+            if step < restart_until:
+                latents.append(accelerator.gather(out["latents"]))
         values = {name: torch.stack([part[name].detach() for part in parts]).mean() for name in parts[0]}
 
         # Step
@@ -360,10 +362,10 @@ def main(argv: list[str] | None = None) -> None:
 
         # Codebook and average
         if quantize:
-            usage.update(accelerator.gather(torch.cat(image_tokens)))
+            usage.update(torch.cat(image_tokens))
             if step < restart_until:
-                everywhere = accelerator.gather(torch.cat(latents))
-                restarted = restart_dead_rows(codebook, usage, everywhere, arguments.restart_patience, seed=step)
+                patience = arguments.restart_patience
+                restarted = restart_dead_rows(codebook, usage, torch.cat(latents), patience, seed=step)
                 values["restarted_rows"] = restarted.float()
         ema.update()
         progress.step += 1
