@@ -48,9 +48,7 @@ class ImageDataset(Dataset):
         seed (`int`): of the augmentation.
     """
 
-    def __init__(
-        self, records: ImageRecords, augmentation: Augmentation, cache_images: bool = False, seed: int = 0
-    ):
+    def __init__(self, records: ImageRecords, augmentation: Augmentation, cache_images: bool = False, seed: int = 0):
         self.records = records
         self.labels = records.labels
         self.class_names = records.class_names
@@ -98,7 +96,7 @@ class ImageDataset(Dataset):
         return self.augmentation.shrunk(image) if shrink else image
 
 
-def ImageFolder(  # noqa: N802 - the common name of such a data set
+def ImageFolder(
     root: str | Path,
     image_size: int,
     crop_scale: tuple[float, float] | None = None,
@@ -158,7 +156,9 @@ class ImageStream(IterableDataset):
         if isinstance(features[self.image_column], datasets.Image):
             dataset = dataset.cast_column(self.image_column, datasets.Image(decode=False))
         self.source = source
-        self.dataset = dataset.shuffle(seed=seed, buffer_size=shuffle_buffer)
+        # Of the files alone: the buffer of the library reads ahead in threads, ours is below.
+        self.dataset = dataset.shuffle(seed=seed, buffer_size=1, max_buffer_input_shards=1)
+        self.shuffle_buffer = shuffle_buffer
         self.class_names = class_names
         self.class_numbers = {name: number for number, name in enumerate(class_names)}
         self.augmentation = augmentation
@@ -233,18 +233,31 @@ class ImageStream(IterableDataset):
             places = []
 
     def _rows_without_end(self, part: int, parts: int) -> Iterator[dict[str, Any]]:
+        """Rows of a part in this epoch's order, over and over."""
+        rng = np.random.default_rng((self.seed, self.epoch, part))
+        while True:
+            buffer: list[dict[str, Any]] = []
+            for row in self._rows(part, parts):
+                buffer.append(row)
+                if len(buffer) >= self.shuffle_buffer:
+                    chosen = rng.integers(len(buffer))
+                    buffer[chosen], buffer[-1] = buffer[-1], buffer[chosen]
+                    yield buffer.pop()
+            rng.shuffle(buffer)
+            yield from buffer
+
+    def _rows(self, part: int, parts: int) -> Iterator[dict[str, Any]]:
         from datasets.distributed import split_dataset_by_node
 
         rows = split_dataset_by_node(self.dataset, rank=part, world_size=parts)
         rows.set_epoch(self.epoch)
-        while True:
-            row = None
-            # Not a plain iteration: that would divide the rows among the workers once more.
-            for batch in rows.iter(batch_size=1):
-                row = {name: values[0] for name, values in batch.items()}
-                yield row
-            if row is None:
-                raise ValueError(f"{self.source} has no images for part {part + 1} of {parts}: use fewer --num_workers.")
+        is_empty = True
+        # Not a plain iteration: that would divide the rows among the workers once more.
+        for batch in rows.iter(batch_size=1):
+            is_empty = False
+            yield {name: values[0] for name, values in batch.items()}
+        if is_empty:
+            raise ValueError(f"{self.source} has no images for part {part + 1} of {parts}: use fewer --num_workers.")
 
 
 class EpochSampler(Sampler[int]):

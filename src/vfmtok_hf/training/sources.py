@@ -195,9 +195,7 @@ def load_dataset(source: str | Path, split: str, streaming: bool) -> Any:
     return datasets.load_dataset(str(source), split=split, streaming=streaming)
 
 
-def find_columns(
-    source: str, features: Any, image_column: str | None, label_column: str | None
-) -> tuple[str, str]:
+def find_columns(source: str, features: Any, image_column: str | None, label_column: str | None) -> tuple[str, str]:
     """
     Names of the columns with images and with labels: those given, else by type, else by name.
 

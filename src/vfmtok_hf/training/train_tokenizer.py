@@ -285,7 +285,7 @@ def main(argv: list[str] | None = None) -> None:
             discriminator.requires_grad_(False)
             terms["adversarial"] = adversarial_loss(discriminator(reconstruction))
             loss = loss + arguments.adversarial_weight * terms["adversarial"]
-        check_finite(loss, terms, step, [train_data.files[index].name for index in batch["index"].tolist()])
+        check_finite(loss, terms, step, [train_data.name(index) for index in batch["index"].tolist()])
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(trainable, arguments.max_gradient_norm)
         optimizer.step()
