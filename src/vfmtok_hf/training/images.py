@@ -118,8 +118,14 @@ class Variants:
     horizontal_flip: bool = True
     seed: int = 0
 
+    @property
+    def num_views(self) -> int:
+        if self.crops == "random":
+            return self.count
+        return 10 * len(self.ten_crop_ranges) if self.crops == "ten" else 1 + self.horizontal_flip
+
     def __call__(self, image: Image.Image, index: int) -> torch.Tensor:
-        """`(views, 3, image_size, image_size)` in [-1, 1], a function of the image and its `index` alone."""
+        """`(num_views, 3, image_size, image_size)` in [-1, 1], a function of the image and its `index` alone."""
         if self.crops == "random":
             augment = Augmentation(self.image_size, self.crop_scale, self.horizontal_flip)
             views = [augment(image, np.random.default_rng((self.seed, view, index))) for view in range(self.count)]

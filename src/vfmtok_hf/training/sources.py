@@ -101,6 +101,21 @@ class _Column(Sequence):
         return self.dataset[index][self.column]
 
 
+def read_class_names(file: str | Path | None) -> list[str] | None:
+    """
+    Names of the classes in a JSON file with `id2label`, such as a model's config.json.
+
+    Raises:
+        ValueError: the file does not number its classes from 0.
+    """
+    if file is None:
+        return None
+    names = {int(number): name for number, name in json.loads(Path(file).read_text(encoding="utf-8"))["id2label"].items()}
+    if sorted(names) != list(range(len(names))):
+        raise ValueError(f"{file} must name the classes from 0 to {len(names) - 1}, got {sorted(names)[:10]}...")
+    return [names[number] for number in range(len(names))]
+
+
 def encoded_bytes(image: Path | str | bytes | dict) -> bytes:
     """Bytes of an image file: given as a path, as they are, or as `datasets` stores images."""
     if isinstance(image, dict):
