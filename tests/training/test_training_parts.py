@@ -91,6 +91,9 @@ def test_learning_rate():
     assert rates[60] == pytest.approx(0.1 + 0.9 / 2)
     assert rates[110] == pytest.approx(0.1)
     assert learning_rate_at(500, 1.0, 10, 110, "constant", 0.1) == 1.0
+    assert [learning_rate_at(step, 1.0, 10, 110, "linear", 0.1) for step in (10, 35, 110)] == pytest.approx(
+        [1, 0.775, 0.1]
+    )
 
 
 def test_epochs_differ_and_are_repeatable():

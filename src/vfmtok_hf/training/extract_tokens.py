@@ -219,7 +219,9 @@ def _encode_shard(
     dtype = np.uint16 if tokenizer.config.codebook_size <= 2**16 else np.int32
     num_views = views.variants.num_views
     images_at_once = max(batch_size // num_views, 1)
-    loader = DataLoader(views, batch_size=images_at_once, num_workers=num_workers, collate_fn=list)
+    loader = DataLoader(
+        views, batch_size=images_at_once, num_workers=num_workers, collate_fn=list, generator=torch.Generator()
+    )
     # An array of each kind even if no image of the shard can be decoded.
     sequences = [np.empty((0, num_views * neighbours, tokenizer.config.num_anchors), dtype)]
     readable: list[dict[str, Any]] = []

@@ -110,7 +110,9 @@ def read_class_names(file: str | Path | None) -> list[str] | None:
     """
     if file is None:
         return None
-    names = {int(number): name for number, name in json.loads(Path(file).read_text(encoding="utf-8"))["id2label"].items()}
+    names = {
+        int(number): name for number, name in json.loads(Path(file).read_text(encoding="utf-8"))["id2label"].items()
+    }
     if sorted(names) != list(range(len(names))):
         raise ValueError(f"{file} must name the classes from 0 to {len(names) - 1}, got {sorted(names)[:10]}...")
     return [names[number] for number in range(len(names))]

@@ -135,6 +135,11 @@ class TokenShards(Dataset):
                 "the one that made them."
             )
 
+    @property
+    def num_unreadable(self) -> int:
+        """Images that were left out because they cannot be decoded."""
+        return len(self.index["unreadable"])
+
     def name(self, index: int) -> str:
         shard, row = self.places[index]
         return json.loads(self._file(shard).metadata()["names"])[row]
