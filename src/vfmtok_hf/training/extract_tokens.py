@@ -33,11 +33,13 @@ from vfmtok_hf.training.sources import ImageRecords, open_records, read_class_na
 from vfmtok_hf.training.tokens import (
     FORMAT,
     INDEX_FILE,
+    SHARD_FACTS,
     check_shard,
     encode_sequences,
     read_index,
     readable_shard,
     sha256_of_file,
+    shard_facts,
     tokenizer_identity,
 )
 
@@ -116,13 +118,14 @@ def extract_tokens(
         indices = range(number * shard_size, min((number + 1) * shard_size, len(records)))
         views = _Views(records, variants, indices)
         shard = _encode_shard(tokenizer, views, neighbours, batch_size, num_workers, on_progress)
-        metadata = {
+        facts = {
             "fingerprint": fingerprint,
-            "names": json.dumps([records.name(index) for index in shard["indices"]]),
-            "unreadable": json.dumps([records.name(index) for index in sorted({*indices} - {*shard["indices"]})]),
+            "names": [records.name(index) for index in shard["indices"]],
+            "unreadable": [records.name(index) for index in sorted({*indices} - {*shard["indices"]})],
         }
         with whole_file(output / shard_name(number)) as temporary:
-            save_file(shard["tensors"], temporary, metadata)
+            # One entry: safetensors writes several in an order that changes, and with it the file's digest.
+            save_file(shard["tensors"], temporary, {SHARD_FACTS: json.dumps(facts)})
         logger.info("shard %d of %d: %d images", number + 1, num_shards, len(shard["indices"]))
     state.wait_for_everyone()
     if state.is_main_process:
@@ -174,7 +177,7 @@ def _prepare(output: Path, fingerprint: str, overwrite: bool) -> None:
             file.unlink()
             continue
         with safe_open(file, framework="np") as shard:
-            belongs = (shard.metadata() or {}).get("fingerprint") == fingerprint
+            belongs = shard_facts(shard)["fingerprint"] == fingerprint
         if not belongs and not overwrite:
             raise ValueError(
                 f"{output} holds tokens of another tokenizer, other images or other settings: choose another --output."
@@ -252,7 +255,7 @@ def _summary(files: list[Path]) -> dict[str, Any]:
         with safe_open(file, framework="np") as shard:
             digests = shard.get_tensor("digests")
             num_sequences = max(num_sequences, shard.get_slice("image_tokens").get_shape()[1])
-            unreadable += json.loads(shard.metadata()["unreadable"])
+            unreadable += shard_facts(shard)["unreadable"]
         for row, digest in enumerate(digests):
             if digest.tobytes() in seen:
                 duplicates.append([number, row])

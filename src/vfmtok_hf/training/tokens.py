@@ -24,6 +24,7 @@ from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 
 INDEX_FILE = "index.json"
 FORMAT = "vfmtok-image-tokens-1"
+SHARD_FACTS = "vfmtok"  # metadata entry of a shard: names of its images, and of those that cannot be decoded
 # What decoding alone depends on: it may differ between tokenizers that give the same tokens.
 DECODING_PARTS = ("post_quant_proj", "vit_decoder", "pixel_decoder")
 DECODING_FIELDS = ("decoder_", "pixel_decoder_", "num_register_tokens", "commitment_cost", "entropy_loss_ratio")
@@ -142,7 +143,7 @@ class TokenShards(Dataset):
 
     def name(self, index: int) -> str:
         shard, row = self.places[index]
-        return json.loads(self._file(shard).metadata()["names"])[row]
+        return shard_facts(self._file(shard))["names"][row]
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -181,6 +182,11 @@ def check_shard(folder: Path, shard: dict[str, Any], verify: bool) -> None:
         raise ValueError(f"The token shard {file} has {file.stat().st_size} bytes, not {shard['bytes']}: {cure}")
     if verify and sha256_of_file(file) != shard["sha256"]:
         raise ValueError(f"The token shard {file} is damaged, its sha256 is not that of the index: {cure}")
+
+
+def shard_facts(shard: Any) -> dict[str, Any]:
+    """What an opened shard says of itself; of other files, that they belong to nothing."""
+    return json.loads((shard.metadata() or {}).get(SHARD_FACTS, '{"fingerprint": null}'))
 
 
 def readable_shard(file: Path) -> bool:

@@ -268,8 +268,9 @@ def build_generator(arguments: GeneratorArguments, tokenizer: VFMTokModel, class
             origins = model.resize_class_embeddings(class_names)
             kept = [name for name, origin in zip(class_names, origins, strict=True) if origin is not None]
             logger.info("%d classes, %d of them known to %s: %s", len(origins), len(kept), arguments.init_from, kept)
-    sampling = {"temperature": arguments.temperature, "top_k": arguments.top_k}
-    model.generation_config.update(**{name: value for name, value in sampling.items() if value is not None})
+    for name, value in (("temperature", arguments.temperature), ("top_k", arguments.top_k)):
+        if value is not None:
+            model.generation_config.update(do_sample=True, **{name: value})
     return model
 
 
