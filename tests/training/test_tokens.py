@@ -2,9 +2,9 @@
 
 import json
 import logging
-import os
+import multiprocessing
+import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -12,6 +12,8 @@ import time
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator, debug_launcher
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 from tests.testing import tiny_model
@@ -136,43 +138,53 @@ def test_missing_and_damaged_shards_are_made_again_and_no_others(images, tokeniz
     assert sum(" of 5:" in record.getMessage() for record in caplog.records) == 2
 
 
-def extraction_command(images, tokenizer_folder, output, *launcher):
+def extract(tokenizer, images, output):
+    extract_tokens(tokenizer, open_records(images), output, VARIANTS, shard_size=5, batch_size=6)
+
+
+def extract_as_one_of_several(tokenizer, images, output):
+    Accelerator(cpu=True)
+    extract(tokenizer, images, output)
+
+
+def test_killed_extraction_goes_on(images, tokenizer, shards, tmp_path):
+    """kill -9 as soon as two shards are there; what the second run writes is what one run would have written."""
+    process = multiprocessing.get_context("fork").Process(target=extract, args=(tokenizer, images, tmp_path))
+    process.start()
+    while len(list(tmp_path.glob("shard-*"))) < 2:
+        assert process.is_alive()
+        time.sleep(0.001)
+    process.kill()
+    process.join()
+    with pytest.raises(FileNotFoundError, match="extraction has not finished"):
+        TokenShards(tmp_path)
+    extract(tokenizer, images, tmp_path)
+    assert files_of(tmp_path) == files_of(shards)
+
+
+def test_two_processes_write_what_one_writes(images, tokenizer, shards, tmp_path):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    debug_launcher(extract_as_one_of_several, args=(tokenizer, images, tmp_path), num_processes=2)
+    assert files_of(tmp_path) == files_of(shards)
+
+
+@pytest.mark.slow
+def test_the_command_on_two_processes(images, tokenizer_folder, shards, tmp_path):
     options = {
         "data": images,
         "tokenizer": tokenizer_folder,
-        "output": output,
+        "output": tmp_path,
         "variants": 3,
         "shard_size": 5,
         "batch_size": 6,
     }
-    arguments = [item for name, value in options.items() for item in (f"--{name}", str(value))]
-    return [sys.executable, *launcher, "-m", "vfmtok_hf.training.extract_tokens", *arguments]
-
-
-def test_killed_extraction_goes_on(images, tokenizer_folder, shards, tmp_path):
-    """kill -9 as soon as two shards are there; what the second run writes is what one run would have written."""
-    command = extraction_command(images, tokenizer_folder, tmp_path)
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    while len(list(tmp_path.glob("shard-*"))) < 2:
-        assert process.poll() is None
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    with pytest.raises(FileNotFoundError, match="extraction has not finished"):
-        TokenShards(tmp_path)
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
-    assert files_of(tmp_path) == files_of(shards)
-
-
-def test_two_processes_write_what_one_writes(images, tokenizer_folder, shards, tmp_path):
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    command = extraction_command(images, tokenizer_folder, tmp_path, *launcher)
-    done = subprocess.run(
-        command, env={**os.environ, "ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True, timeout=200
-    )
+    arguments = [item for name, value in options.items() for item in (f"--{name}", str(value))]
+    command = [sys.executable, *launcher, "-m", "vfmtok_hf.training.extract_tokens", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert files_of(tmp_path) == files_of(shards)
-    assert done.stderr.count("of 5:") == 5
+    assert sorted(re.findall(r"shard (\d) of 5", done.stderr)) == list("12345")  # each once
 
 
 def test_tokens_of_other_settings_are_not_overwritten(images, tokenizer, copied_shards):
@@ -211,6 +223,7 @@ def test_damage_is_named(copied_shards):
 def test_tokens_of_another_tokenizer_are_refused(tokenizer, tokenizer_folder, shards):
     data = TokenShards(shards)
     data.check_tokenizer(type(tokenizer).from_pretrained(tokenizer_folder))
+    torch.manual_seed(1)
     other = tiny_model()
     with pytest.raises(ValueError, match="made by another tokenizer"):
         data.check_tokenizer(other)

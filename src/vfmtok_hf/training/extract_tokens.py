@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch.utils.data import DataLoader, Dataset
@@ -274,7 +274,8 @@ def _summary(files: list[Path]) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(ExtractionArguments, sys.argv[1:] if argv is None else argv)
     configure_logging()
-    state = PartialState()
+    # Without being told, Accelerate would not connect processes that have no accelerator.
+    state = Accelerator(cpu=not torch.accelerator.is_available())
     tokenizer = load_tokenizer(arguments.tokenizer).to(state.device)
     with state.main_process_first():  # the datasets library prepares its cache
         records = open_records(

@@ -13,7 +13,6 @@ from vfmtok_hf.modeling.image_processing_vfmtok import VFMTokImageProcessor
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 from vfmtok_hf.modeling.modeling_vfmtok_ar import VFMTokARForImageGeneration
 from vfmtok_hf.modeling.modeling_vfmtok_rar import VFMTokRARForImageGeneration
-from vfmtok_hf.pipelines import VFMTokPipeline
 from vfmtok_hf.training.run import replace_folder, save_model
 
 
@@ -96,6 +95,8 @@ def save_adapted(adapted: "PeftModel", folder: Path, adapter_folder: Path) -> No
 
 def save_pipeline(tokenizer: VFMTokModel, generator_folder: Path, folder: Path) -> None:
     """A pipeline of a tokenizer and a saved generator, whole or not at all."""
+    from vfmtok_hf.pipelines import VFMTokPipeline  # diffusers takes seconds to import
+
     size = tokenizer.config.image_size
     processor = VFMTokImageProcessor(size={"height": size, "width": size})
     temporary = folder.with_name(folder.name + ".writing")

@@ -27,9 +27,8 @@ from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 from vfmtok_hf.modeling.modeling_vfmtok_ar import VFMTokARForImageGeneration
 from vfmtok_hf.modeling.modeling_vfmtok_rar import VFMTokRARForImageGeneration
 from vfmtok_hf.training.arguments import parse_arguments, save_arguments
-from vfmtok_hf.training.data import ImageDataset, ImageStream, TrainingLoader
+from vfmtok_hf.training.data import TrainingLoader
 from vfmtok_hf.training.ema import EMA
-from vfmtok_hf.training.extract_tokens import extract_tokens
 from vfmtok_hf.training.finetuning import (
     Generator,
     add_lora,
@@ -39,7 +38,7 @@ from vfmtok_hf.training.finetuning import (
     save_adapted,
     save_pipeline,
 )
-from vfmtok_hf.training.images import Augmentation, Variants
+from vfmtok_hf.training.generator_data import open_data, token_batch
 from vfmtok_hf.training.run import (
     Progress,
     RunLog,
@@ -55,8 +54,7 @@ from vfmtok_hf.training.run import (
     save_model,
     set_learning_rate,
 )
-from vfmtok_hf.training.sources import ImageRecords, open_records, read_class_names
-from vfmtok_hf.training.tokens import TokenShards, encode_sequences, is_token_folder
+from vfmtok_hf.training.tokens import TokenShards
 
 
 GENERATORS = {
@@ -135,109 +133,6 @@ class GeneratorArguments:
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
     resume: bool = False
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Data
-
-
-def open_data(
-    arguments: GeneratorArguments, tokenizer: VFMTokModel, accelerator: Accelerator
-) -> tuple[TokenShards | ImageDataset | ImageStream, TokenShards]:
-    """Training data, as tokens or as images; and validation data, as tokens."""
-    if is_token_folder(arguments.train_data):
-        if arguments.validation_data is None:
-            raise ValueError("Token shards cannot be held out: give --validation_data.")
-        train_data = open_shards(arguments.train_data, arguments, tokenizer, accelerator)
-        validation_records = None
-    elif arguments.streaming:
-        if arguments.validation_data is None or arguments.variants:
-            raise ValueError("--streaming true needs --validation_data, and --variants 0.")
-        train_data = ImageStream(
-            arguments.train_data,
-            training_augmentation(arguments, tokenizer),
-            arguments.split,
-            arguments.image_column,
-            arguments.label_column,
-            read_class_names(arguments.class_names),
-            arguments.epoch_images,
-            arguments.shuffle_buffer,
-            arguments.seed,
-        )
-        validation_records = None
-    else:
-        records = open_images(arguments.train_data, arguments.split, arguments, accelerator)
-        validation_records = None
-        if arguments.validation_data is None:
-            records, validation_records = records.hold_out(arguments.validation_share, arguments.seed)
-        if arguments.variants == 0:
-            augmentation = training_augmentation(arguments, tokenizer)
-            train_data = ImageDataset(records, augmentation, seed=arguments.seed)
-        else:
-            variants = Variants(
-                tokenizer.config.image_size,
-                count=arguments.variants,
-                crop_scale=(arguments.crop_scale[0], arguments.crop_scale[1]),
-                horizontal_flip=arguments.horizontal_flip,
-                seed=arguments.seed,
-            )
-            train_data = tokenize_once(records, "train", variants, arguments.neighbours, arguments, tokenizer)
-
-    if arguments.validation_data is not None and is_token_folder(arguments.validation_data):
-        validation_data = open_shards(arguments.validation_data, arguments, tokenizer, accelerator)
-    else:
-        records = validation_records or open_images(
-            arguments.validation_data, arguments.validation_split, arguments, accelerator
-        )
-        central = Variants(tokenizer.config.image_size, crops="center", horizontal_flip=False)
-        validation_data = tokenize_once(records, "validation", central, 1, arguments, tokenizer)
-    if validation_data.class_names != train_data.class_names:
-        raise ValueError(f"{arguments.validation_data} and {arguments.train_data} must have the same classes.")
-    return train_data, validation_data
-
-
-def training_augmentation(arguments: GeneratorArguments, tokenizer: VFMTokModel) -> Augmentation:
-    crop_scale = (arguments.crop_scale[0], arguments.crop_scale[1])
-    return Augmentation(tokenizer.config.image_size, crop_scale, arguments.horizontal_flip)
-
-
-def open_images(source: str, split: str, arguments: GeneratorArguments, accelerator: Accelerator) -> ImageRecords:
-    class_names = read_class_names(arguments.class_names)
-    with accelerator.main_process_first():  # the datasets library prepares its cache
-        return open_records(source, split, arguments.image_column, arguments.label_column, class_names)
-
-
-def open_shards(
-    folder: str, arguments: GeneratorArguments, tokenizer: VFMTokModel, accelerator: Accelerator
-) -> TokenShards:
-    shards = TokenShards(folder, arguments.seed, verify=accelerator.is_local_main_process)
-    shards.check_tokenizer(tokenizer)
-    return shards
-
-
-def tokenize_once(
-    records: ImageRecords,
-    name: str,
-    variants: Variants,
-    neighbours: int,
-    arguments: GeneratorArguments,
-    tokenizer: VFMTokModel,
-) -> TokenShards:
-    """The tokens of images, kept in the run's folder; those of another tokenizer or other images are replaced."""
-    folder = Path(arguments.output) / "tokens" / name
-    workers = arguments.num_workers
-    extract_tokens(tokenizer, records, folder, variants, neighbours, num_workers=workers, overwrite=True)
-    return TokenShards(folder, arguments.seed)
-
-
-def token_batch(
-    batch: dict[str, torch.Tensor], tokenizer: VFMTokModel, neighbours: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Class labels and image tokens. Of images, each gives `neighbours` sequences that follow each other."""
-    if "image_tokens" in batch:
-        return batch["label"], batch["image_tokens"]
-    sequences = encode_sequences(tokenizer, batch["pixel_values"], neighbours)
-    return batch["label"].repeat_interleave(neighbours), sequences.flatten(0, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -330,6 +225,8 @@ def main(argv: list[str] | None = None) -> None:
     output = Path(arguments.output)
     checkpoint = open_output(output, arguments.resume)
     accelerator = Accelerator(
+        # Without being told, Accelerate would not connect processes that have no accelerator.
+        cpu=not torch.accelerator.is_available(),
         mixed_precision=arguments.mixed_precision,
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
     )
