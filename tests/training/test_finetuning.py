@@ -19,7 +19,7 @@ from vfmtok_hf.training.train_generator import parameter_groups
 
 
 OLD_NAMES = {0: "fish", 1: "crane, bird", 2: "heart, love", 3: "moon", 4: "sun"}
-NEW_NAMES = ["comet", "heart", "Moon"]
+NEW_NAMES = ["comet", "heart", "moon"]
 
 
 @pytest.fixture(params=[tiny_ar, tiny_rar])
