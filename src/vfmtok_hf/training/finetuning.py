@@ -89,7 +89,11 @@ def add_lora(model: Generator, rank: int, alpha: float, dropout: float) -> "Peft
 
 def save_adapted(adapted: "PeftModel", folder: Path, adapter_folder: Path) -> None:
     """The model with its adapters merged, which loads without peft, and the adapters alone."""
-    save_model(adapted, adapter_folder)
+    temporary = adapter_folder.with_name(adapter_folder.name + ".writing")
+    shutil.rmtree(temporary, ignore_errors=True)
+    # Left to itself, peft asks the Hub whether the base model has other embeddings.
+    adapted.save_pretrained(temporary, save_embedding_layers=False)
+    replace_folder(temporary, adapter_folder)
     save_model(copy.deepcopy(adapted).merge_and_unload(), folder)
 
 
