@@ -15,7 +15,8 @@ from tests.testing import tiny_model
 from vfmtok_hf import VFMTokImageProcessor, VFMTokPipeline
 from vfmtok_hf.training import train_generator
 from vfmtok_hf.training.finetuning import add_lora, load_generator, load_tokenizer
-from vfmtok_hf.training.train_generator import parameter_groups
+from vfmtok_hf.training.run import set_learning_rate
+from vfmtok_hf.training.train_generator import GeneratorArguments, parameter_groups
 
 
 OLD_NAMES = {0: "fish", 1: "crane, bird", 2: "heart, love", 3: "moon", 4: "sun"}
@@ -135,11 +136,18 @@ def test_adapters_leave_everything_else_frozen(make):
 def test_weight_decay(make):
     """All matrices of an AR; of a RAR neither its tables nor the last modulation. Never vectors."""
     model = make()
-    decayed, plain = parameter_groups(model, 0.05)
+    arguments = GeneratorArguments("data", "output", weight_decay=0.05, class_learning_rate_scale=3.0)
+    groups = parameter_groups(model, arguments)
+    decayed, plain, classes = groups
     names = {id(parameter): name for name, parameter in model.named_parameters()}
+    grouped = [names[id(parameter)] for group in groups for parameter in group["params"]]
+    assert sorted(grouped) == sorted(names.values())
     decayed_names = {names[id(parameter)] for parameter in decayed["params"]}
-    assert decayed_names | {names[id(parameter)] for parameter in plain["params"]} == set(names.values())
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.05, 0.0)
+    assert [names[id(parameter)] for parameter in classes["params"]] == ["class_embedding.weight"] * (make is tiny_ar)
+    optimizer = torch.optim.AdamW(groups)
+    set_learning_rate(optimizer, 0.1)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.1, 0.3])
     assert "layers.0.self_attn.q_proj.weight" in decayed_names
     assert ("embed_tokens.weight" in decayed_names) == (make is tiny_ar)
     assert not any(name.startswith(("norm", "position", "target_position", "timestep")) for name in decayed_names)

@@ -187,7 +187,7 @@ def learning_rate_at(step: int, peak: float, warmup_steps: int, max_steps: int, 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get("lr_scale", 1.0)
 
 
 def check_finite(loss: torch.Tensor, terms: dict[str, torch.Tensor], step: int, batch_files: list[str]) -> None:

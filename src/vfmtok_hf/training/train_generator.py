@@ -18,7 +18,6 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from vfmtok_hf.modeling.configuration_vfmtok_ar import VFMTokARConfig
@@ -68,6 +67,8 @@ WITHOUT_DECAY = {
     "vfmtok_ar": (),
     "vfmtok_rar": ("embed_tokens", "position_embeddings", "timestep_embeddings", "norm_modulation"),
 }
+# Class embeddings: of an AR, and of a RAR's adapters. Else a RAR has them in one table with the image tokens.
+CLASS_TABLES = ("class_embedding", "trainable_tokens_delta")
 
 
 @dataclass
@@ -108,6 +109,7 @@ class GeneratorArguments:
     batch_size: int = 64  # per process
     gradient_accumulation_steps: int = 1
     learning_rate: float = 1e-4
+    class_learning_rate_scale: float = 1.0  # of class embeddings: new classes may need more (AR, and RAR with LoRA)
     warmup_steps: int = 100
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     final_learning_rate: float = 0.01  # of a falling schedule, as a share of the peak
@@ -169,16 +171,20 @@ def build_generator(arguments: GeneratorArguments, tokenizer: VFMTokModel, class
     return model
 
 
-def parameter_groups(model: Generator, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters with and without weight decay."""
+def parameter_groups(model: Generator, arguments: GeneratorArguments) -> list[dict[str, Any]]:
+    """Trainable parameters with and without weight decay; and class embeddings that have a table of their own."""
     without = WITHOUT_DECAY[model.config.model_type]
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    decayed, plain, classes = [], [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[parameter.ndim >= 2 and not any(part in name for part in without)].append(parameter)
+            is_plain = parameter.ndim < 2 or any(part in name for part in without)
+            is_class = any(part in name for part in CLASS_TABLES)
+            (classes if is_class else plain if is_plain else decayed).append(parameter)
+    class_decay = 0.0 if "embed_tokens" in without else arguments.weight_decay
     return [
-        {"params": groups[True], "weight_decay": weight_decay},
-        {"params": groups[False], "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": arguments.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+        {"params": classes, "weight_decay": class_decay, "lr_scale": arguments.class_learning_rate_scale},
     ]
 
 
@@ -261,7 +267,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.lora_rank:
         adapted = add_lora(model, arguments.lora_rank, arguments.lora_alpha, arguments.lora_dropout)
     betas = (arguments.beta1, arguments.beta2)
-    groups = parameter_groups(model, arguments.weight_decay)
+    groups = parameter_groups(model, arguments)
     optimizer = torch.optim.AdamW(groups, lr=arguments.learning_rate, betas=betas, fused=True)
     ema = EMA(model, arguments.ema_decay)
     progress = Progress()
