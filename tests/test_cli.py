@@ -17,6 +17,7 @@ import vfmtok_hf
 from tests.pipelines.tiny_pipeline import ID2LABEL, tiny_pipeline
 from vfmtok_hf import cli, conversion
 from vfmtok_hf.token_files import load_tokens
+from vfmtok_hf.training.tokens import TokenShards
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +205,19 @@ def test_token_files_of_another_kind_are_refused_first(model, photographs, tmp_p
     np.save(tmp_path / "long.npy", np.zeros((1, 10), dtype=np.int32))
     _, stderr = vfmtok("detokenize", tmp_path / "long.npy", "-o", tmp_path / "images", code=1)
     assert "9 tokens per image, got 10" in stderr
+
+
+def test_extract_tokens_for_training(model, photographs, tmp_path):
+    (photographs / "bad.png").write_bytes(b"no image")
+    command = ["extract-tokens", tmp_path, "-o", tmp_path / "tokens", "--crops", "center", "--no-horizontal-flip"]
+    stdout, stderr = vfmtok(*command)
+    assert re.fullmatch(rf"3 tokenized images in [\d.]+ s: {re.escape(str(tmp_path / 'tokens'))}\n", stdout)
+    assert "Skipped: " in stderr
+    assert "bad.png" in stderr
+    shards = TokenShards(tmp_path / "tokens")
+    assert (len(shards), shards.num_sequences, shards.class_names) == (3, 1, ["photographs"])
+    _, stderr = vfmtok(*command, "--seed", 1, code=1)
+    assert "choose another --output" in stderr
 
 
 def test_an_image_tokenizer_alone_will_do(model, photographs, tmp_path):

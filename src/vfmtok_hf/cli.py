@@ -73,6 +73,14 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
+class Crops(str, Enum):
+    """Views of a training image."""
+
+    random = "random"
+    ten = "ten"
+    center = "center"
+
+
 class Weights(str, Enum):
     """Which weights of a training checkpoint."""
 
@@ -361,6 +369,63 @@ def print_psnr(decibels: dict[str, float]) -> None:
     for name, value in decibels.items():
         table.add_row(escape(name), f"{value:.2f}")
     output_console.print(table)
+
+
+@app.command("extract-tokens")
+def extract_tokens(
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="Folder of class folders, or what the `datasets` library reads: parquet, arrow, `.tar`, a repository.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the shards. An unfinished one goes on.")],
+    crops: Annotated[Crops, typer.Option(help="Views of each image.")] = Crops.random,
+    variants: Annotated[int, typer.Option(min=1, help="Random crops of each image.")] = 4,
+    crop_scale: Annotated[
+        tuple[float, float], typer.Option(help="Range of their side, as a share of the image's shorter side.")
+    ] = (0.8, 1.0),
+    horizontal_flip: Annotated[
+        bool, typer.Option(help="Mirror half of them, or add the central one's mirror image.")
+    ] = True,
+    neighbours: Annotated[int, typer.Option(min=1, help="2 adds the second-nearest codebook rows (VFMTok-RAR).")] = 1,
+    split: Annotated[str, typer.Option(help="Of what the `datasets` library reads.")] = "train",
+    shard_size: Annotated[int, typer.Option(min=1, help="Images in a file.")] = 4096,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    batch_size: BatchSizeOption = 32,
+) -> None:
+    """
+    Labelled images to token shards for the training of generators.
+
+    Several processes: `torchrun --nproc_per_node N -m vfmtok_hf.training.extract_tokens`.
+    """
+    with one_line_errors():
+        from vfmtok_hf.environment import default_device
+        from vfmtok_hf.training.extract_tokens import extract_tokens
+        from vfmtok_hf.training.finetuning import load_tokenizer
+        from vfmtok_hf.training.images import Variants
+        from vfmtok_hf.training.sources import open_records
+
+        records = open_records(data, split)
+        tokenizer = load_tokenizer(resolve_model(model)).to(device or default_device())
+        views = Variants(
+            tokenizer.config.image_size,
+            crops.value,
+            variants,
+            crop_scale,
+            horizontal_flip=horizontal_flip,
+            seed=seed,
+        )
+        with progress("Tokenizing", len(records)) as advance:
+            index = extract_tokens(
+                tokenizer, records, output, views, neighbours, shard_size, batch_size, on_progress=advance
+            )
+        for name in index["unreadable"]:
+            report_skipped(name)
+        report_written(index["num_images"], "tokenized image", output)
 
 
 @app.command()

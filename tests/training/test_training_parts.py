@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vfmtok_hf.training import train_generator, train_tokenizer
+from vfmtok_hf.training import extract_tokens, generator_data, train_generator, train_tokenizer
 from vfmtok_hf.training.arguments import parse_arguments
 from vfmtok_hf.training.codebook import CodebookUsage, perplexity, restart_dead_rows, spherical_kmeans
 from vfmtok_hf.training.data import EpochSampler
@@ -91,6 +91,9 @@ def test_learning_rate():
     assert rates[60] == pytest.approx(0.1 + 0.9 / 2)
     assert rates[110] == pytest.approx(0.1)
     assert learning_rate_at(500, 1.0, 10, 110, "constant", 0.1) == 1.0
+    assert [learning_rate_at(step, 1.0, 10, 110, "linear", 0.1) for step in (10, 35, 110)] == pytest.approx(
+        [1, 0.775, 0.1]
+    )
 
 
 def test_epochs_differ_and_are_repeatable():
@@ -151,17 +154,18 @@ def test_command_line_overrides_the_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("module", "arguments_class"),
+    ("modules", "arguments_class"),
     [
-        (train_tokenizer, train_tokenizer.TokenizerArguments),
-        (train_generator, train_generator.GeneratorArguments),
+        ([train_tokenizer], train_tokenizer.TokenizerArguments),
+        ([train_generator, generator_data], train_generator.GeneratorArguments),
+        ([extract_tokens], extract_tokens.ExtractionArguments),
     ],
 )
-def test_every_argument_is_read(module, arguments_class):
-    tree = ast.parse(inspect.getsource(module))
+def test_every_argument_is_read(modules, arguments_class):
     read = {
         node.attr
-        for node in ast.walk(tree)
+        for module in modules
+        for node in ast.walk(ast.parse(inspect.getsource(module)))
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "arguments"
     }
     assert set(arguments_class.__dataclass_fields__) - read == set()

@@ -16,10 +16,8 @@ from PIL import Image
 
 from tests.testing import tiny_config, tiny_model
 from tests.training.test_discriminator import tiny_vit
-from vfmtok_hf import VFMTokARForImageGeneration, VFMTokModel, VFMTokRARForImageGeneration
+from vfmtok_hf import VFMTokARForImageGeneration, VFMTokModel, VFMTokPipeline, VFMTokRARForImageGeneration
 from vfmtok_hf.training import train_generator, train_tokenizer
-from vfmtok_hf.training.data import ImageFolder
-from vfmtok_hf.training.tokens import extract_tokens
 
 
 @pytest.fixture(scope="module")
@@ -341,7 +339,7 @@ def test_resumed_generator_run_equals_the_uninterrupted_one(tokenizer, data, tmp
 
 def test_tokens_are_extracted_again_for_another_tokenizer(tokenizer, data, tmp_path):
     output = train_generator_for(2, tokenizer, data, tmp_path / "run")
-    file = output / "tokens" / "train.safetensors"
+    file = output / "tokens" / "train" / "shard-00000.safetensors"
     first = file.stat().st_mtime_ns
     train_generator_for(4, tokenizer, data, output, resume="true")
     assert file.stat().st_mtime_ns == first
@@ -353,15 +351,23 @@ def test_tokens_are_extracted_again_for_another_tokenizer(tokenizer, data, tmp_p
     assert file.stat().st_mtime_ns > first
 
 
-def test_second_nearest_rows_are_a_sequence_of_their_own(tokenizer, data):
-    model = VFMTokModel.from_pretrained(tokenizer / "model").eval()
-    images = ImageFolder(data, 32)
-    tokens = extract_tokens(model, images, variants=1, neighbours=2, batch_size=4)
-    assert tokens.shape == (2, 16, 9)
-    with torch.no_grad():
-        encoded = model.encode(torch.stack([images[index]["pixel_values"] for index in range(16)]))
-    assert torch.equal(tokens[0].long(), encoded.image_tokens)
-    unit = torch.nn.functional.normalize(encoded.latents, dim=-1)
-    similarity = unit @ model.quantizer.normalized_codebook().T
-    similarity.scatter_(-1, tokens[0].long()[..., None], -2)
-    assert torch.equal(tokens[1].long(), similarity.argmax(-1))
+def test_tokens_anew_in_every_step(tokenizer, data, tmp_path):
+    """Without keeping tokens, with two sequences of each image, and continued after an interruption."""
+    options = {"variants": 0, "neighbours": 2, "generator": "rar", "gradient_accumulation_steps": 2}
+    whole = train_generator_for(4, tokenizer, data, tmp_path / "whole", checkpoint_every=2, **options)
+    assert not (whole / "tokens" / "train").exists()
+    part = train_generator_for(
+        2, tokenizer, data, tmp_path / "part", rar_random_until=1, rar_raster_from=1.5, **options
+    )
+    train_generator_for(4, tokenizer, data, part, resume="true", **options)
+    expected = weights_of(whole / "model", VFMTokRARForImageGeneration)
+    for name, tensor in weights_of(part / "model", VFMTokRARForImageGeneration).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_a_finished_run_is_a_pipeline(tokenizer, data, tmp_path):
+    output = train_generator_for(2, tokenizer, data, tmp_path / "run", temperature=0.8, top_k=5)
+    pipe = VFMTokPipeline.from_pretrained(output / "pipeline")
+    assert pipe.id2label == {0: "bar", 1: "disc"}
+    assert (pipe.transformer.generation_config.temperature, pipe.transformer.generation_config.top_k) == (0.8, 5)
+    assert pipe(["disc", "bar"]).images[0].size == (32, 32)

@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
+from .class_embeddings_vfmtok import ClassEmbeddingsMixin
 from .configuration_vfmtok_ar import VFMTokARConfig
 from .generation_vfmtok import KeyValueCache, LayerCache, VFMTokGenerationMixin
 
@@ -165,7 +166,7 @@ class VFMTokARDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
-class VFMTokARForImageGeneration(PreTrainedModel, VFMTokGenerationMixin):
+class VFMTokARForImageGeneration(PreTrainedModel, VFMTokGenerationMixin, ClassEmbeddingsMixin):
     """
     Generator of VFMTok image tokens, one after the other in raster order, for a class label.
 
@@ -197,6 +198,9 @@ class VFMTokARForImageGeneration(PreTrainedModel, VFMTokGenerationMixin):
         super()._init_weights(module)
         if module is self.lm_head:
             init.zeros_(module.weight)
+
+    def class_embedding_table(self) -> tuple[nn.Embedding, int]:
+        return self.class_embedding, 0
 
     def decode_sequence(
         self, class_labels: torch.Tensor, image_tokens: torch.Tensor, cache: KeyValueCache | None = None

@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple
 
+from .class_embeddings_vfmtok import ClassEmbeddingsMixin
 from .configuration_vfmtok_rar import VFMTokRARConfig
 from .generation_vfmtok import (
     KeyValueCache,
@@ -119,7 +120,7 @@ class VFMTokRARDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + gate2 * self.mlp(modulate(self.norm2(hidden_states), shift2, scale2))
 
 
-class VFMTokRARForImageGeneration(PreTrainedModel, VFMTokGenerationMixin):
+class VFMTokRARForImageGeneration(PreTrainedModel, VFMTokGenerationMixin, ClassEmbeddingsMixin):
     """
     Generator of VFMTok image tokens in any order, for a class label.
 
@@ -165,6 +166,9 @@ class VFMTokRARForImageGeneration(PreTrainedModel, VFMTokGenerationMixin):
             init.trunc_normal_(self.position_embeddings, std=std)
             init.trunc_normal_(self.target_position_embeddings, std=std)
             init.trunc_normal_(self.timestep_embeddings, std=std)
+
+    def class_embedding_table(self) -> tuple[nn.Embedding, int]:
+        return self.embed_tokens, self.config.codebook_size + 1
 
     def position_rows(self, batch_size: int, orders: torch.Tensor | None) -> torch.Tensor:
         """`(batch_size, num_image_tokens + 2)` rows of the position tables for the sequence in the given order."""

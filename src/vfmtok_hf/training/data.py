@@ -1,112 +1,263 @@
-"""Image folders for training: `root/class_name/image.png`, decoded, augmented and sampled reproducibly."""
+"""
+Images and token sequences in training order, reproducibly: what a process sees at a step depends on the seed and on
+the position in the run alone, so that a resumed run goes on exactly where it stopped.
+"""
 
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
-from torch.utils.data import Dataset, Sampler
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+
+from vfmtok_hf.training.images import Augmentation, UnreadableImage, decode_image
+from vfmtok_hf.training.sources import (
+    ImageRecords,
+    class_number,
+    encoded_bytes,
+    find_columns,
+    known_class_names,
+    load_dataset,
+    open_records,
+)
 
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-WHITE = (255, 255, 255)
+logger = logging.getLogger("vfmtok_hf.training")
+
+# So many in a row are no damage here and there, but a wrong column or a wrong format.
+MAX_UNREADABLE_IN_A_ROW = 10_000
+MAX_WORKERS = 256
 
 
-class ImageFolder(Dataset):
+class ImageDataset(Dataset):
     """
-    Images of `root/class_name/*`, classes numbered in alphabetical order.
+    Images of records, augmented.
 
     An item is a function of (seed, epoch, index) alone, so a resumed run sees what an uninterrupted one would, with
-    any number of workers.
+    any number of workers. The place of an image that cannot be decoded is taken by the next one that can; each such
+    image is named once in the log.
 
     Args:
-        root (`str` or `Path`): folder with one folder per class.
-        image_size (`int`): side of the square result in pixels.
-        crop_scale (`tuple[float, float]`, *optional*): range of the random crop's side as a share of the image's
-            shorter side. Above 1 the image is padded with white. `None`: the whole central square, no augmentation.
-        horizontal_flip (`bool`): mirror half of the images, in training (`crop_scale` given) only.
+        records ([`ImageRecords`]): the images.
+        augmentation ([`Augmentation`]): from image to `pixel_values`.
         cache_images (`bool`): keep the decoded images in memory, shrunk as far as the largest crop needs.
         seed (`int`): of the augmentation.
-
-    Raises:
-        FileNotFoundError: there is no such folder, or it holds no images.
     """
 
-    def __init__(
-        self,
-        root: str | Path,
-        image_size: int,
-        crop_scale: tuple[float, float] | None = None,
-        horizontal_flip: bool = False,
-        cache_images: bool = False,
-        seed: int = 0,
-    ):
-        files = sorted(file for file in Path(root).glob("*/*") if file.suffix.lower() in IMAGE_SUFFIXES)
-        if not files:
-            raise FileNotFoundError(f"No images in {root}: expected files like {root}/class_name/image.png.")
-        self.files = files
-        self.image_size = image_size
-        self.crop_scale = crop_scale
-        self.horizontal_flip = horizontal_flip
+    def __init__(self, records: ImageRecords, augmentation: Augmentation, cache_images: bool = False, seed: int = 0):
+        self.records = records
+        self.labels = records.labels
+        self.class_names = records.class_names
+        self.augmentation = augmentation
         self.seed = seed
         self.epoch = 0
-        self.class_names = sorted({file.parent.name for file in files})
-        numbers = {name: number for number, name in enumerate(self.class_names)}
-        self.labels = [numbers[file.parent.name] for file in files]
-        self.cache = [self._shrunk(_read_image(file)) for file in files] if cache_images else None
+        # Worker processes write into it too.
+        self.unreadable = torch.zeros(len(records), dtype=torch.bool).share_memory_()
+        self.cache = [self._decoded(index, shrink=True) for index in range(len(records))] if cache_images else None
 
-    def _shrunk(self, image: Image.Image) -> Image.Image:
-        shortest_crop = self.crop_scale[0] if self.crop_scale else 1.0
-        factor = self.image_size / (shortest_crop * min(image.size))
-        if factor >= 1:
-            return image
-        return image.resize([max(round(side * factor), 1) for side in image.size], Image.Resampling.BICUBIC)
+    @property
+    def num_unreadable(self) -> int:
+        """Different images found unreadable so far, by all workers of this process."""
+        return int(self.unreadable.sum())
+
+    def name(self, index: int) -> str:
+        return self.records.name(index)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
-        """`pixel_values` (3, image_size, image_size) in [-1, 1], `label`, `index`."""
-        image = self.cache[index] if self.cache else _read_image(self.files[index])
+        """`pixel_values` (3, image_size, image_size) in [-1, 1], `label`, and `index` of the image that it became."""
         rng = np.random.default_rng((self.seed, self.epoch, index))
-        pixels = torch.from_numpy(np.asarray(self._crop(image, rng)).copy()).permute(2, 0, 1)
-        return {"pixel_values": pixels.float() / 127.5 - 1, "label": self.labels[index], "index": index}
+        for candidate in range(index, index + len(self)):
+            candidate %= len(self)
+            image = self.cache[candidate] if self.cache else self._decoded(candidate)
+            if image is not None:
+                pixel_values = self.augmentation(image, rng)
+                return {"pixel_values": pixel_values, "label": self.labels[candidate], "index": candidate}
+        raise UnreadableImage(f"None of the {len(self)} images of {self.records.source} can be decoded.")
 
-    def _crop(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        shorter = min(image.size)
-        scale = rng.uniform(*self.crop_scale) if self.crop_scale else 1.0
-        side = scale * shorter
-        shares = rng.uniform(size=2) if self.crop_scale else (0.5, 0.5)
-        left, top = (share * (length - side) for share, length in zip(shares, image.size, strict=True))
-        padding = max(0, int(np.ceil(side - shorter)))
-        if padding:
-            image = ImageOps.expand(image, padding, WHITE)
-        # Rounding may carry the far edges a hair past the image, which Pillow refuses.
-        box = (
-            left + padding,
-            top + padding,
-            min(left + padding + side, image.width),
-            min(top + padding + side, image.height),
-        )
-        image = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC, box=box)
-        if self.crop_scale and self.horizontal_flip and rng.uniform() < 0.5:
-            image = ImageOps.mirror(image)
-        return image
+    def _decoded(self, index: int, shrink: bool = False) -> Image.Image | None:
+        if self.unreadable[index]:
+            return None
+        try:
+            image = decode_image(self.records.encoded(index))
+        except UnreadableImage as error:
+            logger.warning("skipping an image that cannot be decoded: %s (%s)", self.name(index), error)
+            self.unreadable[index] = True
+            return None
+        return self.augmentation.shrunk(image) if shrink else image
 
 
-def _read_image(file: Path) -> Image.Image:
-    """RGB as a viewer shows it: EXIF rotation applied, transparency on white."""
-    with Image.open(file) as opened:
-        image = ImageOps.exif_transpose(opened)
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, (*WHITE, 255)), image)
-        return image.convert("RGB")
+def ImageFolder(
+    root: str | Path,
+    image_size: int,
+    crop_scale: tuple[float, float] | None = None,
+    horizontal_flip: bool = False,
+    cache_images: bool = False,
+    seed: int = 0,
+) -> ImageDataset:
+    """Images of `root/class_name/*`, or of any other source, in one call."""
+    augmentation = Augmentation(image_size, crop_scale, horizontal_flip)
+    return ImageDataset(open_records(root), augmentation, cache_images, seed)
+
+
+class ImageStream(IterableDataset):
+    """
+    Images of a data set that is read from front to back: too large to hold, or not here but on the Hub.
+
+    An epoch has a fixed number of images. In each epoch the order of the files changes, and images leave a buffer of
+    `shuffle_buffer` at random. Every process and every worker reads its own part; who reaches the end of its part
+    early reads it again, so that all processes make the same number of steps. After a resume the part of the epoch
+    that was seen is read once more without decoding it.
+
+    Args:
+        source, split, image_column, label_column, class_names: as in [`open_records`].
+        augmentation ([`Augmentation`]): from image to `pixel_values`.
+        epoch_images (`int`, *optional*): images in an epoch, of all processes together. Defaults to the number that
+            the data set states.
+        shuffle_buffer (`int`): encoded images kept by each worker to draw from.
+        seed (`int`): of order and augmentation.
+
+    Raises:
+        ValueError: the size of an epoch or the names of the classes are not known and not given.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        augmentation: Augmentation,
+        split: str = "train",
+        image_column: str | None = None,
+        label_column: str | None = None,
+        class_names: list[str] | None = None,
+        epoch_images: int | None = None,
+        shuffle_buffer: int = 1000,
+        seed: int = 0,
+    ):
+        import datasets
+
+        dataset = load_dataset(source, split, streaming=True)
+        features = dataset.features or dataset._resolve_features().features
+        self.image_column, self.label_column = find_columns(source, features, image_column, label_column)
+        class_names = class_names or known_class_names(features, self.label_column)
+        if class_names is None:
+            raise ValueError(f"The column {self.label_column} of {source} does not name its classes: --class_names.")
+        stated = (dataset.info.splits or {}).get(split)
+        if epoch_images is None and not (stated and stated.num_examples):
+            raise ValueError(f"{source} does not state how many images it has: give --epoch_images.")
+        if isinstance(features[self.image_column], datasets.Image):
+            dataset = dataset.cast_column(self.image_column, datasets.Image(decode=False))
+        self.source = source
+        # Of the files alone: the buffer of the library reads ahead in threads, ours is below.
+        self.dataset = dataset.shuffle(seed=seed, buffer_size=1, max_buffer_input_shards=1)
+        self.shuffle_buffer = shuffle_buffer
+        self.class_names = class_names
+        self.class_numbers = {name: number for number, name in enumerate(class_names)}
+        self.augmentation = augmentation
+        self.epoch_images = epoch_images or stated.num_examples
+        self.seed = seed
+        # One entry a worker, as additions of several processes to the same number can get lost.
+        self.unreadable = torch.zeros(MAX_WORKERS, dtype=torch.int64).share_memory_()
+        self.set_share(batch_size=1)
+        self.set_position(0, 0)
+
+    def set_share(self, batch_size: int, num_processes: int = 1, process_index: int = 0) -> None:
+        """How the images are dealt out, `batch_size` to a process at a time."""
+        self.batch_size = batch_size
+        self.num_processes = num_processes
+        self.process_index = process_index
+
+    def set_position(self, epoch: int, first_batch: int) -> None:
+        """Where the next iteration starts."""
+        self.epoch = epoch
+        self.first_batch = first_batch
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Of each process."""
+        return self.epoch_images // (self.batch_size * self.num_processes)
+
+    @property
+    def num_unreadable(self) -> int:
+        """Times that an image could not be decoded so far, by all workers of this process."""
+        return int(self.unreadable.sum())
+
+    def name(self, index: int) -> str:
+        return f"{self.source}, image {index} of a worker in epoch {self.epoch}"
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor | int]]:
+        """Items as of [`ImageDataset`]; a worker yields those of its whole batches."""
+        worker = get_worker_info()
+        num_workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
+        # A loader takes the batches of its workers in turn, and starts with the first worker wherever the epoch is.
+        turn = (number + self.first_batch) % num_workers
+        batches_before = len(range(turn, self.first_batch, num_workers))
+        batches = len(range(turn, self.batches_per_epoch, num_workers))
+        part, parts = self.process_index * num_workers + turn, self.num_processes * num_workers
+        yield from self._items(part, parts, batches_before * self.batch_size, batches * self.batch_size, number)
+
+    def _items(self, part: int, parts: int, start: int, end: int, worker: int) -> Iterator[dict]:
+        """
+        Items `start` to `end` of a part. The next readable image also fills the places of unreadable ones before it,
+        so that an item's position tells how many rows were read before it.
+        """
+        places: list[int] = []
+        for position, row in enumerate(self._rows_without_end(part, parts)):
+            if position >= end and not places:
+                return
+            if position < start:
+                continue
+            if position < end:
+                places.append(position)
+            try:
+                image = decode_image(encoded_bytes(row[self.image_column]))
+            except UnreadableImage as error:
+                name = row.get("__key__", f"image {position} of part {part + 1}/{parts}, epoch {self.epoch}")
+                logger.warning("skipping an image that cannot be decoded: %s, %s (%s)", self.source, name, error)
+                self.unreadable[worker] += 1
+                if position - places[0] >= MAX_UNREADABLE_IN_A_ROW:
+                    raise UnreadableImage(f"{position - places[0]} images of {self.source} in a row.") from error
+                continue
+            label = class_number(row[self.label_column], self.class_numbers, self.source, self.label_column)
+            for place in places:
+                rng = np.random.default_rng((self.seed, self.epoch, part, place))
+                yield {"pixel_values": self.augmentation(image, rng), "label": label, "index": place}
+            places = []
+
+    def _rows_without_end(self, part: int, parts: int) -> Iterator[dict[str, Any]]:
+        """Rows of a part in this epoch's order, over and over."""
+        rng = np.random.default_rng((self.seed, self.epoch, part))
+        while True:
+            buffer: list[dict[str, Any]] = []
+            for row in self._rows(part, parts):
+                buffer.append(row)
+                if len(buffer) >= self.shuffle_buffer:
+                    chosen = rng.integers(len(buffer))
+                    buffer[chosen], buffer[-1] = buffer[-1], buffer[chosen]
+                    yield buffer.pop()
+            rng.shuffle(buffer)
+            yield from buffer
+
+    def _rows(self, part: int, parts: int) -> Iterator[dict[str, Any]]:
+        from datasets.distributed import split_dataset_by_node
+
+        rows = split_dataset_by_node(self.dataset, rank=part, world_size=parts)
+        rows.set_epoch(self.epoch)
+        is_empty = True
+        # Not a plain iteration: that would divide the rows among the workers once more.
+        for batch in rows.iter(batch_size=1):
+            is_empty = False
+            yield {name: values[0] for name, values in batch.items()}
+        if is_empty:
+            raise ValueError(f"{self.source} has no images for part {part + 1} of {parts}: use fewer --num_workers.")
 
 
 class EpochSampler(Sampler[int]):
@@ -141,3 +292,98 @@ class EpochSampler(Sampler[int]):
         else:
             order = torch.multinomial(self.weights, self.num_items, replacement=True, generator=generator)
         return iter(order.tolist())
+
+
+class EpochBatches(Sampler[list[int]]):
+    """Batches of one process: every `num_processes`-th whole batch of the order that a sampler gives."""
+
+    def __init__(self, sampler: EpochSampler, batch_size: int, num_processes: int = 1, process_index: int = 0):
+        self.sampler = sampler
+        self.batch_size = batch_size
+        self.num_processes = num_processes
+        self.process_index = process_index
+        self.first_batch = 0
+
+    def set_position(self, epoch: int, first_batch: int) -> None:
+        """Where the next iteration starts."""
+        self.sampler.set_epoch(epoch)
+        self.first_batch = first_batch
+
+    def __len__(self) -> int:
+        return len(self.sampler) // (self.batch_size * self.num_processes)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = list(self.sampler)
+        for batch in range(self.first_batch, len(self)):
+            start = (batch * self.num_processes + self.process_index) * self.batch_size
+            yield order[start : start + self.batch_size]
+
+
+class Position(Protocol):
+    """Where a run is in its data."""
+
+    epoch: int
+    batch: int  # batches of this epoch done
+
+
+class TrainingLoader:
+    """
+    Batches without end for one of several processes, from any position of the run, on its device.
+
+    Args:
+        data: an [`ImageStream`], or a map-style data set with `labels` and `set_epoch`.
+        batch_size (`int`): of this process.
+        num_processes, process_index (`int`): all processes together go through the data once an epoch.
+        balance_power (`float`): as in [`EpochSampler`]; streams cannot be balanced.
+        num_workers (`int`): processes that read and augment.
+
+    Raises:
+        ValueError: there are fewer items than one batch for each process.
+    """
+
+    def __init__(
+        self,
+        data: Dataset,
+        batch_size: int,
+        num_processes: int = 1,
+        process_index: int = 0,
+        balance_power: float = 0.0,
+        num_workers: int = 0,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ):
+        self.data = data
+        self.device = torch.device(device)
+        if isinstance(data, ImageStream):
+            if balance_power:
+                raise ValueError("Classes of a stream cannot be balanced: --balance_power needs --streaming false.")
+            data.set_share(batch_size, num_processes, process_index)
+            self.order, length, batching = data, data.batches_per_epoch, {"batch_size": batch_size}
+        else:
+            sampler = EpochSampler(data.labels, balance_power, seed)
+            self.order = EpochBatches(sampler, batch_size, num_processes, process_index)
+            length, batching = len(self.order), {"batch_sampler": self.order}
+        if length == 0:
+            raise ValueError(
+                f"The training data have fewer items than one batch of {batch_size} for {num_processes} process(es): "
+                "lower --batch_size."
+            )
+        self.loader = DataLoader(
+            data,
+            num_workers=num_workers,
+            pin_memory=self.device.type == "cuda",
+            # Starting an epoch draws from it: from the global generator a resumed run would draw once more.
+            generator=torch.Generator(),
+            **batching,
+        )
+
+    def batches(self, position: Position) -> Iterator[dict[str, torch.Tensor]]:
+        """Batches from where `position` stands, which they advance."""
+        while True:
+            if not isinstance(self.data, ImageStream):
+                self.data.set_epoch(position.epoch)
+            self.order.set_position(position.epoch, position.batch)
+            for batch in self.loader:
+                position.batch += 1
+                yield {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+            position.epoch, position.batch = position.epoch + 1, 0

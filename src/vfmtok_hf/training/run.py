@@ -170,23 +170,24 @@ def save_grid(images: torch.Tensor, file: Path, columns: int) -> None:
 
 def learning_rate_at(step: int, peak: float, warmup_steps: int, max_steps: int, schedule: str, final: float) -> float:
     """
-    Linear warm-up to `peak`, then constant or a half cosine down to `final * peak` at `max_steps`.
+    Linear warm-up to `peak`, then constant, or a half cosine or a straight line down to `final * peak` at `max_steps`.
 
     Args:
         step (`int`): steps done before this one, from 0.
-        schedule (`str`): "constant" or "cosine".
+        schedule (`str`): "constant", "cosine" or "linear".
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     if schedule == "constant":
         return peak
     share = min((step - warmup_steps) / max(max_steps - warmup_steps, 1), 1.0)
-    return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * share)))
+    remaining = 1 - share if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * share))
+    return peak * (final + (1 - final) * remaining)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get("lr_scale", 1.0)
 
 
 def check_finite(loss: torch.Tensor, terms: dict[str, torch.Tensor], step: int, batch_files: list[str]) -> None:

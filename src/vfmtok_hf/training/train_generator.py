@@ -1,16 +1,15 @@
 """
-Train a class-conditional generator of image tokens on a folder of images.
+Train a class-conditional generator of image tokens, from nothing or from a trained one.
 
     python -m vfmtok_hf.training.train_generator --config configs/emoji/generator.yaml
     accelerate launch -m vfmtok_hf.training.train_generator --config configs/emoji/generator.yaml --generator rar
     python -m vfmtok_hf.training.train_generator --config configs/emoji/generator.yaml --resume true
 
-The images are turned into tokens once, with `variants` augmentations each, by a trained tokenizer. The run's folder
-receives `model/` (averaged weights, for `from_pretrained`), `tokens/`, `checkpoints/`, `log.jsonl`, `arguments.yaml`
-and pictures of samples, one row per class.
+The data are images, which become tokens once (`variants` augmentations of each) or anew in every step, or the shards of
+`extract_tokens.py`. The run's folder receives `model/` (averaged weights, for `from_pretrained`), `pipeline/`,
+`tokens/`, `checkpoints/`, `log.jsonl`, `arguments.yaml` and pictures of samples, one row per class.
 """
 
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +18,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from vfmtok_hf.modeling.configuration_vfmtok_ar import VFMTokARConfig
 from vfmtok_hf.modeling.configuration_vfmtok_rar import VFMTokRARConfig
@@ -28,8 +26,18 @@ from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 from vfmtok_hf.modeling.modeling_vfmtok_ar import VFMTokARForImageGeneration
 from vfmtok_hf.modeling.modeling_vfmtok_rar import VFMTokRARForImageGeneration
 from vfmtok_hf.training.arguments import parse_arguments, save_arguments
-from vfmtok_hf.training.data import EpochSampler, ImageFolder
+from vfmtok_hf.training.data import TrainingLoader
 from vfmtok_hf.training.ema import EMA
+from vfmtok_hf.training.finetuning import (
+    Generator,
+    add_lora,
+    is_pipeline,
+    load_generator,
+    load_tokenizer,
+    save_adapted,
+    save_pipeline,
+)
+from vfmtok_hf.training.generator_data import open_data, token_batch
 from vfmtok_hf.training.run import (
     Progress,
     RunLog,
@@ -38,14 +46,14 @@ from vfmtok_hf.training.run import (
     check_finite,
     configure_logging,
     learning_rate_at,
+    logger,
     open_output,
     save_checkpoint,
     save_grid,
     save_model,
     set_learning_rate,
-    training_batches,
 )
-from vfmtok_hf.training.tokens import TokenDataset, load_or_extract_tokens
+from vfmtok_hf.training.tokens import TokenShards
 
 
 GENERATORS = {
@@ -54,46 +62,71 @@ GENERATORS = {
 }
 
 
+# Parameters with these in their names have no weight decay, nor have vectors; the originals' `creat_optimizer`.
+WITHOUT_DECAY = {
+    "vfmtok_ar": (),
+    "vfmtok_rar": ("embed_tokens", "position_embeddings", "timestep_embeddings", "norm_modulation"),
+}
+# Class embeddings: of an AR, and of a RAR's adapters. Else a RAR has them in one table with the image tokens.
+CLASS_TABLES = ("class_embedding", "trainable_tokens_delta")
+
+
 @dataclass
 class GeneratorArguments:
     # Data
-    tokenizer: str  # folder or repository of a trained VFMTokModel
-    train_data: str  # folder with one folder of images per class
-    validation_data: str  # the same, never trained on
+    train_data: str  # folder of class folders, token shards, or files or repository of the datasets library
     output: str  # folder of the run
-    class_names: str | None = None  # JSON file with "id2label"; None: the names of the folders
-    variants: int = 4  # augmentations of each training image
+    validation_data: str | None = None  # the same, never trained on; None: held-out training images
+    validation_share: float = 0.1  # of each class, held out if there are no validation data
+    tokenizer: str | None = None  # folder or repository of a trained VFMTokModel or pipeline; None: that of init_from
+    class_names: str | None = None  # JSON file with "id2label"; None: the names that the data have
+    split: str = "train"  # of what the datasets library reads
+    validation_split: str = "validation"
+    image_column: str | None = None  # None: found by type and name
+    label_column: str | None = None
+    streaming: bool = False  # read front to back, for data that are too large or far away; needs variants 0
+    epoch_images: int | None = None  # of a stream that does not state how many it has
+    shuffle_buffer: int = 1000  # encoded images of a stream that each worker draws from
+    variants: int = 4  # augmentations of each training image that become tokens once; 0: tokens anew in every step
     neighbours: int = 1  # token sequences of each: 2 adds its second-nearest codebook rows (VFMTok-RAR)
     crop_scale: list[float] = field(default_factory=lambda: [0.8, 1.0])  # side of random crops / shorter image side
     horizontal_flip: bool = True
     balance_power: float = 0.0  # classes are drawn with weight n ** (1 - balance_power)
+    num_workers: int = 0
     # Model
-    generator: Literal["ar", "rar"] = "ar"
-    init_from: str | None = None  # a generator to continue from; None: random weights
+    generator: Literal["ar", "rar"] = "ar"  # of a new one; init_from knows its own kind
+    init_from: str | None = None  # a generator or pipeline to continue from; None: random weights
     model: dict[str, Any] = field(
         default_factory=dict
-    )  # config fields; sizes of tokens and classes come from the data
+    )  # config fields of a new one; sizes of tokens and classes come from the data
+    lora_rank: int = 0  # of low-rank adapters; 0: all weights are trained
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.0
     rar_random_until: float = 0.5  # share of the run with random orders only (RAR)
     rar_raster_from: float = 0.75  # share of the run after which the order is raster only; linear in between
     # Optimizer
     max_steps: int = 10_000
     batch_size: int = 64  # per process
+    gradient_accumulation_steps: int = 1
     learning_rate: float = 1e-4
+    class_learning_rate_scale: float = 1.0  # of class embeddings: new classes may need more (AR, and RAR with LoRA)
     warmup_steps: int = 100
-    schedule: Literal["constant", "cosine"] = "constant"
-    final_learning_rate: float = 0.01  # of a cosine schedule, as a share of the peak
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    final_learning_rate: float = 0.01  # of a falling schedule, as a share of the peak
     beta1: float = 0.9
     beta2: float = 0.95
-    weight_decay: float = 0.05  # of matrices and embeddings; vectors have none
+    weight_decay: float = 0.05
     max_gradient_norm: float = 1.0
     ema_decay: float = 0.9999
     # Sample pictures
     samples_per_class: int = 4
-    temperature: float = 1.0
-    top_k: int = 0
+    sample_classes: int = 32  # the first ones
+    temperature: float | None = None  # also of the saved model's generation config; None: as that says
+    top_k: int | None = None
     # System
     attention: Literal["sdpa", "eager"] = "sdpa"  # on CPUs "eager" is several times faster in bf16
     mixed_precision: Literal["no", "bf16"] = "no"
+    gradient_checkpointing: bool = False
     compile: bool = False
     seed: int = 0
     log_every: int = 20
@@ -104,43 +137,54 @@ class GeneratorArguments:
     resume: bool = False
 
 
-def build_generator(arguments: GeneratorArguments, tokenizer: VFMTokModel, labels: list[str]) -> nn.Module:
-    """A generator for the tokenizer's tokens and the data's classes.
+# ---------------------------------------------------------------------------------------------------------------
+# Model
+
+
+def build_generator(arguments: GeneratorArguments, tokenizer: VFMTokModel, class_names: list[str]) -> Generator:
+    """
+    A generator for the tokenizer's tokens and the data's classes; of a trained one, classes of the same name are kept.
 
     Raises:
-        ValueError: `init_from` is for other tokens or another number of classes.
+        ValueError: `init_from` is for other tokens, or comes with settings of a new model.
     """
-    config_class, model_class = GENERATORS[arguments.generator]
-    sizes = {
-        "codebook_size": tokenizer.config.codebook_size,
-        "num_image_tokens": tokenizer.config.num_anchors,
-        "num_classes": len(labels),
-    }
+    sizes = {"codebook_size": tokenizer.config.codebook_size, "num_image_tokens": tokenizer.config.num_anchors}
     if arguments.init_from is None:
-        return model_class(config_class(**arguments.model, **sizes, id2label=dict(enumerate(labels))))
-    model = model_class.from_pretrained(arguments.init_from)
-    for name, size in sizes.items():
-        if getattr(model.config, name) != size:
-            raise ValueError(f"{arguments.init_from} has {name} {getattr(model.config, name)}, the data needs {size}.")
+        config_class, model_class = GENERATORS[arguments.generator]
+        id2label = dict(enumerate(class_names))
+        model = model_class(config_class(**arguments.model, **sizes, num_classes=len(class_names), id2label=id2label))
+    else:
+        if arguments.model:
+            raise ValueError("--model describes a new generator; --init_from brings its own configuration.")
+        model = load_generator(arguments.init_from)
+        for name, size in sizes.items():
+            if getattr(model.config, name) != size:
+                actual = getattr(model.config, name)
+                raise ValueError(f"{arguments.init_from} has {name} {actual}, the tokenizer's is {size}.")
+        if class_names != [name for _, name in sorted((model.config.id2label or {}).items())]:
+            origins = model.resize_class_embeddings(class_names)
+            kept = [name for name, origin in zip(class_names, origins, strict=True) if origin is not None]
+            logger.info("%d classes, %d of them known to %s: %s", len(origins), len(kept), arguments.init_from, kept)
+    for name, value in (("temperature", arguments.temperature), ("top_k", arguments.top_k)):
+        if value is not None:
+            model.generation_config.update(do_sample=True, **{name: value})
     return model
 
 
-def read_class_names(file: str | None, folders: list[str]) -> list[str]:
-    """Names of the classes in the order of their folders."""
-    if file is None:
-        return folders
-    names = json.loads(Path(file).read_text())["id2label"]
-    if sorted(map(int, names)) != list(range(len(folders))):
-        raise ValueError(f"{file} names {len(names)} classes, the training data has {len(folders)}: {folders}.")
-    return [names[str(number)] for number in range(len(folders))]
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices and embeddings only, as in the original's `creat_optimizer`."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def parameter_groups(model: Generator, arguments: GeneratorArguments) -> list[dict[str, Any]]:
+    """Trainable parameters with and without weight decay; and class embeddings that have a table of their own."""
+    without = WITHOUT_DECAY[model.config.model_type]
+    decayed, plain, classes = [], [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_plain = parameter.ndim < 2 or any(part in name for part in without)
+            is_class = any(part in name for part in CLASS_TABLES)
+            (classes if is_class else plain if is_plain else decayed).append(parameter)
+    class_decay = 0.0 if "embed_tokens" in without else arguments.weight_decay
     return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": arguments.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+        {"params": classes, "weight_decay": class_decay, "lr_scale": arguments.class_learning_rate_scale},
     ]
 
 
@@ -151,32 +195,34 @@ def random_ratio_at(step: int, arguments: GeneratorArguments) -> float:
 
 
 @torch.no_grad()
-def validate(model: nn.Module, loader: DataLoader) -> dict[str, float]:
-    """Mean cross-entropy of unseen images' tokens in nats, in raster order."""
+def validate(model: Generator, data: TokenShards, batch_size: int, accelerator: Accelerator) -> dict[str, float]:
+    """Mean cross-entropy of unseen images' tokens in nats, in raster order. The processes share the images."""
     model.eval()
-    total, count = 0.0, 0
-    for batch in loader:
+    sums = torch.zeros(2, device=model.device)
+    own = range(accelerator.process_index, len(data), accelerator.num_processes)
+    # With a generator of its own, as a loader would draw from the global one, and training would notice.
+    for batch in DataLoader(Subset(data, own), batch_size, generator=torch.Generator()):
         labels, tokens = batch["label"].to(model.device), batch["image_tokens"].to(model.device)
-        total += model(class_labels=labels, image_tokens=tokens, return_loss=True).loss.item() * len(labels)
-        count += len(labels)
+        loss = model(class_labels=labels, image_tokens=tokens, return_loss=True).loss
+        sums += torch.stack([loss * len(labels), torch.full_like(loss, len(labels))])
     model.train()
+    total, count = accelerator.reduce(sums).tolist()
     return {"loss": total / count}
 
 
 @torch.no_grad()
-def draw_samples(model: nn.Module, tokenizer: VFMTokModel, arguments: GeneratorArguments) -> torch.Tensor:
-    """Images `(num_classes * samples_per_class, 3, height, width)`, the same random numbers at every call."""
+def draw_samples(model: Generator, tokenizer: VFMTokModel, arguments: GeneratorArguments) -> torch.Tensor:
+    """Images `(classes * samples_per_class, 3, height, width)`, the same random numbers at every call."""
     model.eval()
-    labels = torch.arange(model.config.num_classes, device=model.device)
+    labels = torch.arange(min(model.config.num_classes, arguments.sample_classes), device=model.device)
     generator = torch.Generator(model.device).manual_seed(arguments.seed)
-    tokens = model.generate(
-        labels.repeat_interleave(arguments.samples_per_class),
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        generator=generator,
-    )
+    tokens = model.generate(labels.repeat_interleave(arguments.samples_per_class), generator=generator)
     model.train()
     return torch.cat([tokenizer.decode(image_tokens=part).reconstruction for part in tokens.split(32)])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The run
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -184,65 +230,61 @@ def main(argv: list[str] | None = None) -> None:
     configure_logging()
     output = Path(arguments.output)
     checkpoint = open_output(output, arguments.resume)
-    accelerator = Accelerator(mixed_precision=arguments.mixed_precision)
+    accelerator = Accelerator(
+        # Without being told, Accelerate would not connect processes that have no accelerator.
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=arguments.mixed_precision,
+        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
+    )
     set_seed(arguments.seed, device_specific=True)
     log = RunLog(output, accelerator.is_main_process)
     if accelerator.is_main_process:
         save_arguments(arguments, output / "arguments.yaml")
 
-    # Data: images become tokens once
-    tokenizer = VFMTokModel.from_pretrained(arguments.tokenizer).to(accelerator.device).eval()
-    image_size = tokenizer.config.image_size
-    train_images = ImageFolder(
-        arguments.train_data,
-        image_size,
-        crop_scale=(arguments.crop_scale[0], arguments.crop_scale[1]),
-        horizontal_flip=arguments.horizontal_flip,
-        seed=arguments.seed,
-    )
-    validation_images = ImageFolder(arguments.validation_data, image_size)
-    if validation_images.class_names != train_images.class_names:
-        raise ValueError(f"{arguments.validation_data} and {arguments.train_data} must hold the same class folders.")
-    with accelerator.main_process_first():
-        train_tokens = load_or_extract_tokens(
-            output / "tokens" / "train.safetensors", tokenizer, train_images, arguments.variants, arguments.neighbours
-        )
-        validation_tokens = load_or_extract_tokens(
-            output / "tokens" / "validation.safetensors", tokenizer, validation_images, variants=1
-        )
-    train_data = TokenDataset(train_tokens, train_images.labels, arguments.seed)
-    train_loader = DataLoader(
+    # Data
+    tokenizer_source = arguments.tokenizer or arguments.init_from
+    if tokenizer_source is None or (arguments.tokenizer is None and not is_pipeline(tokenizer_source)):
+        raise ValueError("Give --tokenizer: only a pipeline as --init_from brings its own.")
+    tokenizer = load_tokenizer(tokenizer_source).to(accelerator.device)
+    train_data, validation_data = open_data(arguments, tokenizer, accelerator)
+    train_loader = TrainingLoader(
         train_data,
-        batch_size=arguments.batch_size,
-        sampler=EpochSampler(train_data.labels, arguments.balance_power, arguments.seed),
-        drop_last=True,
-        # Starting an epoch draws from it: from the global generator a resumed run would draw once more.
-        generator=torch.Generator(),
+        arguments.batch_size,
+        accelerator.num_processes,
+        accelerator.process_index,
+        arguments.balance_power,
+        arguments.num_workers,
+        arguments.seed,
+        accelerator.device,
     )
-    if len(train_loader) == 0:
-        raise ValueError(f"{arguments.train_data} has fewer images than one batch of {arguments.batch_size}.")
-    validation_loader = DataLoader(TokenDataset(validation_tokens, validation_images.labels), arguments.batch_size)
 
     # Model and optimizer
-    labels = read_class_names(arguments.class_names, train_images.class_names)
-    model = build_generator(arguments, tokenizer, labels).to(accelerator.device).train()
+    model = build_generator(arguments, tokenizer, train_data.class_names).to(accelerator.device).train()
     model.set_attn_implementation(arguments.attention)
+    if arguments.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    adapted = None
+    if arguments.lora_rank:
+        adapted = add_lora(model, arguments.lora_rank, arguments.lora_alpha, arguments.lora_dropout)
     betas = (arguments.beta1, arguments.beta2)
-    groups = parameter_groups(model, arguments.weight_decay)
+    groups = parameter_groups(model, arguments)
     optimizer = torch.optim.AdamW(groups, lr=arguments.learning_rate, betas=betas, fused=True)
     ema = EMA(model, arguments.ema_decay)
     progress = Progress()
     step_function = torch.compile(model) if arguments.compile else model
-    step_function, optimizer, train_loader = accelerator.prepare(step_function, optimizer, train_loader)
+    step_function, optimizer = accelerator.prepare(step_function, optimizer)
     accelerator.register_for_checkpointing(progress, ema)
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint))
         log.write("resume", progress.step, {})
 
     # Loop
+    is_rar = model.config.model_type == "vfmtok_rar"
     stop = StopRequest()
+    if progress.step == 0 and arguments.init_from is not None:
+        log.write("validation", 0, validate(model, validation_data, arguments.batch_size, accelerator))
     window = WindowMeans()
-    batches = training_batches(accelerator, train_loader, train_data, progress)
+    batches = train_loader.batches(progress)
     while progress.step < arguments.max_steps and not stop:
         step = progress.step
         learning_rate = learning_rate_at(
@@ -254,30 +296,39 @@ def main(argv: list[str] | None = None) -> None:
             arguments.final_learning_rate,
         )
         set_learning_rate(optimizer, learning_rate)
-        batch = next(batches)
-        order = {"random_ratio": random_ratio_at(step, arguments)} if arguments.generator == "rar" else {}
-        loss = step_function(
-            class_labels=batch["label"], image_tokens=batch["image_tokens"], return_loss=True, **order
-        ).loss
-        check_finite(loss, {}, step, [train_images.files[index].name for index in batch["index"].tolist()])
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), arguments.max_gradient_norm)
-        optimizer.step()
-        optimizer.zero_grad()
+        order = {"random_ratio": random_ratio_at(step, arguments)} if is_rar else {}
+        mean_loss = torch.zeros((), device=accelerator.device)
+        for _ in range(arguments.gradient_accumulation_steps):
+            batch = next(batches)
+            labels, tokens = token_batch(batch, tokenizer, arguments.neighbours)
+            with accelerator.accumulate(step_function):
+                loss = step_function(class_labels=labels, image_tokens=tokens, return_loss=True, **order).loss
+                if not loss.isfinite():
+                    check_finite(loss, {}, step, [train_data.name(index) for index in batch["index"].tolist()])
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(model.parameters(), arguments.max_gradient_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            mean_loss += loss.detach() / arguments.gradient_accumulation_steps
         ema.update()
         progress.step += 1
 
         # Log, validate, draw, save
-        window.add({"loss": loss}, len(batch["label"]) * accelerator.num_processes)
+        num_images = arguments.batch_size * arguments.gradient_accumulation_steps * accelerator.num_processes
+        window.add({"loss": mean_loss, "gradient_norm": norm}, num_images)
         done = progress.step == arguments.max_steps
         if progress.step % arguments.log_every == 0 or done:
             log.write("train", progress.step, {**window.take(), "lr": learning_rate})
         if progress.step % arguments.validate_every == 0 or done:
             with ema.applied():
-                metrics = validate(model, validation_loader)
+                metrics = validate(model, validation_data, arguments.batch_size, accelerator)
                 if accelerator.is_main_process:
-                    log.write("validation", progress.step, metrics)
-                    save_model(model, output / "model")
+                    log.write("validation", progress.step, {**metrics, "unreadable": train_data.num_unreadable})
+                    if adapted is None:
+                        save_model(model, output / "model")
+                    else:
+                        save_adapted(adapted, output / "model", output / "adapter")
             window.restart()
         if (progress.step % arguments.sample_every == 0 or done) and accelerator.is_main_process:
             with ema.applied():
@@ -289,6 +340,8 @@ def main(argv: list[str] | None = None) -> None:
             save_checkpoint(accelerator, output, progress.step, arguments.keep_checkpoints)
     if stop:
         log.write("stopped", progress.step, {})
+    elif accelerator.is_main_process:
+        save_pipeline(tokenizer, output / "model", output / "pipeline")
     accelerator.end_training()
 
 

@@ -334,7 +334,7 @@ def main(argv: list[str] | None = None) -> None:
                         terms["adaptive_weight"] = adaptive_weight(out["image_loss"], terms["adversarial"], last_layer)
                         weight = weight * terms["adaptive_weight"]
                     loss = loss + weight * terms["adversarial"]
-                check_finite(loss, terms, step, [train_data.files[index].name for index in batch["index"].tolist()])
+                check_finite(loss, terms, step, [train_data.name(index) for index in batch["index"].tolist()])
                 accelerator.backward(loss)
                 if is_adversarial:
                     verdict = discriminator_step_function(reconstruction, pixel_values)

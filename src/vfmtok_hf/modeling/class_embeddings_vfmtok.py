@@ -1,0 +1,80 @@
+"""New classes for a trained generator."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def match_class_names(new_names: Sequence[str], old_names: Sequence[str]) -> list[int | None]:
+    """
+    For each new class the number of the old class that it continues, or None.
+
+    Classes match by whole name, else by a synonym (names hold them separated by commas), in any case. A name that fits
+    several old classes, as "crane" does in ImageNet, matches none of them.
+    """
+    whole: dict[str, list[int]] = {}
+    synonyms: dict[str, list[int]] = {}
+    for number, name in enumerate(old_names):
+        whole.setdefault(_normalized(name), []).append(number)
+        for part in {_normalized(part) for part in name.split(",")}:
+            synonyms.setdefault(part, []).append(number)
+
+    def match(name: str) -> int | None:
+        keys = [_normalized(name), *map(_normalized, name.split(","))]
+        for candidates in [whole.get(keys[0]), *map(synonyms.get, keys)]:
+            if candidates:
+                return candidates[0] if len(candidates) == 1 else None
+        return None
+
+    return [match(name) for name in new_names]
+
+
+def _normalized(name: str) -> str:
+    return " ".join(name.casefold().split())
+
+
+class ClassEmbeddingsMixin:
+    """`resize_class_embeddings` for generators whose embedding table ends with one row a class and the null class."""
+
+    config: Any
+
+    def class_embedding_table(self) -> tuple[nn.Embedding, int]:
+        """The table, and the row of class 0. The rows of the other classes and of the null class follow, to the end."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def resize_class_embeddings(self, class_names: Sequence[str]) -> list[int | None]:
+        """
+        Replace the classes, which become `config.id2label`. A class whose name the model knows keeps its embedding,
+        wherever it was; a new one starts as a copy of the null class, that is, as an image of any class.
+
+        Call it before the optimizer is made: the table becomes another parameter.
+
+        Args:
+            class_names (`Sequence[str]`): names of the new classes 0, 1, ...; synonyms are separated by commas.
+
+        Returns:
+            `list[int | None]`: for each new class the old class whose embedding it has; None for the null class.
+
+        Raises:
+            ValueError: there are no names, or one occurs twice.
+        """
+        class_names = list(class_names)
+        if not class_names or len(set(class_names)) < len(class_names):
+            raise ValueError(f"A generator needs classes of different names, got {class_names}.")
+        old_names = [name for _, name in sorted((self.config.id2label or {}).items())]
+        origins = match_class_names(class_names, old_names)
+        table, first = self.class_embedding_table()
+        null_row = len(table.weight) - 1
+        rows = [*range(first), *(null_row if origin is None else first + origin for origin in origins), null_row]
+        table.weight = nn.Parameter(table.weight[rows], requires_grad=table.weight.requires_grad)
+        table.num_embeddings = len(rows)
+        self.config.num_classes = len(class_names)
+        self.config.id2label = dict(enumerate(class_names))
+        self.config.label2id = None
+        return origins
+
+
+__all__ = ["ClassEmbeddingsMixin", "match_class_names"]

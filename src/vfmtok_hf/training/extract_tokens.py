@@ -1,0 +1,319 @@
+"""
+Turn images into image tokens once, for any number of generator trainings.
+
+    python -m vfmtok_hf.training.extract_tokens --data data/train --tokenizer runs/tokenizer/model --output tokens/train
+    torchrun --nproc_per_node 8 -m vfmtok_hf.training.extract_tokens --config extract.yaml
+
+The same command after an interruption goes on with the shards that are missing.
+"""
+
+import hashlib
+import json
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator, PartialState
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from torch.utils.data import DataLoader, Dataset
+
+from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
+from vfmtok_hf.output_files import whole_file
+from vfmtok_hf.training.arguments import parse_arguments
+from vfmtok_hf.training.finetuning import load_tokenizer
+from vfmtok_hf.training.images import UnreadableImage, Variants, decode_image
+from vfmtok_hf.training.run import configure_logging
+from vfmtok_hf.training.sources import ImageRecords, open_records, read_class_names
+from vfmtok_hf.training.tokens import (
+    FORMAT,
+    INDEX_FILE,
+    SHARD_FACTS,
+    check_shard,
+    encode_sequences,
+    read_index,
+    readable_shard,
+    sha256_of_file,
+    shard_facts,
+    tokenizer_identity,
+)
+
+
+logger = logging.getLogger("vfmtok_hf.training")
+
+
+@dataclass
+class ExtractionArguments:
+    data: str  # folder of class folders, files or repository of the datasets library
+    tokenizer: str  # folder or repository of a VFMTokModel or of a pipeline
+    output: str  # folder of the shards
+    split: str = "train"
+    image_column: str | None = None  # None: found by type and name
+    label_column: str | None = None
+    class_names: str | None = None  # JSON file with "id2label"
+    crops: Literal["random", "ten", "center"] = "random"
+    variants: int = 4  # random crops of each image
+    crop_scale: list[float] = field(default_factory=lambda: [0.8, 1.0])  # side of random crops / shorter image side
+    ten_crop_ranges: list[float] = field(default_factory=lambda: [1.1])  # ten crops for each
+    horizontal_flip: bool = True  # mirror half of the random crops, or add the mirror image of the center
+    neighbours: int = 1  # 2: also the second-nearest codebook rows (VFMTok-RAR)
+    shard_size: int = 4096  # images
+    batch_size: int = 32  # views encoded at once
+    num_workers: int = 0
+    seed: int = 0
+
+
+def extract_tokens(
+    tokenizer: VFMTokModel,
+    records: ImageRecords,
+    output: str | Path,
+    variants: Variants,
+    neighbours: int = 1,
+    shard_size: int = 4096,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    overwrite: bool = False,
+    on_progress: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """
+    Write the token shards of all images, and return their index. Shards that are there already are kept.
+
+    Several processes (of `torchrun` or `accelerate launch`) take turns at the shards, so that each image is encoded
+    by exactly one. Images that cannot be decoded are left out and named in the log and in the index. An image that
+    occurs twice, byte for byte, is read once: the index names the others as duplicates.
+
+    Args:
+        tokenizer ([`VFMTokModel`]): on the device to use.
+        variants ([`Variants`]): the views of an image.
+        neighbours (`int`): token sequences of each view, see [`encode_sequences`].
+        shard_size (`int`): images in a shard.
+        batch_size (`int`): views encoded at once. It changes no result.
+        overwrite (`bool`): replace what another tokenizer, other images or other settings made, which else raises.
+        on_progress: called with the number of images after each batch of this process.
+
+    Raises:
+        ValueError: `output` holds other tokens, or no image can be decoded.
+    """
+    state, output = PartialState(), Path(output)
+    tokenizer.eval()
+    identity = tokenizer_identity(tokenizer)
+    settings = {**asdict(variants), "neighbours": neighbours, "shard_size": shard_size}
+    fingerprint = _fingerprint(identity, records.fingerprint, settings)
+    num_shards = -(-len(records) // shard_size)
+    finished = finished_index(output, fingerprint)
+    state.wait_for_everyone()
+    if finished is not None:
+        return finished
+    if state.is_main_process:
+        _prepare(output, fingerprint, overwrite)
+    state.wait_for_everyone()
+    missing = [number for number in range(num_shards) if not (output / shard_name(number)).is_file()]
+    state.wait_for_everyone()  # before the first new shard appears, so that all processes see the same ones missing
+    for number in missing[state.process_index :: state.num_processes]:
+        indices = range(number * shard_size, min((number + 1) * shard_size, len(records)))
+        views = _Views(records, variants, indices)
+        shard = _encode_shard(tokenizer, views, neighbours, batch_size, num_workers, on_progress)
+        facts = {
+            "fingerprint": fingerprint,
+            "names": [records.name(index) for index in shard["indices"]],
+            "unreadable": [records.name(index) for index in sorted({*indices} - {*shard["indices"]})],
+        }
+        with whole_file(output / shard_name(number)) as temporary:
+            # One entry: safetensors writes several in an order that changes, and with it the file's digest.
+            save_file(shard["tensors"], temporary, {SHARD_FACTS: json.dumps(facts)})
+        logger.info("shard %d of %d: %d images", number + 1, num_shards, len(shard["indices"]))
+    state.wait_for_everyone()
+    if state.is_main_process:
+        index = {
+            "format": FORMAT,
+            "fingerprint": fingerprint,
+            "tokenizer": identity,
+            "codebook_size": tokenizer.config.codebook_size,
+            "num_image_tokens": tokenizer.config.num_anchors,
+            "settings": settings,
+            "class_names": records.class_names,
+            **_summary([output / shard_name(number) for number in range(num_shards)]),
+        }
+        if index["num_images"] == 0:
+            raise ValueError(f"None of the {len(records)} images of {records.source} can be decoded.")
+        with whole_file(output / INDEX_FILE) as temporary:
+            temporary.write_text(json.dumps(index, indent=1), encoding="utf-8")
+    state.wait_for_everyone()
+    return json.loads((output / INDEX_FILE).read_text(encoding="utf-8"))
+
+
+def finished_index(output: Path, fingerprint: str) -> dict[str, Any] | None:
+    """The index of a folder that holds all the shards that it should, as far as their sizes tell."""
+    try:
+        index = read_index(output)
+        for shard in index["shards"]:
+            check_shard(output, shard, verify=False)
+    except (FileNotFoundError, ValueError):
+        return None
+    return index if index["fingerprint"] == fingerprint else None
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:05d}.safetensors"
+
+
+def _fingerprint(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _prepare(output: Path, fingerprint: str, overwrite: bool) -> None:
+    """Make the folder ready: without what a killed process left, without damaged shards, without other tokens."""
+    output.mkdir(parents=True, exist_ok=True)
+    for partial in output.glob(".*.partial*"):
+        partial.unlink()
+    for file in output.glob("shard-*.safetensors"):
+        if not readable_shard(file):
+            logger.warning("%s is damaged: made again", file)
+            file.unlink()
+            continue
+        with safe_open(file, framework="np") as shard:
+            belongs = shard_facts(shard)["fingerprint"] == fingerprint
+        if not belongs and not overwrite:
+            raise ValueError(
+                f"{output} holds tokens of another tokenizer, other images or other settings: choose another --output."
+            )
+        if not belongs:
+            logger.info("%s belongs to another tokenizer, other images or other settings: made again", file)
+            file.unlink()
+    (output / INDEX_FILE).unlink(missing_ok=True)
+
+
+class _Views(Dataset):
+    """All views of single images; `views` is None where the image cannot be decoded."""
+
+    def __init__(self, records: ImageRecords, variants: Variants, indices: range):
+        self.records = records
+        self.variants = variants
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, item: int) -> dict[str, Any]:
+        index = self.indices[item]
+        encoded = self.records.encoded(index)
+        try:
+            views = self.variants(decode_image(encoded), index)
+        except UnreadableImage as error:
+            logger.warning("skipping an image that cannot be decoded: %s (%s)", self.records.name(index), error)
+            views = None
+        digest = np.frombuffer(hashlib.sha256(encoded).digest(), np.uint8)
+        return {"views": views, "index": index, "label": self.records.labels[index], "digest": digest}
+
+
+def _encode_shard(
+    tokenizer: VFMTokModel,
+    views: _Views,
+    neighbours: int,
+    batch_size: int,
+    num_workers: int,
+    on_progress: Callable[[int], None] | None,
+) -> dict[str, Any]:
+    dtype = np.uint16 if tokenizer.config.codebook_size <= 2**16 else np.int32
+    num_views = views.variants.num_views
+    images_at_once = max(batch_size // num_views, 1)
+    loader = DataLoader(
+        views, batch_size=images_at_once, num_workers=num_workers, collate_fn=list, generator=torch.Generator()
+    )
+    # An array of each kind even if no image of the shard can be decoded.
+    sequences = [np.empty((0, num_views * neighbours, tokenizer.config.num_anchors), dtype)]
+    readable: list[dict[str, Any]] = []
+    for images in loader:
+        found = [image for image in images if image["views"] is not None]
+        if found:
+            pixel_values = torch.cat([image.pop("views") for image in found]).to(tokenizer.device)
+            parts = [encode_sequences(tokenizer, part, neighbours) for part in pixel_values.split(batch_size)]
+            # images * views, neighbours, tokens -> images, views * neighbours, tokens
+            tokens = torch.cat(parts).reshape(len(found), num_views * neighbours, -1)
+            sequences.append(tokens.cpu().numpy().astype(dtype))
+            readable += found
+        if on_progress is not None:
+            on_progress(len(images))
+    tensors = {
+        "image_tokens": np.concatenate(sequences),
+        "labels": np.array([image["label"] for image in readable], np.int32),
+        "digests": np.array([image["digest"] for image in readable], np.uint8).reshape(-1, 32),
+    }
+    return {"tensors": tensors, "indices": [image["index"] for image in readable]}
+
+
+def _summary(files: list[Path]) -> dict[str, Any]:
+    """What the index says of the shards: their digests, images left out, and images that came before."""
+    shards, unreadable, duplicates, num_sequences = [], [], [], 0
+    seen: set[bytes] = set()
+    for number, file in enumerate(files):
+        with safe_open(file, framework="np") as shard:
+            digests = shard.get_tensor("digests")
+            num_sequences = max(num_sequences, shard.get_slice("image_tokens").get_shape()[1])
+            unreadable += shard_facts(shard)["unreadable"]
+        for row, digest in enumerate(digests):
+            if digest.tobytes() in seen:
+                duplicates.append([number, row])
+            seen.add(digest.tobytes())
+        size = file.stat().st_size
+        shards.append({"file": file.name, "images": len(digests), "bytes": size, "sha256": sha256_of_file(file)})
+    return {
+        "num_images": len(seen),
+        "num_sequences": num_sequences,
+        "unreadable": unreadable,
+        "duplicates": duplicates,
+        "shards": shards,
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(ExtractionArguments, sys.argv[1:] if argv is None else argv)
+    configure_logging()
+    # Without being told, Accelerate would not connect processes that have no accelerator.
+    state = Accelerator(cpu=not torch.accelerator.is_available())
+    tokenizer = load_tokenizer(arguments.tokenizer).to(state.device)
+    with state.main_process_first():  # the datasets library prepares its cache
+        records = open_records(
+            arguments.data,
+            arguments.split,
+            arguments.image_column,
+            arguments.label_column,
+            read_class_names(arguments.class_names),
+        )
+    variants = Variants(
+        tokenizer.config.image_size,
+        arguments.crops,
+        arguments.variants,
+        (arguments.crop_scale[0], arguments.crop_scale[1]),
+        tuple(arguments.ten_crop_ranges),
+        arguments.horizontal_flip,
+        arguments.seed,
+    )
+    index = extract_tokens(
+        tokenizer,
+        records,
+        arguments.output,
+        variants,
+        arguments.neighbours,
+        arguments.shard_size,
+        arguments.batch_size,
+        arguments.num_workers,
+    )
+    if state.is_main_process:
+        logger.info(
+            "%d images with %d sequences each in %s; %d unreadable, %d duplicates left out",
+            index["num_images"],
+            index["num_sequences"],
+            arguments.output,
+            len(index["unreadable"]),
+            len(index["duplicates"]),
+        )
+
+
+if __name__ == "__main__":
+    main()

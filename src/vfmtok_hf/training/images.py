@@ -1,0 +1,146 @@
+"""Encoded images to the pixels that a model sees: decoding of any kind of file, crops, mirror images."""
+
+import io
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from vfmtok_hf.modeling.image_processing_vfmtok import upright_eight_bit
+
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+WHITE = (255, 255, 255)
+
+
+class UnreadableImage(ValueError):
+    """An image that cannot be decoded."""
+
+
+def decode_image(encoded: bytes) -> Image.Image:
+    """
+    RGB as a viewer shows it: EXIF rotation applied, transparency on white, 16 bits brought to 8.
+
+    Raises:
+        UnreadableImage: damaged, truncated, or no image at all.
+    """
+    try:
+        with Image.open(io.BytesIO(encoded)) as opened:
+            opened.load()
+            image = upright_eight_bit(opened)
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, (*WHITE, 255)), image)
+            return image.convert("RGB")
+    # Damage makes the readers of Pillow raise nearly anything: OSError, SyntaxError, struct.error, IndexError.
+    except Exception as error:
+        raise UnreadableImage(f"{type(error).__name__}: {error}") from error
+
+
+def cut_square(image: Image.Image, left: float, top: float, side: float, image_size: int) -> Image.Image:
+    """A square of the image, resized. Where it reaches beyond the image it is white. Lengths in the image's pixels."""
+    padding = max(0, int(np.ceil(side - min(image.size))))
+    if padding:
+        image = ImageOps.expand(image, padding, WHITE)
+    # Rounding may carry the far edges a hair past the image, which Pillow refuses.
+    box = (
+        left + padding,
+        top + padding,
+        min(left + padding + side, image.width),
+        min(top + padding + side, image.height),
+    )
+    return image.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box)
+
+
+def as_pixel_values(image: Image.Image) -> torch.Tensor:
+    """`(3, height, width)` in [-1, 1]."""
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 127.5 - 1
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """
+    What training does to an image before it becomes `image_size` pixels square.
+
+    Args:
+        image_size (`int`): side of the square result in pixels.
+        crop_scale (`tuple[float, float]`, *optional*): range of the random crop's side as a share of the image's
+            shorter side. Above 1 the image is padded with white. `None`: the whole central square, no augmentation.
+        horizontal_flip (`bool`): mirror half of the images, in training (`crop_scale` given) only.
+    """
+
+    image_size: int
+    crop_scale: tuple[float, float] | None = None
+    horizontal_flip: bool = False
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> torch.Tensor:
+        """`pixel_values` `(3, image_size, image_size)` in [-1, 1]."""
+        scale = rng.uniform(*self.crop_scale) if self.crop_scale else 1.0
+        side = scale * min(image.size)
+        shares = rng.uniform(size=2) if self.crop_scale else (0.5, 0.5)
+        left, top = (share * (length - side) for share, length in zip(shares, image.size, strict=True))
+        cropped = cut_square(image, left, top, side, self.image_size)
+        if self.crop_scale and self.horizontal_flip and rng.uniform() < 0.5:
+            cropped = ImageOps.mirror(cropped)
+        return as_pixel_values(cropped)
+
+    def shrunk(self, image: Image.Image) -> Image.Image:
+        """The image with no more pixels than the tightest crop needs."""
+        shortest_crop = self.crop_scale[0] if self.crop_scale else 1.0
+        factor = self.image_size / (shortest_crop * min(image.size))
+        if factor >= 1:
+            return image
+        return image.resize([max(round(side * factor), 1) for side in image.size], Image.Resampling.BICUBIC)
+
+
+@dataclass(frozen=True)
+class Variants:
+    """
+    The views of an image that become token sequences once and for all.
+
+    Args:
+        image_size (`int`): side of each view in pixels.
+        crops (`str`): "random": `count` views by [`Augmentation`] with `crop_scale`, as in the training of VFMTok;
+            "ten": centre and corners of the central square, each with its mirror image, for each of `ten_crop_ranges`,
+            as LlamaGen extracts codes; "center": the central square.
+        count (`int`), crop_scale (`tuple[float, float]`), horizontal_flip (`bool`), seed (`int`): of random crops.
+            `horizontal_flip` also adds the mirror image of the central square.
+        ten_crop_ranges (`tuple[float, ...]`): side of the central square as a multiple of the crop's, at least 1.
+    """
+
+    image_size: int
+    crops: Literal["random", "ten", "center"] = "random"
+    count: int = 4
+    crop_scale: tuple[float, float] = (0.8, 1.0)
+    ten_crop_ranges: tuple[float, ...] = (1.1,)
+    horizontal_flip: bool = True
+    seed: int = 0
+
+    @property
+    def num_views(self) -> int:
+        if self.crops == "random":
+            return self.count
+        return 10 * len(self.ten_crop_ranges) if self.crops == "ten" else 1 + self.horizontal_flip
+
+    def __call__(self, image: Image.Image, index: int) -> torch.Tensor:
+        """`(num_views, 3, image_size, image_size)` in [-1, 1], a function of the image and its `index` alone."""
+        if self.crops == "random":
+            augment = Augmentation(self.image_size, self.crop_scale, self.horizontal_flip)
+            views = [augment(image, np.random.default_rng((self.seed, view, index))) for view in range(self.count)]
+            return torch.stack(views)
+        ranges = self.ten_crop_ranges if self.crops == "ten" else (1.0,)
+        corners = [(0.5, 0.5), (0, 0), (1, 0), (0, 1), (1, 1)] if self.crops == "ten" else [(0.5, 0.5)]
+        squares = [self._cut(image, crop_range, *corner) for crop_range in ranges for corner in corners]
+        if self.crops == "ten" or self.horizontal_flip:
+            squares = [view for square in squares for view in (square, ImageOps.mirror(square))]
+        return torch.stack([as_pixel_values(square) for square in squares])
+
+    def _cut(self, image: Image.Image, crop_range: float, across: float, down: float) -> Image.Image:
+        """A crop of the central square, at the given shares of the way that it can move."""
+        square = min(image.size)
+        side = square / crop_range
+        left = (image.width - square) / 2 + across * (square - side)
+        top = (image.height - square) / 2 + down * (square - side)
+        return cut_square(image, left, top, side, self.image_size)
