@@ -24,6 +24,7 @@ def inspect(picture: PIL.Image.Image) -> dict:
     pixel_values = pixel_values_of(picture)
     encoded = PIPE.vq_model.encode(pixel_values, output_sampling_locations=True)
     reconstruction = PIPE.vq_model.decode(image_tokens=encoded.image_tokens).reconstruction
+    _, _, _, levels, points_per_level, _ = encoded.sampling_locations[-1].shape
     # (1, tokens, heads, levels, points, 2) -> tokens, places, 2
     locations = encoded.sampling_locations[-1][0].flatten(1, 3)
     weights = encoded.attention_weights[-1][0].flatten(1)
@@ -35,6 +36,8 @@ def inspect(picture: PIL.Image.Image) -> dict:
         "blank": blank_tokens().tolist(),
         "points": points.round().int().flatten(1).tolist(),
         "units": UNITS,
+        "levels": levels,
+        "points_per_level": points_per_level,
         "spread": weight_outside_own_cell(locations, weights),
         "psnr": psnr(pixel_values, reconstruction),
         "original": to_url(pixel_values),

@@ -51,16 +51,15 @@ class Settings:
     guidance: float = 1.0
 
     @classmethod
-    def from_form(cls, label: str, *numbers: float) -> "Settings":
+    def checked(cls, label: str, **numbers: float) -> "Settings":
         """
-        Settings in the order of the fields above.
+        Settings of a form or of a call of the API.
 
         Raises:
             gr.Error: a value that the page's own controls cannot produce.
         """
         try:
-            checked = [check_number(name, number) for name, number in zip(RANGES, numbers, strict=True)]
-            return cls(check_label(label), *checked)
+            return cls(check_label(label), **{name: check_number(name, number) for name, number in numbers.items()})
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from None
 
@@ -78,7 +77,7 @@ class Settings:
         return cls(**usable)
 
     def values(self) -> list:
-        """The fields' values in the form's order."""
+        """The fields' values in their order, which is that of the form."""
         return list(asdict(self).values())
 
     @property
