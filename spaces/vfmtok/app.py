@@ -22,7 +22,10 @@ HISTORY = 24
 # Two visitors at a time; who comes later waits in a queue of bounded length.
 MODEL_EVENT = {"concurrency_id": "model", "concurrency_limit": 2}
 QUIET = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-INSPECTED_EXAMPLES = list({path.stem.split("_")[0]: path for path in EXAMPLES}.values())
+UPLOAD = {
+    "label": "Picture", "sources": ["upload", "clipboard"], "height": 240, "buttons": [], "elem_classes": "vt-upload",
+}  # fmt: skip
+FEW_EXAMPLES = list({path.stem.split("_")[0]: path for path in reversed(EXAMPLES) if "_noto_" in path.stem}.values())[::-1]
 LINK = """(...values) => {
   const link = new URL(window.location.origin + window.location.pathname);
   %s.forEach((name, index) => link.searchParams.set(name, values[index]));
@@ -79,7 +82,7 @@ def find_nearest(picture: PIL.Image.Image | None) -> dict | None:
 
 def first_picture(picture: PIL.Image.Image | None) -> str | dict:
     """An example, unless there is a picture."""
-    return str(INSPECTED_EXAMPLES[-3]) if picture is None else gr.skip()
+    return str(FEW_EXAMPLES[2]) if picture is None else gr.skip()
 
 
 def chosen_example(event: gr.SelectData) -> str:
@@ -139,8 +142,9 @@ def generate_tab(page: gr.Blocks) -> None:
         with gr.Column(scale=4, min_width=300):
             sheet = gr.HTML(html_template=template("drawing.html"), js_on_load=None, elem_id="drawing")
             gallery = gr.Gallery(
-                label="Drawn so far", format="png", columns=6, height="auto", object_fit="contain",
-                buttons=["download", "fullscreen"], interactive=False, elem_classes="vt-gallery",
+                label="Drawn so far", format="png", height="auto", object_fit="contain", show_label=False,
+                container=False, buttons=["download", "fullscreen"], interactive=False,
+                elem_classes="vt-gallery vt-drawn",
             )  # fmt: skip
     history = gr.State([], time_to_live=3600)
     form = [label, images, seed, temperature, top_k, top_p, guidance]
@@ -168,10 +172,9 @@ def guidance_tab() -> None:
 def inspector_tab() -> None:
     with gr.Tab("Look inside") as tab, gr.Row():
         with gr.Column(scale=2, min_width=260):
-            picture = PictureUpload(label="Picture", sources=["upload", "clipboard"], height=240, elem_id="inspected")
+            picture = PictureUpload(**UPLOAD, elem_id="inspected")
             gr.Examples(
-                [[str(path)] for path in INSPECTED_EXAMPLES], picture, label="Examples", examples_per_page=20,
-                elem_id="inspector-examples",
+                [[str(path)] for path in FEW_EXAMPLES], picture, label="Examples", examples_per_page=20,
             )  # fmt: skip
         with gr.Column(scale=5, min_width=320):
             inspector = gr.HTML(
@@ -188,10 +191,10 @@ def inspector_tab() -> None:
 def nearest_tab() -> None:
     with gr.Tab("Nearest") as tab, gr.Row():
         with gr.Column(scale=2, min_width=260):
-            picture = PictureUpload(label="Picture", sources=["upload", "clipboard"], height=240, elem_id="query")
+            picture = PictureUpload(**UPLOAD, elem_id="query")
             gallery = gr.Gallery(
-                EXAMPLES, label="Examples", columns=6, height=280, allow_preview=False, interactive=False,
-                object_fit="contain", buttons=[], elem_id="examples",
+                EXAMPLES, label="Examples", show_label=False, container=False, height="auto", allow_preview=False,
+                interactive=False, object_fit="contain", buttons=[], elem_classes="vt-gallery vt-pool",
             )  # fmt: skip
         with gr.Column(scale=5, min_width=320):
             neighbours = gr.HTML(html_template=template("neighbours.html"), js_on_load=None, elem_id="neighbours")

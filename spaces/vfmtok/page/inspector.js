@@ -78,10 +78,10 @@ function drawPoints(context, side, cell) {
   for (const { x, y, weight, level } of places) {
     const share = weight / heaviest;
     context.strokeStyle = context.fillStyle = LEVEL_COLOURS[level % LEVEL_COLOURS.length];
-    context.globalAlpha = 0.3 * share;
+    context.globalAlpha = 0.5 * share;
     context.beginPath(); context.moveTo(...centre); context.lineTo(x, y); context.lineWidth = 1; context.stroke();
     context.globalAlpha = share;
-    context.beginPath(); context.arc(x, y, Math.max(side / 75, 3.5), 0, 2 * Math.PI); context.fill();
+    context.beginPath(); context.arc(x, y, Math.max(side / 64, 4), 0, 2 * Math.PI); context.fill();
   }
   context.globalAlpha = 1;
 }
@@ -111,7 +111,7 @@ function drawDecoded() {
 
 // Weights as heat: a Gaussian around each place, from violet over orange to yellow.
 function drawHeat(target, places) {
-  const bins = 64;
+  const bins = 96;
   const heat = new Float32Array(bins * bins);
   const reach = 2;
   for (const [x, y, weight] of places) {
@@ -123,19 +123,20 @@ function drawHeat(target, places) {
       }
     }
   }
-  const hottest = heat.reduce((most, value) => Math.max(most, value), 0);
+  // The hottest percent saturates, so that a single spot does not darken the rest.
+  const hot = Float32Array.from(heat).sort()[Math.floor(heat.length * 0.99)];
   const layer = document.createElement("canvas");
   layer.width = layer.height = bins;
   const pixels = new ImageData(bins, bins);
   heat.forEach((value, at) => {
-    const level = Math.sqrt(value / hottest);
-    pixels.data.set([90 + 165 * Math.min(1, 1.5 * level), 20 + 200 * level ** 2, 150 * (1 - level), 235 * level], 4 * at);
+    const level = Math.min(value / hot, 1);
+    pixels.data.set([70 + 185 * Math.min(1, 1.7 * level), 10 + 215 * level ** 1.6, 140 * (1 - level) ** 1.5, 255 * Math.min(1, 1.6 * level)], 4 * at);
   });
   layer.getContext("2d").putImageData(pixels, 0, 0);
   const [context, side] = prepare(target);
   context.fillStyle = "#fff";
   context.fillRect(0, 0, side, side);
-  context.globalAlpha = 0.45;
+  context.globalAlpha = 0.5;
   context.filter = "grayscale(1)";
   context.drawImage(pictures.original, 0, 0, side, side);
   context.filter = "none";
