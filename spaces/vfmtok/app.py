@@ -170,7 +170,7 @@ def guidance_tab() -> None:
 
 
 def inspector_tab() -> None:
-    with gr.Tab("Look inside") as tab, gr.Row():
+    with gr.Tab("Inside") as tab, gr.Row():
         with gr.Column(scale=2, min_width=260):
             picture = PictureUpload(**UPLOAD, elem_id="inspected")
             gr.Examples(

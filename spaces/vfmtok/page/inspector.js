@@ -113,11 +113,11 @@ function drawDecoded() {
 function drawHeat(target, places) {
   const bins = 96;
   const heat = new Float32Array(bins * bins);
-  const reach = 2;
+  const reach = 5;  // twice the variance of the Gaussian, in bins; also where it is cut off
   for (const [x, y, weight] of places) {
     const column = x * bins - 0.5, row = y * bins - 0.5;
-    for (let r = Math.ceil(row - 2 * reach); r <= row + 2 * reach; r++) {
-      for (let c = Math.ceil(column - 2 * reach); c <= column + 2 * reach; c++) {
+    for (let r = Math.ceil(row - reach); r <= row + reach; r++) {
+      for (let c = Math.ceil(column - reach); c <= column + reach; c++) {
         if (r < 0 || c < 0 || r >= bins || c >= bins) continue;
         heat[r * bins + c] += weight * Math.exp(-((r - row) ** 2 + (c - column) ** 2) / reach);
       }
