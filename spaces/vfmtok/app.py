@@ -23,7 +23,7 @@ HISTORY = 24
 MODEL_EVENT = {"concurrency_id": "model", "concurrency_limit": 2}
 QUIET = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 UPLOAD = {
-    "label": "Picture", "sources": ["upload", "clipboard"], "height": 240, "buttons": [], "elem_classes": "vt-upload",
+    "label": "Picture", "show_label": False, "sources": ["upload", "clipboard"], "height": 240, "buttons": [], "elem_classes": "vt-upload",
 }  # fmt: skip
 FEW_EXAMPLES = list({path.stem.split("_")[0]: path for path in reversed(EXAMPLES) if "_noto_" in path.stem}.values())[::-1]
 LINK = """(...values) => {
@@ -217,4 +217,6 @@ def build_page() -> gr.Blocks:
 
 
 if __name__ == "__main__":
-    build_page().launch(theme=THEME, css_paths=STYLE, max_file_size="10mb", footer_links=["api", "gradio"])
+    build_page().launch(
+        theme=THEME, css_paths=STYLE, max_file_size="10mb", footer_links=["api", "gradio"], run_history=False
+    )  # fmt: skip

@@ -14,6 +14,7 @@ from sampling import blank_tokens
 
 EXAMPLES = sorted((Path(__file__).parent / "examples").glob("*.png"))
 NUM_NEIGHBOURS = 6
+BATCH_SIZE = 16
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,9 @@ def encode(pixel_values: torch.Tensor) -> Encoded:
 @cache
 def encoded_examples() -> Encoded:
     """All examples, encoded when the first visitor asks."""
-    return encode(torch.cat([pixel_values_of(PIL.Image.open(path)) for path in EXAMPLES]))
+    pixel_values = torch.cat([pixel_values_of(PIL.Image.open(path)) for path in EXAMPLES])
+    parts = [encode(batch) for batch in pixel_values.split(BATCH_SIZE)]
+    return Encoded(torch.cat([part.image_tokens for part in parts]), torch.cat([part.embeddings for part in parts]))
 
 
 def nearest(picture: PIL.Image.Image) -> dict:

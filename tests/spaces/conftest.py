@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -22,8 +22,13 @@ class RunningSpace:
     """Where the page is, and the folders in which its process may write or must not."""
 
     url: str
-    working_folder: Path
     temp_folder: Path
+    other_folders: tuple[Path, ...]  # the working folder and the home
+    files_at_start: frozenset[Path]  # libraries' caches in the latter
+
+    def files_elsewhere(self) -> frozenset[Path]:
+        """Files outside of the temp folder."""
+        return frozenset(path for folder in self.other_folders for path in folder.rglob("*") if path.is_file())
 
 
 def free_port() -> int:
@@ -49,14 +54,15 @@ def space(tmp_path_factory):
     """`python app.py`, started from an empty folder."""
     pytest.importorskip("gradio", reason="needs gradio: pip install 'vfmtok-hf[space]'")
     folder = tmp_path_factory.mktemp("space")
-    working_folder, temp_folder, log = folder / "working", folder / "temp", folder / "log.txt"
+    working_folder, home, temp_folder, log = (folder / name for name in ("working", "home", "temp", "log.txt"))
     working_folder.mkdir()
+    home.mkdir()
     port = free_port()
     environment = {
         **os.environ,
         "GRADIO_SERVER_PORT": str(port),
         "GRADIO_TEMP_DIR": str(temp_folder),
-        "HOME": str(working_folder),
+        "HOME": str(home),
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
@@ -67,7 +73,8 @@ def space(tmp_path_factory):
     try:
         url = f"http://127.0.0.1:{port}/"
         wait_for(url, process, log)
-        yield RunningSpace(url, working_folder, temp_folder)
+        running = RunningSpace(url, temp_folder, (working_folder, home), frozenset())
+        yield replace(running, files_at_start=running.files_elsewhere())
     finally:
         process.kill()
         process.wait()

@@ -59,12 +59,10 @@ def test_the_gallery_keeps_what_a_session_drew_newest_first(space):
 
 def test_two_visitors_at_once_get_what_each_gets_alone(space):
     clients = [new_client(space), new_client(space)]
-    tasks = [("heart", 1), ("clock", 2)] * 3
-    alone = [generate(clients[0], label, seed, images=2) for label, seed in tasks]
+    tasks = [("heart", 1), ("clock", 2)]
+    alone = [generate(client, *task) for client, task in zip(clients, tasks, strict=True)]
     with ThreadPoolExecutor(max_workers=2) as executor:
-        together = list(
-            executor.map(lambda task: generate(clients[task[0] % 2], *task[1], images=2), enumerate(tasks))
-        )
+        together = list(executor.map(lambda client, task: generate(client, *task), clients, tasks))
     assert together == alone
     assert alone[0] != alone[1]
 
@@ -87,9 +85,21 @@ def test_tokens_of_a_picture_decode_to_its_reconstruction(client):
     assert decoded(erased).convert("L").getextrema()[0] > 200
 
 
-def test_nearest_pictures_of_an_upload(client):
+def test_the_nearest_of_an_example_are_others_of_its_kind(client):
     found = client.predict(upload(EXAMPLES / "heart_noto_1f9e1.png"), api_name="/find_nearest")
-    assert found["shared"][0]["name"] == found["embedding"][0]["name"] == "heart"
+    assert {found[by][0]["name"] for by in ("shared", "embedding")} == {"heart"}
+    counts = [int(neighbour["score"].split()[0]) for neighbour in found["shared"]]
+    assert counts == sorted(counts, reverse=True)
+    assert [len(neighbour["cells"]) for neighbour in found["shared"]] == counts
+    cosines = [float(neighbour["score"]) for neighbour in found["embedding"]]
+    assert cosines == sorted(cosines, reverse=True)
+    assert cosines[0] < 0.999, "the picture itself is left out"
+
+
+def test_a_blank_picture_has_neighbours_too(client, tmp_path):
+    PIL.Image.new("RGB", (64, 64), "white").save(tmp_path / "blank.png")
+    found = client.predict(upload(tmp_path / "blank.png"), api_name="/find_nearest")
+    assert len(found["shared"]) == len(found["embedding"]) == 6
 
 
 @pytest.mark.parametrize(
@@ -131,5 +141,5 @@ def test_nothing_is_written_outside_of_the_temp_folder(space, client):
     generate(client, "heart", 0)
     client.predict(upload(EXAMPLES / "heart_noto_1f9e1.png"), api_name="/look_inside")
     assert any(space.temp_folder.rglob("*.png"))
-    assert [path for path in space.working_folder.rglob("*") if path.is_file()] == []
+    assert space.files_elsewhere() == space.files_at_start
     assert not list(EXAMPLES.parent.rglob(".gradio"))

@@ -276,22 +276,3 @@ def test_wrong_tokens_get_a_friendly_word(tokens):
 
     with pytest.raises(gradio.Error, match="144 tokens, whole numbers from 0 to 1023"):
         decode_tokens(tokens)
-
-
-def test_the_nearest_of_an_example_are_others_of_its_kind():
-    from neighbours import EXAMPLES, nearest
-
-    heart = next(path for path in EXAMPLES if path.stem.startswith("heart_noto"))
-    found = nearest(PIL.Image.open(heart))
-    assert {found[by][0]["name"] for by in ("shared", "embedding")} == {"heart"}
-    counts = [int(neighbour["score"].split()[0]) for neighbour in found["shared"]]
-    assert counts == sorted(counts, reverse=True)
-    assert [len(neighbour["cells"]) for neighbour in found["shared"]] == counts
-    assert all(float(neighbour["score"]) < 0.999 for neighbour in found["embedding"])
-
-
-def test_a_blank_picture_has_neighbours_too():
-    from neighbours import NUM_NEIGHBOURS, nearest
-
-    found = nearest(PIL.Image.new("RGB", (64, 64), "white"))
-    assert len(found["shared"]) == len(found["embedding"]) == NUM_NEIGHBOURS
