@@ -8,10 +8,11 @@ from collections.abc import Iterator
 
 import gradio as gr
 import PIL.Image
+
 from inspection import decode_tokens, inspect
 from model import gpu
 from neighbours import EXAMPLES, nearest
-from pictures import PictureUpload
+from pictures import picture_upload
 from sampling import draw, draw_at_once
 from settings import DEFAULT_LABEL, RANGES, Settings, class_choices, random_seed
 from theme import STYLE, THEME, template
@@ -22,10 +23,9 @@ HISTORY = 24
 # Two visitors at a time; who comes later waits in a queue of bounded length.
 MODEL_EVENT = {"concurrency_id": "model", "concurrency_limit": 2}
 QUIET = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-UPLOAD = {
-    "label": "Picture", "show_label": False, "sources": ["upload", "clipboard"], "height": 240, "buttons": [], "elem_classes": "vt-upload",
-}  # fmt: skip
-FEW_EXAMPLES = list({path.stem.split("_")[0]: path for path in reversed(EXAMPLES) if "_noto_" in path.stem}.values())[::-1]
+FEW_EXAMPLES = list({path.stem.split("_")[0]: path for path in reversed(EXAMPLES) if "_noto_" in path.stem}.values())[
+    ::-1
+]
 LINK = """(...values) => {
   const link = new URL(window.location.origin + window.location.pathname);
   %s.forEach((name, index) => link.searchParams.set(name, values[index]));
@@ -137,7 +137,9 @@ def generate_tab(page: gr.Blocks) -> None:
             with gr.Row():
                 start = gr.Button("Draw", variant="primary", scale=2, min_width=120)
                 stop = gr.Button("Stop", min_width=80)
-            link = gr.Textbox(label="Link to these settings", buttons=["copy"], interactive=False, visible=False)
+            link = gr.Textbox(
+                label="Link to these settings", buttons=["copy"], interactive=False, visible=False, elem_id="link"
+            )
             share = gr.Button("Copy a link to these settings", size="sm")
         with gr.Column(scale=4, min_width=300):
             sheet = gr.HTML(html_template=template("drawing.html"), js_on_load=None, elem_id="drawing")
@@ -148,12 +150,11 @@ def generate_tab(page: gr.Blocks) -> None:
             )  # fmt: skip
     history = gr.State([], time_to_live=3600)
     form = [label, images, seed, temperature, top_k, top_p, guidance]
-    drawing = start.click(
-        generate, [*form, history], [sheet, gallery, history], show_progress="hidden", **MODEL_EVENT
-    )
+    drawing = start.click(generate, [*form, history], [sheet, gallery, history], show_progress="hidden", **MODEL_EVENT)
     stop.click(None, cancels=drawing)
     share.click(None, form, link, js=LINK).then(lambda: gr.update(visible=True), outputs=link, **QUIET)
-    page.load(settings_of_link, outputs=form, **QUIET)
+    # In the queue, for warnings reach the page only from there.
+    page.load(settings_of_link, outputs=form, show_progress="hidden", api_visibility="private")
 
 
 def guidance_tab() -> None:
@@ -172,7 +173,7 @@ def guidance_tab() -> None:
 def inspector_tab() -> None:
     with gr.Tab("Inside") as tab, gr.Row():
         with gr.Column(scale=2, min_width=260):
-            picture = PictureUpload(**UPLOAD, elem_id="inspected")
+            picture = picture_upload(height=240, elem_classes="vt-upload", elem_id="inspected")
             gr.Examples(
                 [[str(path)] for path in FEW_EXAMPLES], picture, label="Examples", examples_per_page=20,
             )  # fmt: skip
@@ -191,7 +192,7 @@ def inspector_tab() -> None:
 def nearest_tab() -> None:
     with gr.Tab("Nearest") as tab, gr.Row():
         with gr.Column(scale=2, min_width=260):
-            picture = PictureUpload(**UPLOAD, elem_id="query")
+            picture = picture_upload(height=240, elem_classes="vt-upload", elem_id="query")
             gallery = gr.Gallery(
                 EXAMPLES, label="Examples", show_label=False, container=False, height="auto", allow_preview=False,
                 interactive=False, object_fit="contain", buttons=[], elem_classes="vt-gallery vt-pool",

@@ -3,6 +3,7 @@
 import gradio as gr
 import PIL.Image
 import torch
+
 from model import CODEBOOK_SIZE, GRID_SIZE, NUM_TOKENS, PIPE
 from pictures import data_url, pixel_values_of
 from sampling import blank_tokens

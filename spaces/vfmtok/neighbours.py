@@ -7,6 +7,7 @@ from pathlib import Path
 import PIL.Image
 import torch
 import torch.nn.functional as F
+
 from model import GRID_SIZE, PIPE
 from pictures import data_url, pixel_values_of
 from sampling import blank_tokens
@@ -57,7 +58,11 @@ def nearest(picture: PIL.Image.Image) -> dict:
         "drawn": int(drawn.sum()),
         "query": data_url(PIPE.image_processor.postprocess(pixel_values)[0]),
         "shared": [
-            {**shown(index), "score": f"{shared[index]} of {drawn.sum()}", "cells": equal[index].nonzero()[:, 0].tolist()}
+            {
+                **shown(index),
+                "score": f"{shared[index]} of {drawn.sum()}",
+                "cells": equal[index].nonzero()[:, 0].tolist(),
+            }
             for index in ranking(shared, others)
         ],
         "embedding": [{**shown(index), "score": f"{cosines[index]:.2f}"} for index in ranking(cosines, others)],

@@ -7,6 +7,7 @@ from pathlib import Path
 import gradio as gr
 import PIL.Image
 import torch
+
 from model import PIPE
 
 
@@ -38,14 +39,20 @@ def open_upload(path: str | Path) -> PIL.Image.Image:
     raise gr.Error(message, print_exception=False)
 
 
-class PictureUpload(gr.Image):
-    """`gr.Image` whose value is a checked PIL image."""
+def picture_upload(**settings) -> gr.Image:
+    """
+    A `gr.Image` whose value is a checked PIL image.
 
-    is_template = True
+    The component's own reader fails on damaged files before anything of ours is called. It is replaced on the instance,
+    because gradio writes a stub file beside each module that derives a component.
+    """
 
-    def preprocess(self, payload) -> PIL.Image.Image | None:
-        """Called by gradio with what was uploaded."""
+    def read(payload) -> PIL.Image.Image | None:
         return None if payload is None or payload.path is None else open_upload(payload.path)
+
+    upload = gr.Image(label="Picture", show_label=False, sources=["upload", "clipboard"], buttons=[], **settings)
+    upload.preprocess = read
+    return upload
 
 
 def pixel_values_of(picture: PIL.Image.Image | None) -> torch.Tensor:

@@ -10,6 +10,7 @@ from functools import cache
 
 import PIL.Image
 import torch
+
 from model import GRID_SIZE, NUM_TOKENS, PIPE
 from settings import Settings
 

@@ -1,5 +1,6 @@
 """What a visitor asks for, from the form, the API or a link: each value checked by the same rules."""
 
+import difflib
 import html
 import math
 import secrets
@@ -7,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import gradio as gr
+
 from model import CODEBOOK_SIZE, PIPE
 
 
@@ -96,8 +98,10 @@ def check_label(label: str) -> str:
     label = str(label or "")[:100]
     try:
         PIPE.get_label_ids(label)
-    except ValueError as error:
-        raise ValueError(html.escape(str(error))) from None
+    except ValueError:
+        closest = difflib.get_close_matches(label.casefold(), [short for _, short in class_choices()], n=1)
+        cure = f"Did you mean {closest[0]!r}?" if closest else "Choose one from the list."
+        raise ValueError(html.escape(f"There is no class {label!r}. {cure}")) from None
     return label
 
 

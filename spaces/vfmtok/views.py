@@ -53,7 +53,10 @@ def comparison_view(plain: Settings, plain_drawing: Drawing, guided: Settings, g
         )
     ]
     factor = guided_drawing.seconds / plain_drawing.seconds
-    return {"sides": sides, "summary": f"Guidance took {factor:.1f} times as long here. Same seeds, same sampling settings."}
+    return {
+        "sides": sides,
+        "summary": f"Guidance took {factor:.1f} times as long here. Same seeds, same sampling settings.",
+    }
 
 
 def neighbours_view(neighbours: dict) -> dict:

@@ -46,7 +46,18 @@ def test_modules_import_the_public_api_only(path):
             assert not node.module.startswith("vfmtok_hf")
         elif isinstance(node, ast.Import):
             tops = {alias.name.split(".")[0] for alias in node.names}
-            assert tops <= allowed | {"base64", "html", "io", "math", "os", "queue", "secrets", "threading", "time"}
+            assert tops <= allowed | {
+                "base64",
+                "difflib",
+                "html",
+                "io",
+                "math",
+                "os",
+                "queue",
+                "secrets",
+                "threading",
+                "time",
+            }
 
 
 def test_every_style_of_the_examples_is_attributed():
