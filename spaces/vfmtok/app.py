@@ -23,9 +23,8 @@ HISTORY = 24
 # Two visitors at a time; who comes later waits in a queue of bounded length.
 MODEL_EVENT = {"concurrency_id": "model", "concurrency_limit": 2}
 QUIET = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-FEW_EXAMPLES = list({path.stem.split("_")[0]: path for path in reversed(EXAMPLES) if "_noto_" in path.stem}.values())[
-    ::-1
-]
+# The first of each class.
+FEW_EXAMPLES = list({path.stem.split("_")[0]: path for path in reversed(EXAMPLES)}.values())[::-1]
 LINK = """(...values) => {
   const link = new URL(window.location.origin + window.location.pathname);
   %s.forEach((name, index) => link.searchParams.set(name, values[index]));
@@ -82,7 +81,7 @@ def find_nearest(picture: PIL.Image.Image | None) -> dict | None:
 
 def first_picture(picture: PIL.Image.Image | None) -> str | dict:
     """An example, unless there is a picture."""
-    return str(FEW_EXAMPLES[2]) if picture is None else gr.skip()
+    return str(FEW_EXAMPLES[-3:][0]) if picture is None else gr.skip()
 
 
 def chosen_example(event: gr.SelectData) -> str:

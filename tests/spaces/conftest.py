@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SPACE = ROOT / "spaces" / "vfmtok"
-START_SECONDS = 200
+START_SECONDS = 280
 
 
 @dataclass(frozen=True)

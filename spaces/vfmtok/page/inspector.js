@@ -225,13 +225,12 @@ function erase(cell) {
   if (tokens[cell] === data.blank[cell]) return;
   tokens = tokens.slice();
   tokens[cell] = data.blank[cell];
-  show();
 }
 
 function press(cell) {
   if (mode === "swap") swap(cell);
   else if (mode === "look") { held = held === cell ? null : cell; show(); }
-  else { past.push(tokens); dragging = true; erase(cell); }
+  else { past.push(tokens); dragging = true; erase(cell); show(); }
 }
 
 // -- pointer and keys
@@ -246,12 +245,23 @@ function cellAt(event) {
   return inside ? row * data.grid + column : null;
 }
 
+// A fast pointer reports some of the cells on its way only.
+function cellsBetween(from, to) {
+  const [fromRow, toRow] = [from, to].map((cell) => Math.floor(cell / data.grid));
+  const [fromColumn, toColumn] = [from, to].map((cell) => cell % data.grid);
+  const steps = Math.max(Math.abs(toRow - fromRow), Math.abs(toColumn - fromColumn), 1);
+  return Array.from({ length: steps + 1 }, (_, step) => {
+    const share = step / steps;
+    return Math.round(fromRow + share * (toRow - fromRow)) * data.grid + Math.round(fromColumn + share * (toColumn - fromColumn));
+  });
+}
+
 root.addEventListener("pointermove", (event) => {
   if (!data) return;
   const cell = cellAt(event);
   if (cell === pointed) return;
+  if (dragging && cell !== null) cellsBetween(pointed ?? cell, cell).forEach(erase);
   pointed = cell;
-  if (dragging && cell !== null) erase(cell);
   show();
 });
 root.addEventListener("pointerleave", () => { pointed = null; show(); });
