@@ -68,6 +68,12 @@ def look_inside(picture: PIL.Image.Image | None) -> dict | None:
 
 
 @gpu
+def decode(image_tokens: list[int]) -> str:
+    """The picture of all tokens of a grid, row by row, as a `data:` URL."""
+    return decode_tokens(image_tokens)
+
+
+@gpu
 def decode_edit(event: gr.EventData) -> dict:
     """The picture of tokens that were changed on the page."""
     return gr.update(edited=decode_tokens(event.tokens))
@@ -212,7 +218,7 @@ def build_page() -> gr.Blocks:
         guidance_tab()
         inspector_tab()
         nearest_tab()
-        gr.api(decode_tokens, api_name="decode", **MODEL_EVENT)
+        gr.api(decode, **MODEL_EVENT)
     return page.queue(max_size=32)
 
 
