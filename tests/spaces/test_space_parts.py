@@ -26,6 +26,16 @@ def picture_file(folder, suffix=".png", size=(80, 60), **settings):
     return path
 
 
+def test_the_mark_for_zerogpu_changes_nothing_elsewhere():
+    from model import gpu
+
+    def compute():
+        return 1
+
+    assert gpu(compute) is compute
+    assert gpu(duration=30)(compute) is compute
+
+
 # -- settings
 
 
