@@ -129,6 +129,7 @@ def seed_with_dice() -> gr.Number:
 
 
 def generate_tab(page: gr.Blocks) -> None:
+    """Form, growing pictures, gallery. The page's address fills the form."""
     with gr.Tab("Generate"), gr.Row():
         with gr.Column(scale=2, min_width=300):
             label = class_picker()
@@ -163,6 +164,7 @@ def generate_tab(page: gr.Blocks) -> None:
 
 
 def guidance_tab() -> None:
+    """Two drawings beside each other."""
     with gr.Tab("Guidance"), gr.Row():
         with gr.Column(scale=2, min_width=300):
             label = class_picker()
@@ -176,6 +178,7 @@ def guidance_tab() -> None:
 
 
 def inspector_tab() -> None:
+    """An upload and the view of `page/inspector.js`, which edits tokens by itself and has them decoded here."""
     with gr.Tab("Inside") as tab, gr.Row():
         with gr.Column(scale=2, min_width=260):
             picture = picture_upload(height=240, elem_classes="vt-upload", elem_id="inspected")
@@ -195,6 +198,7 @@ def inspector_tab() -> None:
 
 
 def nearest_tab() -> None:
+    """An upload or an example, and its neighbours."""
     with gr.Tab("Nearest") as tab, gr.Row():
         with gr.Column(scale=2, min_width=260):
             picture = picture_upload(height=240, elem_classes="vt-upload", elem_id="query")
