@@ -1,9 +1,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := src tests examples kernel benchmarks
+SOURCES := src tests examples kernel benchmarks spaces
 
-.PHONY: install test demo quality style emoji-checkpoint clean
+.PHONY: install test demo space quality style emoji-checkpoint clean
 
 include kernel/kernel.mk
 
@@ -23,6 +23,9 @@ test: install  ## the default test suite
 demo: install  ## draw images with the checkpoint that comes with the package
 	$(BIN)/vfmtok generate --num-images-per-label 6 --seed 0 --output outputs/demo/generated.png
 	$(BIN)/vfmtok reconstruct examples/images --output outputs/demo/reconstructed.png
+
+space: install  ## the Gradio Space with the embedded checkpoint, on http://127.0.0.1:7860
+	GRADIO_ANALYTICS_ENABLED=False $(BIN)/python spaces/vfmtok/app.py
 
 quality: install  ## lint, format and type checks
 	$(BIN)/ruff check $(SOURCES)

@@ -1,0 +1,130 @@
+"""What a visitor asks for, from the form, the API or a link: each value checked by the same rules."""
+
+import difflib
+import html
+import math
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import gradio as gr
+
+from model import CODEBOOK_SIZE, PIPE
+
+
+# Name -> smallest and largest value, step of the slider. Whole steps make whole numbers.
+RANGES = {
+    "images": (1, 8, 1),
+    "seed": (0, 2**31 - 1, 1),
+    "temperature": (0.1, 2.0, 0.05),
+    "top_k": (0, CODEBOOK_SIZE, 1),
+    "top_p": (0.05, 1.0, 0.05),
+    "guidance": (1.0, 5.0, 0.1),
+}
+
+
+def class_choices() -> list[tuple[str, str]]:
+    """(all names, shortest text that means this class alone) of each class, for the picker."""
+    choices = []
+    for class_id, names in PIPE.id2label.items():
+        short = names.split(",")[0].strip()
+        choices.append((names, short if means_class(short, class_id) else str(class_id)))
+    return choices
+
+
+def means_class(name: str, class_id: int) -> bool:
+    """Whether a name stands for this class and no other."""
+    try:
+        return PIPE.get_label_ids(name) == [class_id]
+    except ValueError:
+        return False
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of one drawing. `top_k` 0, `top_p` 1 and `guidance` 1 are off."""
+
+    label: str
+    images: int = 4
+    seed: int = 0
+    temperature: float = PIPE.transformer.generation_config.temperature or 1.0
+    top_k: int = PIPE.transformer.generation_config.top_k or 0
+    top_p: float = PIPE.transformer.generation_config.top_p or 1.0
+    guidance: float = 1.0
+
+    @classmethod
+    def checked(cls, label: str, **numbers: float) -> "Settings":
+        """
+        Settings of a form or of a call of the API.
+
+        Raises:
+            gr.Error: a value that the page's own controls cannot produce.
+        """
+        try:
+            return cls(check_label(label), **{name: check_number(name, number) for name, number in numbers.items()})
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from None
+
+    @classmethod
+    def from_link(cls, parameters: Mapping[str, str]) -> "Settings":
+        """Settings of a page's query parameters. What is missing or unusable keeps its default, with a warning."""
+        usable = {"label": DEFAULT_LABEL}
+        for name in ("label", *RANGES):
+            if name in parameters:
+                try:
+                    text = parameters[name]
+                    usable[name] = check_label(text) if name == "label" else check_number(name, text)
+                except ValueError as error:
+                    gr.Warning(f"The link's {name} is left out. {error}")
+        return cls(**usable)
+
+    def values(self) -> list:
+        """The fields' values in their order, which is that of the form."""
+        return list(asdict(self).values())
+
+    @property
+    def class_id(self) -> int:
+        """The class that `label` names."""
+        return PIPE.get_label_ids(self.label)[0]
+
+
+def check_label(label: str) -> str:
+    """
+    A name or number of a class.
+
+    Raises:
+        ValueError: there is no such class. Pages show the message as HTML, so what a visitor wrote is escaped.
+    """
+    label = str(label or "")[:100]
+    try:
+        PIPE.get_label_ids(label)
+    except ValueError:
+        closest = difflib.get_close_matches(label.casefold(), [short for _, short in class_choices()], n=1)
+        cure = f"Did you mean {closest[0]!r}?" if closest else "Choose one from the list."
+        raise ValueError(html.escape(f"There is no class {label!r}. {cure}")) from None
+    return label
+
+
+def check_number(name: str, value: float | str | None) -> float | int:
+    """
+    A number within its range.
+
+    Raises:
+        ValueError: it is none, or out of range. The message does not repeat what a visitor wrote.
+    """
+    low, high, step = RANGES[name]
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not low <= number <= high:
+        raise ValueError(f"{name.replace('_', '-').capitalize()} must be a number from {low} to {high}.")
+    return int(number) if step == 1 else number
+
+
+def random_seed() -> int:
+    """A throw of the dice, short enough to read out."""
+    return secrets.randbelow(1_000_000)
+
+
+DEFAULT_LABEL = class_choices()[0][1]

@@ -1,0 +1,68 @@
+"""The Space's folder is complete on its own."""
+
+import ast
+import re
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import yaml
+
+import vfmtok_hf
+
+
+SPACE = Path(__file__).parents[2] / "spaces" / "vfmtok"
+MODULES = {path.stem for path in SPACE.glob("*.py")}
+
+
+def front_matter() -> dict:
+    return yaml.safe_load((SPACE / "README.md").read_text().split("---")[1])
+
+
+def test_front_matter_is_what_the_hub_reads():
+    fields = front_matter()
+    assert fields["sdk"] == "gradio"
+    assert (SPACE / fields["app_file"]).is_file()
+    assert len(fields["short_description"]) <= 60
+    assert fields["license"] == "apache-2.0"
+
+
+def test_gradio_version_is_the_one_tested_against():
+    pytest.importorskip("gradio", reason="needs gradio: pip install 'vfmtok-hf[space]'")
+    assert front_matter()["sdk_version"].split(".")[:2] == version("gradio").split(".")[:2]
+
+
+def test_requirements_name_this_version_of_the_package():
+    assert (SPACE / "requirements.txt").read_text() == f"vfmtok-hf[space]=={vfmtok_hf.__version__}\n"
+
+
+@pytest.mark.parametrize("path", sorted(SPACE.glob("*.py")), ids=lambda path: path.name)
+def test_modules_import_the_public_api_only(path):
+    allowed = {"gradio", "torch", "PIL", "spaces"} | MODULES
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "vfmtok_hf":
+            assert {alias.name for alias in node.names} <= set(vfmtok_hf.__all__)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.module.startswith("vfmtok_hf")
+        elif isinstance(node, ast.Import):
+            tops = {alias.name.split(".")[0] for alias in node.names}
+            assert tops <= allowed | {
+                "base64",
+                "difflib",
+                "html",
+                "io",
+                "math",
+                "os",
+                "queue",
+                "secrets",
+                "threading",
+                "time",
+            }
+
+
+def test_every_style_of_the_examples_is_attributed():
+    examples = sorted((SPACE / "examples").glob("*.png"))
+    styles = {path.stem.split("_")[1] for path in examples}
+    attributed = set(re.findall(r"^\| `(\w+)`", (SPACE / "examples" / "ATTRIBUTION.md").read_text(), re.MULTILINE))
+    assert styles == attributed
+    assert sum(path.stat().st_size for path in examples) < 500_000
