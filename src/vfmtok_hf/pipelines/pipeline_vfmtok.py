@@ -12,6 +12,7 @@ import PIL.Image
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, ImagePipelineOutput
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers.image_utils import ImageInput
 
@@ -20,10 +21,16 @@ from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 from vfmtok_hf.modeling.modeling_vfmtok_ar import VFMTokARForImageGeneration
 from vfmtok_hf.modeling.modeling_vfmtok_rar import VFMTokRARForImageGeneration
 
+from .portable_vfmtok import use_this_code, write_portable_code
+
 
 ClassLabels = int | str | Sequence[int | str]
 InputImages = ImageInput | str | os.PathLike | Sequence[str | os.PathLike]
 Images = list[PIL.Image.Image] | np.ndarray | torch.Tensor
+
+# Weights without and with a variant in their file name.
+DEFAULT_WEIGHTS = ("*/model.safetensors", "*/model-*.safetensors", "*/model.safetensors.index.json")
+VARIANT_WEIGHTS = ("*/model.*.safetensors", "*/model.safetensors.index.*.json")
 
 
 def batches(items: Sequence, batch_size: int) -> Iterator[Sequence]:
@@ -162,6 +169,55 @@ class VFMTokPipeline(DiffusionPipeline):
             raise ValueError(
                 f"{pretrained_model_name_or_path} has a damaged or truncated weights file ({error}): fetch it again."
             ) from error
+
+    @classmethod
+    def load_config(cls, *args, **kwargs):
+        """As in diffusers, but the classes at hand stand where a saved pipeline names its own copies of them."""
+        loaded = super().load_config(*args, **kwargs)
+        use_this_code(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
+
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
+        """
+        As in diffusers, and the pipeline's code goes along: what `save_pretrained` and `push_to_hub` write also loads
+        where this package is not installed, by `DiffusionPipeline.from_pretrained(path, trust_remote_code=True)`.
+        """
+        super().save_config(save_directory, push_to_hub, **kwargs)
+        write_portable_code(save_directory)
+
+    @classmethod
+    def download(
+        cls,
+        pretrained_model_name: str,
+        variant: str | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        force_download: bool = False,
+        local_files_only: bool | None = False,
+        **kwargs,
+    ) -> str:
+        """
+        Fetch a pipeline's repository into the cache, and return its folder there. From then on it loads offline.
+
+        It leaves out the weights of other variants and the components that are passed to `from_pretrained`, and nothing
+        else; diffusers' own `download` also leaves out the generator's `generation_config.json`.
+
+        Args:
+            variant (`str`, *optional*): such as `"fp16"`, which every model of the repository must then have.
+            cache_dir, revision, token, force_download, local_files_only: as in `huggingface_hub.snapshot_download`.
+        """
+        other_weights = VARIANT_WEIGHTS if variant is None else DEFAULT_WEIGHTS
+        passed_components = [f"{name}/*" for name in cls._get_signature_keys(cls)[0] if name in kwargs]
+        return snapshot_download(
+            pretrained_model_name,
+            cache_dir=cache_dir,
+            revision=revision,
+            token=token,
+            force_download=force_download,
+            local_files_only=bool(local_files_only),
+            ignore_patterns=[*other_weights, *passed_components],
+        )
 
     @classmethod
     def from_image_tokenizer(
