@@ -133,7 +133,9 @@ class FakeHub:
 
     def put(self, name: str, folder: Path) -> Repository:
         """Publish a folder as the repository `tester/name`."""
-        files = {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+        files = {
+            file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()
+        }
         repository = self.repositories[f"{USER}/{name}"] = Repository()
         repository.commit("published", files)
         return repository
@@ -278,7 +280,9 @@ class FakeHub:
         for wanted in request["objects"]:
             url = f"{self.storage}/{wanted['oid']}"
             known = wanted["oid"] in self.large_files
-            objects.append({**wanted, **({} if known else {"actions": {"upload": {"href": url}, "verify": {"href": url}}})})
+            objects.append(
+                {**wanted, **({} if known else {"actions": {"upload": {"href": url}, "verify": {"href": url}}})}
+            )
         return Answer(200, {"transfer": "basic", "objects": objects})
 
     def store(self, method: str, oid: str, body: bytes) -> Answer:

@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_vfmtok import VFMTokConfig
+from .loading_vfmtok import CheckedModelMixin
 
 
 @dataclass
@@ -730,7 +731,7 @@ class VFMTokPixelDecoder(nn.Module):
 # Model
 
 
-class VFMTokPreTrainedModel(PreTrainedModel):
+class VFMTokPreTrainedModel(CheckedModelMixin, PreTrainedModel):
     config: VFMTokConfig
     config_class = VFMTokConfig
     base_model_prefix = "vfmtok"

@@ -165,7 +165,7 @@ class VFMTokARDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
-class VFMTokARForImageGeneration(PreTrainedModel, VFMTokGenerationMixin):
+class VFMTokARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGenerationMixin):
     """
     Generator of VFMTok image tokens, one after the other in raster order, for a class label.
 

@@ -119,7 +119,7 @@ class VFMTokRARDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + gate2 * self.mlp(modulate(self.norm2(hidden_states), shift2, scale2))
 
 
-class VFMTokRARForImageGeneration(PreTrainedModel, VFMTokGenerationMixin):
+class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGenerationMixin):
     """
     Generator of VFMTok image tokens in any order, for a class label.
 
