@@ -84,13 +84,13 @@ def read_saved_model(folder: str | Path) -> SavedModel:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path} is missing: save the model again.") from error
+        raise FileNotFoundError(f"{path} is missing.") from error
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): save the model again.") from error
+        raise ValueError(f"{path} is damaged: it is not JSON ({error}).") from error
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -113,9 +113,9 @@ def _count_elements(weights: Path) -> int:
             # Shapes come from the header, to which opening compares the file's size.
             return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{weights} is missing: save the model again.") from error
+        raise FileNotFoundError(f"{weights} is missing.") from error
     except SafetensorError as error:
-        raise ValueError(f"{weights} is damaged or truncated ({error}): save the model again.") from error
+        raise ValueError(f"{weights} is damaged or truncated ({error}).") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -265,6 +265,22 @@ def _provenance(saved: SavedModel) -> dict[str, str]:
     file = saved.folder / PROVENANCE_FILE
     facts = _read_json(file) if file.is_file() else {}
     return {**facts, "published with": f"vfmtok-hf {version('vfmtok-hf')}"}
+
+
+def read_metrics(file: str | Path) -> list[dict[str, Any]]:
+    """
+    Figures for `model_card` from a JSON list of them.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such file, or it does not hold what the card needs.
+    """
+    metrics = _read_json(Path(file))
+    try:
+        for metric in metrics:
+            EvalResult(**{"task_type": "", **metric})
+    except TypeError as error:
+        raise ValueError(f"{file} must hold a list of objects with the fields of a model-index: {error}.") from error
+    return metrics
 
 
 def draw_samples(folder: str | Path, count: int) -> tuple[bytes, str]:
@@ -512,5 +528,6 @@ __all__ = [
     "model_card",
     "push",
     "push_checkpoint",
+    "read_metrics",
     "read_saved_model",
 ]

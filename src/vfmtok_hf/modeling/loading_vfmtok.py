@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import httpx
+from huggingface_hub.errors import HTTPError  # of whichever HTTP client the Hub's library uses
 from safetensors import SafetensorError
 
 
@@ -24,7 +24,7 @@ def one_line_errors(source: str) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise ValueError(f"{source} has a damaged or truncated weights file ({error}): fetch it again.") from error
-    except (OSError, httpx.HTTPError) as error:
+    except (OSError, HTTPError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise OSError(reason if source in reason else f"{source} cannot be read: {reason}") from error
 
@@ -45,7 +45,8 @@ class CheckedConfigMixin:
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type != cls.model_type:
             raise ValueError(
-                f"This is a model of type {model_type!r}, not {cls.model_type!r}: AutoModel.from_pretrained loads it."
+                f"The checkpoint is a model of type {model_type!r}, not {cls.model_type!r}: name another one, or load it "
+                "with AutoModel.from_pretrained."
             )
         return super().from_dict(config_dict, **kwargs)
 

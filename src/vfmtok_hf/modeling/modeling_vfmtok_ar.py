@@ -22,6 +22,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_vfmtok_ar import VFMTokARConfig
 from .generation_vfmtok import KeyValueCache, LayerCache, VFMTokGenerationMixin
+from .loading_vfmtok import CheckedModelMixin
 
 
 @dataclass

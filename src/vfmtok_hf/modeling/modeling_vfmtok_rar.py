@@ -29,6 +29,7 @@ from .generation_vfmtok import (
     check_ids,
     power_cosine_guidance,
 )
+from .loading_vfmtok import CheckedModelMixin
 from .modeling_vfmtok_ar import VFMTokAROutput, drop_labels, eager_attention_forward
 
 

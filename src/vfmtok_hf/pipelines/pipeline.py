@@ -19,6 +19,7 @@ else:
     from .configuration_vfmtok_rar import VFMTokRARConfig  # noqa: F401
     from .generation_vfmtok import VFMTokGenerationMixin  # noqa: F401
     from .image_processing_vfmtok import VFMTokImageProcessor  # noqa: F401
+    from .loading_vfmtok import one_line_errors  # noqa: F401
     from .modeling_vfmtok import VFMTokModel  # noqa: F401
     from .modeling_vfmtok_ar import VFMTokARForImageGeneration  # noqa: F401
     from .modeling_vfmtok_rar import VFMTokRARForImageGeneration  # noqa: F401

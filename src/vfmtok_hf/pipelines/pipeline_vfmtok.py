@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
 from transformers.image_utils import ImageInput
 
 from vfmtok_hf.modeling.image_processing_vfmtok import VFMTokImageProcessor
+from vfmtok_hf.modeling.loading_vfmtok import one_line_errors
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 from vfmtok_hf.modeling.modeling_vfmtok_ar import VFMTokARForImageGeneration
 from vfmtok_hf.modeling.modeling_vfmtok_rar import VFMTokRARForImageGeneration
@@ -158,23 +158,27 @@ class VFMTokPipeline(DiffusionPipeline):
         hold. Half precision files save disk space; computing in it is slow on CPUs and may overflow.
 
         Raises:
-            OSError: there is no pipeline, or a file of it is missing.
-            ValueError: a weights file is damaged.
+            OSError: there is no such folder, repository, revision or file, or no access or connection to it.
+            ValueError: a file is damaged, or another pipeline's.
         """
         if "torch_dtype" not in kwargs:  # the older name, which diffusers accepts too
             kwargs.setdefault("dtype", torch.float32)
-        try:
+        with one_line_errors(str(pretrained_model_name_or_path)):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        except SafetensorError as error:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} has a damaged or truncated weights file ({error}): fetch it again."
-            ) from error
 
     @classmethod
     def load_config(cls, *args, **kwargs):
-        """As in diffusers, but the classes at hand stand where a saved pipeline names its own copies of them."""
+        """
+        As in diffusers, but the classes at hand stand where a saved pipeline names its own copies of them.
+
+        Raises:
+            ValueError: it is of another class of pipelines.
+        """
         loaded = super().load_config(*args, **kwargs)
-        use_this_code(loaded[0] if isinstance(loaded, tuple) else loaded)
+        index = loaded[0] if isinstance(loaded, tuple) else loaded
+        use_this_code(index)
+        if index["_class_name"] != cls.__name__:
+            raise ValueError(f"This is a {index['_class_name']}, not a {cls.__name__}: load it with DiffusionPipeline.")
         return loaded
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:

@@ -87,5 +87,5 @@ def saved_components(index: dict[str, Any]) -> dict[str, str]:
 
 def class_name(index: dict[str, Any]) -> str:
     """Name of the pipeline's class, which a model_index.json gives with or without its module."""
-    name = index["_class_name"]
-    return name if isinstance(name, str) else name[1]
+    name = index.get("_class_name")
+    return name[1] if isinstance(name, list) else str(name)
