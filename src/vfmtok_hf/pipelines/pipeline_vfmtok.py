@@ -178,7 +178,9 @@ class VFMTokPipeline(DiffusionPipeline):
         index = loaded[0] if isinstance(loaded, tuple) else loaded
         use_this_code(index)
         if index["_class_name"] != cls.__name__:
-            raise ValueError(f"This is a {index['_class_name']}, not a {cls.__name__}: load it with DiffusionPipeline.")
+            raise ValueError(
+                f"This is a {index['_class_name']}, not a {cls.__name__}: load it with DiffusionPipeline."
+            )
         return loaded
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
@@ -371,14 +373,13 @@ class VFMTokPipeline(DiffusionPipeline):
             images: one image or a list of them, each a path, PIL image, array or tensor.
             batch_size (`int`, defaults to 16): images read and encoded at once, which bounds memory.
         """
-        vq_model = self._at_hand(self.vq_model)
         images = images if isinstance(images, (list, tuple)) else [images]
         if not images:
             raise ValueError("There are no images: pass at least one.")
         tokens = []
         for batch in batches(images, batch_size):
             pixel_values = self.image_processor(batch, return_tensors="pt")["pixel_values"]
-            tokens.append(vq_model.encode(pixel_values.to(vq_model.device)).image_tokens)
+            tokens.append(self.vq_model.encode(pixel_values.to(self.vq_model.device)).image_tokens)
         return torch.cat(tokens)
 
     @torch.no_grad()
@@ -397,10 +398,9 @@ class VFMTokPipeline(DiffusionPipeline):
         """
         if not len(image_tokens):
             raise ValueError("There are no image tokens: pass those of at least one image.")
-        vq_model = self._at_hand(self.vq_model)
         parts = []
         for batch in batches(image_tokens, batch_size):
-            reconstruction = vq_model.decode(image_tokens=batch.to(vq_model.device)).reconstruction
+            reconstruction = self.vq_model.decode(image_tokens=batch.to(self.vq_model.device)).reconstruction
             parts.append(self.image_processor.postprocess(reconstruction, output_type, size, resize_mode))
         return concatenate(parts)
 
@@ -411,14 +411,6 @@ class VFMTokPipeline(DiffusionPipeline):
         """Images through their image tokens and back, cropped and at the model's size."""
         self._check_output_type(output_type)
         return self._output(self.tokenize(images, batch_size), output_type, return_dict, batch_size)
-
-    @staticmethod
-    def _at_hand(model: VFMTokModel) -> VFMTokModel:
-        """The model on its device. Offloading hooks watch `forward` alone, and `encode` and `decode` go past it."""
-        hook = getattr(model, "_hf_hook", None)
-        if hook is not None:
-            hook.pre_forward(model)
-        return model
 
     # -- editing by tokens
 
