@@ -881,8 +881,9 @@ class VFMTokModel(VFMTokPreTrainedModel):
             model.load_vision_model()
         return loaded
 
+    @functools.wraps(PreTrainedModel.save_pretrained)  # diffusers reads from the signature what it may pass
     def save_pretrained(self, *args, **kwargs):
-        """As in transformers; `config.save_vision_model` decides whether the vision model goes along."""
+        # `config.save_vision_model` decides whether the vision model goes along.
         vision_weights = {name for name in self.state_dict() if name.startswith("vision_model.")}
         ignored = (self._keys_to_ignore_on_save or set()) - vision_weights
         self._keys_to_ignore_on_save = ignored if self.config.save_vision_model else ignored | vision_weights
@@ -1109,7 +1110,6 @@ class VFMTokModel(VFMTokPreTrainedModel):
                     f"image_tokens must be in [0, {self.config.codebook_size}), got values from {low} to {high}."
                 )
 
-    @runs_offload_hook
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """
         `(batch_size, hidden_size)` embedding of images, computed from their image tokens alone: the feature branch's
