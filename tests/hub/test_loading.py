@@ -35,7 +35,7 @@ MODEL_DAMAGES = {
         ValueError,
         "damaged or truncated",
     ),
-    "no config": (lambda folder: (folder / "config.json").unlink(), OSError, "config.json"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), ValueError, "no config.json"),
     "damaged config": (lambda folder: (folder / "config.json").write_text("{"), OSError, "not a valid JSON"),
     "foreign model": (
         lambda folder: change_config(folder, model_type="bert"),
@@ -45,14 +45,18 @@ MODEL_DAMAGES = {
     "missing tensors": (
         lambda folder: change_weights(folder / "model.safetensors", drop=["quant_proj.weight", "quant_proj.bias"]),
         ValueError,
-        "lacks weights: 'quant_proj.bias' and 1 more",
+        "lacks weights: 'quant_proj.bias' .of 2",
     ),
     "extra tensors": (
         lambda folder: change_weights(folder / "model.safetensors", extra="quant_proj.bias"),
         ValueError,
         "has unknown weights: 'extra'",
     ),
-    "other shapes": (lambda folder: change_config(folder, codebook_size=32), (RuntimeError, ValueError), "quantizer"),
+    "other shapes": (
+        lambda folder: change_config(folder, codebook_size=32),
+        ValueError,
+        r"'quantizer.* has shape \(64, 4\) and not \(32, 4\)",
+    ),
 }
 
 
@@ -63,8 +67,7 @@ def test_damaged_models_are_refused(published, tmp_path, damage):
     harm(folder)
     with pytest.raises(error, match=message) as raised:
         VFMTokModel.from_pretrained(folder)
-    if damage != "other shapes":  # there transformers lists all of them
-        assert "\n" not in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_a_missing_shard_is_refused(published, tmp_path):
@@ -89,7 +92,7 @@ def test_who_wants_to_look_at_what_is_missing_may(published, tmp_path):
 
 
 def test_a_generator_for_other_classes_starts_from_the_weights_that_fit(published):
-    with pytest.raises((RuntimeError, ValueError), match="class_embedding"):
+    with pytest.raises(ValueError, match="embed_tokens"):
         VFMTokRARForImageGeneration.from_pretrained(published / "rar", num_classes=3, id2label=None)
     model = VFMTokRARForImageGeneration.from_pretrained(
         published / "rar", num_classes=3, id2label=None, ignore_mismatched_sizes=True
@@ -98,7 +101,7 @@ def test_a_generator_for_other_classes_starts_from_the_weights_that_fit(publishe
 
 
 PIPELINE_DAMAGES = {
-    "no component": (lambda folder: shutil.rmtree(folder / "vq_model"), OSError, "vq_model|config.json"),
+    "no component": (lambda folder: shutil.rmtree(folder / "vq_model"), ValueError, "no config.json"),
     "truncated weights": (
         lambda folder: truncate(next((folder / "transformer").glob("*00001*"))),
         ValueError,
@@ -152,8 +155,8 @@ def test_a_missing_processor_is_refused(tmp_path):
 REFUSALS = {
     "nothing": ({}, "not a valid model identifier|Repository Not Found"),
     "locked": ({"tester/locked": 401}, "401"),
-    "broken": ({"tester/broken": 500}, "connect|500"),
-    "cut": ({"GET /tester/cut/resolve/.*json": "cut"}, "tester/cut"),
+    "broken": ({"tester/broken": 500}, "connect|500|load image processor"),
+    "cut": ({"GET /tester/cut/resolve/.*json": "cut"}, "closed connection"),
     "without-weights": ({"tester/without-weights/resolve/.*safetensors": 404}, "safetensors|404"),
 }
 

@@ -25,8 +25,18 @@ def one_line_errors(source: str) -> Iterator[None]:
     except SafetensorError as error:
         raise ValueError(f"{source} has a damaged or truncated weights file ({error}): fetch it again.") from error
     except (OSError, HTTPError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise OSError(reason if source in reason else f"{source} cannot be read: {reason}") from error
+        reason = f"{error} {answer_of_the_hub(error)}"
+        if source not in reason:
+            reason = f"{source} cannot be read: {reason}"
+        raise OSError(" ".join(reason.split())) from error
+
+
+def answer_of_the_hub(error: BaseException) -> str:
+    """What went wrong on the way to the Hub, which transformers' errors keep to themselves; nothing if `error` says it."""
+    message, cause = str(error), error.__cause__ or error.__context__
+    while cause is not None and not isinstance(cause, HTTPError):
+        cause = cause.__cause__ or cause.__context__
+    return "" if cause is None or str(cause) in message else f"The cause: {cause}"
 
 
 class CheckedConfigMixin:
@@ -42,7 +52,9 @@ class CheckedConfigMixin:
         Raises:
             ValueError: `config_dict` is of another model type.
         """
-        model_type = config_dict.get("model_type", cls.model_type)
+        model_type = config_dict.get("model_type")
+        if model_type is None:  # transformers makes an empty one of a missing file
+            raise ValueError(f"There is no config.json, or it names no model type; this needs {cls.model_type!r}.")
         if model_type != cls.model_type:
             raise ValueError(
                 f"The checkpoint is a model of type {model_type!r}, not {cls.model_type!r}: name another one, or load it "
@@ -55,7 +67,14 @@ class CheckedModelMixin:
     """Models that are filled by their checkpoint, or not loaded."""
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *args,
+        output_loading_info: bool = False,
+        ignore_mismatched_sizes: bool = False,
+        **kwargs,
+    ):
         """
         As in transformers, but a checkpoint that does not fill the model is an error, unless the caller asks for
         `output_loading_info`, to look at what is missing, or for `ignore_mismatched_sizes`, to train it anew.
@@ -64,31 +83,40 @@ class CheckedModelMixin:
             OSError: there is no such folder, repository, revision or file, or no access or connection to it.
             ValueError: the checkpoint is damaged, of another model type, or has missing, unknown or mis-shaped weights.
         """
-        with one_line_errors(str(pretrained_model_name_or_path)):
+        source = str(pretrained_model_name_or_path)
+        with one_line_errors(source):
             model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+                pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
-        if output_loading_info:
-            return model, info
-        if not kwargs.get("ignore_mismatched_sizes"):
-            check_loading_info(str(pretrained_model_name_or_path), info)
-        return model
+        if not ignore_mismatched_sizes:
+            check_shapes(source, info)
+            if not output_loading_info:
+                check_keys(source, info)
+        return (model, info) if output_loading_info else model
 
 
-def check_loading_info(source: str, info: dict[str, Any]) -> None:
+def check_shapes(source: str, info: dict[str, Any]) -> None:
     """
-    Raise unless the weights of `source` were exactly those of the model.
+    Raise if weights of `source` had other shapes than those of the model.
 
     Args:
         info: what `from_pretrained` returns with `output_loading_info`.
     """
-    for problem, keys in (("lacks", info["missing_keys"]), ("has unknown", info["unexpected_keys"])):
-        if keys:
-            first, more = min(keys), len(keys) - 1
-            listing = f"{first!r}" + (f" and {more} more" if more else "")
+    for name, stored, expected in sorted(info["mismatched_keys"]):
+        raise ValueError(
+            f"{source} does not fit its configuration: {name!r} has shape {tuple(stored)} and not {tuple(expected)} (of "
+            f"{len(info['mismatched_keys'])} such weights). To train them anew pass ignore_mismatched_sizes=True."
+        )
+
+
+def check_keys(source: str, info: dict[str, Any]) -> None:
+    """Raise if weights were missing or left over; arguments as in `check_shapes`."""
+    for problem, names in (("lacks", info["missing_keys"]), ("has unknown", info["unexpected_keys"])):
+        for name in sorted(names):
             raise ValueError(
-                f"{source} {problem} weights: {listing}. Its files do not belong together: fetch it again."
+                f"{source} {problem} weights: {name!r} (of {len(names)} such weights). Its files do not belong together: "
+                "fetch them again."
             )
 
 
-__all__ = ["CheckedConfigMixin", "CheckedModelMixin", "check_loading_info", "one_line_errors"]
+__all__ = ["CheckedConfigMixin", "CheckedModelMixin", "one_line_errors"]
