@@ -402,6 +402,9 @@ def push(
     tokenizer: Annotated[
         str | None, typer.Option(help="With a generator: image tokenizer to publish along, as a pipeline.")
     ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="With `--convert`: JSON object of fields that shapes cannot tell.")
+    ] = None,
     license: Annotated[str, typer.Option(help="Of the weights, as the Hub abbreviates it.")] = "apache-2.0",
     base_model: Annotated[str | None, typer.Option(help="Repository that the weights come from.")] = None,
     metrics: Annotated[
@@ -426,11 +429,11 @@ def push(
         options = {name: value for name, value in given.items() if value is not None}
         options |= {"samples": samples, "private": private, "dry_run": dry_run}
         if convert is not None:
-            report = hub.push_checkpoint(source, repo_id, convert.value, vision_model, tokenizer, **options)
-        elif vision_model is None and tokenizer is None:
+            report = hub.push_checkpoint(source, repo_id, convert.value, vision_model, tokenizer, config, **options)
+        elif (vision_model, tokenizer, config) == (None, None, None):
             report = hub.push(source, repo_id, **options)
         else:
-            raise ValueError("--vision-model and --tokenizer go with --convert.")
+            raise ValueError("--vision-model, --tokenizer and --config go with --convert.")
         output_console.print(report.summary(), markup=False, highlight=False, soft_wrap=True)
 
 

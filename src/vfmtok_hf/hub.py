@@ -26,7 +26,7 @@ from vfmtok_hf.released_checkpoints import ORIGINAL_REPOSITORY, Kind, find_relea
 CARD_TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 PAPER = "https://arxiv.org/abs/2507.08441"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-CONVERTERS = {"tokenizer": convert_tokenizer, "ar": convert_ar, "rar": convert_rar}
+GENERATOR_CONVERTERS = {"ar": convert_ar, "rar": convert_rar}
 MODELS_BY_TYPE = {config_class.model_type: model_class for config_class, model_class in MODEL_CLASSES.items()}
 
 
@@ -44,14 +44,14 @@ class SavedModel:
         kind: `"pipeline"`, or the `model_type` of its model.
         configs: config.json of the model (under `""`) or of each of a pipeline's models (under its name).
         index: model_index.json of a pipeline, else empty.
-        num_parameters: elements of all weights, those of variants left out.
+        num_weights: elements of all tensors, buffers included and variants left out.
     """
 
     folder: Path
     kind: str
     configs: dict[str, dict[str, Any]]
     index: dict[str, Any]
-    num_parameters: int
+    num_weights: int
 
 
 def read_saved_model(folder: str | Path) -> SavedModel:
@@ -80,7 +80,7 @@ def read_saved_model(folder: str | Path) -> SavedModel:
         kind="pipeline" if index else configs[""]["model_type"],
         configs=configs,
         index=index,
-        num_parameters=sum(_count_parameters(folder / part) for part in parts),
+        num_weights=sum(_count_weights(folder / part) for part in parts),
     )
 
 
@@ -101,7 +101,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _count_parameters(folder: Path) -> int:
+def _count_weights(folder: Path) -> int:
     index = folder / "model.safetensors.index.json"
     shards = set(_read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
     return sum(_count_elements(folder / shard) for shard in shards)
@@ -127,7 +127,7 @@ USAGE = {
 from vfmtok_hf import VFMTokPipeline
 
 pipe = VFMTokPipeline.from_pretrained("{repo_id}")
-image = pipe({label!r}).images[0]""",
+image = pipe({label}).images[0]""",
     "vfmtok": """\
 from vfmtok_hf import VFMTokPipeline
 
@@ -158,7 +158,7 @@ USAGE_WITHOUT_PACKAGE = {
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True)
-image = pipe({label!r}).images[0]""",
+image = pipe({label}).images[0]""",
     "vfmtok": """\
 from transformers import AutoImageProcessor, AutoModel
 
@@ -242,14 +242,14 @@ def _snippet_values(saved: SavedModel, repo_id: str) -> dict[str, Any]:
     unique = [name for name, count in Counter(names).items() if count == 1]
     return {
         "repo_id": repo_id,
-        "label": unique[0] if unique else 0,
+        "label": json.dumps(unique[0] if unique else 0, ensure_ascii=False),
         "fetch_for_pipe": "\npipe.vq_model.load_vision_model()" if light else "",
         "fetch_for_model": "\nmodel.load_vision_model()" if light else "",
     }
 
 
 def _facts(saved: SavedModel) -> dict[str, str]:
-    facts = {"parameters": f"{saved.num_parameters:,}"}
+    facts = {"weights": f"{saved.num_weights:,}"}
     for config in saved.configs.values():
         if config["model_type"] == "vfmtok":
             facts["images"] = f"{config['image_size']} x {config['image_size']} pixels"
@@ -448,7 +448,9 @@ def _commit(api: HfApi, repo_id: str, contents: Mapping[str, Path | bytes], priv
         state = _undo(api, repo_id, before) if made else "it is as it was"
         if not isinstance(error, (HTTPError, OSError, RuntimeError, ValueError)):
             raise
-        reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
+        # Errors of single files have the Hub's answer as their cause.
+        answer = error if isinstance(error, HTTPError) else error.__cause__ or error
+        reason = " ".join(str(answer).split()) or type(answer).__name__
         raise PushError(f"The push to {repo_id} failed, and {state}: {reason}") from error
 
 
@@ -469,6 +471,7 @@ def push_checkpoint(
     kind: Kind,
     vision_model: str | None = None,
     tokenizer: str | None = None,
+    config: Mapping[str, Any] | str | Path | None = None,
     **options: Any,
 ) -> PushReport:
     """
@@ -481,6 +484,7 @@ def push_checkpoint(
         kind: `"tokenizer"`, `"ar"` or `"rar"`.
         vision_model: repository or folder of the tokenizer's vision model, to include it.
         tokenizer: repository or folder of a generator's image tokenizer, to publish both as a pipeline.
+        config: configuration fields that shapes cannot tell, as in `vfmtok_hf.conversion`.
         options: those of `push`. A dry run converts as well.
 
     Raises:
@@ -498,9 +502,9 @@ def push_checkpoint(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
         if kind == "tokenizer":
-            convert_tokenizer(checkpoint, folder, vision_model=vision_model)
+            convert_tokenizer(checkpoint, folder, vision_model=vision_model, config=config)
         else:
-            CONVERTERS[kind](checkpoint, folder)
+            GENERATOR_CONVERTERS[kind](checkpoint, folder, config=config)
         if tokenizer is not None:
             folder = _join_pipeline(folder, tokenizer, Path(temporary) / "pipeline")
         return push(folder, repo_id, **options)
