@@ -75,6 +75,8 @@ def read_saved_model(folder: str | Path) -> SavedModel:
     else:
         raise FileNotFoundError(f"{folder} has neither model_index.json nor config.json: give a saved model's folder.")
     configs = {part: _read_config(folder / part / "config.json") for part in parts}
+    if not index and configs[""]["model_type"] == "vfmtok" and not (folder / "preprocessor_config.json").is_file():
+        raise FileNotFoundError(f"{folder} has no preprocessor_config.json: save a VFMTokImageProcessor there, too.")
     return SavedModel(
         folder=folder,
         kind="pipeline" if index else configs[""]["model_type"],

@@ -42,4 +42,5 @@ def publish(hub: FakeHub, folder: Path) -> None:
     )
     light.load_state_dict({k: v for k, v in tokenizer.state_dict().items() if not k.startswith("vision_model.")})
     light.save_pretrained(folder / "light")
+    pipeline.image_processor.save_pretrained(folder / "light")
     hub.put("light", folder / "light")

@@ -156,8 +156,8 @@ REFUSALS = {
     "nothing": ({}, "not a valid model identifier|Repository Not Found"),
     "locked": ({"tester/locked": 401}, "401"),
     "broken": ({"tester/broken": 500}, "connect|500|load image processor"),
-    "cut": ({"GET /tester/cut/resolve/.*json": "cut"}, "closed connection"),
-    "without-weights": ({"tester/without-weights/resolve/.*safetensors": 404}, "safetensors|404"),
+    "cut": ({"GET /tester/cut[^/]*/resolve/.*json": "cut"}, "closed connection"),
+    "without-weights": ({"tester/without-weights[^/]*/resolve/.*safetensors": 404}, "safetensors|404"),
 }
 
 

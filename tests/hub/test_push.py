@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from tests.conversion.originals import AR, AR_CONFIG, TOKENIZER
 from tests.pipelines.tiny_pipeline import tiny_pipeline
 from tests.testing import REFERENCE, tiny_model
-from vfmtok_hf import DEFAULT_CHECKPOINT, VFMTokARConfig
+from vfmtok_hf import DEFAULT_CHECKPOINT
 from vfmtok_hf.cli import app
 from vfmtok_hf.hub import model_card, push, push_checkpoint
 from vfmtok_hf.released_checkpoints import RELEASED_CHECKPOINTS, publish_plan
@@ -115,7 +115,7 @@ def test_push_is_one_commit_and_its_usage_snippets_run(folder, published, hub, c
         "pushed-rar": "image_tokens.shape == (1, 9)",
     }
     with Client(hub, tmp_path, packaged=False) as bare:
-        shutil.copy(REFERENCE / "tokenizer" / "images" / "noise.png", tmp_path / "elsewhere" / "photo.png")
+        shutil.copy(REFERENCE / "tokenizer" / "images" / "b256_0.png", tmp_path / "elsewhere" / "photo.png")
         for name, check in checks.items():
             with_package, without_package = snippets(hub.repositories[f"tester/{name}"].files["README.md"].decode())
             assert f"tester/{name}" in with_package
@@ -226,8 +226,7 @@ def test_converted_checkpoint_carries_provenance_and_the_authors_figures(hub, cl
 
 def test_converted_generator_and_tokenizer_make_a_pipeline(published, tmp_path):
     torch.manual_seed(0)
-    config = VFMTokARConfig(**AR_CONFIG)
-    tokenizer = tiny_model(num_anchors=config.num_image_tokens, codebook_size=config.codebook_size)
+    tokenizer = tiny_model(num_anchors=AR_CONFIG["num_image_tokens"], codebook_size=512)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     shutil.copy(published / "tokenizer" / "preprocessor_config.json", tmp_path / "tokenizer")
     report = push_checkpoint(
@@ -285,6 +284,10 @@ def test_incomplete_folders_are_refused_before_anything_is_sent(folder, tmp_path
 
 
 def test_foreign_models_bad_names_and_impossible_samples_are_refused(folder, published, tmp_path):
+    alone = shutil.copytree(published / "tokenizer", tmp_path / "alone")
+    (alone / "preprocessor_config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="save a VFMTokImageProcessor there"):
+        push(alone, "me/thing")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(ValueError, match="'bert'"):
         push(tmp_path, "me/thing")
