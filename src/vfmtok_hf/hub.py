@@ -311,7 +311,7 @@ def draw_samples(folder: str | Path, count: int) -> tuple[bytes, str]:
 
 
 class PushError(OSError):
-    """A push that failed. The message is one line; the repository is as it was before."""
+    """A push that failed. The message is one line, and says what has become of the repository: it is as it was."""
 
 
 @dataclass(frozen=True)
@@ -432,20 +432,19 @@ def _commit(api: HfApi, repo_id: str, contents: Mapping[str, Path | bytes], priv
     """Make one commit of the files, in a new repository or on top of an existing one. Returns the commit's address."""
     made, before = False, None
     try:
-        made = not api.repo_exists(repo_id)
-        if made:
+        if not api.repo_exists(repo_id):
             api.create_repo(repo_id, private=private)
+            made = True
         before = api.repo_info(repo_id).sha
         stale = [name for name in api.list_repo_files(repo_id) if ".safetensors" in name and name not in contents]
-        return api.create_commit(
+        additions = [CommitOperationAdd(name, file) for name, file in contents.items()]
+        commit = api.create_commit(
             repo_id,
-            [
-                *(CommitOperationAdd(name, file) for name, file in contents.items()),
-                *(CommitOperationDelete(name) for name in stale),
-            ],
+            [*additions, *(CommitOperationDelete(name) for name in stale)],
             commit_message=f"Upload with vfmtok-hf {version('vfmtok-hf')}",
             parent_commit=before,  # if somebody else commits meanwhile, the Hub refuses
-        ).commit_url
+        )
+        return commit.commit_url
     except BaseException as error:
         state = _undo(api, repo_id, before) if made else "it is as it was"
         if not isinstance(error, (HTTPError, OSError, RuntimeError, ValueError)):

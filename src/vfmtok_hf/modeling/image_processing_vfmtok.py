@@ -114,8 +114,6 @@ class VFMTokImageProcessor(PilBackend):
     do_normalize = True
     do_convert_rgb = True
 
-    # -- images -> pixel_values
-
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """
@@ -126,6 +124,8 @@ class VFMTokImageProcessor(PilBackend):
         """
         with one_line_errors(str(pretrained_model_name_or_path)):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    # -- images -> pixel_values
 
     def fetch_images(self, image_url_or_urls):
         """Read paths; give two-dimensional (greyscale) arrays their channel axis; pass other images through."""

@@ -102,20 +102,22 @@ def check_shapes(source: str, info: dict[str, Any]) -> None:
     Args:
         info: what `from_pretrained` returns with `output_loading_info`.
     """
-    for name, stored, expected in sorted(info["mismatched_keys"]):
+    mismatched = sorted(info["mismatched_keys"])
+    if mismatched:
+        name, stored, expected = mismatched[0]
         raise ValueError(
             f"{source} does not fit its configuration: {name!r} has shape {tuple(stored)} and not {tuple(expected)} (of "
-            f"{len(info['mismatched_keys'])} such weights). To train them anew pass ignore_mismatched_sizes=True."
+            f"{len(mismatched)} such weights). To train them anew pass ignore_mismatched_sizes=True."
         )
 
 
 def check_keys(source: str, info: dict[str, Any]) -> None:
     """Raise if weights were missing or left over; arguments as in `check_shapes`."""
     for problem, names in (("lacks", info["missing_keys"]), ("has unknown", info["unexpected_keys"])):
-        for name in sorted(names):
+        if names:
             raise ValueError(
-                f"{source} {problem} weights: {name!r} (of {len(names)} such weights). Its files do not belong together: "
-                "fetch them again."
+                f"{source} {problem} weights: {min(names)!r} (of {len(names)} such weights). Its files do not belong "
+                "together: fetch them again."
             )
 
 

@@ -918,10 +918,11 @@ class VFMTokModel(VFMTokPreTrainedModel):
         try:
             with one_line_errors(str(name_or_path)):
                 if not os.path.isdir(name_or_path):
-                    revision = resolve_revision(
-                        name_or_path, revision=kwargs.get("revision"), token=kwargs.get("token")
-                    )
-                    commit, kwargs = revision.resolved, {**kwargs, "revision": revision}
+                    where = {
+                        name: kwargs[name] for name in ("cache_dir", "local_files_only", "token") if name in kwargs
+                    }
+                    kwargs["revision"] = resolve_revision(name_or_path, revision=kwargs.get("revision"), **where)
+                    commit = kwargs["revision"].resolved
                 vision_model, info = AutoModel.from_pretrained(
                     name_or_path,
                     config=self.config.vision_config,
@@ -931,8 +932,8 @@ class VFMTokModel(VFMTokPreTrainedModel):
                 )
         except OSError as error:
             raise OSError(
-                f"The vision model {str(name_or_path)!r} cannot be fetched. Call load_vision_model(folder) with a copy of it. "
-                f"Reason: {error}"
+                f"The vision model {str(name_or_path)!r} cannot be fetched. Call load_vision_model(folder) with a copy of "
+                f"it. Reason: {error}"
             ) from error
         prune_unused_stages(vision_model, self.config)
         missing = sorted(info["missing_keys"] & vision_model.state_dict().keys())

@@ -227,7 +227,7 @@ class VFMTokPipeline(DiffusionPipeline):
 
     @classmethod
     def from_image_tokenizer(
-        cls, pretrained_model_name_or_path, dtype: torch.dtype = torch.float32
+        cls, pretrained_model_name_or_path, dtype: torch.dtype | str = torch.float32
     ) -> "VFMTokPipeline":
         """A pipeline without generator, from a folder or repository that holds an image tokenizer alone."""
         vq_model = VFMTokModel.from_pretrained(pretrained_model_name_or_path, dtype=dtype)
