@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import validate_repo_id
@@ -18,8 +19,11 @@ from safetensors import SafetensorError, safe_open
 
 from vfmtok_hf.conversion import convert_ar, convert_rar, convert_tokenizer
 from vfmtok_hf.conversion.convert import PROVENANCE_FILE, write_provenance
+from vfmtok_hf.image_grid import image_grid
 from vfmtok_hf.modeling.auto_vfmtok import MODEL_CLASSES
 from vfmtok_hf.modeling.image_processing_vfmtok import VFMTokImageProcessor
+from vfmtok_hf.pipelines import VFMTokPipeline
+from vfmtok_hf.pipelines.portable_vfmtok import portable_code, portable_pipeline, saved_components
 from vfmtok_hf.released_checkpoints import ORIGINAL_REPOSITORY, Kind, find_released
 
 
@@ -66,10 +70,7 @@ def read_saved_model(folder: str | Path) -> SavedModel:
     index = {}
     if (folder / "model_index.json").is_file():
         index = _read_json(folder / "model_index.json")
-        entries = {
-            name: entry for name, entry in index.items() if isinstance(entry, list) and not name.startswith("_")
-        }
-        parts = [name for name, entry in entries.items() if entry[1] and not entry[1].endswith("ImageProcessor")]
+        parts = [name for name, cls in saved_components(index).items() if cls != VFMTokImageProcessor.__name__]
     elif (folder / "config.json").is_file():
         parts = [""]
     else:
@@ -291,11 +292,6 @@ def draw_samples(folder: str | Path, count: int) -> tuple[bytes, str]:
 
     Classes follow each other from 0, and begin again after the last.
     """
-    import torch
-
-    from vfmtok_hf.image_grid import image_grid
-    from vfmtok_hf.pipelines import VFMTokPipeline
-
     pipe = VFMTokPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     class_ids = [index % pipe.transformer.config.num_classes for index in range(count)]
@@ -396,8 +392,6 @@ def push(
 
 def _contents(saved: SavedModel) -> dict[str, Path | bytes]:
     """The files to publish by their path in the repository: those of the folder, and the code of this version."""
-    from vfmtok_hf.pipelines.portable_vfmtok import portable_code, portable_pipeline
-
     contents: dict[str, Path | bytes] = {
         file.relative_to(saved.folder).as_posix(): file
         for file in sorted(saved.folder.rglob("*"))
@@ -512,8 +506,6 @@ def push_checkpoint(
 
 
 def _join_pipeline(generator: Path, tokenizer: str, folder: Path) -> Path:
-    from vfmtok_hf.pipelines import VFMTokPipeline
-
     config = _read_config(generator / "config.json")
     transformer = MODELS_BY_TYPE[config["model_type"]].from_pretrained(generator)
     half = VFMTokPipeline.from_image_tokenizer(tokenizer, dtype="auto")
