@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from huggingface_hub import HfApi
 
+from vfmtok_hf.modeling.loading_vfmtok import one_line_errors
+
 
 Kind = Literal["tokenizer", "ar", "rar"]
 
@@ -134,7 +136,8 @@ def publish_plan(namespace: str, ask_hub: bool = False) -> list[PlannedRepositor
     sizes: dict[str, int] = {}
     if ask_hub:
         sources = [row.source for row in RELEASED_CHECKPOINTS]
-        sizes = {info.path: info.size for info in HfApi().get_paths_info(ORIGINAL_REPOSITORY, sources)}
+        with one_line_errors(ORIGINAL_REPOSITORY):
+            sizes = {info.path: info.size for info in HfApi().get_paths_info(ORIGINAL_REPOSITORY, sources)}
     return [_plan(row, namespace, sizes.get(row.source)) for row in RELEASED_CHECKPOINTS]
 
 

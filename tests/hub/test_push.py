@@ -319,7 +319,7 @@ def test_sizes_of_the_plan_are_those_of_the_models():
             assert row.num_parameters == counts[name]["total"], row.name
 
 
-def test_sizes_of_the_originals_come_from_the_hub(hub, client):
+def test_sizes_of_the_originals_come_from_the_hub(hub, client, faults):
     repository = hub.repositories["yexiguafu/VFMTok"] = Repository()
     repository.commit("release", {RELEASED_CHECKPOINTS[1].source: bytes(1234)})
     client(
@@ -327,6 +327,18 @@ def test_sizes_of_the_originals_come_from_the_hub(hub, client):
         from vfmtok_hf.released_checkpoints import publish_plan
         sizes = [row.source_bytes for row in publish_plan("org", ask_hub=True)]
         assert sizes == [None, 1234] + [None] * 12, sizes
+        """
+    )
+    faults["paths-info"] = "cut"
+    client(
+        """
+        from vfmtok_hf.released_checkpoints import publish_plan
+        try:
+            publish_plan("org", ask_hub=True)
+        except OSError as error:
+            assert "yexiguafu/VFMTok cannot be read" in str(error), str(error)
+        else:
+            raise AssertionError
         """
     )
 
