@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from huggingface_hub import HfApi
+from huggingface_hub.hf_api import RepoFile
 
 from vfmtok_hf.modeling.loading_vfmtok import one_line_errors
 
@@ -137,7 +138,8 @@ def publish_plan(namespace: str, ask_hub: bool = False) -> list[PlannedRepositor
     if ask_hub:
         sources = [row.source for row in RELEASED_CHECKPOINTS]
         with one_line_errors(ORIGINAL_REPOSITORY):
-            sizes = {info.path: info.size for info in HfApi().get_paths_info(ORIGINAL_REPOSITORY, sources)}
+            found = HfApi().get_paths_info(ORIGINAL_REPOSITORY, sources)
+        sizes = {info.path: info.size for info in found if isinstance(info, RepoFile)}
     return [_plan(row, namespace, sizes.get(row.source)) for row in RELEASED_CHECKPOINTS]
 
 

@@ -5,7 +5,7 @@ lacks or in a model of another type, this stops with one line that names the cau
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.errors import HTTPError  # of whichever HTTP client the Hub's library uses
 from safetensors import SafetensorError
@@ -42,7 +42,7 @@ def answer_of_the_hub(error: BaseException) -> str:
 class CheckedConfigMixin:
     """Configurations that are not made from those of other models."""
 
-    model_type: str
+    model_type: ClassVar[str]
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
