@@ -83,7 +83,7 @@ def test_modeling_files_can_be_exported_to_the_hub(path):
 
 @pytest.mark.parametrize("path", MODELING, ids=lambda path: path.name)
 def test_modeling_imports_are_light(path):
-    allowed = {"torch", "torchvision", "transformers", "huggingface_hub", "numpy", "PIL"}
+    allowed = {"torch", "torchvision", "transformers", "huggingface_hub", "safetensors", "numpy", "PIL"}
     tops = {name.split(".")[0] for name in imported_modules(path)} - {"vfmtok_hf"}
     assert tops - set(sys.stdlib_module_names) <= allowed
 

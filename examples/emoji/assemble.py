@@ -98,6 +98,8 @@ def save_pipeline(tokenizer: Path, generator: Path, folder: Path) -> None:
     size = vq_model.config.image_size
     processor = VFMTokImageProcessor(size={"height": size, "width": size})
     VFMTokPipeline(vq_model, transformer, processor).save_pretrained(folder)
+    for code in folder.rglob("*.py"):  # the package that the checkpoint is a part of has it
+        code.unlink()
 
 
 def write_card(folder: Path, data: Path, samples_per_class: int = 4) -> None:

@@ -10,8 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel
-
+from .modeling.auto_vfmtok import register_auto_classes
 from .modeling.configuration_vfmtok import VFMTokConfig
 from .modeling.configuration_vfmtok_ar import VFMTokARConfig
 from .modeling.configuration_vfmtok_rar import VFMTokRARConfig
@@ -36,18 +35,7 @@ _LAZY_NAMES = {
     "disable_kernels": ".hub_kernels",
 }
 
-for _config_class, _model_class in (
-    (VFMTokConfig, VFMTokModel),
-    (VFMTokARConfig, VFMTokARForImageGeneration),
-    (VFMTokRARConfig, VFMTokRARForImageGeneration),
-):
-    AutoConfig.register(_config_class.model_type, _config_class, exist_ok=True)
-    AutoModel.register(_config_class, _model_class, exist_ok=True)
-AutoImageProcessor.register(
-    VFMTokConfig,
-    image_processor_classes={"pil": VFMTokImageProcessor},
-    exist_ok=True,
-)
+register_auto_classes()
 
 
 def __getattr__(name: str) -> Any:

@@ -56,8 +56,17 @@ def vision_folder(tokenizer_folder, tmp_path_factory):
 # -- folders hold the original's weights
 
 
+GENERATOR_FILES = ["config.json", "generation_config.json", "model.safetensors", "provenance.json"]
+
+
+def data_files(folder):
+    """All but the code that goes along with every saved model."""
+    return sorted(name for name in os.listdir(folder) if not name.endswith(".py"))
+
+
 def test_tokenizer_folder(tokenizer_folder):
-    assert sorted(os.listdir(tokenizer_folder)) == ["config.json", "model.safetensors", "preprocessor_config.json"]
+    weights_and_configs = ["config.json", "model.safetensors", "preprocessor_config.json", "provenance.json"]
+    assert data_files(tokenizer_folder) == weights_and_configs
     model = load(VFMTokModel, tokenizer_folder)
     assert_equal(export_original_tokenizer(model), tiny(TOKENIZER))
     assert_equal(export_original_dinov2(model), tiny(DINOV2))
@@ -65,15 +74,23 @@ def test_tokenizer_folder(tokenizer_folder):
     assert model.encode(torch.zeros(1, 3, 336, 336)).image_tokens.shape == (1, 16)
 
 
+def test_folder_says_where_its_weights_come_from(tokenizer_folder):
+    facts = json.loads((tokenizer_folder / "provenance.json").read_text())
+    assert facts["source file"] == TOKENIZER.name
+    assert facts["source sha256"] == file_sha256(TOKENIZER)
+    assert facts["source entry"] == "ema"
+    assert facts["converted with"].startswith("vfmtok-hf ")
+
+
 def test_ar_folder(tmp_path):
     report = convert_ar(AR, tmp_path / "ar", config=AR_CONFIG)
-    assert sorted(os.listdir(tmp_path / "ar")) == ["config.json", "generation_config.json", "model.safetensors"]
+    assert data_files(tmp_path / "ar") == GENERATOR_FILES
     assert_equal(export_original_ar(load(VFMTokARForImageGeneration, report.output)), tiny(AR))
 
 
 def test_rar_folder(tmp_path):
     report = convert_rar(RAR, tmp_path / "rar")
-    assert sorted(os.listdir(tmp_path / "rar")) == ["config.json", "generation_config.json", "model.safetensors"]
+    assert data_files(tmp_path / "rar") == GENERATOR_FILES
     assert_equal(export_original_rar(load(VFMTokRARForImageGeneration, report.output)), tiny(RAR))
 
 

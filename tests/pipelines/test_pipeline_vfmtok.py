@@ -267,19 +267,17 @@ def test_save_load_round_trip(pipe, tmp_path):
     np.testing.assert_array_equal(loaded("heart", generator=seeds(0), output_type="np").images, expected)
 
 
-def test_model_index_names_are_public_api(ar_pipe, rar_pipe, tmp_path):
+def test_model_index_names_the_classes_of_its_own_code(ar_pipe, rar_pipe, tmp_path):
     index = {}
     for kind, pipe in (("ar", ar_pipe), ("rar", rar_pipe)):
         pipe.save_pretrained(tmp_path / kind)
         index[kind] = json.loads((tmp_path / kind / "model_index.json").read_text())
-        assert index[kind]["vq_model"] == ["vfmtok_hf.modeling.modeling_vfmtok", "VFMTokModel"]
-        assert index[kind]["image_processor"] == [
-            "vfmtok_hf.modeling.image_processing_vfmtok",
-            "VFMTokImageProcessor",
-        ]
+        assert index[kind]["_class_name"] == ["pipeline", "VFMTokPipeline"]
+        assert index[kind]["vq_model"] == ["component_vfmtok", "VFMTokModel"]
+        assert index[kind]["image_processor"] == ["component_vfmtok", "VFMTokImageProcessor"]
         assert index[kind]["id2label"] == {str(class_id): name for class_id, name in ID2LABEL.items()}
-    assert index["ar"]["transformer"] == ["vfmtok_hf.modeling.modeling_vfmtok_ar", "VFMTokARForImageGeneration"]
-    assert index["rar"]["transformer"] == ["vfmtok_hf.modeling.modeling_vfmtok_rar", "VFMTokRARForImageGeneration"]
+    assert index["ar"]["transformer"] == ["component_vfmtok", "VFMTokARForImageGeneration"]
+    assert index["rar"]["transformer"] == ["component_vfmtok", "VFMTokRARForImageGeneration"]
 
 
 def test_half_precision_files_load_as_float32_unless_asked(ar_pipe, tmp_path):

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from vfmtok_hf.modeling.image_processing_vfmtok import VFMTokImageProcessor
 from .build_models import Conversion, build_ar, build_rar, build_tokenizer
 from .read_checkpoint import Weights, file_sha256, read_checkpoint
 from .write_folder import check_output, whole_folder
+
+
+PROVENANCE_FILE = "provenance.json"
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,15 @@ class ConversionReport:
     dtypes: tuple[str, ...]
     config: PreTrainedConfig
     output: Path | None
+
+    def provenance(self) -> dict[str, str]:
+        """Where the weights come from, which goes along with them as provenance.json."""
+        return {
+            "source file": self.source.name,
+            "source sha256": self.sha256,
+            "source entry": self.entry or "the whole file",
+            "converted with": f"vfmtok-hf {version('vfmtok-hf')}",
+        }
 
     def summary(self) -> str:
         """The report in a few lines for people."""
@@ -174,7 +187,13 @@ def _convert(
     if not dry_run:
         with whole_folder(output, overwrite) as folder:
             save(conversion, folder)
+            write_provenance(folder, report.provenance())
     return report
+
+
+def write_provenance(folder: Path, facts: Mapping[str, str]) -> None:
+    """Write provenance.json, which model cards quote."""
+    (folder / PROVENANCE_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def _read_overrides(config: Mapping[str, Any] | str | Path | None) -> dict[str, Any]:

@@ -6,6 +6,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .loading_vfmtok import CheckedConfigMixin
+
 
 IMAGENET_MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 OPENAI_CLIP_MEAN_STD = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -24,7 +26,7 @@ MEAN_STD_BY_VISION_MODEL_TYPE = {
 
 
 @strict
-class VFMTokConfig(PreTrainedConfig):
+class VFMTokConfig(CheckedConfigMixin, PreTrainedConfig):
     r"""
     Configuration of [`VFMTokModel`]. The defaults are the released DINOv2-L tokenizer (arXiv 2507.08441).
 

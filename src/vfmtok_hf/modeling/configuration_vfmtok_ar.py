@@ -5,6 +5,8 @@ import math
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .loading_vfmtok import CheckedConfigMixin
+
 
 VARIANTS = {
     "B": {"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 2048},
@@ -17,7 +19,7 @@ VARIANTS = {
 
 
 @strict
-class VFMTokARConfig(PreTrainedConfig):
+class VFMTokARConfig(CheckedConfigMixin, PreTrainedConfig):
     r"""
     Configuration of [`VFMTokARForImageGeneration`]. The defaults are the released VFMTok-L generator (arXiv
     2507.08441); [`~VFMTokARConfig.from_variant`] gives the other sizes.

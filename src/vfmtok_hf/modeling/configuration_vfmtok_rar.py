@@ -3,6 +3,8 @@
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .loading_vfmtok import CheckedConfigMixin
+
 
 VARIANTS = {
     "L": {"num_hidden_layers": 24, "hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096},
@@ -12,7 +14,7 @@ VARIANTS = {
 
 
 @strict
-class VFMTokRARConfig(PreTrainedConfig):
+class VFMTokRARConfig(CheckedConfigMixin, PreTrainedConfig):
     r"""
     Configuration of [`VFMTokRARForImageGeneration`]. The defaults are the released VFMTok-RAR-L generator (arXiv
     2507.08441, after RAR, arXiv 2411.00776); [`~VFMTokRARConfig.from_variant`] gives the other sizes.

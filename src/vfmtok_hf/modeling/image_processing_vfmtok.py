@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from transformers import ImageProcessingMixin, PilBackend  # noqa: F401 - pipelines look up ImageProcessingMixin here
 from transformers.image_utils import ImageInput, PILImageResampling, SizeDict
 
+from .loading_vfmtok import one_line_errors
+
 
 # A centre crop of anything longer keeps less than one percent of the picture.
 MAX_ASPECT_RATIO = 100
@@ -111,6 +113,17 @@ class VFMTokImageProcessor(PilBackend):
     do_rescale = True
     do_normalize = True
     do_convert_rgb = True
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """
+        As in transformers.
+
+        Raises:
+            OSError: there is no such folder, repository, revision or file, or no access or connection to it.
+        """
+        with one_line_errors(str(pretrained_model_name_or_path)):
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     # -- images -> pixel_values
 

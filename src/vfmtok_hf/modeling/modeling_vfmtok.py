@@ -8,12 +8,16 @@ The computation follows https://github.com/CVMI-Lab/VFMTok (Apache-2.0), which b
 LlamaGen; the parity page of the documentation lists each deliberate difference.
 """
 
+import functools
 import math
+import os
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import resolve_revision
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
@@ -23,6 +27,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_vfmtok import VFMTokConfig
+from .loading_vfmtok import CheckedModelMixin, one_line_errors
 
 
 @dataclass
@@ -730,7 +735,7 @@ class VFMTokPixelDecoder(nn.Module):
 # Model
 
 
-class VFMTokPreTrainedModel(PreTrainedModel):
+class VFMTokPreTrainedModel(CheckedModelMixin, PreTrainedModel):
     config: VFMTokConfig
     config_class = VFMTokConfig
     base_model_prefix = "vfmtok"
@@ -810,6 +815,19 @@ def vision_feature_channels(vision_model: nn.Module, config: VFMTokConfig) -> li
     return [config.vision_config.hidden_size] * len(config.vision_feature_layers)
 
 
+def runs_offload_hook(method: Callable) -> Callable:
+    """accelerate's offloading hooks watch `forward` alone. Methods under this decorator run them too."""
+
+    @functools.wraps(method)
+    def run(self, *args, **kwargs):
+        hook = getattr(self, "_hf_hook", None)
+        if hook is not None:
+            args, kwargs = hook.pre_forward(self, *args, **kwargs)
+        return method(self, *args, **kwargs)
+
+    return run
+
+
 class VFMTokModel(VFMTokPreTrainedModel):
     """
     The image tokenizer: `encode` turns images into image tokens, `decode` turns image tokens into images.
@@ -847,16 +865,36 @@ class VFMTokModel(VFMTokPreTrainedModel):
         return self
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        """As in transformers. Loading makes new parameters, so the vision model is frozen again afterwards."""
-        loaded = super().from_pretrained(*args, **kwargs)
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, load_vision_model: bool = False, **kwargs):
+        """
+        As in transformers, but a checkpoint that does not fill the model is an error (`loading_vfmtok.py`).
+
+        Args:
+            load_vision_model (`bool`, defaults to `False`):
+                Of a light checkpoint, fetch the vision model too: the one that its configuration names, at the
+                revision that it names. `load_vision_model()` does so later.
+        """
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model._freeze_vision_model()
+        model._freeze_vision_model()  # loading has made new parameters
+        if load_vision_model and model.vision_model is None:
+            model.load_vision_model()
         return loaded
+
+    @functools.wraps(PreTrainedModel.save_pretrained)  # diffusers reads from the signature what it may pass
+    def save_pretrained(self, *args, **kwargs):
+        # `config.save_vision_model` decides whether the vision model goes along.
+        vision_weights = {name for name in self.state_dict() if name.startswith("vision_model.")}
+        ignored = (self._keys_to_ignore_on_save or set()) - vision_weights
+        self._keys_to_ignore_on_save = ignored if self.config.save_vision_model else ignored | vision_weights
+        return super().save_pretrained(*args, **kwargs)
 
     def load_vision_model(self, name_or_path: str | None = None, **kwargs) -> None:
         """
         Give a light checkpoint its vision model.
+
+        The configuration then names the repository and the commit that it came from, so that a light checkpoint saved
+        from this model fetches the same weights; of a folder it notes nothing.
 
         Args:
             name_or_path (`str`, *optional*):
@@ -866,6 +904,7 @@ class VFMTokModel(VFMTokPreTrainedModel):
 
         Raises:
             ValueError: no source is known, or the weights found do not fill the vision model.
+            OSError: the source cannot be read; the message says how to go on from a folder.
         """
         if name_or_path is None:
             name_or_path = self.config.vision_model_name_or_path
@@ -875,9 +914,27 @@ class VFMTokModel(VFMTokPreTrainedModel):
                 "This checkpoint does not say where its vision model comes from: "
                 "call load_vision_model(name_or_path) with a repository or folder."
             )
-        vision_model, info = AutoModel.from_pretrained(
-            name_or_path, config=self.config.vision_config, dtype=self.dtype, output_loading_info=True, **kwargs
-        )
+        commit = None
+        try:
+            with one_line_errors(str(name_or_path)):
+                if not os.path.isdir(name_or_path):
+                    where = {
+                        name: kwargs[name] for name in ("cache_dir", "local_files_only", "token") if name in kwargs
+                    }
+                    kwargs["revision"] = resolve_revision(name_or_path, revision=kwargs.get("revision"), **where)
+                    commit = kwargs["revision"].resolved
+                vision_model, info = AutoModel.from_pretrained(
+                    name_or_path,
+                    config=self.config.vision_config,
+                    dtype=self.dtype,
+                    output_loading_info=True,
+                    **kwargs,
+                )
+        except OSError as error:
+            raise OSError(
+                f"The vision model {str(name_or_path)!r} cannot be fetched. Call load_vision_model(folder) with a copy of "
+                f"it. Reason: {error}"
+            ) from error
         prune_unused_stages(vision_model, self.config)
         missing = sorted(info["missing_keys"] & vision_model.state_dict().keys())
         if missing:
@@ -887,9 +944,8 @@ class VFMTokModel(VFMTokPreTrainedModel):
             )
         self.vision_model = vision_model.to(self.device)
         self._freeze_vision_model()
-        if not self.config.save_vision_model:
-            ignored = {f"vision_model.{name}" for name in self.vision_model.state_dict()}
-            self._keys_to_ignore_on_save = (self._keys_to_ignore_on_save or set()) | ignored
+        if commit is not None:
+            self.config.vision_model_name_or_path, self.config.vision_model_revision = name_or_path, commit
 
     def extract_vision_features(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
         """
@@ -967,6 +1023,7 @@ class VFMTokModel(VFMTokPreTrainedModel):
         anchor_states, _, _ = self.anchor_encoder(vision_features)
         return self.quant_proj(anchor_states)
 
+    @runs_offload_hook
     def encode(self, pixel_values: torch.Tensor, output_sampling_locations: bool = False) -> VFMTokEncoderOutput:
         """
         Images to image tokens.
@@ -994,6 +1051,7 @@ class VFMTokModel(VFMTokPreTrainedModel):
 
     # -- image tokens -> image
 
+    @runs_offload_hook
     def decode(
         self,
         image_tokens: torch.Tensor | None = None,

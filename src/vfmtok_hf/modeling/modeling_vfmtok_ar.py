@@ -23,6 +23,7 @@ from transformers.utils.generic import can_return_tuple
 from .class_embeddings_vfmtok import ClassEmbeddingsMixin
 from .configuration_vfmtok_ar import VFMTokARConfig
 from .generation_vfmtok import KeyValueCache, LayerCache, VFMTokGenerationMixin
+from .loading_vfmtok import CheckedModelMixin
 
 
 @dataclass
@@ -166,7 +167,7 @@ class VFMTokARDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
-class VFMTokARForImageGeneration(PreTrainedModel, VFMTokGenerationMixin, ClassEmbeddingsMixin):
+class VFMTokARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGenerationMixin, ClassEmbeddingsMixin):
     """
     Generator of VFMTok image tokens, one after the other in raster order, for a class label.
 

@@ -30,6 +30,7 @@ from .generation_vfmtok import (
     check_ids,
     power_cosine_guidance,
 )
+from .loading_vfmtok import CheckedModelMixin
 from .modeling_vfmtok_ar import VFMTokAROutput, drop_labels, eager_attention_forward
 
 
@@ -120,7 +121,7 @@ class VFMTokRARDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + gate2 * self.mlp(modulate(self.norm2(hidden_states), shift2, scale2))
 
 
-class VFMTokRARForImageGeneration(PreTrainedModel, VFMTokGenerationMixin, ClassEmbeddingsMixin):
+class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGenerationMixin, ClassEmbeddingsMixin):
     """
     Generator of VFMTok image tokens in any order, for a class label.
 

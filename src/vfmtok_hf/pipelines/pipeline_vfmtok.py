@@ -12,18 +12,25 @@ import PIL.Image
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, ImagePipelineOutput
-from safetensors import SafetensorError
+from huggingface_hub import snapshot_download
 from transformers.image_utils import ImageInput
 
 from vfmtok_hf.modeling.image_processing_vfmtok import VFMTokImageProcessor
+from vfmtok_hf.modeling.loading_vfmtok import one_line_errors
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 from vfmtok_hf.modeling.modeling_vfmtok_ar import VFMTokARForImageGeneration
 from vfmtok_hf.modeling.modeling_vfmtok_rar import VFMTokRARForImageGeneration
+
+from .portable_vfmtok import use_this_code, write_portable_code
 
 
 ClassLabels = int | str | Sequence[int | str]
 InputImages = ImageInput | str | os.PathLike | Sequence[str | os.PathLike]
 Images = list[PIL.Image.Image] | np.ndarray | torch.Tensor
+
+# Weights without and with a variant in their file name.
+DEFAULT_WEIGHTS = ("*/model.safetensors", "*/model-*.safetensors", "*/model.safetensors.index.json")
+VARIANT_WEIGHTS = ("*/model.*.safetensors", "*/model.safetensors.index.*.json")
 
 
 def batches(items: Sequence, batch_size: int) -> Iterator[Sequence]:
@@ -151,21 +158,76 @@ class VFMTokPipeline(DiffusionPipeline):
         hold. Half precision files save disk space; computing in it is slow on CPUs and may overflow.
 
         Raises:
-            OSError: there is no pipeline, or a file of it is missing.
-            ValueError: a weights file is damaged.
+            OSError: there is no such folder, repository, revision or file, or no access or connection to it.
+            ValueError: a file is damaged, or another pipeline's.
         """
         if "torch_dtype" not in kwargs:  # the older name, which diffusers accepts too
             kwargs.setdefault("dtype", torch.float32)
-        try:
+        with one_line_errors(str(pretrained_model_name_or_path)):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        except SafetensorError as error:
+
+    @classmethod
+    def load_config(cls, *args, **kwargs):
+        """
+        As in diffusers, but the classes at hand stand where a saved pipeline names its own copies of them.
+
+        Raises:
+            ValueError: it is of another class of pipelines.
+        """
+        loaded = super().load_config(*args, **kwargs)
+        index = loaded[0] if isinstance(loaded, tuple) else loaded
+        use_this_code(index)
+        if index["_class_name"] != cls.__name__:
             raise ValueError(
-                f"{pretrained_model_name_or_path} has a damaged or truncated weights file ({error}): fetch it again."
-            ) from error
+                f"This is a {index['_class_name']}, not a {cls.__name__}: load it with DiffusionPipeline."
+            )
+        return loaded
+
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
+        """
+        As in diffusers, and the pipeline's code goes along: what `save_pretrained` and `push_to_hub` write also loads
+        where this package is not installed, by `DiffusionPipeline.from_pretrained(path, trust_remote_code=True)`.
+        """
+        super().save_config(save_directory, push_to_hub, **kwargs)
+        write_portable_code(save_directory)
+
+    @classmethod
+    def download(
+        cls,
+        pretrained_model_name: str,
+        variant: str | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        force_download: bool = False,
+        local_files_only: bool | None = False,
+        **kwargs,
+    ) -> str:
+        """
+        Fetch a pipeline's repository into the cache, and return its folder there. From then on it loads offline.
+
+        It leaves out the weights of other variants and the components that are passed to `from_pretrained`, and nothing
+        else; diffusers' own `download` also leaves out the generator's `generation_config.json`.
+
+        Args:
+            variant (`str`, *optional*): such as `"fp16"`, which every model of the repository must then have.
+            cache_dir, revision, token, force_download, local_files_only: as in `huggingface_hub.snapshot_download`.
+        """
+        other_weights = VARIANT_WEIGHTS if variant is None else DEFAULT_WEIGHTS
+        passed_components = [f"{name}/*" for name in cls._get_signature_keys(cls)[0] if name in kwargs]
+        return snapshot_download(
+            pretrained_model_name,
+            cache_dir=cache_dir,
+            revision=revision,
+            token=token,
+            force_download=force_download,
+            local_files_only=bool(local_files_only),
+            ignore_patterns=[*other_weights, *passed_components],
+        )
 
     @classmethod
     def from_image_tokenizer(
-        cls, pretrained_model_name_or_path, dtype: torch.dtype = torch.float32
+        cls, pretrained_model_name_or_path, dtype: torch.dtype | str = torch.float32
     ) -> "VFMTokPipeline":
         """A pipeline without generator, from a folder or repository that holds an image tokenizer alone."""
         vq_model = VFMTokModel.from_pretrained(pretrained_model_name_or_path, dtype=dtype)
@@ -311,14 +373,13 @@ class VFMTokPipeline(DiffusionPipeline):
             images: one image or a list of them, each a path, PIL image, array or tensor.
             batch_size (`int`, defaults to 16): images read and encoded at once, which bounds memory.
         """
-        vq_model = self._at_hand(self.vq_model)
         images = images if isinstance(images, (list, tuple)) else [images]
         if not images:
             raise ValueError("There are no images: pass at least one.")
         tokens = []
         for batch in batches(images, batch_size):
             pixel_values = self.image_processor(batch, return_tensors="pt")["pixel_values"]
-            tokens.append(vq_model.encode(pixel_values.to(vq_model.device)).image_tokens)
+            tokens.append(self.vq_model.encode(pixel_values.to(self.vq_model.device)).image_tokens)
         return torch.cat(tokens)
 
     @torch.no_grad()
@@ -337,10 +398,9 @@ class VFMTokPipeline(DiffusionPipeline):
         """
         if not len(image_tokens):
             raise ValueError("There are no image tokens: pass those of at least one image.")
-        vq_model = self._at_hand(self.vq_model)
         parts = []
         for batch in batches(image_tokens, batch_size):
-            reconstruction = vq_model.decode(image_tokens=batch.to(vq_model.device)).reconstruction
+            reconstruction = self.vq_model.decode(image_tokens=batch.to(self.vq_model.device)).reconstruction
             parts.append(self.image_processor.postprocess(reconstruction, output_type, size, resize_mode))
         return concatenate(parts)
 
@@ -351,14 +411,6 @@ class VFMTokPipeline(DiffusionPipeline):
         """Images through their image tokens and back, cropped and at the model's size."""
         self._check_output_type(output_type)
         return self._output(self.tokenize(images, batch_size), output_type, return_dict, batch_size)
-
-    @staticmethod
-    def _at_hand(model: VFMTokModel) -> VFMTokModel:
-        """The model on its device. Offloading hooks watch `forward` alone, and `encode` and `decode` go past it."""
-        hook = getattr(model, "_hf_hook", None)
-        if hook is not None:
-            hook.pre_forward(model)
-        return model
 
     # -- editing by tokens
 

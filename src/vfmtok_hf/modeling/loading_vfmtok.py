@@ -1,0 +1,124 @@
+"""
+Loading that is total: where transformers would go on with a warning, with random weights for those that a checkpoint
+lacks or in a model of another type, this stops with one line that names the cause and the cure.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+from huggingface_hub.errors import HTTPError  # of whichever HTTP client the Hub's library uses
+from safetensors import SafetensorError
+
+
+@contextmanager
+def one_line_errors(source: str) -> Iterator[None]:
+    """
+    Say in one line what is wrong with `source`, a folder or repository that is read in this block.
+
+    Raises:
+        OSError: it cannot be had: no such repository, revision or file, no access, no connection.
+        ValueError: it is damaged.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"{source} has a damaged or truncated weights file ({error}): fetch it again.") from error
+    except (OSError, HTTPError) as error:
+        reason = f"{error} {answer_of_the_hub(error)}"
+        if source not in reason:
+            reason = f"{source} cannot be read: {reason}"
+        raise OSError(" ".join(reason.split())) from error
+
+
+def answer_of_the_hub(error: BaseException) -> str:
+    """What went wrong on the way to the Hub, which transformers' errors keep to themselves; nothing if `error` says it."""
+    message, cause = str(error), error.__cause__ or error.__context__
+    while cause is not None and not isinstance(cause, HTTPError):
+        cause = cause.__cause__ or cause.__context__
+    return "" if cause is None or str(cause) in message else f"The cause: {cause}"
+
+
+class CheckedConfigMixin:
+    """Configurations that are not made from those of other models."""
+
+    model_type: ClassVar[str]
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """
+        As in transformers.
+
+        Raises:
+            ValueError: `config_dict` is of another model type.
+        """
+        model_type = config_dict.get("model_type")
+        if model_type is None:  # transformers makes an empty one of a missing file
+            raise ValueError(f"There is no config.json, or it names no model type; this needs {cls.model_type!r}.")
+        if model_type != cls.model_type:
+            raise ValueError(
+                f"The checkpoint is a model of type {model_type!r}, not {cls.model_type!r}: name another one, or load it "
+                "with AutoModel.from_pretrained."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
+
+class CheckedModelMixin:
+    """Models that are filled by their checkpoint, or not loaded."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *args,
+        output_loading_info: bool = False,
+        ignore_mismatched_sizes: bool = False,
+        **kwargs,
+    ):
+        """
+        As in transformers, but a checkpoint that does not fill the model is an error, unless the caller asks for
+        `output_loading_info`, to look at what is missing, or for `ignore_mismatched_sizes`, to train it anew.
+
+        Raises:
+            OSError: there is no such folder, repository, revision or file, or no access or connection to it.
+            ValueError: the checkpoint is damaged, of another model type, or has missing, unknown or mis-shaped weights.
+        """
+        source = str(pretrained_model_name_or_path)
+        with one_line_errors(source):
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
+        if not ignore_mismatched_sizes:
+            check_shapes(source, info)
+            if not output_loading_info:
+                check_keys(source, info)
+        return (model, info) if output_loading_info else model
+
+
+def check_shapes(source: str, info: dict[str, Any]) -> None:
+    """
+    Raise if weights of `source` had other shapes than those of the model.
+
+    Args:
+        info: what `from_pretrained` returns with `output_loading_info`.
+    """
+    mismatched = sorted(info["mismatched_keys"])
+    if mismatched:
+        name, stored, expected = mismatched[0]
+        raise ValueError(
+            f"{source} does not fit its configuration: {name!r} has shape {tuple(stored)} and not {tuple(expected)} (of "
+            f"{len(mismatched)} such weights). To train them anew pass ignore_mismatched_sizes=True."
+        )
+
+
+def check_keys(source: str, info: dict[str, Any]) -> None:
+    """Raise if weights were missing or left over; arguments as in `check_shapes`."""
+    for problem, names in (("lacks", info["missing_keys"]), ("has unknown", info["unexpected_keys"])):
+        if names:
+            raise ValueError(
+                f"{source} {problem} weights: {min(names)!r} (of {len(names)} such weights). Its files do not belong "
+                "together: fetch them again."
+            )
+
+
+__all__ = ["CheckedConfigMixin", "CheckedModelMixin", "one_line_errors"]

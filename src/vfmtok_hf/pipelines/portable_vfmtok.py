@@ -1,0 +1,91 @@
+"""Pipeline folders that load where this package is not installed: their code goes along with them."""
+
+import inspect
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from vfmtok_hf.modeling.auto_vfmtok import MODEL_CLASSES
+from vfmtok_hf.modeling.image_processing_vfmtok import VFMTokImageProcessor
+
+
+COMPONENT_CLASSES = (*MODEL_CLASSES.values(), VFMTokImageProcessor)
+
+INDEX_FILE = "model_index.json"
+ENTRY_MODULE = "pipeline"
+COMPONENT_MODULE = "component_vfmtok"
+
+OWN_IMPORT = re.compile(r"^(\s*)from (?:vfmtok_hf\.\w+)?\.(\w+) import", re.MULTILINE)
+
+
+def portable_code(*modules: str) -> dict[str, str]:
+    """
+    Modules of this package and all they import from it, for a folder that holds them side by side.
+
+    Args:
+        modules: names without their packages, such as `"modeling_vfmtok"`.
+
+    Returns:
+        `dict[str, str]`: source by file name.
+    """
+    # In this package two folders, in a saved pipeline a single one.
+    folders = {Path(__file__).parent, *(Path(inspect.getfile(cls)).parent for cls in COMPONENT_CLASSES)}
+    sources: dict[str, str] = {}
+    pending = list(modules)
+    while pending:
+        file_name = f"{pending.pop()}.py"
+        if file_name not in sources:
+            (file,) = (folder / file_name for folder in folders if (folder / file_name).is_file())
+            sources[file_name] = OWN_IMPORT.sub(r"\1from .\2 import", file.read_text(encoding="utf-8"))
+            pending += [module for _, module in OWN_IMPORT.findall(sources[file_name])]
+    return sources
+
+
+def portable_pipeline(index: dict[str, Any]) -> dict[str, str]:
+    """
+    The files that let diffusers load a saved pipeline with the pipeline's own code, by their path in its folder.
+
+    Args:
+        index: what diffusers has saved as model_index.json.
+    """
+    files = portable_code(ENTRY_MODULE)
+    components = saved_components(index)
+    index = {name: value for name, value in index.items() if name != "_name_or_path"}  # a folder of this machine
+    index["_class_name"] = [ENTRY_MODULE, class_name(index)]
+    for name, component_class in components.items():
+        index[name] = [COMPONENT_MODULE, component_class]
+        files[f"{name}/{COMPONENT_MODULE}.py"] = files[f"{COMPONENT_MODULE}.py"]
+    return {**files, INDEX_FILE: json.dumps(index, indent=2) + "\n"}
+
+
+def write_portable_code(folder: str | os.PathLike) -> None:
+    """Turn the folder that diffusers has saved a pipeline to into one that brings its own code."""
+    folder = Path(folder)
+    index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+    for path, text in portable_pipeline(index).items():
+        (folder / path).write_text(text, encoding="utf-8")
+
+
+def use_this_code(index: dict[str, Any]) -> None:
+    """Make a model_index.json, changed in place, name the classes at hand and not the copies in its folder."""
+    modules = {cls.__name__: cls.__module__ for cls in COMPONENT_CLASSES}
+    for name, component_class in saved_components(index).items():
+        index[name] = [modules.get(component_class, index[name][0]), component_class]
+    index["_class_name"] = class_name(index)
+
+
+def saved_components(index: dict[str, Any]) -> dict[str, str]:
+    """Class name of each component that a model_index.json has."""
+    return {
+        name: entry[1]
+        for name, entry in index.items()
+        if not name.startswith("_") and isinstance(entry, list) and entry[1] is not None
+    }
+
+
+def class_name(index: dict[str, Any]) -> str:
+    """Name of the pipeline's class, which a model_index.json gives with or without its module."""
+    name = index.get("_class_name")
+    return name[1] if isinstance(name, list) else str(name)
