@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -27,12 +25,11 @@ from vfmtok_hf.modeling.configuration_vfmtok_rar import VFMTokRARConfig
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 from vfmtok_hf.modeling.modeling_vfmtok_ar import VFMTokARForImageGeneration
 from vfmtok_hf.modeling.modeling_vfmtok_rar import VFMTokRARForImageGeneration
-from vfmtok_hf.training.arguments import parse_arguments, save_arguments
+from vfmtok_hf.training.arguments import parse_arguments
 from vfmtok_hf.training.data import EpochSampler, ImageFolder
 from vfmtok_hf.training.ema import EMA
 from vfmtok_hf.training.run import (
     Progress,
-    RunLog,
     StopRequest,
     WindowMeans,
     check_finite,
@@ -43,6 +40,8 @@ from vfmtok_hf.training.run import (
     save_grid,
     save_model,
     set_learning_rate,
+    start_accelerator,
+    start_run,
     training_batches,
 )
 from vfmtok_hf.training.tokens import TokenDataset, load_or_extract_tokens
@@ -97,6 +96,7 @@ class GeneratorArguments:
     compile: bool = False
     seed: int = 0
     log_every: int = 20
+    tracker: list[str] = field(default_factory=list)  # beside log.jsonl: tensorboard, trackio, wandb
     validate_every: int = 500
     sample_every: int = 1000
     checkpoint_every: int = 500
@@ -183,12 +183,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(GeneratorArguments, sys.argv[1:] if argv is None else argv)
     configure_logging()
     output = Path(arguments.output)
-    checkpoint = open_output(output, arguments.resume)
-    accelerator = Accelerator(mixed_precision=arguments.mixed_precision)
-    set_seed(arguments.seed, device_specific=True)
-    log = RunLog(output, accelerator.is_main_process)
-    if accelerator.is_main_process:
-        save_arguments(arguments, output / "arguments.yaml")
+    checkpoint = open_output(output, arguments)
+    accelerator = start_accelerator(arguments, output)
 
     # Data: images become tokens once
     tokenizer = VFMTokModel.from_pretrained(arguments.tokenizer).to(accelerator.device).eval()
@@ -235,13 +231,11 @@ def main(argv: list[str] | None = None) -> None:
     step_function = torch.compile(model) if arguments.compile else model
     step_function, optimizer, train_loader = accelerator.prepare(step_function, optimizer, train_loader)
     accelerator.register_for_checkpointing(progress, ema)
-    if checkpoint is not None:
-        accelerator.load_state(str(checkpoint))
-        log.write("resume", progress.step, {})
+    log = start_run(accelerator, output, checkpoint, arguments, progress)
 
     # Loop
-    stop = StopRequest()
-    window = WindowMeans()
+    stop = StopRequest(accelerator)
+    window = WindowMeans(accelerator)
     batches = training_batches(accelerator, train_loader, train_data, progress)
     while progress.step < arguments.max_steps and not stop:
         step = progress.step
@@ -259,13 +253,16 @@ def main(argv: list[str] | None = None) -> None:
         loss = step_function(
             class_labels=batch["label"], image_tokens=batch["image_tokens"], return_loss=True, **order
         ).loss
-        check_finite(loss, {}, step, [train_images.files[index].name for index in batch["index"].tolist()])
         accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), arguments.max_gradient_norm)
+        norms = {"gradient_norm": accelerator.clip_grad_norm_(model.parameters(), arguments.max_gradient_norm)}
+        check_finite(
+            accelerator, step, {"loss": loss}, norms, lambda index: train_images.files[index].name, batch["index"]
+        )
         optimizer.step()
         optimizer.zero_grad()
         ema.update()
         progress.step += 1
+        stop.agree()
 
         # Log, validate, draw, save
         window.add({"loss": loss}, len(batch["label"]) * accelerator.num_processes)
