@@ -444,6 +444,23 @@ def print_facts(facts: dict[str, str]) -> None:
         output_console.print(f"{name:<{width}}  {value}", markup=False, highlight=False, soft_wrap=True)
 
 
+@app.command()
+def plot(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of training runs.", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Picture. *Default: `curves.png` in the first run.*")
+    ] = None,
+) -> None:
+    """Curves of losses and metrics over the steps of training runs, those of several runs in one picture."""
+    with one_line_errors():
+        from vfmtok_hf.output_files import check_output_file
+        from vfmtok_hf.training.plot import plot_runs
+
+        picture = output or runs[0] / "curves.png"
+        check_output_file(picture)
+        report_written(plot_runs(runs, picture), "curve", picture)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Publishing
 

@@ -2,8 +2,6 @@
 
 import itertools
 import json
-import os
-import signal
 import subprocess
 import sys
 
@@ -126,59 +124,6 @@ def test_loss_falls(data, vision_model, tmp_path):
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
 
-def test_resumed_tokenizer_run_equals_the_uninterrupted_one(data, vision_model, tmp_path):
-    """Bit for bit: weights, averages, data order and augmentation all continue."""
-    options = {"vision_model": vision_model, "codebook_warmup_steps": 2, "restart_patience": 2, "validate_every": 3}
-    whole = train_tokenizer_for(6, data, tmp_path / "whole", checkpoint_every=3, **options)
-    part = train_tokenizer_for(3, data, tmp_path / "part", checkpoint_every=3, restart_until=1.6, **options)
-    with pytest.raises(ValueError, match="already holds a run"):
-        train_tokenizer_for(6, data, part, checkpoint_every=3, **options)
-    train_tokenizer_for(6, data, part, checkpoint_every=3, resume="true", **options)
-    expected = weights_of(whole / "model")
-    for name, tensor in weights_of(part / "model").items():
-        assert torch.equal(tensor, expected[name]), name
-
-
-@pytest.fixture
-def signal_handlers():
-    """A run installs handlers for the life of its process; here they go with the test."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-def test_sigterm_saves_and_the_run_continues_as_if_uninterrupted(
-    data, vision_model, tmp_path, monkeypatch, signal_handlers
-):
-    options = {"vision_model": vision_model, "validate_every": 4, "checkpoint_every": 100}
-    whole = train_tokenizer_for(4, data, tmp_path / "whole", **options)
-    write = train_tokenizer.RunLog.write
-
-    def write_then_terminate(log, kind, step, values):
-        write(log, kind, step, values)
-        if (kind, step) == ("train", 2):
-            signal.raise_signal(signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train_tokenizer.RunLog, "write", write_then_terminate)
-        stopped = train_tokenizer_for(4, data, tmp_path / "stopped", **options)
-    assert [line["step"] for line in log_of(stopped, "stopped")] == [2]
-    assert [folder.name for folder in (stopped / "checkpoints").iterdir()] == ["step_00000002"]
-    train_tokenizer_for(4, data, stopped, resume="true", **options)
-    expected = weights_of(whole / "model")
-    for name, tensor in weights_of(stopped / "model").items():
-        assert torch.equal(tensor, expected[name]), name
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(data, vision_model, tmp_path):
-    output = tmp_path / "run"
-    with pytest.raises(FloatingPointError, match=r"step 0 .*\.png"):
-        train_tokenizer_for(2, data, output, vision_model=vision_model, mse_weight="nan", checkpoint_every=1)
-    assert not (output / "checkpoints").exists()
-    assert not (output / "model").exists()
-
-
 def test_decoder_phase_keeps_the_tokens(tokenizer, data, tmp_path):
     output = train_tokenizer_for(
         2, data, tmp_path / "run", init_from=tokenizer / "model", trainable="decoder", adversarial_weight=0.1
@@ -222,7 +167,6 @@ def test_two_processes_equal_one_with_the_double_batch(data, vision_model, tmp_p
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
     done = subprocess.run(
         [*launcher, "vfmtok_hf.training.train_tokenizer", "--config", str(config)],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         text=True,
     )
@@ -328,27 +272,14 @@ def test_generator_run(generator, model_class, tokenizer, data, tmp_path):
     assert model.generate(torch.tensor([0, 1])).shape == (2, 9)
 
 
-def test_resumed_generator_run_equals_the_uninterrupted_one(tokenizer, data, tmp_path):
-    whole = train_generator_for(6, tokenizer, data, tmp_path / "whole", checkpoint_every=3, validate_every=3)
-    part = train_generator_for(3, tokenizer, data, tmp_path / "part", checkpoint_every=3, validate_every=3)
-    train_generator_for(6, tokenizer, data, part, checkpoint_every=3, validate_every=3, resume="true")
-    expected = weights_of(whole / "model", VFMTokARForImageGeneration)
-    for name, tensor in weights_of(part / "model", VFMTokARForImageGeneration).items():
-        assert torch.equal(tensor, expected[name]), name
-
-
-def test_tokens_are_extracted_again_for_another_tokenizer(tokenizer, data, tmp_path):
+def test_a_continued_run_keeps_its_tokens_and_its_tokenizer(tokenizer, data, tmp_path):
     output = train_generator_for(2, tokenizer, data, tmp_path / "run")
     file = output / "tokens" / "train" / "shard-00000.safetensors"
     first = file.stat().st_mtime_ns
     train_generator_for(4, tokenizer, data, output, resume="true")
     assert file.stat().st_mtime_ns == first
-    other = tmp_path / "other"
-    changed = VFMTokModel.from_pretrained(tokenizer / "model")
-    torch.nn.init.normal_(changed.quantizer.codebook.weight)
-    changed.save_pretrained(other / "model")
-    train_generator_for(6, other, data, output, resume="true")
-    assert file.stat().st_mtime_ns > first
+    with pytest.raises(ValueError, match="--tokenizer"):
+        train_generator_for(6, tmp_path / "other", data, output, resume="true")
 
 
 def test_tokens_anew_in_every_step(tokenizer, data, tmp_path):

@@ -11,6 +11,14 @@ import yaml
 
 Arguments = TypeVar("Arguments")
 
+# What a continued run may change: how long and how fast it learns from here on, where its files lie, what it reports.
+FREE_WHEN_RESUMED = {
+    *("max_steps", "learning_rate", "discriminator_learning_rate", "schedule", "final_learning_rate"),
+    *("max_gradient_norm", "weight_decay", "rar_random_until", "rar_raster_from"),
+    *("train_data", "validation_data", "output", "num_workers", "cache_images", "resume", "tracker"),
+    *("log_every", "validate_every", "sample_every", "checkpoint_every", "keep_checkpoints", "grid_images"),
+}
+
 
 def parse_arguments(arguments_class: type[Arguments], argv: list[str]) -> Arguments:
     """
@@ -55,6 +63,26 @@ def from_values(arguments_class: type[Arguments], values: dict[str, Any]) -> Arg
 def save_arguments(arguments: Any, file: Path) -> None:
     """Write the arguments of a run as the YAML file that repeats it."""
     file.write_text(yaml.safe_dump(dataclasses.asdict(arguments), sort_keys=False))
+
+
+def check_resumed_arguments(arguments: Any, file: Path) -> None:
+    """
+    A continued run keeps the arguments that `save_arguments` wrote to `file`, apart from [`FREE_WHEN_RESUMED`].
+
+    Raises:
+        ValueError: others have changed, or belong to another script.
+    """
+    before, now = _read_yaml(str(file)), dataclasses.asdict(arguments)
+    unknown = sorted(before.keys() - now.keys())
+    if unknown:
+        raise ValueError(f"{file.parent} is a run of another script or version, with arguments {', '.join(unknown)}.")
+    fixed = [name for name in before if name not in FREE_WHEN_RESUMED and before[name] != now[name]]
+    if fixed:
+        changes = ", ".join(f"--{name} {before[name]!r} -> {now[name]!r}" for name in fixed)
+        raise ValueError(
+            f"A continued run keeps its arguments, but these differ from {file}: {changes}. Take them back, or start "
+            "another run in a new --output, with --init_from if it should begin at trained weights."
+        )
 
 
 def _pairs(argv: list[str]) -> dict[str, str]:

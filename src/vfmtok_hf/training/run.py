@@ -7,20 +7,31 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType, gather_object, set_seed
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.utils import make_grid
 
+from vfmtok_hf.output_files import whole_file
+from vfmtok_hf.training.arguments import check_resumed_arguments, save_arguments
+from vfmtok_hf.training.log_file import LOG_FILE, drop_lines_after
+from vfmtok_hf.training.tracking import check_trackers, start_trackers
+
 
 logger = logging.getLogger("vfmtok_hf.training")
+
+# A checkpoint in the making, and one on its way out. Neither is ever read.
+WRITING = "writing"
+DELETING = "deleting"
 
 
 @dataclass
@@ -39,59 +50,84 @@ class Progress:
 
 
 class StopRequest:
-    """True in a boolean context after SIGTERM or SIGINT: the loop finishes its step, saves and leaves."""
+    """
+    True in a boolean context once `agree` has learnt of a SIGTERM or SIGINT to any process: the loop then saves and
+    leaves. The signal itself interrupts nothing.
+    """
 
-    def __init__(self):
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
         self.received = False
+        self.agreed = False
         for signal_number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signal_number, self._receive)
 
     def _receive(self, signal_number: int, frame: Any) -> None:
         self.received = True
 
+    def agree(self) -> None:
+        """Once a step, on all processes, so that all of them leave after the same one."""
+        self.agreed = any_process(self.accelerator, self.received)
+
     def __bool__(self) -> bool:
-        return self.received
+        return self.agreed
+
+
+def any_process(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether the flag is set on any process. Called by all of them."""
+    if accelerator.num_processes == 1:
+        return flag
+    return accelerator.reduce(torch.tensor(float(flag), device=accelerator.device)).item() > 0
 
 
 class RunLog:
-    """One JSON object per line in `log.jsonl` and one readable line on the console. Main process only."""
+    """One JSON object per line in `log.jsonl`, a readable line on the console, and the trackers. Main process only."""
 
-    def __init__(self, output: Path, enabled: bool):
-        self.file = output / "log.jsonl"
-        self.enabled = enabled
+    def __init__(self, accelerator: Accelerator, output: Path):
+        self.accelerator = accelerator
+        self.file = output / LOG_FILE
 
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:
-        if not self.enabled:
+        if not self.accelerator.is_main_process:
             return
         with self.file.open("a") as file:
             file.write(json.dumps({"kind": kind, "step": step, "time": round(time.time(), 1), **values}) + "\n")
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         logger.info("%-10s step %6d  %s", kind, step, shown)
+        self.accelerator.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
 
 
 class WindowMeans:
-    """Means of named scalars since the last log line, and images per second. Adding reads nothing from the device."""
+    """
+    Means of named scalars over the steps and processes since the last log line, and images per second. Adding reads
+    nothing from the device.
+    """
 
-    def __init__(self):
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
         self.restart()
 
     def restart(self) -> None:
         self.sums: dict[str, torch.Tensor] = {}
-        self.steps = 0
+        self.counts: Counter[str] = Counter()
         self.images = 0
         self.started = time.perf_counter()
 
     def add(self, values: dict[str, torch.Tensor], num_images: int) -> None:
-        self.sums = {name: self.sums.get(name, 0.0) + value.detach() for name, value in values.items()}
-        self.steps += 1
+        """`num_images`: of all processes."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach()
+        self.counts.update(values.keys())
         self.images += num_images
 
     def take(self) -> dict[str, float]:
-        """The means and `images/s`; the window starts again."""
-        means = {name: total.item() / self.steps for name, total in self.sums.items()}
-        means["images/s"] = self.images / (time.perf_counter() - self.started)
+        """The means and `images/s`; the window starts again. Called by all processes."""
+        means = torch.stack([total.float() / self.counts[name] for name, total in self.sums.items()])
+        means = self.accelerator.reduce(means, "mean").tolist()
+        values = dict(zip(self.sums, means, strict=True))
+        values["images/s"] = self.images / (time.perf_counter() - self.started)
         self.restart()
-        return means
+        return values
 
 
 def configure_logging() -> None:
@@ -113,31 +149,155 @@ def training_batches(
         progress.epoch, progress.batch = progress.epoch + 1, 0
 
 
-def open_output(output: Path, resume: bool) -> Path | None:
+def open_output(output: Path, arguments: Any) -> Path | None:
     """
-    The newest checkpoint of a run's folder, or None for a new run.
+    The newest checkpoint of a run's folder, or None for a new run. Nothing is written but the folder.
 
     Raises:
-        ValueError: the folder holds a run and `resume` is false.
+        ValueError: the folder holds a run and `arguments.resume` is false, or its arguments were others
+            ([`check_resumed_arguments`]).
     """
-    checkpoints = sorted((output / "checkpoints").glob("step_*"))
-    if checkpoints and not resume:
+    checkpoints = finished_checkpoints(output)
+    if checkpoints and not arguments.resume:
         raise ValueError(f"{output} already holds a run: pass --resume true to continue it, or another --output.")
+    if checkpoints:
+        check_resumed_arguments(arguments, output / "arguments.yaml")
+    elif arguments.resume:
+        logger.warning("no checkpoint in %s: starting from the beginning", output)
     output.mkdir(parents=True, exist_ok=True)
     return checkpoints[-1] if checkpoints else None
 
 
-def save_checkpoint(accelerator: Accelerator, output: Path, step: int, keep: int) -> None:
-    """Everything a bit-identical continuation needs, written whole or not at all; the oldest beyond `keep` go."""
-    folder = output / "checkpoints" / f"step_{step:08d}"
-    temporary = folder.with_name("writing")
-    accelerator.save_state(str(temporary))
-    accelerator.wait_for_everyone()
+def start_accelerator(arguments: Any, output: Path, **options: Any) -> Accelerator:
+    """
+    Accelerate as the launcher set it up, with seeded random numbers. Random numbers differ between processes.
+
+    Args:
+        options: further ones of `Accelerator`.
+
+    Raises:
+        ValueError: a tracker is unknown, or the launcher shards the model.
+        ImportError: a tracker is not installed.
+    """
+    accelerator = Accelerator(
+        # Without being told, Accelerate would not connect processes that have no accelerator.
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=arguments.mixed_precision,
+        log_with=check_trackers(arguments.tracker) or None,
+        project_dir=output,
+        **options,
+    )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError(
+            f"{accelerator.distributed_type.value} is not supported: weights, EMA and checkpoints are whole on every "
+            "process. Launch with configs/accelerate/one_node_8_gpus.yaml; docs/scaling.md tells what fits."
+        )
+    set_seed(arguments.seed, device_specific=True)
+    return accelerator
+
+
+def start_run(
+    accelerator: Accelerator, output: Path, checkpoint: Path | None, arguments: Any, progress: Progress
+) -> RunLog:
+    """
+    Everything is prepared and registered: load the checkpoint, if there is one, and open the run's log where it
+    stands. What an interrupted run wrote after its checkpoint is forgotten, since those steps come again.
+
+    Raises:
+        ValueError: the checkpoint is damaged or was written by another number of processes.
+    """
+    if checkpoint is not None:
+        load_checkpoint(accelerator, checkpoint)
     if accelerator.is_main_process:
-        replace_folder(temporary, folder)
-        for old in sorted(folder.parent.glob("step_*"))[:-keep]:
-            shutil.rmtree(old)
+        remove_leftovers(output)
+        drop_lines_after(output / LOG_FILE, progress.step)
+        with whole_file(output / "arguments.yaml") as file:
+            save_arguments(arguments, file)
+    start_trackers(accelerator, arguments, output, progress.step)
     accelerator.wait_for_everyone()
+    log = RunLog(accelerator, output)
+    if checkpoint is not None:
+        log.write("resume", progress.step, {})
+    return log
+
+
+def finished_checkpoints(output: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted((output / "checkpoints").glob("step_*"))
+
+
+def save_checkpoint(accelerator: Accelerator, output: Path, step: int, keep: int) -> None:
+    """
+    Everything a bit-identical continuation needs, written whole or not at all; the oldest beyond `keep` go.
+
+    Raises:
+        OSError: it cannot be written. The checkpoints before it are unharmed.
+    """
+    folder = output / "checkpoints" / f"step_{step:08d}"
+    temporary = folder.with_name(WRITING)
+    error = None
+    try:
+        accelerator.save_state(str(temporary))
+        if accelerator.is_main_process:
+            (temporary / "run.json").write_text(json.dumps({"num_processes": accelerator.num_processes}))
+    except Exception as caught:  # A full disk is an OSError, a RuntimeError or a SafetensorError, by file.
+        error = caught
+    if any_process(accelerator, error is not None):
+        if accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+        reason = " ".join(str(error).split()) if error else "another process failed"
+        raise OSError(
+            f"The checkpoint of step {step} could not be written to {folder.parent}: {reason}. Those before it are "
+            "unharmed: make room and continue with --resume true."
+        ) from error
+    if accelerator.is_main_process:
+        flush_to_disk(temporary)
+        replace_folder(temporary, folder)
+        for old in finished_checkpoints(output)[:-keep]:
+            # Out of sight at once: deleting takes a while, in which the process may die.
+            os.replace(old, old.with_name(DELETING))
+            shutil.rmtree(old.with_name(DELETING))
+    accelerator.wait_for_everyone()
+
+
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
+    """
+    Raises:
+        ValueError: the checkpoint is damaged or was written by another number of processes.
+    """
+    try:
+        num_processes = json.loads((checkpoint / "run.json").read_text())["num_processes"]
+        if num_processes == accelerator.num_processes:
+            accelerator.load_state(str(checkpoint))
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{checkpoint} cannot be read: {reason}. If it is damaged, delete it to continue from the one before."
+        ) from error
+    if num_processes != accelerator.num_processes:
+        raise ValueError(
+            f"{checkpoint} was written by {num_processes} process(es), this run has {accelerator.num_processes}: their "
+            "random numbers and shares of the data would differ. Start as many, or a new run with --init_from."
+        )
+
+
+def remove_leftovers(output: Path) -> None:
+    """What a killed run left half written or half deleted; a model that it was about to replace comes back."""
+    for name in (WRITING, DELETING):
+        shutil.rmtree(output / "checkpoints" / name, ignore_errors=True)
+    model = output / "model"
+    if not model.exists() and model.with_name("model.old").exists():
+        os.replace(model.with_name("model.old"), model)
+    for name in ("model.old", "model.writing"):
+        shutil.rmtree(output / name, ignore_errors=True)
+
+
+def flush_to_disk(folder: Path) -> None:
+    """Wait until the files survive a loss of power, which a rename could otherwise overtake."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
 
 
 def replace_folder(temporary: Path, folder: Path) -> None:
@@ -190,15 +350,38 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
         group["lr"] = learning_rate * group.get("lr_scale", 1.0)
 
 
-def check_finite(loss: torch.Tensor, terms: dict[str, torch.Tensor], step: int, batch_files: list[str]) -> None:
+def check_finite(
+    accelerator: Accelerator,
+    step: int,
+    values: dict[str, torch.Tensor],
+    norms: dict[str, torch.Tensor],
+    name_of: Callable[[int], str],
+    indices: torch.Tensor,
+) -> None:
     """
+    Stop all processes if a number of any of them is not finite. Called by all, before weights change.
+
+    Args:
+        step (`int`): steps done before this one.
+        values (`dict[str, torch.Tensor]`): named scalars of this process: the loss and its terms.
+        norms (`dict[str, torch.Tensor]`): of gradients, the same on all processes.
+        name_of (callable): name of a training image by its index.
+        indices (`torch.LongTensor`): of the images that this process had in the step.
+
     Raises:
-        FloatingPointError: the loss is NaN or infinite. Names the terms and the batch; nothing was saved or updated.
+        FloatingPointError: names the terms, and the images of the processes whose terms they are. If all terms are
+            finite and a gradient is not, it names that and the images of all processes.
     """
-    if loss.isfinite():
+    is_bad = ~torch.stack([value.detach().isfinite() for value in (values | norms).values()])
+    if not any_process(accelerator, bool(is_bad.any())):
         return
-    bad = [name for name, value in terms.items() if not value.isfinite()] or ["loss"]
+    bad = [name for name, flag in zip(values | norms, is_bad.tolist(), strict=True) if flag]
+    own = [name for name in bad if name in values]
+    found = gather_object([(own, bad, [name_of(index) for index in indices.tolist()])])
+    culprits = [(own, images) for own, _, images in found if own] or [(bad, images) for _, bad, images in found]
+    names = dict.fromkeys(name for bad, _ in culprits for name in bad)
+    images = [image for _, images in culprits for image in images]
     raise FloatingPointError(
-        f"Loss not finite at step {step} (terms: {', '.join(bad)}). Lower the learning rate or check these images: "
-        f"{', '.join(batch_files)}. The last checkpoint is unharmed."
+        f"Not finite at step {step}: {', '.join(names)}. Lower the learning rate or check these images: "
+        f"{', '.join(images)}. The last checkpoint is unharmed."
     )

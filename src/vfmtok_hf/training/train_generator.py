@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 from torch.utils.data import DataLoader, Subset
 
 from vfmtok_hf.modeling.configuration_vfmtok_ar import VFMTokARConfig
@@ -25,7 +24,7 @@ from vfmtok_hf.modeling.configuration_vfmtok_rar import VFMTokRARConfig
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 from vfmtok_hf.modeling.modeling_vfmtok_ar import VFMTokARForImageGeneration
 from vfmtok_hf.modeling.modeling_vfmtok_rar import VFMTokRARForImageGeneration
-from vfmtok_hf.training.arguments import parse_arguments, save_arguments
+from vfmtok_hf.training.arguments import parse_arguments
 from vfmtok_hf.training.data import TrainingLoader
 from vfmtok_hf.training.ema import EMA
 from vfmtok_hf.training.finetuning import (
@@ -40,7 +39,6 @@ from vfmtok_hf.training.finetuning import (
 from vfmtok_hf.training.generator_data import open_data, token_batch
 from vfmtok_hf.training.run import (
     Progress,
-    RunLog,
     StopRequest,
     WindowMeans,
     check_finite,
@@ -52,6 +50,8 @@ from vfmtok_hf.training.run import (
     save_grid,
     save_model,
     set_learning_rate,
+    start_accelerator,
+    start_run,
 )
 from vfmtok_hf.training.tokens import TokenShards
 
@@ -130,6 +130,7 @@ class GeneratorArguments:
     compile: bool = False
     seed: int = 0
     log_every: int = 20
+    tracker: list[str] = field(default_factory=list)  # beside log.jsonl: tensorboard, trackio, wandb
     validate_every: int = 500
     sample_every: int = 1000
     checkpoint_every: int = 500
@@ -229,17 +230,10 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(GeneratorArguments, sys.argv[1:] if argv is None else argv)
     configure_logging()
     output = Path(arguments.output)
-    checkpoint = open_output(output, arguments.resume)
-    accelerator = Accelerator(
-        # Without being told, Accelerate would not connect processes that have no accelerator.
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision=arguments.mixed_precision,
-        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
+    checkpoint = open_output(output, arguments)
+    accelerator = start_accelerator(
+        arguments, output, gradient_accumulation_steps=arguments.gradient_accumulation_steps
     )
-    set_seed(arguments.seed, device_specific=True)
-    log = RunLog(output, accelerator.is_main_process)
-    if accelerator.is_main_process:
-        save_arguments(arguments, output / "arguments.yaml")
 
     # Data
     tokenizer_source = arguments.tokenizer or arguments.init_from
@@ -274,16 +268,14 @@ def main(argv: list[str] | None = None) -> None:
     step_function = torch.compile(model) if arguments.compile else model
     step_function, optimizer = accelerator.prepare(step_function, optimizer)
     accelerator.register_for_checkpointing(progress, ema)
-    if checkpoint is not None:
-        accelerator.load_state(str(checkpoint))
-        log.write("resume", progress.step, {})
+    log = start_run(accelerator, output, checkpoint, arguments, progress)
 
     # Loop
     is_rar = model.config.model_type == "vfmtok_rar"
-    stop = StopRequest()
+    stop = StopRequest(accelerator)
     if progress.step == 0 and arguments.init_from is not None:
         log.write("validation", 0, validate(model, validation_data, arguments.batch_size, accelerator))
-    window = WindowMeans()
+    window = WindowMeans(accelerator)
     batches = train_loader.batches(progress)
     while progress.step < arguments.max_steps and not stop:
         step = progress.step
@@ -297,26 +289,26 @@ def main(argv: list[str] | None = None) -> None:
         )
         set_learning_rate(optimizer, learning_rate)
         order = {"random_ratio": random_ratio_at(step, arguments)} if is_rar else {}
-        mean_loss = torch.zeros((), device=accelerator.device)
+        indices, mean_loss = [], torch.zeros((), device=accelerator.device)
         for _ in range(arguments.gradient_accumulation_steps):
             batch = next(batches)
             labels, tokens = token_batch(batch, tokenizer, arguments.neighbours)
             with accelerator.accumulate(step_function):
                 loss = step_function(class_labels=labels, image_tokens=tokens, return_loss=True, **order).loss
-                if not loss.isfinite():
-                    check_finite(loss, {}, step, [train_data.name(index) for index in batch["index"].tolist()])
                 accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(model.parameters(), arguments.max_gradient_norm)
-                optimizer.step()
-                optimizer.zero_grad()
+            indices.append(batch["index"])
             mean_loss += loss.detach() / arguments.gradient_accumulation_steps
+        norms = {"gradient_norm": accelerator.clip_grad_norm_(model.parameters(), arguments.max_gradient_norm)}
+        check_finite(accelerator, step, {"loss": mean_loss}, norms, train_data.name, torch.cat(indices))
+        optimizer.step()
+        optimizer.zero_grad()
         ema.update()
         progress.step += 1
+        stop.agree()
 
         # Log, validate, draw, save
         num_images = arguments.batch_size * arguments.gradient_accumulation_steps * accelerator.num_processes
-        window.add({"loss": mean_loss, "gradient_norm": norm}, num_images)
+        window.add({"loss": mean_loss, **norms}, num_images)
         done = progress.step == arguments.max_steps
         if progress.step % arguments.log_every == 0 or done:
             log.write("train", progress.step, {**window.take(), "lr": learning_rate})

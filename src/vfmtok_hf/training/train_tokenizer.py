@@ -17,14 +17,13 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, set_seed
+from accelerate.utils import GradientAccumulationPlugin
 from torch.utils.data import DataLoader
 from transformers import AutoConfig
 
 from vfmtok_hf.modeling.configuration_vfmtok import VFMTokConfig
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
-from vfmtok_hf.training.arguments import parse_arguments, save_arguments
+from vfmtok_hf.training.arguments import parse_arguments
 from vfmtok_hf.training.codebook import CodebookUsage, initialise_codebook, perplexity, restart_dead_rows
 from vfmtok_hf.training.data import EpochSampler, ImageFolder
 from vfmtok_hf.training.discriminator import (
@@ -42,7 +41,6 @@ from vfmtok_hf.training.objective import TokenizerObjective
 from vfmtok_hf.training.perceptual import LPIPS
 from vfmtok_hf.training.run import (
     Progress,
-    RunLog,
     StopRequest,
     WindowMeans,
     check_finite,
@@ -53,6 +51,8 @@ from vfmtok_hf.training.run import (
     save_grid,
     save_model,
     set_learning_rate,
+    start_accelerator,
+    start_run,
     training_batches,
 )
 
@@ -119,6 +119,7 @@ class TokenizerArguments:
     gradient_checkpointing: bool = False  # less memory, more time
     seed: int = 0
     log_every: int = 20
+    tracker: list[str] = field(default_factory=list)  # beside log.jsonl: tensorboard, trackio, wandb
     validate_every: int = 500
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
@@ -215,16 +216,10 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(TokenizerArguments, sys.argv[1:] if argv is None else argv)
     configure_logging()
     output = Path(arguments.output)
-    checkpoint = open_output(output, arguments.resume)
+    checkpoint = open_output(output, arguments)
     accumulation_steps = arguments.gradient_accumulation_steps
-    accelerator = Accelerator(
-        mixed_precision=arguments.mixed_precision,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(accumulation_steps, sync_with_dataloader=False),
-    )
-    set_seed(arguments.seed, device_specific=True)
-    log = RunLog(output, accelerator.is_main_process)
-    if accelerator.is_main_process:
-        save_arguments(arguments, output / "arguments.yaml")
+    accumulation = GradientAccumulationPlugin(accumulation_steps, sync_with_dataloader=False)
+    accelerator = start_accelerator(arguments, output, gradient_accumulation_plugin=accumulation)
 
     # Data
     crop_scale = (arguments.crop_scale[0], arguments.crop_scale[1])
@@ -283,13 +278,11 @@ def main(argv: list[str] | None = None) -> None:
         )
         wrapped.append(discriminator_step_function)
     accelerator.register_for_checkpointing(progress, ema, usage)
-    if checkpoint is not None:
-        accelerator.load_state(str(checkpoint))
-        log.write("resume", progress.step, {})
+    log = start_run(accelerator, output, checkpoint, arguments, progress)
 
     # Loop
-    stop = StopRequest()
-    window = WindowMeans()
+    stop = StopRequest(accelerator)
+    window = WindowMeans(accelerator)
     codebook, last_layer = model.quantizer.codebook.weight.data, model.pixel_decoder.conv_out.weight
     train_encoder = objective.train_encoder
     warmup_steps = arguments.codebook_warmup_steps if train_encoder else 0
@@ -319,7 +312,7 @@ def main(argv: list[str] | None = None) -> None:
         set_learning_rate(optimizer, learning_rate)
 
         # Gradients of the tokenizer, and of the discriminator on the same reconstructions
-        parts, latents, image_tokens = [], [], []
+        parts, indices, latents, image_tokens = [], [], [], []
         for _ in range(accumulation_steps):
             batch = next(batches)
             pixel_values = batch["pixel_values"]
@@ -334,7 +327,6 @@ def main(argv: list[str] | None = None) -> None:
                         terms["adaptive_weight"] = adaptive_weight(out["image_loss"], terms["adversarial"], last_layer)
                         weight = weight * terms["adaptive_weight"]
                     loss = loss + weight * terms["adversarial"]
-                check_finite(loss, terms, step, [train_data.name(index) for index in batch["index"].tolist()])
                 accelerator.backward(loss)
                 if is_adversarial:
                     verdict = discriminator_step_function(reconstruction, pixel_values)
@@ -343,6 +335,7 @@ def main(argv: list[str] | None = None) -> None:
                     terms |= verdict
             psnr = peak_signal_to_noise(reconstruction.detach(), pixel_values).mean()
             parts.append({"loss": loss, **terms, "psnr": psnr})
+            indices.append(batch["index"])
             # Gathered part by part they come in the order of one large batch, so that restarts choose alike.
             image_tokens.append(accelerator.gather(out["image_tokens"]))
             if step < restart_until:
@@ -350,13 +343,16 @@ def main(argv: list[str] | None = None) -> None:
         values = {name: torch.stack([part[name].detach() for part in parts]).mean() for name in parts[0]}
 
         # Step
-        values["gradient_norm"] = accelerator.clip_grad_norm_(trainable, arguments.max_gradient_norm)
+        norms = {"gradient_norm": accelerator.clip_grad_norm_(trainable, arguments.max_gradient_norm)}
+        if is_adversarial:
+            norms["discriminator_gradient_norm"] = accelerator.clip_grad_norm_(
+                discriminator_trainable, arguments.max_gradient_norm
+            )
+        check_finite(accelerator, step, values, norms, train_data.name, torch.cat(indices))
+        values |= norms
         optimizer.step()
         optimizer.zero_grad()
         if is_adversarial:
-            values["discriminator_gradient_norm"] = accelerator.clip_grad_norm_(
-                discriminator_trainable, arguments.max_gradient_norm
-            )
             discriminator_optimizer.step()
             discriminator_optimizer.zero_grad()
 
@@ -369,6 +365,7 @@ def main(argv: list[str] | None = None) -> None:
                 values["restarted_rows"] = restarted.float()
         ema.update()
         progress.step += 1
+        stop.agree()
 
         # Log, validate, save
         window.add(values, accumulation_steps * len(pixel_values) * accelerator.num_processes)
