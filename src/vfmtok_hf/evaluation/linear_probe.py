@@ -1,0 +1,234 @@
+"""
+How much a linear classifier finds in frozen representations: the paper's "L.P." column.
+
+The protocol is MAE's (He et al. 2022, appendix A.1), which the authors name: batch norm without affine parameters, one
+linear layer, LARS, learning rate 0.1 x batch size / 256, 90 epochs of a cosine with 10 of warm-up, no weight decay, random
+crops and flips. Representations are computed once, `views` augmentations of each training image, and the classifier sees
+another one each epoch; MAE augments anew each time, which only matters where a model is too large to run 90 epochs anyway.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from timm.optim import Lars
+from torch import nn
+from torchvision.transforms import v2
+
+from vfmtok_hf.evaluation.features import Advance
+from vfmtok_hf.modeling.image_processing_vfmtok import VFMTokImageProcessor, open_image
+from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
+from vfmtok_hf.token_files import find_images
+
+
+PIXEL_GRID = 32
+
+
+@dataclass
+class ProbeSettings:
+    """Defaults are MAE's; `batch_size` is 16384 there, here at most a tenth of the training images."""
+
+    epochs: int = 90
+    warmup_epochs: int = 10
+    batch_size: int = 16384
+    base_learning_rate: float = 0.1
+    views: int = 8
+    seed: int = 0
+
+
+@dataclass
+class ProbeResult:
+    """
+    Args:
+        top1 (`float`): share of test images classified right.
+        mean_class_accuracy (`float`): the mean of that share over classes, which small classes count in as large ones.
+        channels (`int`): width of the representation.
+    """
+
+    top1: float
+    mean_class_accuracy: float
+    channels: int
+
+
+class LabelledImages:
+    """
+    Images of `root/class_name/*`, cropped to a square; classes are numbered in alphabetical order.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or it holds no images.
+        ValueError: an image lies outside of class folders, or there are fewer than two classes.
+    """
+
+    def __init__(self, root: Path, size: int):
+        names = find_images([root])
+        if any("/" not in name for name in names):
+            raise ValueError(f"{root} must hold one folder of images per class.")
+        self.files = list(names.values())
+        folders = [name.partition("/")[0] for name in names]
+        self.class_names = sorted(set(folders))
+        if len(self.class_names) < 2:
+            raise ValueError(f"{root} has images of one class only: nothing can be told apart.")
+        numbers = {name: number for number, name in enumerate(self.class_names)}
+        self.labels = torch.tensor([numbers[folder] for folder in folders])
+        self.processor = VFMTokImageProcessor(do_rescale=False, do_normalize=False)
+        self.size = size
+        self.augment = v2.Compose([v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode.BICUBIC)])
+
+    def batches(self, batch_size: int, view: int | None) -> Iterator[torch.Tensor]:
+        """
+        `pixel_values` `(at most batch_size, 3, size, size)` in [-1, 1]: the centre crops, or an augmentation for each `view`.
+        """
+        for start in range(0, len(self.files), batch_size):
+            numbers = range(start, min(start + batch_size, len(self.files)))
+            pixels = torch.stack([self._read(number, view) for number in numbers])
+            yield pixels.float() / 127.5 - 1
+
+    def _read(self, number: int, view: int | None) -> torch.Tensor:
+        if view is None:
+            return self.processor(self.files[number], size=self.size, return_tensors="pt")["pixel_values"][0]
+        image = self.processor(
+            open_image(self.files[number]), do_resize=False, do_center_crop=False, return_tensors="pt"
+        )["pixel_values"][0]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(hash((view, number)) % 2**63)
+            image = self.augment(image)
+            return image.flip(-1) if torch.rand(()) < 0.5 else image
+
+
+Representations = dict[str, Callable[[torch.Tensor], torch.Tensor]]
+
+
+def representations_of(model: VFMTokModel) -> Representations:
+    """
+    What can be probed, each from `pixel_values` `(batch_size, 3, image_size, image_size)` to `(batch_size, channels)`:
+
+    - `image_embeds`: the feature branch's class token, what the paper probes.
+    - `token_embeddings`: the codebook rows of all image tokens, one after the other.
+    - `vision_model`: the frozen vision model's last level, mean over positions.
+    - `pixels`: the image itself, at 32 x 32.
+    """
+
+    def token_embeddings(pixel_values: torch.Tensor) -> torch.Tensor:
+        return model.encode(pixel_values).quantized_latents.flatten(1)
+
+    def vision_model(pixel_values: torch.Tensor) -> torch.Tensor:
+        return model.extract_vision_features(pixel_values)[-1].mean(dim=(2, 3))
+
+    def pixels(pixel_values: torch.Tensor) -> torch.Tensor:
+        return F.interpolate(pixel_values, (PIXEL_GRID, PIXEL_GRID), mode="bilinear", antialias=True).flatten(1)
+
+    return {
+        "image_embeds": model.get_image_features,
+        "token_embeddings": token_embeddings,
+        "vision_model": vision_model,
+        "pixels": pixels,
+    }
+
+
+@torch.no_grad()
+def compute_representations(
+    representations: Representations,
+    images: LabelledImages,
+    device: torch.device,
+    batch_size: int,
+    views: int | None,
+    advance: Advance = lambda count: None,
+) -> dict[str, torch.Tensor]:
+    """Each representation of all images, `(views or 1, images, channels)` float32 on the CPU."""
+    rows: dict[str, list[torch.Tensor]] = {name: [] for name in representations}
+    for view in [None] if views is None else range(views):
+        parts: dict[str, list[torch.Tensor]] = {name: [] for name in representations}
+        for pixel_values in images.batches(batch_size, view):
+            for name, function in representations.items():
+                parts[name].append(function(pixel_values.to(device)).float().cpu())
+            advance(len(pixel_values))
+        for name, columns in parts.items():
+            rows[name].append(torch.cat(columns))
+    stacked = {name: torch.stack(columns) for name, columns in rows.items()}
+    for name, values in stacked.items():
+        if not values.isfinite().all():
+            raise ValueError(f"The representation {name} has values that are NaN or infinite: check the model's weights.")
+    return stacked
+
+
+def train_linear_probe(
+    train: torch.Tensor, train_labels: torch.Tensor, test: torch.Tensor, test_labels: torch.Tensor, settings: ProbeSettings
+) -> ProbeResult:
+    """
+    Train the classifier and test it.
+
+    Args:
+        train (`torch.FloatTensor` of shape `(views, images, channels)`), train_labels (`(images,)`).
+        test (`torch.FloatTensor` of shape `(images, channels)`), test_labels (`(images,)`).
+    """
+    views, num_images, channels = train.shape
+    num_classes = int(torch.cat([train_labels, test_labels]).max()) + 1
+    generator = torch.Generator().manual_seed(settings.seed)
+    classifier = nn.Sequential(nn.BatchNorm1d(channels, eps=1e-6, affine=False), nn.Linear(channels, num_classes))
+    with torch.no_grad():
+        classifier[1].weight.normal_(std=0.01, generator=generator)
+        classifier[1].bias.zero_()
+    batch_size = min(settings.batch_size, max(num_images // 10, 2))
+    steps_per_epoch = num_images // batch_size
+    peak = settings.base_learning_rate * batch_size / 256
+    optimizer = Lars(classifier.parameters(), lr=peak, momentum=0.9, weight_decay=0.0)
+    for epoch in range(settings.epochs):
+        features = train[epoch % views]
+        order = torch.randperm(num_images, generator=generator)
+        for step in range(steps_per_epoch):
+            chosen = order[step * batch_size : (step + 1) * batch_size]
+            progress = epoch + step / steps_per_epoch
+            optimizer.param_groups[0]["lr"] = peak * _schedule(progress, settings)
+            loss = F.cross_entropy(classifier(features[chosen]), train_labels[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    classifier.eval()
+    with torch.no_grad():
+        right = (classifier(test).argmax(-1) == test_labels).double()
+    by_class = [right[test_labels == label].mean() for label in test_labels.unique()]
+    return ProbeResult(right.mean().item(), torch.stack(by_class).mean().item(), channels)
+
+
+def _schedule(epoch: float, settings: ProbeSettings) -> float:
+    """Linear warm-up to 1, then a half cosine to 0."""
+    if epoch < settings.warmup_epochs:
+        return epoch / settings.warmup_epochs
+    share = (epoch - settings.warmup_epochs) / (settings.epochs - settings.warmup_epochs)
+    return 0.5 * (1 + math.cos(math.pi * share))
+
+
+def evaluate_linear_probe(
+    model: VFMTokModel,
+    train_folder: Path,
+    test_folder: Path,
+    settings: ProbeSettings | None = None,
+    batch_size: int = 32,
+    advance: Advance = lambda count: None,
+) -> dict[str, ProbeResult]:
+    """
+    Probe everything of `representations_of`.
+
+    Args:
+        train_folder, test_folder (`Path`): `class_name/image.png` each, the same classes.
+        advance: called with the number of images done after each batch, `images * views` of training and then those of
+            testing.
+
+    Raises:
+        ValueError: the classes of the folders differ, or they are not folders of classes.
+    """
+    settings = settings or ProbeSettings()
+    train, test = (LabelledImages(folder, model.config.image_size) for folder in (train_folder, test_folder))
+    if train.class_names != test.class_names:
+        differing = sorted(set(train.class_names) ^ set(test.class_names))
+        raise ValueError(f"{train_folder} and {test_folder} hold different classes: {', '.join(differing[:5])}.")
+    functions = representations_of(model)
+    train_values = compute_representations(functions, train, model.device, batch_size, settings.views, advance)
+    test_values = compute_representations(functions, test, model.device, batch_size, None, advance)
+    return {
+        name: train_linear_probe(train_values[name], train.labels, test_values[name][0], test.labels, settings)
+        for name in functions
+    }
