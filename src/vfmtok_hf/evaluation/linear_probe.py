@@ -174,14 +174,17 @@ def train_linear_probe(
     batch_size = min(settings.batch_size, max(num_images // 10, 2))
     steps_per_epoch = num_images // batch_size
     peak = settings.base_learning_rate * batch_size / 256
-    optimizer = Lars(classifier.parameters(), lr=peak, momentum=0.9, weight_decay=0.0)
+    # As in MAE only the matrix has its step scaled by the ratio of norms.
+    groups = [{"params": [classifier[1].weight], "always_adapt": True}, {"params": [classifier[1].bias]}]
+    optimizer = Lars(groups, lr=peak, momentum=0.9, weight_decay=0.0)
     for epoch in range(settings.epochs):
         features = train[epoch % views]
         order = torch.randperm(num_images, generator=generator)
         for step in range(steps_per_epoch):
             chosen = order[step * batch_size : (step + 1) * batch_size]
             progress = epoch + step / steps_per_epoch
-            optimizer.param_groups[0]["lr"] = peak * _schedule(progress, settings)
+            for group in optimizer.param_groups:
+                group["lr"] = peak * _schedule(progress, settings)
             loss = F.cross_entropy(classifier(features[chosen]), train_labels[chosen])
             optimizer.zero_grad()
             loss.backward()
