@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from vfmtok_hf.evaluation.tokens import TokenResult
+from vfmtok_hf.evaluation.tokens import Looks, TokenResult
 from vfmtok_hf.output_files import whole_file
 
 
@@ -64,22 +63,15 @@ def anchor_figure(result: TokenResult) -> Figure:
     return figure
 
 
-def sampling_figure(
-    images: torch.Tensor, sampling_locations: torch.Tensor, attention_weights: torch.Tensor, anchors: Sequence[int]
-) -> Figure:
+def sampling_figure(looks: Looks, anchors: Sequence[int]) -> Figure:
     """
-    Where some anchors look in some images: dots at their sampling locations, larger the more weight they have.
-
-    Args:
-        images (`torch.ByteTensor` of shape `(images, 3, height, width)`): 8-bit.
-        sampling_locations, attention_weights: of one layer, `(images, num_anchors, heads, levels, points, 2)` and the same
-            without the 2.
-        anchors (`Sequence[int]`): numbers of the anchors to draw; each image is drawn once for each.
+    Where some anchors look, images down and anchors across: the orange square is the anchor's own cell, dots are its
+    sampling locations, larger the more weight they have.
     """
-    side = round(sampling_locations.shape[1] ** 0.5)
-    figure = Figure(figsize=(1.7 * len(anchors), 1.75 * len(images)), layout="constrained")
-    grid = figure.subplots(len(images), len(anchors), squeeze=False)
-    for image, locations, weights, row in zip(images, sampling_locations, attention_weights, grid, strict=True):
+    figure = Figure(figsize=(1.7 * len(anchors), 1.75 * len(looks.images)), layout="constrained")
+    grid = figure.subplots(len(looks.images), len(anchors), squeeze=False)
+    columns = (looks.images, looks.sampling_locations, looks.attention_weights, grid)
+    for image, locations, weights, row in zip(*columns, strict=True):
         for anchor, axes in zip(anchors, row, strict=True):
             axes.imshow(image.permute(1, 2, 0).numpy(), extent=(0, 1, 1, 0), alpha=0.55)
             left, top = anchor % side / side, anchor // side / side

@@ -9,6 +9,7 @@ row only if all of these agree.
 import csv
 import io
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
@@ -194,7 +195,7 @@ def model_index(model_name: str, results: Iterable[Result]) -> list[dict[str, An
         EvalResult(
             task_type=TASKS[result.task],
             task_name=f"{result.task.replace('_', ' ')}, {result.setting}",
-            dataset_type=result.dataset.lower().replace(" ", "-"),
+            dataset_type=re.sub(r"\W+", "-", result.dataset.lower()).strip("-"),
             dataset_name=result.dataset,
             metric_type=result.metric,
             metric_name=METRIC_NAMES.get(result.metric, result.metric) + (f" ({result.features})" if result.features else ""),

@@ -170,3 +170,28 @@ def evaluate_tokens(
     return TokenResult(
         len(files), counts, codebook_statistics(counts), entropy_bits(by_position), tracker.statistics()
     )
+
+
+@dataclass
+class Looks:
+    """
+    Where the anchors of a few images look in the encoder's last layer.
+
+    Args:
+        images (`torch.ByteTensor` of shape `(images, 3, height, width)`): as the model sees them.
+        sampling_locations (`torch.Tensor` of shape `(images, num_anchors, heads, levels, points, 2)`): (x, y) in [0, 1]^2.
+        attention_weights (`torch.Tensor` of shape `(images, num_anchors, heads, levels, points)`).
+    """
+
+    images: torch.Tensor
+    sampling_locations: torch.Tensor
+    attention_weights: torch.Tensor
+
+
+@torch.no_grad()
+def looks_of(pipe: VFMTokPipeline, files: Sequence[Path]) -> Looks:
+    """Encode a few image files and keep where their anchors look."""
+    pixel_values = pipe.image_processor(list(files), return_tensors="pt")["pixel_values"]
+    encoded = pipe.vq_model.encode(pixel_values.to(pipe.vq_model.device), output_sampling_locations=True)
+    images = pipe.image_processor.postprocess(pixel_values, "uint8")
+    return Looks(images, encoded.sampling_locations[-1].float().cpu(), encoded.attention_weights[-1].float().cpu())
