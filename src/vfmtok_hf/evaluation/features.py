@@ -132,11 +132,22 @@ class VisionModelFeatures:
         pixel_values = F.interpolate(pixel_values, size, mode="bicubic", antialias=True).clamp(0, 1)
         outputs = self.model((pixel_values - self.mean) / self.std, output_hidden_states=True)
         last = outputs.hidden_states[-1] if self.classifies else outputs.last_hidden_state
-        return Features(
-            pooled=pooled_features(last, self.model).cpu(),
-            spatial=first_channels(feature_map(last)).cpu(),
-            logits=outputs.logits.cpu() if self.classifies else None,
-        )
+        pooled, feature_map = self._vector_and_map(last)
+        logits = outputs.logits.cpu() if self.classifies else None
+        return Features(pooled.cpu(), first_channels(feature_map).cpu(), logits)
+
+    def _vector_and_map(self, last: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of a network's last states, a map `(batch_size, channels, height, width)` or tokens `(batch_size, n, channels)`."""
+        if last.ndim == 4:
+            return last.mean(dim=(2, 3)), last
+        timm_model = getattr(self.model, "timm_model", None)
+        if timm_model is not None:
+            prefix = timm_model.num_prefix_tokens
+        else:
+            prefix = last.shape[1] - (self.size // self.model.config.patch_size) ** 2
+        patches = last[:, prefix:].transpose(1, 2)
+        side = math.isqrt(patches.shape[-1])
+        return last[:, 0] if prefix else last.mean(dim=1), patches.unflatten(-1, (side, side))
 
 
 def _input_format(name_or_path: str, config) -> tuple[int, list[float], list[float]]:
@@ -147,14 +158,6 @@ def _input_format(name_or_path: str, config) -> tuple[int, list[float], list[flo
     processor = AutoImageProcessor.from_pretrained(name_or_path)
     size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
     return size["height"], list(processor.image_mean), list(processor.image_std)
-
-
-def pooled_features(last: torch.Tensor, model: nn.Module) -> torch.Tensor:
-    """`(batch_size, channels)` of a network's last states: a map `(b, c, h, w)` or tokens `(b, n, c)`."""
-    if last.ndim == 4:
-        return last.mean(dim=(2, 3))
-    has_class_token = math.isqrt(last.shape[1]) ** 2 != last.shape[1]
-    return last[:, 0] if has_class_token else last.mean(dim=1)
 
 
 class OwnVisionFeatures:

@@ -68,6 +68,7 @@ def sampling_figure(looks: Looks, anchors: Sequence[int]) -> Figure:
     Where some anchors look, images down and anchors across: the orange square is the anchor's own cell, dots are its
     sampling locations, larger the more weight they have.
     """
+    side = round(looks.sampling_locations.shape[1] ** 0.5)
     figure = Figure(figsize=(1.7 * len(anchors), 1.75 * len(looks.images)), layout="constrained")
     grid = figure.subplots(len(looks.images), len(anchors), squeeze=False)
     columns = (looks.images, looks.sampling_locations, looks.attention_weights, grid)
@@ -75,11 +76,11 @@ def sampling_figure(looks: Looks, anchors: Sequence[int]) -> Figure:
         for anchor, axes in zip(anchors, row, strict=True):
             axes.imshow(image.permute(1, 2, 0).numpy(), extent=(0, 1, 1, 0), alpha=0.55)
             left, top = anchor % side / side, anchor // side / side
-            axes.add_patch(Rectangle((left, top), 1 / side, 1 / side, fill=False, edgecolor=ORANGE, linewidth=2))
             x, y = locations[anchor].reshape(-1, 2).T.numpy()
             strength = weights[anchor].flatten()
             sizes = 90 * (strength / strength.max()).numpy()
             axes.scatter(x, y, s=sizes, color=BLUE, alpha=0.5, linewidths=0)
+            axes.add_patch(Rectangle((left, top), 1 / side, 1 / side, fill=False, edgecolor=ORANGE, linewidth=2, zorder=3))
             axes.set(xlim=(-0.15, 1.15), ylim=(1.15, -0.15), xticks=[], yticks=[])
     return figure
 
