@@ -1,10 +1,12 @@
 """`vfmtok evaluate`: each command calls one function of `vfmtok_hf.evaluation` and shows what it returns."""
 
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from vfmtok_hf.cli import (
@@ -70,13 +72,15 @@ ResultOption = Annotated[Path | None, typer.Option("--output", "-o", help="JSON 
 DatasetOption = Annotated[str | None, typer.Option(help="Name of the data in tables. *Default: the path given.*")]
 
 
-def print_values(values: dict[str, float], remarks: list[str]) -> None:
-    from vfmtok_hf.evaluation.results import METRIC_NAMES
+def print_values(values: dict[str, float], features: str = "", remarks: Sequence[str] = ()) -> None:
+    """A table; metrics on features name their network, as their values compare with those of the same network only."""
+    from vfmtok_hf.evaluation.results import METRIC_NAMES, OF_FEATURES
 
     table = Table("metric", "value")
     table.columns[1].justify = "right"
     for name, value in values.items():
-        table.add_row(METRIC_NAMES.get(name, name), f"{value:.4f}")
+        label = METRIC_NAMES.get(name, name) + (f" ({features})" if name in OF_FEATURES else "")
+        table.add_row(escape(label), f"{value:.4f}")
     output_console.print(table)
     for remark in remarks:
         error_console.print(f"Note: {remark}", style="yellow", markup=False, highlight=False, soft_wrap=True)
@@ -123,7 +127,7 @@ def reconstruction(
             result = evaluate_reconstruction(
                 pipe, files, extractor, distance, size, resize.value, ssim.value, batch_size, advance
             )
-        print_values(result.values, result.remarks)
+        print_values(result.values, result.protocol["features"], result.remarks)
         if output is not None:
             setting = f"{pipe.vq_model.config.image_size} -> {result.protocol['size']}"
             name = dataset or ", ".join(map(str, images))
@@ -225,7 +229,7 @@ def draw(pipe: "VFMTokPipeline", samples: "SampleFolder", process_index: int, nu
     """Draw this process's share of what is missing, with a bar for the first process."""
     from vfmtok_hf.evaluation.generation import draw_samples
 
-    total = sum(len(samples.chunks[chunk]) for chunk in samples.missing()[process_index::num_processes])
+    total = sum(len(samples.chunks[chunk]) for chunk in samples.missing(process_index, num_processes))
     with progress(f"Drawing {Path(samples.name).name}", total) as advance:
         draw_samples(pipe, samples, process_index, num_processes, advance if process_index == 0 else lambda count: None)
 
@@ -240,8 +244,8 @@ def judge(samples: "SampleFolder", real, extractor, dataset: str, npz: bool, bat
     with progress("Features", len(samples)) as advance:
         result = evaluate_generation(samples, real, extractor, vars(samples.settings), batch_size, advance)
     scale = samples.settings.guidance_scale
-    output_console.print(f"guidance scale {scale:g}, features: {extractor.name}", markup=False, highlight=False)
-    print_values(result.values, result.remarks)
+    output_console.print(f"guidance scale {scale:g}", markup=False, highlight=False)
+    print_values(result.values, result.protocol["features"], result.remarks)
     save_measurement(
         samples.folder / "results.json",
         "generation",
@@ -352,7 +356,5 @@ def tokens(
         for layer, row in enumerate(zip(*summary["anchors_by_layer"].values(), strict=True), start=1):
             table.add_row(str(layer), *(f"{value:.3f}" for value in row))
         output_console.print(table)
-        print_values(
-            {"codebook_usage": result.codebook.usage, "codebook_perplexity": result.codebook.perplexity}, remarks=[]
-        )
+        print_values({"codebook_usage": result.codebook.usage, "codebook_perplexity": result.codebook.perplexity})
         report_written(3, "figure", output)

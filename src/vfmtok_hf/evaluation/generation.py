@@ -105,9 +105,13 @@ class SampleFolder:
     def file(self, chunk: int) -> Path:
         return self.folder / f"chunk_{chunk:06d}.npy"
 
-    def missing(self) -> list[int]:
-        """Numbers of the chunks that are not there yet."""
-        return [chunk for chunk in range(len(self.chunks)) if not self.file(chunk).is_file()]
+    def missing(self, process_index: int = 0, num_processes: int = 1) -> list[int]:
+        """
+        Numbers of the chunks that are not there yet; of several processes, those of one. A chunk belongs to the same
+        process whenever that process looks, so that none is drawn twice or left out.
+        """
+        own = range(process_index, len(self.chunks), num_processes)
+        return [chunk for chunk in own if not self.file(chunk).is_file()]
 
     def __len__(self) -> int:
         return self.settings.num_samples
@@ -133,7 +137,7 @@ def draw_samples(
     """
     settings = samples.settings
     rar = {} if settings.guidance_scale_pow is None else {"guidance_scale_pow": settings.guidance_scale_pow}
-    for chunk in samples.missing()[process_index::num_processes]:
+    for chunk in samples.missing(process_index, num_processes):
         numbers = samples.chunks[chunk]
         image_tokens = pipe(
             samples.labels[numbers.start : numbers.stop].tolist(),

@@ -2,9 +2,14 @@
 How much a linear classifier finds in frozen representations: the paper's "L.P." column.
 
 The protocol is MAE's (He et al. 2022, appendix A.1), which the authors name: batch norm without affine parameters, one
-linear layer, LARS, learning rate 0.1 x batch size / 256, 90 epochs of a cosine with 10 of warm-up, no weight decay, random
-crops and flips. Representations are computed once, `views` augmentations of each training image, and the classifier sees
-another one each epoch; MAE augments anew each time, which only matters where a model is too large to run 90 epochs anyway.
+linear layer, LARS, 90 epochs of a cosine with 10 of warm-up, no weight decay, random crops and flips. Two things differ.
+
+Representations are computed once, `views` augmentations of each training image, and the classifier sees another one each
+epoch, where MAE augments anew each time.
+
+MAE's learning rate, 0.1 x batch size / 256, is for the 1.3 million images of ImageNet: LARS moves the weights by a share of
+their norm a step, and a few thousand images would leave them near where they began. By default the rate is therefore chosen,
+for each representation by itself, on a tenth of the training images. With `base_learning_rates=(0.1,)` it is MAE's.
 """
 
 import math
@@ -29,12 +34,17 @@ PIXEL_GRID = 32
 
 @dataclass
 class ProbeSettings:
-    """Defaults are MAE's; `batch_size` is 16384 there, here at most a tenth of the training images."""
+    """
+    Args:
+        batch_size (`int`): MAE's 16384, or a tenth of the training images if that is less.
+        base_learning_rates (`tuple[float, ...]`): for 256 images; of several the best on held-out training images is taken.
+        views (`int`): augmentations of each training image.
+    """
 
     epochs: int = 90
     warmup_epochs: int = 10
     batch_size: int = 16384
-    base_learning_rate: float = 0.1
+    base_learning_rates: tuple[float, ...] = (0.1, 1.0, 10.0, 50.0)
     views: int = 8
     seed: int = 0
 
@@ -46,11 +56,13 @@ class ProbeResult:
         top1 (`float`): share of test images classified right.
         mean_class_accuracy (`float`): the mean of that share over classes, which small classes count in as large ones.
         channels (`int`): width of the representation.
+        base_learning_rate (`float`): that was taken.
     """
 
     top1: float
     mean_class_accuracy: float
     channels: int
+    base_learning_rate: float
 
 
 class LabelledImages:
@@ -164,36 +176,53 @@ def train_linear_probe(
         train (`torch.FloatTensor` of shape `(views, images, channels)`), train_labels (`(images,)`).
         test (`torch.FloatTensor` of shape `(images, channels)`), test_labels (`(images,)`).
     """
+    rate = _choose_learning_rate(train, train_labels, settings)
+    right = (_fit(train, train_labels, rate, settings)(test).argmax(-1) == test_labels).double()
+    by_class = [right[test_labels == label].mean() for label in test_labels.unique()]
+    return ProbeResult(right.mean().item(), torch.stack(by_class).mean().item(), train.shape[-1], rate)
+
+
+def _choose_learning_rate(train: torch.Tensor, labels: torch.Tensor, settings: ProbeSettings) -> float:
+    """The rate of least cross-entropy on a random tenth of the training images after training on the others."""
+    if len(settings.base_learning_rates) == 1:
+        return settings.base_learning_rates[0]
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(settings.seed))
+    held_out, kept = order[::10], order[torch.arange(len(order)) % 10 != 0]
+
+    def held_out_loss(rate: float) -> float:
+        classifier = _fit(train[:, kept], labels[kept], rate, settings)
+        return F.cross_entropy(classifier(train[0, held_out]), labels[held_out]).item()
+
+    return min(settings.base_learning_rates, key=held_out_loss)
+
+
+def _fit(train: torch.Tensor, labels: torch.Tensor, rate: float, settings: ProbeSettings) -> Callable[..., torch.Tensor]:
+    """The trained classifier, `(images, channels)` to `(images, classes)` without gradient."""
     views, num_images, channels = train.shape
-    num_classes = int(torch.cat([train_labels, test_labels]).max()) + 1
     generator = torch.Generator().manual_seed(settings.seed)
-    classifier = nn.Sequential(nn.BatchNorm1d(channels, eps=1e-6, affine=False), nn.Linear(channels, num_classes))
+    linear = nn.Linear(channels, int(labels.max()) + 1)
     with torch.no_grad():
-        classifier[1].weight.normal_(std=0.01, generator=generator)
-        classifier[1].bias.zero_()
+        linear.weight.normal_(std=0.01, generator=generator)
+        linear.bias.zero_()
+    classifier = nn.Sequential(nn.BatchNorm1d(channels, eps=1e-6, affine=False), linear)
     batch_size = min(settings.batch_size, max(num_images // 10, 2))
     steps_per_epoch = num_images // batch_size
-    peak = settings.base_learning_rate * batch_size / 256
+    peak = rate * batch_size / 256
     # As in MAE only the matrix has its step scaled by the ratio of norms.
-    groups = [{"params": [classifier[1].weight], "always_adapt": True}, {"params": [classifier[1].bias]}]
+    groups = [{"params": [linear.weight], "always_adapt": True}, {"params": [linear.bias]}]
     optimizer = Lars(groups, lr=peak, momentum=0.9, weight_decay=0.0)
     for epoch in range(settings.epochs):
         features = train[epoch % views]
         order = torch.randperm(num_images, generator=generator)
         for step in range(steps_per_epoch):
             chosen = order[step * batch_size : (step + 1) * batch_size]
-            progress = epoch + step / steps_per_epoch
             for group in optimizer.param_groups:
-                group["lr"] = peak * _schedule(progress, settings)
-            loss = F.cross_entropy(classifier(features[chosen]), train_labels[chosen])
+                group["lr"] = peak * _schedule(epoch + step / steps_per_epoch, settings)
+            loss = F.cross_entropy(classifier(features[chosen]), labels[chosen])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    classifier.eval()
-    with torch.no_grad():
-        right = (classifier(test).argmax(-1) == test_labels).double()
-    by_class = [right[test_labels == label].mean() for label in test_labels.unique()]
-    return ProbeResult(right.mean().item(), torch.stack(by_class).mean().item(), channels)
+    return torch.no_grad()(classifier.eval())
 
 
 def _schedule(epoch: float, settings: ProbeSettings) -> float:
