@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 import torch
+import yaml
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
@@ -54,7 +55,12 @@ def fix_sampling_to_the_grid(model: VFMTokModel) -> VFMTokModel:
     return model
 
 
-def is_finished(run: Path, max_steps: int) -> bool:
+def is_finished(run: Path) -> bool:
+    """Whether a run's newest checkpoint is that of its last step."""
+    arguments = run / "arguments.yaml"
+    if not arguments.is_file():
+        return False
+    max_steps = yaml.safe_load(arguments.read_text())["max_steps"]
     return (run / "checkpoints" / f"step_{max_steps:08d}").is_dir()
 
 
@@ -70,23 +76,18 @@ def trainer_arguments(config: Path, data: Path, run: Path, **values: object) -> 
     return [text for name, value in pairs.items() for text in (f"--{name}", str(value))]
 
 
-def train_variant(variant: str, data: Path, vision_model: Path, output: Path) -> None:
+def train_tokenizer_of(variant: str, data: Path, vision_model: Path, run: Path) -> None:
     build_model = train_tokenizer.build_model
     values: dict[str, object] = {"vision_model": vision_model}
     if variant == "no_feature_reconstruction":
         values["feature_weight"] = 0.0
     if variant == "random_encoder":
-        values["vision_model"] = randomized_vision_model(vision_model, data, 64, output / "random_vision_model")
-    run = output / variant / "tokenizer"
-    if not is_finished(run, 1500):
-        if variant == "fixed_grid":
-            train_tokenizer.build_model = lambda arguments: fix_sampling_to_the_grid(build_model(arguments))
-        train_tokenizer.main(trainer_arguments(HERE / "tokenizer.yaml", data, run, **values))
-        train_tokenizer.build_model = build_model
-    run = output / variant / "generator"
-    if not is_finished(run, 1200):
-        tokenizer = output / variant / "tokenizer" / "model"
-        train_generator.main(trainer_arguments(HERE / "generator.yaml", data, run, tokenizer=tokenizer))
+        folder = run.parents[1] / "random_vision_model"
+        values["vision_model"] = randomized_vision_model(vision_model, data, 64, folder)
+    if variant == "fixed_grid":
+        train_tokenizer.build_model = lambda arguments: fix_sampling_to_the_grid(build_model(arguments))
+    train_tokenizer.main(trainer_arguments(HERE / "tokenizer.yaml", data, run, **values))
+    train_tokenizer.build_model = build_model
 
 
 def main() -> None:
@@ -96,7 +97,18 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     arguments = parser.parse_args()
     for variant in arguments.variants:
-        train_variant(variant, arguments.data, arguments.vision_model, arguments.output)
+        run = arguments.output / variant / "tokenizer"
+        if not is_finished(run):
+            train_tokenizer_of(variant, arguments.data, arguments.vision_model, run)
+        if not is_finished(run):
+            return  # stopped by a signal
+    for variant in arguments.variants:
+        run = arguments.output / variant / "generator"
+        if not is_finished(run):
+            tokenizer = arguments.output / variant / "tokenizer" / "model"
+            train_generator.main(trainer_arguments(HERE / "generator.yaml", arguments.data, run, tokenizer=tokenizer))
+        if not is_finished(run):
+            return
 
 
 if __name__ == "__main__":

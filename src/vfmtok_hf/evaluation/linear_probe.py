@@ -176,13 +176,17 @@ def train_linear_probe(
         train (`torch.FloatTensor` of shape `(views, images, channels)`), train_labels (`(images,)`).
         test (`torch.FloatTensor` of shape `(images, channels)`), test_labels (`(images,)`).
     """
-    rate = _choose_learning_rate(train, train_labels, settings)
-    right = (_fit(train, train_labels, rate, settings)(test).argmax(-1) == test_labels).double()
+    num_classes = int(train_labels.max()) + 1
+    rate = _choose_learning_rate(train, train_labels, num_classes, settings)
+    classifier = _fit(train, train_labels, num_classes, rate, settings)
+    right = (classifier(test).argmax(-1) == test_labels).double()
     by_class = [right[test_labels == label].mean() for label in test_labels.unique()]
     return ProbeResult(right.mean().item(), torch.stack(by_class).mean().item(), train.shape[-1], rate)
 
 
-def _choose_learning_rate(train: torch.Tensor, labels: torch.Tensor, settings: ProbeSettings) -> float:
+def _choose_learning_rate(
+    train: torch.Tensor, labels: torch.Tensor, num_classes: int, settings: ProbeSettings
+) -> float:
     """The rate of least cross-entropy on a random tenth of the training images after training on the others."""
     if len(settings.base_learning_rates) == 1:
         return settings.base_learning_rates[0]
@@ -190,17 +194,19 @@ def _choose_learning_rate(train: torch.Tensor, labels: torch.Tensor, settings: P
     held_out, kept = order[::10], order[torch.arange(len(order)) % 10 != 0]
 
     def held_out_loss(rate: float) -> float:
-        classifier = _fit(train[:, kept], labels[kept], rate, settings)
+        classifier = _fit(train[:, kept], labels[kept], num_classes, rate, settings)
         return F.cross_entropy(classifier(train[0, held_out]), labels[held_out]).item()
 
     return min(settings.base_learning_rates, key=held_out_loss)
 
 
-def _fit(train: torch.Tensor, labels: torch.Tensor, rate: float, settings: ProbeSettings) -> Callable[..., torch.Tensor]:
+def _fit(
+    train: torch.Tensor, labels: torch.Tensor, num_classes: int, rate: float, settings: ProbeSettings
+) -> Callable[..., torch.Tensor]:
     """The trained classifier, `(images, channels)` to `(images, classes)` without gradient."""
     views, num_images, channels = train.shape
     generator = torch.Generator().manual_seed(settings.seed)
-    linear = nn.Linear(channels, int(labels.max()) + 1)
+    linear = nn.Linear(channels, num_classes)
     with torch.no_grad():
         linear.weight.normal_(std=0.01, generator=generator)
         linear.bias.zero_()
