@@ -26,7 +26,7 @@ from vfmtok_hf.cli import (
 
 
 if TYPE_CHECKING:
-    from vfmtok_hf.evaluation.generation import GenerationResult, SampleFolder, SamplingSettings
+    from vfmtok_hf.evaluation.generation import GenerationResult, SampleFolder
     from vfmtok_hf.pipelines import VFMTokPipeline
 
 
@@ -162,7 +162,8 @@ def generation(
     top_p: Annotated[float | None, typer.Option(help="1 is off. *Default: the checkpoint's.*")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Sample i is drawn from seed + i.")] = 0,
     size: Annotated[
-        int | None, typer.Option(min=8, help="Side of samples and reference; the paper's is 256. *Default: the model's.*")
+        int | None,
+        typer.Option(min=8, help="Side of samples and reference; the paper's is 256. *Default: the model's.*"),
     ] = None,
     resize: Annotated[ResizeMode, typer.Option(help="How samples get to that size.")] = ResizeMode.generation,
     npz: Annotated[bool, typer.Option("--npz", help="Also write the samples as ADM's suite reads them.")] = False,
@@ -219,7 +220,9 @@ def generation(
             draw(pipe, folders[-1], state.process_index, state.num_processes)
         state.wait_for_everyone()
         if state.is_main_process:
-            results = [judge(samples, real, extractor, dataset or str(reference), npz, batch_size) for samples in folders]
+            results = [
+                judge(samples, real, extractor, dataset or str(reference), npz, batch_size) for samples in folders
+            ]
             if len(scales) > 1:
                 draw_sweep(scales, results, output)
             report_written(num_samples * len(scales), "sample", output)
@@ -231,7 +234,9 @@ def draw(pipe: "VFMTokPipeline", samples: "SampleFolder", process_index: int, nu
 
     total = sum(len(samples.chunks[chunk]) for chunk in samples.missing(process_index, num_processes))
     with progress(f"Drawing {Path(samples.name).name}", total) as advance:
-        draw_samples(pipe, samples, process_index, num_processes, advance if process_index == 0 else lambda count: None)
+        draw_samples(
+            pipe, samples, process_index, num_processes, advance if process_index == 0 else lambda count: None
+        )
 
 
 def judge(samples: "SampleFolder", real, extractor, dataset: str, npz: bool, batch_size: int) -> "GenerationResult":
@@ -312,7 +317,13 @@ def linear_probe(
                 file = output.with_name(f"{output.stem}_{name}{output.suffix}")
                 protocol = {"epochs": epochs, "views": views}
                 save_measurement(
-                    file, "linear_probe", name, dataset or str(test), values, protocol, num_images=len(find_images([test]))
+                    file,
+                    "linear_probe",
+                    name,
+                    dataset or str(test),
+                    values,
+                    protocol,
+                    num_images=len(find_images([test])),
                 )
             report_written(len(results), "measurement", output.parent)
 

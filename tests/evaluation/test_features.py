@@ -21,7 +21,13 @@ from vfmtok_hf.evaluation.features import (
 from vfmtok_hf.evaluation.images import FolderImages
 
 
-TINY_VIT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "patch_size": 8}
+TINY_VIT = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "patch_size": 8,
+}
 
 
 def eight_bit(count: int, size: int) -> torch.Tensor:

@@ -33,7 +33,10 @@ def pipe():
 
 def sample_folder(folder, pipe, **settings) -> SampleFolder:
     return SampleFolder(
-        folder, SamplingSettings(**{**SETTINGS, **settings}), pipe.transformer.config.num_classes, model_fingerprint(pipe)
+        folder,
+        SamplingSettings(**{**SETTINGS, **settings}),
+        pipe.transformer.config.num_classes,
+        model_fingerprint(pipe),
     )
 
 

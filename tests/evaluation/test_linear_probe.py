@@ -42,7 +42,9 @@ def test_small_classes_count_as_much_in_the_mean_over_classes():
 def test_probes_of_a_tokenizer_on_folders(tmp_path):
     """Raw pixels tell red, green and blue apart."""
     model = tiny_model()
-    train, test = (write_colour_classes(tmp_path / name, count, seed) for name, count, seed in (("a", 40, 0), ("b", 4, 1)))
+    train, test = (
+        write_colour_classes(tmp_path / name, count, seed) for name, count, seed in (("a", 40, 0), ("b", 4, 1))
+    )
     done = []
     settings = ProbeSettings(epochs=20, warmup_epochs=2, views=2)
     results = evaluate_linear_probe(model, train, test, settings, batch_size=32, advance=done.append)

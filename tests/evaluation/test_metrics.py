@@ -33,7 +33,9 @@ def test_frechet_distance_of_diagonal_gaussians_is_the_closed_form():
 def test_frechet_distance_of_rotated_gaussians_against_scipy():
     from scipy.linalg import sqrtm
 
-    first, second = (FeatureStatistics.of(random_features(400, 6, seed) @ random_features(6, 6, seed + 9)) for seed in (1, 2))
+    first, second = (
+        FeatureStatistics.of(random_features(400, 6, seed) @ random_features(6, 6, seed + 9)) for seed in (1, 2)
+    )
     root = sqrtm(first.covariance @ second.covariance).real
     expected = ((first.mean - second.mean) ** 2).sum() + np.trace(first.covariance + second.covariance - 2 * root)
     assert frechet_distance(first, second) == pytest.approx(expected, rel=1e-6)
@@ -41,7 +43,9 @@ def test_frechet_distance_of_rotated_gaussians_against_scipy():
 
 def test_frechet_distance_of_samples_approaches_that_of_their_distributions():
     """N(0, 1) against N(2, 1) in 4 channels: 16. The estimate's error is of the order 1 / sqrt(images)."""
-    first, second = (FeatureStatistics.of(random_features(20_000, 4, seed, shift)) for seed, shift in ((1, 0.0), (2, 2.0)))
+    first, second = (
+        FeatureStatistics.of(random_features(20_000, 4, seed, shift)) for seed, shift in ((1, 0.0), (2, 2.0))
+    )
     assert frechet_distance(first, second) == pytest.approx(16, abs=0.3)
 
 

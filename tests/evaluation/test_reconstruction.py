@@ -35,7 +35,9 @@ def images_and_noisy_copies(size: int = 16) -> tuple[torch.Tensor, torch.Tensor]
     return originals, (originals + noise).clamp(0, 255).to(torch.uint8)
 
 
-def brute_force_ssim(first: np.ndarray, second: np.ndarray, window: np.ndarray, data_range: float, sample: bool) -> float:
+def brute_force_ssim(
+    first: np.ndarray, second: np.ndarray, window: np.ndarray, data_range: float, sample: bool
+) -> float:
     """Mean over channels and whole windows of the formula of Wang et al. 2004, by loops."""
     side = len(window)
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
@@ -61,7 +63,10 @@ def test_ssim_conventions_against_brute_force():
     uniform = np.full((7, 7), 1 / 49)
     ramp = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
     gaussian = np.outer(ramp, ramp) / ramp.sum() ** 2
-    for convention, window, data_range, sample in (("original", uniform, 2.0, True), ("standard", gaussian, 1.0, False)):
+    for convention, window, data_range, sample in (
+        ("original", uniform, 2.0, True),
+        ("standard", gaussian, 1.0, False),
+    ):
         values = ssim(originals, copies, convention)
         for value, first, second in zip(values, originals.numpy() / 255, copies.numpy() / 255, strict=True):
             assert value.item() == pytest.approx(brute_force_ssim(first, second, window, data_range, sample), abs=1e-9)

@@ -100,7 +100,9 @@ class SampleFolder:
         differing = [name for name in settings if settings[name] != found.get(name)]
         if differing:
             texts = [f"{name} {found.get(name)} instead of {settings[name]}" for name in differing]
-            raise ValueError(f"{self.folder} holds samples of other settings: {', '.join(texts)}. Name another folder.")
+            raise ValueError(
+                f"{self.folder} holds samples of other settings: {', '.join(texts)}. Name another folder."
+            )
 
     def file(self, chunk: int) -> Path:
         return self.folder / f"chunk_{chunk:06d}.npy"

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from vfmtok_hf.modeling.image_processing_vfmtok import VFMTokImageProcessor
+from vfmtok_hf.modeling.image_processing_vfmtok import VFMTokImageProcessor, open_image
 from vfmtok_hf.output_files import whole_file
 from vfmtok_hf.token_files import find_images
 
@@ -63,10 +63,11 @@ class FolderImages:
             yield torch.stack(images)
 
     def _read(self, file: Path) -> torch.Tensor:
+        picture = open_image(file)
         if self.size is not None:
-            image = self.processor(file, size=self.size, return_tensors="pt")
+            image = self.processor(picture, size=self.size, return_tensors="pt")
         else:
-            image = self.processor(file, do_resize=False, do_center_crop=False, return_tensors="pt")
+            image = self.processor(picture, do_resize=False, do_center_crop=False, return_tensors="pt")
         return image["pixel_values"][0]
 
 

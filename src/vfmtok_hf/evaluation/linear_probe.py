@@ -162,12 +162,18 @@ def compute_representations(
     stacked = {name: torch.stack(columns) for name, columns in rows.items()}
     for name, values in stacked.items():
         if not values.isfinite().all():
-            raise ValueError(f"The representation {name} has values that are NaN or infinite: check the model's weights.")
+            raise ValueError(
+                f"The representation {name} has values that are NaN or infinite: check the model's weights."
+            )
     return stacked
 
 
 def train_linear_probe(
-    train: torch.Tensor, train_labels: torch.Tensor, test: torch.Tensor, test_labels: torch.Tensor, settings: ProbeSettings
+    train: torch.Tensor,
+    train_labels: torch.Tensor,
+    test: torch.Tensor,
+    test_labels: torch.Tensor,
+    settings: ProbeSettings,
 ) -> ProbeResult:
     """
     Train the classifier and test it.

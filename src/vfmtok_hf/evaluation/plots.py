@@ -28,7 +28,9 @@ def codebook_usage_figure(result: TokenResult) -> Figure:
     ranks.fill_between(np.arange(1, len(shares) + 1), shares.numpy(), color=BLUE, linewidth=0)
     ranks.axhline(1 / len(shares), color=ORANGE, label="all codes equally often")
     ranks.set(xlabel="code, by rank", ylabel="share of all tokens", xlim=(1, len(shares)), ylim=(0, None))
-    ranks.set_title(f"{result.codebook.usage:.1%} of {len(shares)} codes used, perplexity {result.codebook.perplexity:.0f}")
+    ranks.set_title(
+        f"{result.codebook.usage:.1%} of {len(shares)} codes used, perplexity {result.codebook.perplexity:.0f}"
+    )
     ranks.legend(frameon=False)
     side = round(len(result.position_entropy) ** 0.5)
     picture = positions.imshow(result.position_entropy.reshape(side, side).numpy(), cmap="viridis")
@@ -80,7 +82,9 @@ def sampling_figure(looks: Looks, anchors: Sequence[int]) -> Figure:
             strength = weights[anchor].flatten()
             sizes = 90 * (strength / strength.max()).numpy()
             axes.scatter(x, y, s=sizes, color=BLUE, alpha=0.5, linewidths=0)
-            axes.add_patch(Rectangle((left, top), 1 / side, 1 / side, fill=False, edgecolor=ORANGE, linewidth=2, zorder=3))
+            axes.add_patch(
+                Rectangle((left, top), 1 / side, 1 / side, fill=False, edgecolor=ORANGE, linewidth=2, zorder=3)
+            )
             axes.set(xlim=(-0.15, 1.15), ylim=(1.15, -0.15), xticks=[], yticks=[])
     return figure
 

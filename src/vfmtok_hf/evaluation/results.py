@@ -39,7 +39,11 @@ METRIC_NAMES = {
     "mean_class_accuracy": "linear probe, mean over classes ↑",
 }
 OF_FEATURES = {"fid", "sfid", "inception_score", "precision", "recall", "rfid", "rsfid", "ris"}
-TASKS = {"reconstruction": "image-to-image", "generation": "unconditional-image-generation", "linear_probe": "image-classification"}
+TASKS = {
+    "reconstruction": "image-to-image",
+    "generation": "unconditional-image-generation",
+    "linear_probe": "image-classification",
+}
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,14 @@ def save_measurement(
         protocol (`dict`): how it was measured; `features` names the network.
         more: further entries, such as `num_images` and `remarks`.
     """
-    measurement = {"task": task, "setting": setting, "dataset": dataset, "values": values, "protocol": protocol, **more}
+    measurement = {
+        "task": task,
+        "setting": setting,
+        "dataset": dataset,
+        "values": values,
+        "protocol": protocol,
+        **more,
+    }
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(measurement, indent=1) + "\n", encoding="utf-8")
 
@@ -133,7 +144,15 @@ def measured_results(path: Path) -> list[Result]:
         conditions = {"images": data["num_images"], **protocol}
         source = "measured: " + ", ".join(f"{name} {value}" for name, value in conditions.items() if value is not None)
         return [
-            Result(data["task"], data["setting"], metric, value, features if metric in OF_FEATURES else "", data["dataset"], source)
+            Result(
+                data["task"],
+                data["setting"],
+                metric,
+                value,
+                features if metric in OF_FEATURES else "",
+                data["dataset"],
+                source,
+            )
             for metric, value in data["values"].items()
         ]
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
@@ -154,7 +173,10 @@ def results_table(published: Iterable[Result], measured: Iterable[Result]) -> st
     for quantity in dict.fromkeys(result.quantity for result in [*published, *measured]):
         task, setting, metric, features, dataset = quantity
         name = METRIC_NAMES.get(metric, metric) + (f" ({features})" if features else "")
-        cells = [_cell([result for result in side if result.quantity == quantity], sources) for side in (published, measured)]
+        cells = [
+            _cell([result for result in side if result.quantity == quantity], sources)
+            for side in (published, measured)
+        ]
         rows.append(f"| {task.replace('_', ' ')} | {setting} | {name} | {dataset} | {' | '.join(cells)} |")
     urls = {result.source: result.url for result in published}
     notes = [f"[{number}] {source}{_link(urls.get(source))}" for number, source in enumerate(sources, start=1)]
@@ -198,7 +220,8 @@ def model_index(model_name: str, results: Iterable[Result]) -> list[dict[str, An
             dataset_type=re.sub(r"\W+", "-", result.dataset.lower()).strip("-"),
             dataset_name=result.dataset,
             metric_type=result.metric,
-            metric_name=METRIC_NAMES.get(result.metric, result.metric) + (f" ({result.features})" if result.features else ""),
+            metric_name=METRIC_NAMES.get(result.metric, result.metric)
+            + (f" ({result.features})" if result.features else ""),
             metric_value=result.value,
             metric_args=None if result.url else {"protocol": result.source},
             source_name=result.source if result.url else None,
