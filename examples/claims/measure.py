@@ -22,7 +22,7 @@ from vfmtok_hf.evaluation.features import VisionModelFeatures, extract_features
 from vfmtok_hf.evaluation.generation import SampleFolder, SamplingSettings, draw_samples, model_fingerprint
 from vfmtok_hf.evaluation.images import FolderImages
 from vfmtok_hf.evaluation.linear_probe import ProbeSettings, evaluate_linear_probe
-from vfmtok_hf.evaluation.metrics import Reference, compare_features
+from vfmtok_hf.evaluation.metrics import FeatureStatistics, frechet_distance, precision_recall
 from vfmtok_hf.evaluation.plots import save_figure
 from vfmtok_hf.evaluation.reconstruction import evaluate_reconstruction
 from vfmtok_hf.evaluation.tokens import evaluate_tokens
@@ -37,7 +37,7 @@ COLOURS = {
 }
 NUM_IMAGES = 700
 FEATURE_SIZE = 64
-PROBE = ProbeSettings(epochs=30, warmup_epochs=3, views=1)
+PROBE = ProbeSettings(epochs=30, warmup_epochs=3, views=1, base_learning_rates=(1.0, 10.0))
 
 
 def log_of(run: Path, kind: str, value: str) -> tuple[list[int], list[float]]:
@@ -60,12 +60,15 @@ def measure_tokenizer(run: Path, data: Path, extractor: VisionModelFeatures) -> 
     pipe = VFMTokPipeline(model, None, VFMTokImageProcessor(size=model.config.image_size))
     held_out = list(find_images([data / "validation"]).values())
     of_held_out = evaluate_reconstruction(pipe, held_out).values
-    of_train = evaluate_reconstruction(pipe, training_images(data), extractor).values
+    files = training_images(data)
+    originals = extract_features(FolderImages(files, model.config.image_size), extractor).pooled
+    pixels = pipe.detokenize(pipe.tokenize(files), "uint8")
+    reconstructions = torch.cat([extractor(batch).pooled for batch in pixels.split(32)])
     anchors = evaluate_tokens(pipe, held_out).summary()["anchors_by_layer"]
     probes = evaluate_linear_probe(model, data / "train", data / "validation", PROBE)
     return {
         **{name: of_held_out[name] for name in ("psnr", "ssim", "codebook_usage", "codebook_perplexity")},
-        **{name: of_train[name] for name in ("rfid", "ris")},
+        "rfid": frechet_distance(FeatureStatistics.of(reconstructions), FeatureStatistics.of(originals)),
         "outside_cell": anchors["outside_cell"],
         "probe_mean_class_accuracy": {name: result.mean_class_accuracy for name, result in probes.items()},
         "probe_top1": {name: result.top1 for name, result in probes.items()},
@@ -81,9 +84,16 @@ def measure_generator(run: Path, tokenizer_run: Path, data: Path, extractor: Vis
     settings = SamplingSettings(NUM_IMAGES // num_classes * num_classes)
     samples = SampleFolder(run / "evaluation_samples", settings, num_classes, model_fingerprint(pipe))
     draw_samples(pipe, samples)
-    reference = Reference.of(extract_features(FolderImages(training_images(data), size), extractor))
-    distances, _ = compare_features(extract_features(samples, extractor), reference)
-    return {"loss": log_of(run, "validation", "loss")[1][-1], **distances}
+    drawn, real = (
+        extract_features(images, extractor).pooled for images in (samples, FolderImages(training_images(data), size))
+    )
+    precision, recall = precision_recall(drawn, real)
+    return {
+        "loss": log_of(run, "validation", "loss")[1][-1],
+        "fid": frechet_distance(FeatureStatistics.of(drawn), FeatureStatistics.of(real)),
+        "precision": precision,
+        "recall": recall,
+    }
 
 
 def convergence_figure(runs: Path, measurements: dict[str, dict]) -> Figure:

@@ -9,7 +9,7 @@ from vfmtok_hf.evaluation.linear_probe import (
     LabelledImages,
     ProbeSettings,
     evaluate_linear_probe,
-    representations_of,
+    represent,
     train_linear_probe,
 )
 
@@ -55,12 +55,13 @@ def test_probes_of_a_tokenizer_on_folders(tmp_path):
     assert sum(done) == 2 * 120 + 12
 
 
-def test_image_embeds_are_the_models(tmp_path):
+def test_what_is_probed_is_what_the_model_gives():
     model = tiny_model()
     pixel_values = torch.rand(2, 3, 32, 32) * 2 - 1
+    found = represent(model, pixel_values)
     with torch.no_grad():
-        functions = representations_of(model)
-        torch.testing.assert_close(functions["image_embeds"](pixel_values), model.get_image_features(pixel_values))
+        torch.testing.assert_close(found["image_embeds"], model.get_image_features(pixel_values))
+        torch.testing.assert_close(found["token_embeddings"], model.encode(pixel_values).quantized_latents.flatten(1))
 
 
 def test_views_are_augmentations_that_repeat(tmp_path):

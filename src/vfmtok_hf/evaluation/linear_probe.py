@@ -110,62 +110,54 @@ class LabelledImages:
             return image.flip(-1) if torch.rand(()) < 0.5 else image
 
 
-Representations = dict[str, Callable[[torch.Tensor], torch.Tensor]]
-
-
-def representations_of(model: VFMTokModel) -> Representations:
+@torch.no_grad()
+def represent(model: VFMTokModel, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
     """
-    What can be probed, each from `pixel_values` `(batch_size, 3, image_size, image_size)` to `(batch_size, channels)`:
+    What is probed, of `pixel_values` `(batch_size, 3, image_size, image_size)`; each `(batch_size, channels)`:
 
     - `image_embeds`: the feature branch's class token, what the paper probes.
     - `token_embeddings`: the codebook rows of all image tokens, one after the other.
     - `vision_model`: the frozen vision model's last level, mean over positions.
     - `pixels`: the image itself, at 32 x 32.
     """
-
-    def token_embeddings(pixel_values: torch.Tensor) -> torch.Tensor:
-        return model.encode(pixel_values).quantized_latents.flatten(1)
-
-    def vision_model(pixel_values: torch.Tensor) -> torch.Tensor:
-        return model.extract_vision_features(pixel_values)[-1].mean(dim=(2, 3))
-
-    def pixels(pixel_values: torch.Tensor) -> torch.Tensor:
-        return F.interpolate(pixel_values, (PIXEL_GRID, PIXEL_GRID), mode="bilinear", antialias=True).flatten(1)
-
+    vision_features = model.extract_vision_features(pixel_values)
+    rows = model.quantizer.lookup(model.quantizer.nearest(model.encode_features(vision_features)))
+    memory = model.post_quant_proj(rows.to(model.post_quant_proj.weight.dtype))
+    pixels = F.interpolate(pixel_values, (PIXEL_GRID, PIXEL_GRID), mode="bilinear", antialias=True)
     return {
-        "image_embeds": model.get_image_features,
-        "token_embeddings": token_embeddings,
-        "vision_model": vision_model,
-        "pixels": pixels,
+        "image_embeds": model.vit_decoder.decode_image_embeds(memory),
+        "token_embeddings": rows.flatten(1),
+        "vision_model": vision_features[-1].mean(dim=(2, 3)),
+        "pixels": pixels.flatten(1),
     }
 
 
-@torch.no_grad()
-def compute_representations(
-    representations: Representations,
+def representations_of(
+    model: VFMTokModel,
     images: LabelledImages,
-    device: torch.device,
     batch_size: int,
-    views: int | None,
+    views: int | None = None,
     advance: Advance = lambda count: None,
 ) -> dict[str, torch.Tensor]:
-    """Each representation of all images, `(views or 1, images, channels)` float32 on the CPU."""
-    rows: dict[str, list[torch.Tensor]] = {name: [] for name in representations}
-    for view in [None] if views is None else range(views):
-        parts: dict[str, list[torch.Tensor]] = {name: [] for name in representations}
+    """
+    Each representation of all images, `(views or 1, images, channels)` float32 on the CPU; without `views` of their centre
+    crops.
+
+    Raises:
+        ValueError: values that are not finite.
+    """
+    rows: dict[str, list[torch.Tensor]] = {}
+    numbers = [None] if views is None else range(views)
+    for view in numbers:
         for pixel_values in images.batches(batch_size, view):
-            for name, function in representations.items():
-                parts[name].append(function(pixel_values.to(device)).float().cpu())
+            for name, values in represent(model, pixel_values.to(model.device)).items():
+                rows.setdefault(name, []).append(values.float().cpu())
             advance(len(pixel_values))
-        for name, columns in parts.items():
-            rows[name].append(torch.cat(columns))
-    stacked = {name: torch.stack(columns) for name, columns in rows.items()}
-    for name, values in stacked.items():
+    representations = {name: torch.cat(parts).unflatten(0, (len(numbers), -1)) for name, parts in rows.items()}
+    for name, values in representations.items():
         if not values.isfinite().all():
-            raise ValueError(
-                f"The representation {name} has values that are NaN or infinite: check the model's weights."
-            )
-    return stacked
+            raise ValueError(f"The representation {name} has values that are NaN or infinite: check the weights.")
+    return representations
 
 
 def train_linear_probe(
@@ -254,7 +246,7 @@ def evaluate_linear_probe(
     advance: Advance = lambda count: None,
 ) -> dict[str, ProbeResult]:
     """
-    Probe everything of `representations_of`.
+    Probe everything of `represent`.
 
     Args:
         train_folder, test_folder (`Path`): `class_name/image.png` each, the same classes.
@@ -269,10 +261,9 @@ def evaluate_linear_probe(
     if train.class_names != test.class_names:
         differing = sorted(set(train.class_names) ^ set(test.class_names))
         raise ValueError(f"{train_folder} and {test_folder} hold different classes: {', '.join(differing[:5])}.")
-    functions = representations_of(model)
-    train_values = compute_representations(functions, train, model.device, batch_size, settings.views, advance)
-    test_values = compute_representations(functions, test, model.device, batch_size, None, advance)
+    train_values = representations_of(model, train, batch_size, settings.views, advance)
+    test_values = representations_of(model, test, batch_size, advance=advance)
     return {
-        name: train_linear_probe(train_values[name], train.labels, test_values[name][0], test.labels, settings)
-        for name in functions
+        name: train_linear_probe(values, train.labels, test_values[name][0], test.labels, settings)
+        for name, values in train_values.items()
     }
