@@ -22,8 +22,8 @@ from vfmtok_hf.evaluation.features import VisionModelFeatures, extract_features
 from vfmtok_hf.evaluation.generation import SampleFolder, SamplingSettings, draw_samples, model_fingerprint
 from vfmtok_hf.evaluation.images import FolderImages
 from vfmtok_hf.evaluation.linear_probe import ProbeSettings, evaluate_linear_probe
-from vfmtok_hf.evaluation.metrics import FeatureStatistics, frechet_distance, precision_recall
-from vfmtok_hf.evaluation.plots import save_figure
+from vfmtok_hf.evaluation.metrics import FeatureStatistics, frechet_distance, inception_score, precision_recall
+from vfmtok_hf.evaluation.plots import guidance_figure, save_figure
 from vfmtok_hf.evaluation.reconstruction import evaluate_reconstruction
 from vfmtok_hf.evaluation.tokens import evaluate_tokens
 from vfmtok_hf.token_files import find_images
@@ -37,6 +37,7 @@ COLOURS = {
 }
 NUM_IMAGES = 700
 FEATURE_SIZE = 64
+GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0)
 PROBE = ProbeSettings(epochs=30, warmup_epochs=3, views=1, base_learning_rates=(1.0, 10.0))
 
 
@@ -75,22 +76,26 @@ def measure_tokenizer(run: Path, data: Path, extractor: VisionModelFeatures) -> 
     }
 
 
-def measure_generator(run: Path, tokenizer_run: Path, data: Path, extractor: VisionModelFeatures) -> dict:
+def measure_generator(
+    run: Path, tokenizer_run: Path, data: Path, extractor: VisionModelFeatures, guidance_scale: float = 1.0
+) -> dict:
     tokenizer = VFMTokModel.from_pretrained(tokenizer_run / "model").eval()
     generator = VFMTokARForImageGeneration.from_pretrained(run / "model").eval()
     size, num_classes = tokenizer.config.image_size, generator.config.num_classes
     pipe = VFMTokPipeline(tokenizer, generator, VFMTokImageProcessor(size=size))
     pipe.set_progress_bar_config(disable=True)
-    settings = SamplingSettings(NUM_IMAGES // num_classes * num_classes)
-    samples = SampleFolder(run / "evaluation_samples", settings, num_classes, model_fingerprint(pipe))
+    settings = SamplingSettings(NUM_IMAGES // num_classes * num_classes, guidance_scale=guidance_scale)
+    folder = run / "evaluation" / f"guidance_{guidance_scale:g}"
+    samples = SampleFolder(folder, settings, num_classes, model_fingerprint(pipe))
     draw_samples(pipe, samples)
     drawn, real = (
-        extract_features(images, extractor).pooled for images in (samples, FolderImages(training_images(data), size))
+        extract_features(images, extractor) for images in (samples, FolderImages(training_images(data), size))
     )
-    precision, recall = precision_recall(drawn, real)
+    precision, recall = precision_recall(drawn.pooled, real.pooled)
     return {
         "loss": log_of(run, "validation", "loss")[1][-1],
-        "fid": frechet_distance(FeatureStatistics.of(drawn), FeatureStatistics.of(real)),
+        "fid": frechet_distance(FeatureStatistics.of(drawn.pooled), FeatureStatistics.of(real.pooled)),
+        "inception_score": inception_score(drawn.logits),
         "precision": precision,
         "recall": recall,
     }
@@ -145,6 +150,7 @@ TOKENIZER_COLUMNS = {
 }
 GENERATOR_COLUMNS = {
     "loss (nats / token)": lambda m: f"{m['loss']:.3f}",
+    "IS ↑": lambda m: f"{m['inception_score']:.2f}",
     "FD ↓": lambda m: f"{m['fid']:.0f}",
     "precision ↑": lambda m: f"{m['precision']:.2f}",
     "recall ↑": lambda m: f"{m['recall']:.2f}",
@@ -158,7 +164,9 @@ def main() -> None:
     arguments = parser.parse_args()
     extractor = VisionModelFeatures(str(arguments.features), FEATURE_SIZE)
     file = arguments.runs / "measurements.json"
-    measurements = json.loads(file.read_text()) if file.is_file() else {"tokenizer": {}, "generator": {}}
+    measurements = (
+        json.loads(file.read_text()) if file.is_file() else {"tokenizer": {}, "generator": {}, "guidance": {}}
+    )
     for variant in COLOURS:
         tokenizer, generator = (arguments.runs / variant / job for job in ("tokenizer", "generator"))
         if is_finished(tokenizer) and variant not in measurements["tokenizer"]:
@@ -167,10 +175,20 @@ def main() -> None:
         if is_finished(generator) and variant not in measurements["generator"]:
             measurements["generator"][variant] = measure_generator(generator, tokenizer, arguments.data, extractor)
             file.write_text(json.dumps(measurements, indent=1))
+    first = arguments.runs / "region_adaptive"
+    for scale in GUIDANCE_SCALES:
+        if str(scale) not in measurements["guidance"]:
+            measurements["guidance"][str(scale)] = measure_generator(
+                first / "generator", first / "tokenizer", arguments.data, extractor, scale
+            )
+            file.write_text(json.dumps(measurements, indent=1))
+    curve = [measurements["guidance"][str(scale)] for scale in GUIDANCE_SCALES]
+    save_figure(guidance_figure(GUIDANCE_SCALES, curve, extractor.name), arguments.output / "claims_guidance.png")
     save_figure(convergence_figure(arguments.runs, measurements), arguments.output / "claims_convergence.png")
     save_figure(probe_figure(measurements["tokenizer"]), arguments.output / "claims_probes.png")
     print_table(measurements["tokenizer"], TOKENIZER_COLUMNS)
     print_table(measurements["generator"], GENERATOR_COLUMNS)
+    print_table(measurements["guidance"], GENERATOR_COLUMNS)
 
 
 if __name__ == "__main__":
