@@ -167,21 +167,25 @@ def main() -> None:
     measurements = (
         json.loads(file.read_text()) if file.is_file() else {"tokenizer": {}, "generator": {}, "guidance": {}}
     )
+
+    def keep(part: str, name: str, values: dict) -> None:
+        measurements[part][name] = values
+        file.write_text(json.dumps(measurements, indent=1))
+
     for variant in COLOURS:
-        tokenizer, generator = (arguments.runs / variant / job for job in ("tokenizer", "generator"))
-        if is_finished(tokenizer) and variant not in measurements["tokenizer"]:
-            measurements["tokenizer"][variant] = measure_tokenizer(tokenizer, arguments.data, extractor)
-            file.write_text(json.dumps(measurements, indent=1))
-        if is_finished(generator) and variant not in measurements["generator"]:
-            measurements["generator"][variant] = measure_generator(generator, tokenizer, arguments.data, extractor)
-            file.write_text(json.dumps(measurements, indent=1))
+        run = arguments.runs / variant / "tokenizer"
+        if is_finished(run) and variant not in measurements["tokenizer"]:
+            keep("tokenizer", variant, measure_tokenizer(run, arguments.data, extractor))
+    for variant in COLOURS:
+        folder = arguments.runs / variant
+        if is_finished(folder / "generator") and variant not in measurements["generator"]:
+            values = measure_generator(folder / "generator", folder / "tokenizer", arguments.data, extractor)
+            keep("generator", variant, values)
     first = arguments.runs / "region_adaptive"
     for scale in GUIDANCE_SCALES:
         if str(scale) not in measurements["guidance"]:
-            measurements["guidance"][str(scale)] = measure_generator(
-                first / "generator", first / "tokenizer", arguments.data, extractor, scale
-            )
-            file.write_text(json.dumps(measurements, indent=1))
+            values = measure_generator(first / "generator", first / "tokenizer", arguments.data, extractor, scale)
+            keep("guidance", str(scale), values)
     curve = [measurements["guidance"][str(scale)] for scale in GUIDANCE_SCALES]
     save_figure(guidance_figure(GUIDANCE_SCALES, curve, extractor.name), arguments.output / "claims_guidance.png")
     save_figure(convergence_figure(arguments.runs, measurements), arguments.output / "claims_convergence.png")
