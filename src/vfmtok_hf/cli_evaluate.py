@@ -59,7 +59,7 @@ FeaturesOption = Annotated[
     str,
     typer.Option(
         help="Network for FID and its like: `inception`; a vision model's folder or repository; `own` for the tokenizer's "
-        "vision model; `none`."
+        "vision model; for reconstruction also `none`."
     ),
 ]
 FeatureSizeOption = Annotated[
@@ -192,7 +192,7 @@ def generation(
         scales = sorted(set(guidance_scale or [1.0]))
         state = PartialState()
         check_picture_output(output)
-        pipe = load_pipeline(model, device or str(state.device), dtype, generates=True)
+        pipe = load_pipeline(model, device or str(state.device), dtype, generates=True, encodes=features == "own")
         size = size or pipe.vq_model.config.image_size
         # Whatever can be wrong with reference and features is to show before hours of sampling.
         if state.is_main_process:
