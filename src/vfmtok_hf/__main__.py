@@ -1,0 +1,7 @@
+"""`python -m vfmtok_hf`: the `vfmtok` command, for launchers that want a module."""
+
+from vfmtok_hf.cli import app
+
+
+if __name__ == "__main__":
+    app()

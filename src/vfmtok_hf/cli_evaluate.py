@@ -1,0 +1,371 @@
+"""`vfmtok evaluate`: each command calls one function of `vfmtok_hf.evaluation` and shows what it returns."""
+
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from vfmtok_hf.cli import (
+    BatchSizeOption,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    ImagesArgument,
+    ModelOption,
+    error_console,
+    load_pipeline,
+    one_line_errors,
+    output_console,
+    progress,
+    report_written,
+)
+
+
+if TYPE_CHECKING:
+    from vfmtok_hf.evaluation.generation import GenerationResult, SampleFolder
+    from vfmtok_hf.pipelines import VFMTokPipeline
+
+
+evaluate_app = typer.Typer(help="Measure tokenizers and generators.", no_args_is_help=True)
+
+
+class ResizeMode(str, Enum):
+    """The original's two ways to another size."""
+
+    reconstruction = "reconstruction"
+    generation = "generation"
+
+
+class SSIMConvention(str, Enum):
+    """Settings of SSIM."""
+
+    original = "original"
+    standard = "standard"
+
+
+class LPIPSNetwork(str, Enum):
+    """Network of LPIPS."""
+
+    alex = "alex"
+    vgg = "vgg"
+    squeeze = "squeeze"
+
+
+FeaturesOption = Annotated[
+    str,
+    typer.Option(
+        help="Network for FID and its like: `inception`; a vision model's folder or repository; `own` for the tokenizer's "
+        "vision model; for reconstruction also `none`."
+    ),
+]
+FeatureSizeOption = Annotated[
+    int | None, typer.Option(min=1, help="Side in pixels of a vision model's input. *Default: its own.*")
+]
+InceptionWeightsOption = Annotated[
+    Path | None, typer.Option(help="torch-fidelity's file of weights. *Default: downloaded.*")
+]
+ResultOption = Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for the result.")]
+DatasetOption = Annotated[str | None, typer.Option(help="Name of the data in tables. *Default: the path given.*")]
+
+
+def print_values(values: dict[str, float], features: str = "", remarks: Sequence[str] = ()) -> None:
+    """A table; metrics on features name their network, as their values compare with those of the same network only."""
+    from vfmtok_hf.evaluation.results import METRIC_NAMES, OF_FEATURES
+
+    table = Table("metric", "value")
+    table.columns[1].justify = "right"
+    for name, value in values.items():
+        label = METRIC_NAMES.get(name, name) + (f" ({features})" if name in OF_FEATURES else "")
+        table.add_row(escape(label), f"{value:.4f}")
+    output_console.print(table)
+    for remark in remarks:
+        error_console.print(f"Note: {remark}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+@evaluate_app.command()
+def reconstruction(
+    images: ImagesArgument,
+    features: FeaturesOption = "inception",
+    feature_size: FeatureSizeOption = None,
+    inception_weights: InceptionWeightsOption = None,
+    lpips: Annotated[LPIPSNetwork | None, typer.Option(help="*Default: no LPIPS.*")] = None,
+    size: Annotated[
+        int | None, typer.Option(min=8, help="Side to measure at; the paper's is 256. *Default: the model's.*")
+    ] = None,
+    resize: Annotated[ResizeMode, typer.Option(help="How to get to that size.")] = ResizeMode.reconstruction,
+    ssim: Annotated[
+        SSIMConvention, typer.Option(help="`original` as in the original's script, `standard` as published.")
+    ] = SSIMConvention.original,
+    output: ResultOption = None,
+    dataset: DatasetOption = None,
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = Dtype.float32,
+    batch_size: BatchSizeOption = 16,
+) -> None:
+    """rFID, rIS, PSNR, SSIM, LPIPS and codebook usage of a tokenizer."""
+    with one_line_errors():
+        from vfmtok_hf.evaluation.features import load_feature_extractor
+        from vfmtok_hf.evaluation.reconstruction import evaluate_reconstruction, load_lpips
+        from vfmtok_hf.evaluation.results import save_measurement
+        from vfmtok_hf.output_files import check_output_file
+        from vfmtok_hf.token_files import find_images
+
+        if output is not None:
+            check_output_file(output)
+        files = list(find_images(images).values())
+        pipe = load_pipeline(model, device, dtype, encodes=True)
+        extractor = None
+        if features != "none":
+            extractor = load_feature_extractor(features, pipe.vq_model, feature_size, inception_weights, pipe.device)
+        distance = load_lpips(lpips.value, pipe.device) if lpips is not None else None
+        with progress("Reconstructing", len(files)) as advance:
+            result = evaluate_reconstruction(
+                pipe, files, extractor, distance, size, resize.value, ssim.value, batch_size, advance
+            )
+        print_values(result.values, result.protocol["features"], result.remarks)
+        if output is not None:
+            setting = f"{pipe.vq_model.config.image_size} -> {result.protocol['size']}"
+            name = dataset or ", ".join(map(str, images))
+            save_measurement(
+                output,
+                "reconstruction",
+                setting,
+                name,
+                result.values,
+                result.protocol,
+                num_images=result.num_images,
+                remarks=result.remarks,
+            )
+            report_written(1, "measurement", output)
+
+
+@evaluate_app.command()
+def generation(
+    reference: Annotated[
+        Path, typer.Option(help="Real images: a folder, or a `.npz` of ADM's, with statistics or without.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for samples and results. A run cut off goes on there.")
+    ],
+    num_samples: Annotated[int, typer.Option("--num-samples", "-n", min=2)] = 50_000,
+    guidance_scale: Annotated[
+        list[float] | None, typer.Option("--guidance-scale", "-g", help="Repeat it for a sweep. *Default: 1, none.*")
+    ] = None,
+    guidance_scale_pow: Annotated[float | None, typer.Option(help="Of a RAR generator.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="*Default: the checkpoint's.*")] = None,
+    top_k: Annotated[int | None, typer.Option(help="0 is off. *Default: the checkpoint's.*")] = None,
+    top_p: Annotated[float | None, typer.Option(help="1 is off. *Default: the checkpoint's.*")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Sample i is drawn from seed + i.")] = 0,
+    size: Annotated[
+        int | None,
+        typer.Option(min=8, help="Side of samples and reference; the paper's is 256. *Default: the model's.*"),
+    ] = None,
+    resize: Annotated[ResizeMode, typer.Option(help="How samples get to that size.")] = ResizeMode.generation,
+    npz: Annotated[bool, typer.Option("--npz", help="Also write the samples as ADM's suite reads them.")] = False,
+    features: FeaturesOption = "inception",
+    feature_size: FeatureSizeOption = None,
+    inception_weights: InceptionWeightsOption = None,
+    dataset: DatasetOption = None,
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = Dtype.float32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples drawn at once, and in one file.")] = 64,
+) -> None:
+    """
+    FID, sFID, IS, precision and recall of a generator, on samples of all classes equally often.
+
+    Several processes share the drawing: `accelerate launch -m vfmtok_hf evaluate generation ...`
+    """
+    with one_line_errors():
+        from accelerate import PartialState
+
+        from vfmtok_hf.evaluation.features import load_feature_extractor
+        from vfmtok_hf.evaluation.generation import SampleFolder, SamplingSettings, load_reference, model_fingerprint
+        from vfmtok_hf.evaluation.images import FolderImages
+        from vfmtok_hf.output_files import check_picture_output
+
+        scales = sorted(set(guidance_scale or [1.0]))
+        state = PartialState()
+        check_picture_output(output)
+        pipe = load_pipeline(model, device or str(state.device), dtype, generates=True, encodes=features == "own")
+        size = size or pipe.vq_model.config.image_size
+        # Whatever can be wrong with reference and features is to show before hours of sampling.
+        if state.is_main_process:
+            source = reference if reference.suffix == ".npz" else FolderImages([reference], size)
+            extractor = load_feature_extractor(features, pipe.vq_model, feature_size, inception_weights, pipe.device)
+            real = load_reference(source, extractor, batch_size)
+        fingerprint = model_fingerprint(pipe)
+        folders = []
+        for scale in scales:
+            settings = SamplingSettings(
+                num_samples,
+                seed,
+                scale,
+                guidance_scale_pow,
+                temperature,
+                top_k,
+                top_p,
+                size,
+                resize.value,
+                chunk_size=batch_size,
+            )
+            with state.main_process_first():
+                folder = output / f"guidance_{scale:g}"
+                folders.append(SampleFolder(folder, settings, pipe.transformer.config.num_classes, fingerprint))
+            draw(pipe, folders[-1], state.process_index, state.num_processes)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            results = [
+                judge(samples, real, extractor, dataset or str(reference), npz, batch_size) for samples in folders
+            ]
+            if len(scales) > 1:
+                draw_sweep(scales, results, output)
+            report_written(num_samples * len(scales), "sample", output)
+
+
+def draw(pipe: "VFMTokPipeline", samples: "SampleFolder", process_index: int, num_processes: int) -> None:
+    """Draw this process's share of what is missing, with a bar for the first process."""
+    from vfmtok_hf.evaluation.generation import draw_samples
+
+    total = sum(len(samples.chunks[chunk]) for chunk in samples.missing(process_index, num_processes))
+    with progress(f"Drawing {Path(samples.name).name}", total) as advance:
+        draw_samples(
+            pipe, samples, process_index, num_processes, advance if process_index == 0 else lambda count: None
+        )
+
+
+def judge(samples: "SampleFolder", real, extractor, dataset: str, npz: bool, batch_size: int) -> "GenerationResult":
+    """Measure one folder of samples, show and write the result."""
+    from vfmtok_hf.evaluation.generation import evaluate_generation, write_samples_npz
+    from vfmtok_hf.evaluation.results import save_measurement
+
+    if npz:
+        write_samples_npz(samples, samples.folder / "samples.npz")
+    with progress("Features", len(samples)) as advance:
+        result = evaluate_generation(samples, real, extractor, vars(samples.settings), batch_size, advance)
+    scale = samples.settings.guidance_scale
+    output_console.print(f"guidance scale {scale:g}", markup=False, highlight=False)
+    print_values(result.values, result.protocol["features"], result.remarks)
+    save_measurement(
+        samples.folder / "results.json",
+        "generation",
+        "without guidance" if scale == 1 else "with guidance",
+        dataset,
+        result.values,
+        result.protocol,
+        num_images=result.num_samples,
+        remarks=result.remarks,
+    )
+    return result
+
+
+def draw_sweep(scales: list[float], results: list["GenerationResult"], output: Path) -> None:
+    """The curve of all scales as a picture, and its points as CSV."""
+    import csv
+
+    from vfmtok_hf.evaluation.plots import guidance_figure, save_figure
+    from vfmtok_hf.output_files import whole_file
+
+    values = [result.values for result in results]
+    save_figure(guidance_figure(scales, values, results[0].protocol["features"]), output / "guidance.png")
+    with whole_file(output / "guidance.csv") as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["guidance_scale", *values[0]])
+        writer.writeheader()
+        writer.writerows({"guidance_scale": scale, **point} for scale, point in zip(scales, values, strict=True))
+
+
+@evaluate_app.command("linear-probe")
+def linear_probe(
+    train: Annotated[Path, typer.Option(help="Folder of `class_name/image.png` to train the classifier on.")],
+    test: Annotated[Path, typer.Option(help="The same, to test it on.")],
+    epochs: Annotated[int, typer.Option(min=1)] = 90,
+    views: Annotated[int, typer.Option(min=1, help="Augmentations of each training image, in turn.")] = 8,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    output: ResultOption = None,
+    dataset: DatasetOption = None,
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = Dtype.float32,
+    batch_size: BatchSizeOption = 32,
+) -> None:
+    """Linear classifiers on the tokenizer's embedding, its tokens, its vision model, and raw pixels."""
+    with one_line_errors():
+        from vfmtok_hf.evaluation.linear_probe import ProbeSettings, evaluate_linear_probe
+        from vfmtok_hf.evaluation.results import save_measurement
+        from vfmtok_hf.output_files import check_output_file
+        from vfmtok_hf.token_files import find_images
+
+        if output is not None:
+            check_output_file(output)
+        total = views * len(find_images([train])) + len(find_images([test]))
+        pipe = load_pipeline(model, device, dtype, encodes=True)
+        settings = ProbeSettings(epochs=epochs, warmup_epochs=min(10, epochs // 2), views=views, seed=seed)
+        with progress("Encoding", total) as advance:
+            results = evaluate_linear_probe(pipe.vq_model, train, test, settings, batch_size, advance)
+        table = Table("representation", "channels", "top-1", "mean over classes")
+        for name, result in results.items():
+            table.add_row(name, str(result.channels), f"{result.top1:.1%}", f"{result.mean_class_accuracy:.1%}")
+        output_console.print(table)
+        if output is not None:
+            for name, result in results.items():
+                values = {"top1": result.top1, "mean_class_accuracy": result.mean_class_accuracy}
+                file = output.with_name(f"{output.stem}_{name}{output.suffix}")
+                protocol = {"epochs": epochs, "views": views}
+                save_measurement(
+                    file,
+                    "linear_probe",
+                    name,
+                    dataset or str(test),
+                    values,
+                    protocol,
+                    num_images=len(find_images([test])),
+                )
+            report_written(len(results), "measurement", output.parent)
+
+
+@evaluate_app.command()
+def tokens(
+    images: ImagesArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the figures.")] = Path("tokens"),
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = Dtype.float32,
+    batch_size: BatchSizeOption = 16,
+) -> None:
+    """How the codebook is used, and where in the images the anchors look."""
+    with one_line_errors():
+        import json
+
+        from vfmtok_hf.evaluation.plots import anchor_figure, codebook_usage_figure, sampling_figure, save_figure
+        from vfmtok_hf.evaluation.tokens import evaluate_tokens, looks_of
+        from vfmtok_hf.output_files import check_picture_output, whole_file
+        from vfmtok_hf.token_files import find_images
+
+        check_picture_output(output)
+        files = list(find_images(images).values())
+        pipe = load_pipeline(model, device, dtype, encodes=True)
+        with progress("Encoding", len(files)) as advance:
+            result = evaluate_tokens(pipe, files, batch_size, advance)
+        summary = result.summary()
+        with whole_file(output / "tokens.json") as temporary:
+            temporary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        examples = files[:: max(len(files) // 4, 1)][:4]
+        side = pipe.vq_model.config.anchor_grid_size
+        # The corners and the centre of the inner half of the grid.
+        near, middle, far = side // 4, side // 2, side - 1 - side // 4
+        places = [(near, near), (near, far), (middle, middle), (far, near), (far, far)]
+        anchors = [row * side + column for row, column in places]
+        save_figure(codebook_usage_figure(result), output / "codebook.png")
+        save_figure(anchor_figure(result), output / "anchors.png")
+        save_figure(sampling_figure(looks_of(pipe, examples), anchors), output / "sampling.png")
+        table = Table("layer", *summary["anchors_by_layer"])
+        for layer, row in enumerate(zip(*summary["anchors_by_layer"].values(), strict=True), start=1):
+            table.add_row(str(layer), *(f"{value:.3f}" for value in row))
+        output_console.print(table)
+        print_values({"codebook_usage": result.codebook.usage, "codebook_perplexity": result.codebook.perplexity})
+        report_written(3, "figure", output)

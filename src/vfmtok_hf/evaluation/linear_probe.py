@@ -1,0 +1,269 @@
+"""
+How much a linear classifier finds in frozen representations: the paper's "L.P." column.
+
+The protocol is MAE's (He et al. 2022, appendix A.1), which the authors name: batch norm without affine parameters, one
+linear layer, LARS, 90 epochs of a cosine with 10 of warm-up, no weight decay, random crops and flips. Two things differ.
+
+Representations are computed once, `views` augmentations of each training image, and the classifier sees another one each
+epoch, where MAE augments anew each time.
+
+MAE's learning rate, 0.1 x batch size / 256, is for the 1.3 million images of ImageNet: LARS moves the weights by a share of
+their norm a step, and a few thousand images would leave them near where they began. By default the rate is therefore chosen,
+for each representation by itself, on a tenth of the training images. With `base_learning_rates=(0.1,)` it is MAE's.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from timm.optim import Lars
+from torch import nn
+from torchvision.transforms import v2
+
+from vfmtok_hf.evaluation.features import Advance
+from vfmtok_hf.modeling.image_processing_vfmtok import VFMTokImageProcessor, open_image
+from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
+from vfmtok_hf.token_files import find_images
+
+
+PIXEL_GRID = 32
+
+
+@dataclass
+class ProbeSettings:
+    """
+    Args:
+        batch_size (`int`): MAE's 16384, or a tenth of the training images if that is less.
+        base_learning_rates (`tuple[float, ...]`): for 256 images; of several the best on held-out training images is taken.
+        views (`int`): augmentations of each training image.
+    """
+
+    epochs: int = 90
+    warmup_epochs: int = 10
+    batch_size: int = 16384
+    base_learning_rates: tuple[float, ...] = (0.1, 1.0, 10.0, 50.0)
+    views: int = 8
+    seed: int = 0
+
+
+@dataclass
+class ProbeResult:
+    """
+    Args:
+        top1 (`float`): share of test images classified right.
+        mean_class_accuracy (`float`): the mean of that share over classes, which small classes count in as large ones.
+        channels (`int`): width of the representation.
+        base_learning_rate (`float`): that was taken.
+    """
+
+    top1: float
+    mean_class_accuracy: float
+    channels: int
+    base_learning_rate: float
+
+
+class LabelledImages:
+    """
+    Images of `root/class_name/*`, cropped to a square; classes are numbered in alphabetical order.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or it holds no images.
+        ValueError: an image lies outside of class folders, or there are fewer than two classes.
+    """
+
+    def __init__(self, root: Path, size: int):
+        names = find_images([root])
+        if any("/" not in name for name in names):
+            raise ValueError(f"{root} must hold one folder of images per class.")
+        self.files = list(names.values())
+        folders = [name.partition("/")[0] for name in names]
+        self.class_names = sorted(set(folders))
+        if len(self.class_names) < 2:
+            raise ValueError(f"{root} has images of one class only: nothing can be told apart.")
+        numbers = {name: number for number, name in enumerate(self.class_names)}
+        self.labels = torch.tensor([numbers[folder] for folder in folders])
+        self.processor = VFMTokImageProcessor(do_rescale=False, do_normalize=False)
+        self.size = size
+        self.augment = v2.Compose([v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode.BICUBIC)])
+
+    def batches(self, batch_size: int, view: int | None) -> Iterator[torch.Tensor]:
+        """
+        `pixel_values` `(at most batch_size, 3, size, size)` in [-1, 1]: the centre crops, or an augmentation for each `view`.
+        """
+        for start in range(0, len(self.files), batch_size):
+            numbers = range(start, min(start + batch_size, len(self.files)))
+            pixels = torch.stack([self._read(number, view) for number in numbers])
+            yield pixels.float() / 127.5 - 1
+
+    def _read(self, number: int, view: int | None) -> torch.Tensor:
+        if view is None:
+            return self.processor(self.files[number], size=self.size, return_tensors="pt")["pixel_values"][0]
+        image = self.processor(
+            open_image(self.files[number]), do_resize=False, do_center_crop=False, return_tensors="pt"
+        )["pixel_values"][0]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(hash((view, number)) % 2**63)
+            image = self.augment(image)
+            return image.flip(-1) if torch.rand(()) < 0.5 else image
+
+
+@torch.no_grad()
+def represent(model: VFMTokModel, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+    """
+    What is probed, of `pixel_values` `(batch_size, 3, image_size, image_size)`; each `(batch_size, channels)`:
+
+    - `image_embeds`: the feature branch's class token, what the paper probes.
+    - `token_embeddings`: the codebook rows of all image tokens, one after the other.
+    - `vision_model`: the frozen vision model's last level, mean over positions.
+    - `pixels`: the image itself, at 32 x 32.
+    """
+    vision_features = model.extract_vision_features(pixel_values)
+    rows = model.quantizer.lookup(model.quantizer.nearest(model.encode_features(vision_features)))
+    memory = model.post_quant_proj(rows.to(model.post_quant_proj.weight.dtype))
+    pixels = F.interpolate(pixel_values, (PIXEL_GRID, PIXEL_GRID), mode="bilinear", antialias=True)
+    return {
+        "image_embeds": model.vit_decoder.decode_image_embeds(memory),
+        "token_embeddings": rows.flatten(1),
+        "vision_model": vision_features[-1].mean(dim=(2, 3)),
+        "pixels": pixels.flatten(1),
+    }
+
+
+def representations_of(
+    model: VFMTokModel,
+    images: LabelledImages,
+    batch_size: int,
+    views: int | None = None,
+    advance: Advance = lambda count: None,
+) -> dict[str, torch.Tensor]:
+    """
+    Each representation of all images, `(views or 1, images, channels)` float32 on the CPU; without `views` of their centre
+    crops.
+
+    Raises:
+        ValueError: values that are not finite.
+    """
+    rows: dict[str, list[torch.Tensor]] = {}
+    numbers = [None] if views is None else range(views)
+    for view in numbers:
+        for pixel_values in images.batches(batch_size, view):
+            for name, values in represent(model, pixel_values.to(model.device)).items():
+                rows.setdefault(name, []).append(values.float().cpu())
+            advance(len(pixel_values))
+    representations = {name: torch.cat(parts).unflatten(0, (len(numbers), -1)) for name, parts in rows.items()}
+    for name, values in representations.items():
+        if not values.isfinite().all():
+            raise ValueError(f"The representation {name} has values that are NaN or infinite: check the weights.")
+    return representations
+
+
+def train_linear_probe(
+    train: torch.Tensor,
+    train_labels: torch.Tensor,
+    test: torch.Tensor,
+    test_labels: torch.Tensor,
+    settings: ProbeSettings,
+) -> ProbeResult:
+    """
+    Train the classifier and test it.
+
+    Args:
+        train (`torch.FloatTensor` of shape `(views, images, channels)`), train_labels (`(images,)`).
+        test (`torch.FloatTensor` of shape `(images, channels)`), test_labels (`(images,)`).
+    """
+    num_classes = int(train_labels.max()) + 1
+    rate = _choose_learning_rate(train, train_labels, num_classes, settings)
+    classifier = _fit(train, train_labels, num_classes, rate, settings)
+    right = (classifier(test).argmax(-1) == test_labels).double()
+    by_class = [right[test_labels == label].mean() for label in test_labels.unique()]
+    return ProbeResult(right.mean().item(), torch.stack(by_class).mean().item(), train.shape[-1], rate)
+
+
+def _choose_learning_rate(
+    train: torch.Tensor, labels: torch.Tensor, num_classes: int, settings: ProbeSettings
+) -> float:
+    """The rate of least cross-entropy on a random tenth of the training images after training on the others."""
+    if len(settings.base_learning_rates) == 1:
+        return settings.base_learning_rates[0]
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(settings.seed))
+    held_out, kept = order[::10], order[torch.arange(len(order)) % 10 != 0]
+
+    def held_out_loss(rate: float) -> float:
+        classifier = _fit(train[:, kept], labels[kept], num_classes, rate, settings)
+        return F.cross_entropy(classifier(train[0, held_out]), labels[held_out]).item()
+
+    return min(settings.base_learning_rates, key=held_out_loss)
+
+
+def _fit(
+    train: torch.Tensor, labels: torch.Tensor, num_classes: int, rate: float, settings: ProbeSettings
+) -> Callable[..., torch.Tensor]:
+    """The trained classifier, `(images, channels)` to `(images, classes)` without gradient."""
+    views, num_images, channels = train.shape
+    generator = torch.Generator().manual_seed(settings.seed)
+    linear = nn.Linear(channels, num_classes)
+    with torch.no_grad():
+        linear.weight.normal_(std=0.01, generator=generator)
+        linear.bias.zero_()
+    classifier = nn.Sequential(nn.BatchNorm1d(channels, eps=1e-6, affine=False), linear)
+    batch_size = min(settings.batch_size, max(num_images // 10, 2))
+    steps_per_epoch = num_images // batch_size
+    peak = rate * batch_size / 256
+    # As in MAE only the matrix has its step scaled by the ratio of norms.
+    groups = [{"params": [linear.weight], "always_adapt": True}, {"params": [linear.bias]}]
+    optimizer = Lars(groups, lr=peak, momentum=0.9, weight_decay=0.0)
+    for epoch in range(settings.epochs):
+        features = train[epoch % views]
+        order = torch.randperm(num_images, generator=generator)
+        for step in range(steps_per_epoch):
+            chosen = order[step * batch_size : (step + 1) * batch_size]
+            for group in optimizer.param_groups:
+                group["lr"] = peak * _schedule(epoch + step / steps_per_epoch, settings)
+            loss = F.cross_entropy(classifier(features[chosen]), labels[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return torch.no_grad()(classifier.eval())
+
+
+def _schedule(epoch: float, settings: ProbeSettings) -> float:
+    """Linear warm-up to 1, then a half cosine to 0."""
+    if epoch < settings.warmup_epochs:
+        return epoch / settings.warmup_epochs
+    share = (epoch - settings.warmup_epochs) / (settings.epochs - settings.warmup_epochs)
+    return 0.5 * (1 + math.cos(math.pi * share))
+
+
+def evaluate_linear_probe(
+    model: VFMTokModel,
+    train_folder: Path,
+    test_folder: Path,
+    settings: ProbeSettings | None = None,
+    batch_size: int = 32,
+    advance: Advance = lambda count: None,
+) -> dict[str, ProbeResult]:
+    """
+    Probe everything of `represent`.
+
+    Args:
+        train_folder, test_folder (`Path`): `class_name/image.png` each, the same classes.
+        advance: called with the number of images done after each batch, `images * views` of training and then those of
+            testing.
+
+    Raises:
+        ValueError: the classes of the folders differ, or they are not folders of classes.
+    """
+    settings = settings or ProbeSettings()
+    train, test = (LabelledImages(folder, model.config.image_size) for folder in (train_folder, test_folder))
+    if train.class_names != test.class_names:
+        differing = sorted(set(train.class_names) ^ set(test.class_names))
+        raise ValueError(f"{train_folder} and {test_folder} hold different classes: {', '.join(differing[:5])}.")
+    train_values = representations_of(model, train, batch_size, settings.views, advance)
+    test_values = representations_of(model, test, batch_size, advance=advance)
+    return {
+        name: train_linear_probe(values, train.labels, test_values[name][0], test.labels, settings)
+        for name, values in train_values.items()
+    }

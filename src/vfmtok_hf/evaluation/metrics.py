@@ -1,0 +1,161 @@
+"""
+Distances between sets of features, as FID, sFID, inception score, precision and recall are defined.
+
+The arithmetic is torch-fidelity's, which agrees with ADM's evaluator (`evaluations/evaluator.py` of guided-diffusion); here
+are its arguments, checks of what goes in, and remarks on what comes out.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from vfmtok_hf.evaluation.features import Features
+
+
+INCEPTION_SCORE_SPLITS = 10
+NEIGHBOURS = 3
+PAPER_NUM_IMAGES = 50_000
+
+
+@dataclass
+class FeatureStatistics:
+    """Mean `(channels,)` and covariance `(channels, channels)` of features, float64."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+
+    @classmethod
+    def of(cls, features: torch.Tensor) -> "FeatureStatistics":
+        """
+        Args:
+            features (`torch.Tensor` of shape `(images, channels)`).
+
+        Raises:
+            ValueError: fewer than two images, which have no covariance.
+        """
+        if len(features) < 2:
+            raise ValueError(f"A Fréchet distance needs at least two images on each side, got {len(features)}.")
+        values = features.double().numpy()
+        return cls(values.mean(axis=0), np.atleast_2d(np.cov(values, rowvar=False)))
+
+
+def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:
+    """
+    Squared Fréchet distance between Gaussians: |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (Heusel et al. 2017). FID on
+    pooled features, sFID (Nash et al. 2021) on spatial ones.
+
+    Raises:
+        ValueError: the numbers of channels differ.
+    """
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
+
+    if first.mean.shape != second.mean.shape:
+        raise ValueError(
+            f"The features have {len(first.mean)} and {len(second.mean)} channels: they come from different networks or "
+            "image sizes."
+        )
+    statistics = [{"mu": side.mean, "sigma": side.covariance} for side in (first, second)]
+    return fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
+
+
+def inception_score(logits: torch.Tensor) -> float:
+    """
+    exp of the mean KL divergence between an image's class probabilities and their average, in [1, classes]; the mean over
+    ten consecutive tenths of the images (5000 each in the paper), as in ADM's evaluator.
+
+    Args:
+        logits (`torch.Tensor` of shape `(images, classes)`).
+
+    Raises:
+        ValueError: fewer than ten images.
+    """
+    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
+
+    if len(logits) < INCEPTION_SCORE_SPLITS:
+        raise ValueError(f"An inception score needs at least {INCEPTION_SCORE_SPLITS} images, got {len(logits)}.")
+    return isc_features_to_metric(logits, INCEPTION_SCORE_SPLITS, shuffle=False)[KEY_METRIC_ISC_MEAN]
+
+
+def precision_recall(features: torch.Tensor, reference: torch.Tensor) -> tuple[float, float]:
+    """
+    Share of images inside the reference's manifold, and of reference images inside the images' manifold; the manifold of
+    a set is the union of balls that reach to each point's third neighbour (Kynkäänniemi et al. 2019).
+
+    Args:
+        features, reference (`torch.Tensor` of shape `(images, channels)`).
+
+    Raises:
+        ValueError: a side has no more than three images.
+    """
+    from torch_fidelity.metric_prc import calculate_precision_recall_part
+
+    for side in (features, reference):
+        if len(side) <= NEIGHBOURS:
+            raise ValueError(f"Precision and recall need more than {NEIGHBOURS} images on each side, got {len(side)}.")
+    # Distances come from a matrix product, in which float32 would lose those of near neighbours.
+    return calculate_precision_recall_part(features.double(), reference.double(), NEIGHBOURS)
+
+
+@dataclass
+class Reference:
+    """
+    What images are compared with: features, or statistics alone as some `.npz` files of ADM hold them.
+
+    Args:
+        pooled, spatial (`FeatureStatistics`): for FID and sFID.
+        pooled_features (`torch.Tensor` of shape `(images, channels)`, *optional*): for precision and recall.
+        num_images (`int`, *optional*): how many images the statistics are of, if that is known.
+    """
+
+    pooled: FeatureStatistics
+    spatial: FeatureStatistics
+    pooled_features: torch.Tensor | None = None
+    num_images: int | None = None
+
+    @classmethod
+    def of(cls, features: Features) -> "Reference":
+        pooled, spatial = (FeatureStatistics.of(part) for part in (features.pooled, features.spatial))
+        return cls(pooled, spatial, features.pooled, len(features))
+
+
+def compare_features(features: Features, reference: Reference) -> tuple[dict[str, float], list[str]]:
+    """
+    Every distance that the features allow.
+
+    Returns:
+        Values by name, `fid`, `sfid`, `inception_score` (with a classifier's logits only), `precision` and `recall` (with
+        the reference's features only); and remarks on how far to trust them.
+    """
+    values = {
+        "fid": frechet_distance(FeatureStatistics.of(features.pooled), reference.pooled),
+        "sfid": frechet_distance(FeatureStatistics.of(features.spatial), reference.spatial),
+    }
+    remarks = []
+    if features.logits is not None:
+        values["inception_score"] = inception_score(features.logits)
+    else:
+        remarks.append("No inception score: the feature network is not a classifier.")
+    if reference.pooled_features is not None:
+        values["precision"], values["recall"] = precision_recall(features.pooled, reference.pooled_features)
+    else:
+        remarks.append("No precision and recall: the reference holds statistics without images.")
+    return values, remarks + sample_size_remarks(len(features), reference)
+
+
+def sample_size_remarks(num_images: int, reference: Reference) -> list[str]:
+    """What too few images do to the numbers."""
+    remarks = []
+    channels = max(len(reference.pooled.mean), len(reference.spatial.mean))
+    counts = [count for count in (num_images, reference.num_images) if count is not None]
+    if min(counts) <= channels:
+        remarks.append(
+            f"{min(counts)} images in up to {channels} channels: the covariances are singular, and FID and sFID are far "
+            "too high. Compare them only with values of the same numbers of images."
+        )
+    elif min(counts) < PAPER_NUM_IMAGES:
+        remarks.append(
+            f"FID and sFID of {min(counts)} images are biased upwards and not comparable with those of "
+            f"{PAPER_NUM_IMAGES}, which papers report."
+        )
+    return remarks

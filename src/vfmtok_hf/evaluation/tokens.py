@@ -1,0 +1,197 @@
+"""What image tokens are: how the codebook is used, and where in the image each anchor looks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from vfmtok_hf.evaluation.features import Advance
+from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
+from vfmtok_hf.pipelines import VFMTokPipeline
+
+
+@dataclass
+class CodebookStatistics:
+    """
+    Args:
+        usage (`float`): share of the codebook that occurs, in [0, 1].
+        entropy (`float`): of the code distribution, in bits.
+        perplexity (`float`): 2 ** entropy, how many equally frequent codes would have that entropy.
+    """
+
+    usage: float
+    entropy: float
+    perplexity: float
+
+
+def entropy_bits(counts: torch.Tensor) -> torch.Tensor:
+    """Entropy in bits of the distributions that counts `(..., codes)` describe, `(...)` float64."""
+    probabilities = counts.double() / counts.sum(-1, keepdim=True)
+    return torch.special.entr(probabilities).sum(-1) / torch.log(torch.tensor(2.0, dtype=torch.float64))
+
+
+def codebook_statistics(counts: torch.Tensor) -> CodebookStatistics:
+    """
+    Args:
+        counts (`torch.LongTensor` of shape `(codebook_size,)`): how often each code occurred.
+    """
+    entropy = entropy_bits(counts).item()
+    return CodebookStatistics((counts > 0).double().mean().item(), entropy, 2**entropy)
+
+
+@dataclass
+class AnchorStatistics:
+    """
+    Where anchors look, means over images. Lengths are in cells of the anchor grid, so that 0.5 is the way from a cell's
+    centre to its edge; heads count equally, and within a head the attention weights count.
+
+    Args:
+        displacement (`torch.Tensor` of shape `(layers, num_anchors)`): from an anchor's reference point, its cell's centre,
+            to the weighted mean of its sampling locations.
+        spread (`torch.Tensor` of shape `(layers, num_anchors)`): weighted root mean square distance of the locations from
+            that mean.
+        outside_cell (`torch.Tensor` of shape `(layers, num_anchors)`): share of the weight on locations outside of the
+            anchor's own cell.
+        outside_image (`torch.Tensor` of shape `(layers, num_anchors)`): share of the weight outside of the image, where
+            zeros are read.
+        content_share (`torch.Tensor` of shape `(layers,)`): share of the mean squared displacement that differs from image
+            to image. 0: anchors look at the same places in every image.
+    """
+
+    displacement: torch.Tensor
+    spread: torch.Tensor
+    outside_cell: torch.Tensor
+    outside_image: torch.Tensor
+    content_share: torch.Tensor
+
+
+class AnchorTracker:
+    """Collects `AnchorStatistics` batch by batch, from what `VFMTokModel.encode` returns on request."""
+
+    def __init__(self, reference_points: torch.Tensor):
+        """`reference_points` `(num_anchors, 2)` as (x, y) in [0, 1]^2."""
+        self.reference_points = reference_points.double().cpu()
+        self.cells_per_side = round(len(reference_points) ** 0.5)
+        self.parts: list[dict[str, torch.Tensor]] = []
+
+    def update(self, sampling_locations: Sequence[torch.Tensor], attention_weights: Sequence[torch.Tensor]) -> None:
+        """One tensor a layer, `(batch_size, num_anchors, heads, levels, points, 2)` and the same without the 2."""
+        layers = [
+            self._of_layer(locations, weights)
+            for locations, weights in zip(sampling_locations, attention_weights, strict=True)
+        ]
+        self.parts.append({name: torch.stack([layer[name] for layer in layers], dim=1) for name in layers[0]})
+
+    def _of_layer(self, locations: torch.Tensor, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+        # batch_size, num_anchors, heads * levels * points(, 2)
+        locations = locations.flatten(2, 4).double().cpu()
+        weights = weights.flatten(2).double().cpu()
+        weights = weights / weights.sum(-1, keepdim=True)
+        # batch_size, num_anchors, heads * levels * points, 2, in cells from the reference point
+        offsets = (locations - self.reference_points[:, None]) * self.cells_per_side
+        centre = (offsets * weights[..., None]).sum(2)
+        squared_distance = (offsets - centre[:, :, None]).square().sum(-1)
+        outside_image = ((locations < 0) | (locations > 1)).any(-1).double()
+        return {
+            "centre": centre,
+            "spread": (squared_distance * weights).sum(-1).sqrt(),
+            "outside_cell": ((offsets.abs() > 0.5).any(-1).double() * weights).sum(-1),
+            "outside_image": (outside_image * weights).sum(-1),
+        }
+
+    def statistics(self) -> AnchorStatistics:
+        # images, layers, num_anchors(, 2)
+        columns = {name: torch.cat([part[name] for part in self.parts]) for name in self.parts[0]}
+        centre = columns.pop("centre")
+        total = centre.square().sum(-1).mean(dim=(0, 2))
+        varying = (centre - centre.mean(0)).square().sum(-1).mean(dim=(0, 2))
+        return AnchorStatistics(
+            displacement=centre.norm(dim=-1).mean(0),
+            content_share=torch.where(total > 0, varying / total.clamp_min(1e-12), 0.0),
+            **{name: column.mean(0) for name, column in columns.items()},
+        )
+
+
+@dataclass
+class TokenResult:
+    """
+    Args:
+        num_images (`int`): how many.
+        token_counts (`torch.LongTensor` of shape `(codebook_size,)`): how often each code occurred.
+        codebook (`CodebookStatistics`): of these counts.
+        position_entropy (`torch.Tensor` of shape `(num_anchors,)`): entropy in bits of the codes at each position; no
+            more than the binary logarithm of the number of images.
+        anchors (`AnchorStatistics`): where they look.
+    """
+
+    num_images: int
+    token_counts: torch.Tensor
+    codebook: CodebookStatistics
+    position_entropy: torch.Tensor
+    anchors: AnchorStatistics
+
+    def summary(self) -> dict[str, object]:
+        """Numbers for a JSON file: means over anchors by layer, and the histogram of code counts."""
+        anchors = {
+            name: [round(value, 4) for value in (values.mean(-1) if values.ndim == 2 else values).tolist()]
+            for name, values in vars(self.anchors).items()
+        }
+        return {
+            "num_images": self.num_images,
+            "codebook_size": len(self.token_counts),
+            "codebook_usage": self.codebook.usage,
+            "codebook_entropy_bits": self.codebook.entropy,
+            "codebook_perplexity": self.codebook.perplexity,
+            "position_entropy_bits": [round(value, 4) for value in self.position_entropy.tolist()],
+            "anchors_by_layer": anchors,
+            "token_counts": self.token_counts.tolist(),
+        }
+
+
+@torch.no_grad()
+def evaluate_tokens(
+    pipe: VFMTokPipeline, files: Sequence[Path], batch_size: int = 16, advance: Advance = lambda count: None
+) -> TokenResult:
+    """Statistics of the tokens of image files, and of the places that their anchors looked at."""
+    model: VFMTokModel = pipe.vq_model
+    tracker = AnchorTracker(model.anchor_encoder.reference_points(model.device))
+    all_tokens = []
+    for start in range(0, len(files), batch_size):
+        pixel_values = pipe.image_processor(list(files[start : start + batch_size]), return_tensors="pt")
+        encoded = model.encode(pixel_values["pixel_values"].to(model.device), output_sampling_locations=True)
+        tracker.update(encoded.sampling_locations, encoded.attention_weights)
+        all_tokens.append(encoded.image_tokens.cpu())
+        advance(len(encoded.image_tokens))
+    image_tokens = torch.cat(all_tokens)
+    codebook_size = model.config.codebook_size
+    counts = image_tokens.flatten().bincount(minlength=codebook_size)
+    by_position = torch.stack([position.bincount(minlength=codebook_size) for position in image_tokens.T])
+    return TokenResult(
+        len(files), counts, codebook_statistics(counts), entropy_bits(by_position), tracker.statistics()
+    )
+
+
+@dataclass
+class Looks:
+    """
+    Where the anchors of a few images look in the encoder's last layer.
+
+    Args:
+        images (`torch.ByteTensor` of shape `(images, 3, height, width)`): as the model sees them.
+        sampling_locations (`torch.Tensor` of shape `(images, num_anchors, heads, levels, points, 2)`): (x, y) in [0, 1]^2.
+        attention_weights (`torch.Tensor` of shape `(images, num_anchors, heads, levels, points)`).
+    """
+
+    images: torch.Tensor
+    sampling_locations: torch.Tensor
+    attention_weights: torch.Tensor
+
+
+@torch.no_grad()
+def looks_of(pipe: VFMTokPipeline, files: Sequence[Path]) -> Looks:
+    """Encode a few image files and keep where their anchors look."""
+    pixel_values = pipe.image_processor(list(files), return_tensors="pt")["pixel_values"]
+    encoded = pipe.vq_model.encode(pixel_values.to(pipe.vq_model.device), output_sampling_locations=True)
+    images = pipe.image_processor.postprocess(pixel_values, "uint8")
+    return Looks(images, encoded.sampling_locations[-1].float().cpu(), encoded.attention_weights[-1].float().cpu())

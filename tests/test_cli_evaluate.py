@@ -1,0 +1,98 @@
+"""`vfmtok evaluate`, with tiny checkpoints and the features `own`."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from tests.evaluation.folders import write_colour_classes, write_images
+from tests.pipelines.tiny_pipeline import tiny_pipeline
+from vfmtok_hf import cli
+from vfmtok_hf.evaluation.results import measured_results
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tiny_pipeline().save_pretrained(folder)
+    return folder
+
+
+def evaluate(*arguments, code=0):
+    """Run the command; returns (stdout, stderr)."""
+    result = CliRunner().invoke(cli.app, ["evaluate", *map(str, arguments)])
+    assert result.exit_code == code, result.output
+    return result.stdout, result.stderr
+
+
+def test_reconstruction(model, tmp_path):
+    write_images(tmp_path / "images", 12)
+    output = tmp_path / "result.json"
+    stdout, stderr = evaluate(
+        "reconstruction", tmp_path / "images", "--features", "own", "--size", 16, "-m", model, "-o", output
+    )
+    assert "PSNR" in stdout
+    assert "singular" in stderr
+    results = measured_results(output)
+    assert {"psnr", "ssim", "rfid"} <= {result.metric for result in results}
+    assert results[0].setting == "32 -> 16"
+    assert "resize reconstruction" in results[0].source
+
+
+def test_generation_sweep_and_its_continuation(model, tmp_path):
+    write_images(tmp_path / "real", 12)
+    output = tmp_path / "samples"
+    arguments = (
+        "generation", "--reference", tmp_path / "real", "--features", "own", "-n", 10, "-g", 1, "-g", 2, "--npz",
+        "--batch-size", 4, "-m", model, "-o", output,
+    )  # fmt: skip
+    evaluate(*arguments)
+    with (output / "guidance.csv").open() as file:
+        assert [row["guidance_scale"] for row in csv.DictReader(file)] == ["1.0", "2.0"]
+    assert (output / "guidance.png").stat().st_size > 0
+    first = (output / "guidance_1" / "samples.npz").read_bytes()
+    (output / "guidance_1" / "chunk_000001.npy").unlink()
+    evaluate(*arguments)
+    assert (output / "guidance_1" / "samples.npz").read_bytes() == first
+    with np.load(output / "guidance_2" / "samples.npz") as archive:
+        assert archive["arr_1"].tolist() == [0, 1, 2, 3, 4] * 2
+    assert measured_results(output / "guidance_2" / "results.json")[0].setting == "with guidance"
+    _, stderr = evaluate(*arguments, "--seed", 7, code=1)
+    assert "holds samples of other settings: seed 0 instead of 7" in stderr
+
+
+def test_linear_probe(model, tmp_path):
+    train, test = (write_colour_classes(tmp_path / name, 12, seed) for seed, name in enumerate(("train", "test")))
+    options = ("--epochs", 4, "--views", 1, "-m", model, "-o", tmp_path / "probe.json")
+    stdout, _ = evaluate("linear-probe", "--train", train, "--test", test, *options)
+    assert "image_embeds" in stdout
+    assert measured_results(tmp_path / "probe_pixels.json")[0].metric == "top1"
+
+
+def test_tokens(model, tmp_path):
+    write_images(tmp_path / "images", 5)
+    evaluate("tokens", tmp_path / "images", "-m", model, "-o", tmp_path / "tokens")
+    assert json.loads((tmp_path / "tokens" / "tokens.json").read_text())["num_images"] == 5
+    for name in ("codebook", "anchors", "sampling"):
+        assert (tmp_path / "tokens" / f"{name}.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("reconstruction", "missing"), "no file or folder"),
+        (("reconstruction", "images", "--features", "./missing"), "missing"),
+        (("generation", "--reference", "images", "-o", "out", "-n", 3, "--features", "own"), "more than 3 images"),
+        (("linear-probe", "--train", "images", "--test", "images"), "one folder of images per class"),
+        (("tokens", "empty"), "no images"),
+    ],
+)
+def test_errors_are_one_line(model, tmp_path, monkeypatch, arguments, message):
+    write_images(tmp_path / "images", 12)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    _, stderr = evaluate(*arguments, "-m", model, code=1)
+    assert stderr.count("\n") == 1
+    assert message in stderr
