@@ -98,6 +98,11 @@ class VFMTokOutput(ModelOutput):
         loss (`torch.FloatTensor` of shape `()`, with `return_loss=True`):
             Sum of the four terms below. Losses on pixels (squared error, perceptual, adversarial) need other networks
             and belong to the training script.
+        quantized_latents (`torch.FloatTensor` of shape `(batch_size, num_anchors, codebook_dim)`):
+            The l2-normalised codebook rows of the image tokens, straight-through with `return_loss=True`. Without a
+            loss they come first, which is where transformers' `image-feature-extraction` looks for features.
+        pooler_output (`torch.FloatTensor` of shape `(batch_size, hidden_size)`):
+            One embedding per image, `image_embeds` under the name that the same task looks for with `pool=True`.
         reconstruction (`torch.FloatTensor` of shape `(batch_size, 3, image_size, image_size)`):
             The image, about [-1, 1], not clamped.
         image_tokens (`torch.LongTensor` of shape `(batch_size, num_anchors)`):
@@ -109,6 +114,8 @@ class VFMTokOutput(ModelOutput):
     """
 
     loss: torch.Tensor | None = None
+    quantized_latents: torch.Tensor | None = None
+    pooler_output: torch.Tensor | None = None
     reconstruction: torch.Tensor | None = None
     image_tokens: torch.Tensor | None = None
     codebook_loss: torch.Tensor | None = None
@@ -1147,14 +1154,21 @@ class VFMTokModel(VFMTokPreTrainedModel):
         latents = self.encode_features(vision_features)
         if not return_loss:
             image_tokens = self.quantizer.nearest(latents)
+            quantized_latents = self.quantizer.lookup(image_tokens)
+            memory = self._memory(None, quantized_latents)
             return VFMTokOutput(
-                reconstruction=self.decode(image_tokens=image_tokens).reconstruction, image_tokens=image_tokens
+                quantized_latents=quantized_latents,
+                pooler_output=self.vit_decoder.decode_image_embeds(memory),
+                reconstruction=self.pixel_decoder(self.vit_decoder.decode_image(memory)),
+                image_tokens=image_tokens,
             )
         quantized = self.quantizer(latents)
         decoded = self.decode(quantized_latents=quantized.quantized_latents, output_features=True)
         feature_loss = self.feature_loss(decoded.reconstructed_features, vision_features[-1])
         return VFMTokOutput(
             loss=quantized.codebook_loss + quantized.commitment_loss + quantized.entropy_loss + feature_loss,
+            quantized_latents=quantized.quantized_latents,
+            pooler_output=decoded.image_embeds,
             reconstruction=decoded.reconstruction,
             image_tokens=quantized.image_tokens,
             codebook_loss=quantized.codebook_loss,

@@ -82,11 +82,13 @@ class VFMTokRARAttention(nn.Module):
         query = self.q_norm(self.q_proj(hidden_states).view(head_shape)).transpose(1, 2)
         key = self.k_norm(self.k_proj(hidden_states).view(head_shape)).transpose(1, 2)
         value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
+        attention_mask = None
         if cache is not None:
             key, value = cache.append(key, value)
+            attention_mask = cache.attention_mask
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
-        attended, _ = attention(self, query, key, value, attention_mask=None, scaling=self.scaling, dropout=dropout)
+        attended, _ = attention(self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout)
         return self.dropout(self.o_proj(attended.flatten(-2)))
 
 
