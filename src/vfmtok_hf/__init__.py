@@ -3,8 +3,7 @@ VFMTok for the Hugging Face ecosystem: image tokens from frozen vision foundatio
 that turn class labels into those tokens without classifier-free guidance (arXiv 2507.08441).
 
 Importing the package registers its models with transformers' Auto classes and `image-tokens` as a task of its
-`pipeline`. The pipeline needs diffusers, which is
-imported when `VFMTokPipeline` is first used.
+`pipeline`. `VFMTokPipeline` needs diffusers, which is imported when it is first used.
 """
 
 from importlib import import_module

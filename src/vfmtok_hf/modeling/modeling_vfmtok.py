@@ -743,6 +743,8 @@ class VFMTokPixelDecoder(nn.Module):
 
 
 class VFMTokPreTrainedModel(CheckedModelMixin, PreTrainedModel):
+    """Weight initialisation, and what transformers has to know of the model to place, freeze and cast its parts."""
+
     config: VFMTokConfig
     config_class = VFMTokConfig
     base_model_prefix = "vfmtok"
@@ -1026,7 +1028,15 @@ class VFMTokModel(VFMTokPreTrainedModel):
     # -- image -> image tokens
 
     def encode_features(self, vision_features: list[torch.Tensor]) -> torch.Tensor:
-        """Feature levels, as of `extract_vision_features`, to latents `(batch_size, num_anchors, codebook_dim)`."""
+        """
+        Anchor encoder and projection to the codebook's width.
+
+        Args:
+            vision_features (`list[torch.Tensor]`): as of `extract_vision_features`.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch_size, num_anchors, codebook_dim)`: latents, not normalised.
+        """
         anchor_states, _, _ = self.anchor_encoder(vision_features)
         return self.quant_proj(anchor_states)
 
@@ -1120,8 +1130,17 @@ class VFMTokModel(VFMTokPreTrainedModel):
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """
-        `(batch_size, hidden_size)` embedding of images, computed from their image tokens alone: the feature branch's
-        CLS state, as in the paper's linear probe.
+        One embedding per image, computed from its image tokens alone: the feature branch's CLS state, which the
+        paper's linear probe reads.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(batch_size, 3, height, width)`): in [-1, 1], any size.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch_size, hidden_size)`.
+
+        Raises:
+            ValueError: as `encode`.
         """
         image_tokens = self.encode(pixel_values).image_tokens
         return self.vit_decoder.decode_image_embeds(self._memory(image_tokens, None))

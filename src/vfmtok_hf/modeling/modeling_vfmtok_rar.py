@@ -174,7 +174,16 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
         return self.embed_tokens, self.config.codebook_size + 1
 
     def position_rows(self, batch_size: int, orders: torch.Tensor | None) -> torch.Tensor:
-        """`(batch_size, num_image_tokens + 2)` rows of the position tables for the sequence in the given order."""
+        """
+        Rows of the position tables for the sequence [start token, class, image tokens in the given order].
+
+        Args:
+            batch_size (`int`): rows are repeated for it.
+            orders (`torch.LongTensor` of shape `(batch_size, num_image_tokens)`, *optional*): raster order if unset.
+
+        Returns:
+            `torch.LongTensor` of shape `(batch_size, num_image_tokens + 2)`.
+        """
         rows = torch.arange(self.config.num_image_tokens + 2, device=self.position_embeddings.device)
         rows = rows.expand(batch_size, -1)
         return rows if orders is None else torch.cat([rows[:, :2], orders + 2], dim=1)
