@@ -51,6 +51,7 @@ HOOKS = {
     "save_pretrained",
     "save_config",
     "download",
+    "extra_repr",
 }
 # A description may point to another one.
 REFERENCE = re.compile(r"arguments[^.]*(as in|those of|as in transformers)\s+\[?`", re.IGNORECASE)
@@ -86,7 +87,9 @@ def test_public_interfaces_are_described(name):
         unnamed = [argument for argument in arguments(node) if not re.search(rf"\b{argument}\b", docstring)]
         assert unnamed == [] or REFERENCE.search(docstring), "its docstring does not name these arguments"
         unsaid = raised(node) - {"AttributeError"} if "Raises" not in docstring else set()
-        assert unsaid == set() or REFERENCE.search(docstring), "it raises these, and its docstring has no Raises section"
+        assert unsaid == set() or REFERENCE.search(docstring), (
+            "it raises these, and its docstring has no Raises section"
+        )
 
 
 def is_one_line_config_constructor(node: ast.AST) -> bool:

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vfmtok_hf.conversion.write_folder import check_output, whole_folder
+from vfmtok_hf.cpu_inference import unpack_weights
 from vfmtok_hf.hub_kernels import disable_kernels
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 from vfmtok_hf.modeling.modeling_vfmtok_ar import VFMTokARForImageGeneration, rotary_table
@@ -418,8 +419,8 @@ def export_pipeline(
     Write a pipeline's models as graphs, one file a part, and `export.json`, which says how to use them.
 
     Each file is read back and run on random inputs before the folder appears. The graphs compute in float32 on the CPU
-    (`torch.export` programs can be moved, onnxruntime has its own devices); the pipeline is moved there and compiled
-    kernels are unbound, since a graph has no place for them.
+    (`torch.export` programs can be moved, onnxruntime has its own devices); the pipeline is moved there, and its
+    compiled kernels are unbound and packed weights unpacked, since a graph has no place for them.
 
     Args:
         pipe ([`VFMTokPipeline`]): with a generator or without.
@@ -440,8 +441,9 @@ def export_pipeline(
     check_export(output, format)
     available = pipeline_parts(pipe)
     chosen = [available[name] for name in check_parts(parts, available)]
+    for model in filter(None, (pipe.vq_model, pipe.transformer)):
+        unpack_weights(disable_kernels(model))
     pipe.to("cpu", torch.float32)
-    disable_kernels(pipe.vq_model)
     with whole_folder(output, overwrite=False) as folder, torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         exported = [export_part(part.eval(), folder, format, batch_size) for part in chosen]
