@@ -439,11 +439,11 @@ def export_pipeline(
     """
     output = Path(output)
     check_export(output, format)
-    available = pipeline_parts(pipe)
-    chosen = [available[name] for name in check_parts(parts, available)]
     for model in filter(None, (pipe.vq_model, pipe.transformer)):
         unpack_weights(disable_kernels(model))
     pipe.to("cpu", torch.float32)
+    available = pipeline_parts(pipe)
+    chosen = [available[name] for name in check_parts(parts, available)]
     with whole_folder(output, overwrite=False) as folder, torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         exported = [export_part(part.eval(), folder, format, batch_size) for part in chosen]
