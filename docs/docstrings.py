@@ -11,13 +11,16 @@ SECTION = re.compile(
     r"^(Args|Returns|Raises|Raises \(on call\)|Example|Examples):[ \t]*\n((?:[ \t]+.*\n|\n)+)", re.MULTILINE
 )
 
+REFERENCE = re.compile(r"\[(`[^`]+`)\](?!\()")
+
 
 class HuggingFaceDocstrings(griffe.Extension):
     """Turns `Args:` and its like, whose items are indented lines, into headed lists."""
 
     def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring is not None:
-            obj.docstring.value = SECTION.sub(section, obj.docstring.value + "\n").rstrip()
+            plain = REFERENCE.sub(r"\1", obj.docstring.value + "\n")
+            obj.docstring.value = SECTION.sub(section, plain).rstrip()
 
 
 def section(match: re.Match) -> str:
