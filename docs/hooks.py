@@ -16,6 +16,14 @@ LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 CODE = re.compile(r"^```.*?^```|`[^`\n]+`", re.MULTILINE | re.DOTALL)
 
 
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Put pages of docs/ that `nav` does not name at the end of the guides."""
+    named = set(re.findall(r"[\w/]+\.md", str(config.nav)))
+    (guides,) = (section["Guides"] for section in config.nav if "Guides" in section)
+    guides += sorted(path.name for path in (ROOT / "docs").glob("*.md") if path.name not in named)
+    return config
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the changelog, and each notebook as a page with its pictures."""
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")

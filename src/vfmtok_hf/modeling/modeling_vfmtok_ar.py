@@ -208,6 +208,7 @@ class VFMTokARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGener
             init.zeros_(module.weight)
 
     def class_embedding_table(self) -> tuple[nn.Embedding, int]:
+        """The table, and the row of class 0."""
         return self.class_embedding, 0
 
     def decode_sequence(

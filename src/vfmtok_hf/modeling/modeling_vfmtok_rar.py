@@ -171,6 +171,7 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
             init.trunc_normal_(self.timestep_embeddings, std=std)
 
     def class_embedding_table(self) -> tuple[nn.Embedding, int]:
+        """The table, and the row of class 0."""
         return self.embed_tokens, self.config.codebook_size + 1
 
     def position_rows(self, batch_size: int, orders: torch.Tensor | None) -> torch.Tensor:
