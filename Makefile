@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := src tests examples kernel benchmarks spaces
 
-.PHONY: install test demo space quality style emoji-checkpoint clean
+.PHONY: install test demo space docs docs-serve notebooks quality style emoji-checkpoint clean
 
 include kernel/kernel.mk
 
@@ -26,6 +26,15 @@ demo: install  ## draw images with the checkpoint that comes with the package
 
 space: install  ## the Gradio Space with the embedded checkpoint, on http://127.0.0.1:7860
 	GRADIO_ANALYTICS_ENABLED=False $(BIN)/python spaces/vfmtok/app.py
+
+docs: install  ## the documentation site, into site/
+	$(BIN)/mkdocs build
+
+docs-serve: install  ## the same, shown and rebuilt while you write
+	$(BIN)/mkdocs serve
+
+notebooks: install  ## run the notebooks again and keep their outputs
+	$(BIN)/python examples/notebooks/execute.py
 
 quality: install  ## lint, format and type checks
 	$(BIN)/ruff check $(SOURCES)
@@ -54,4 +63,4 @@ emoji-checkpoint: data/emoji64 data/efficientnet_lite0  ## train the shipped che
 		--data data/emoji64 --vision-model data/efficientnet_lite0 --output src/vfmtok_hf/checkpoints/emoji
 
 clean:
-	rm -rf $(VENV) outputs .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) outputs site .pytest_cache .ruff_cache .mypy_cache

@@ -21,6 +21,7 @@ ALLOWED = {
     "hub_kernels": {"modeling"},
     "training": {"modeling", "pipelines"},
     "evaluation": {"modeling", "pipelines"},
+    "export": {"modeling", "pipelines", "conversion", "hub_kernels", "cpu_inference"},
 }
 
 

@@ -2,19 +2,23 @@
 VFMTok for the Hugging Face ecosystem: image tokens from frozen vision foundation models, and autoregressive generators
 that turn class labels into those tokens without classifier-free guidance (arXiv 2507.08441).
 
-Importing the package registers its models with transformers' Auto classes. The pipeline needs diffusers, which is
-imported when `VFMTokPipeline` is first used.
+Importing the package registers its models with transformers' Auto classes and `image-tokens` as a task of its
+`pipeline`. `VFMTokPipeline` needs diffusers, which is imported when it is first used.
 """
 
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers import AutoModel
+from transformers.pipelines import PIPELINE_REGISTRY
+
 from .modeling.auto_vfmtok import register_auto_classes
 from .modeling.configuration_vfmtok import VFMTokConfig
 from .modeling.configuration_vfmtok_ar import VFMTokARConfig
 from .modeling.configuration_vfmtok_rar import VFMTokRARConfig
 from .modeling.image_processing_vfmtok import VFMTokImageProcessor
+from .modeling.image_tokens_vfmtok import VFMTokImageTokensPipeline
 from .modeling.modeling_vfmtok import VFMTokModel
 from .modeling.modeling_vfmtok_ar import VFMTokARForImageGeneration
 from .modeling.modeling_vfmtok_rar import VFMTokRARForImageGeneration
@@ -36,6 +40,7 @@ _LAZY_NAMES = {
 }
 
 register_auto_classes()
+PIPELINE_REGISTRY.register_pipeline("image-tokens", VFMTokImageTokensPipeline, pt_model=AutoModel, type="image")
 
 
 def __getattr__(name: str) -> Any:
@@ -54,6 +59,7 @@ __all__ = [
     "VFMTokARForImageGeneration",
     "VFMTokConfig",
     "VFMTokImageProcessor",
+    "VFMTokImageTokensPipeline",
     "VFMTokModel",
     "VFMTokPipeline",
     "VFMTokRARConfig",

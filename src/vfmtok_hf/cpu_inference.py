@@ -20,6 +20,9 @@ class PackedLinear(nn.Module):
     An `nn.Linear` for inference on the CPU, its weight in oneDNN's blocked layout.
 
     It is saved, copied and pickled as the `nn.Linear` it came from. It has no backward.
+
+    Args:
+        linear (`torch.nn.Linear`): in float32 or bfloat16 on the CPU.
     """
 
     def __init__(self, linear: nn.Linear):
@@ -31,7 +34,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """
-        `(..., in_features)` to `(..., out_features)`.
+        `hidden_states` `(..., in_features)` to `(..., out_features)`.
 
         Raises:
             RuntimeError: a gradient is wanted.
@@ -105,7 +108,7 @@ def pack_weights(model: ModuleT) -> ModuleT:
 
 
 def unpack_weights(model: ModuleT) -> ModuleT:
-    """Undo [`pack_weights`] in place, to the last bit; returns the argument."""
+    """Undo [`pack_weights`] of `model` in place, to the last bit; returns the argument."""
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, PackedLinear):

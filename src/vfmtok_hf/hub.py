@@ -288,7 +288,8 @@ def read_metrics(file: str | Path) -> list[dict[str, Any]]:
 
 def draw_samples(folder: str | Path, count: int) -> tuple[bytes, str]:
     """
-    A picture of samples of a saved pipeline as PNG, and its caption: seeds from 0, none picked, no guidance.
+    A picture of `count` samples of the pipeline saved in `folder` as PNG, and its caption: seeds from 0, none picked,
+    no guidance.
 
     Classes follow each other from 0, and begin again after the last.
     """

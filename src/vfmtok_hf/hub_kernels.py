@@ -77,7 +77,10 @@ def enable_kernels(
 
 
 def disable_kernels(module_or_model: ModuleT) -> ModuleT:
-    """Give every `MultiScaleDeformableAttention` in a model its pure-PyTorch `forward` back; returns the argument."""
+    """
+    Give every `MultiScaleDeformableAttention` in `module_or_model`, a whole model or the one module, its pure-PyTorch
+    `forward` back; returns the argument.
+    """
     for module in _layers_of(module_or_model):
         module.__dict__.pop("forward", None)
     return module_or_model

@@ -9,7 +9,7 @@ from torch import nn
 
 def match_class_names(new_names: Sequence[str], old_names: Sequence[str]) -> list[int | None]:
     """
-    For each new class the number of the old class that it continues, or None.
+    For each class of `new_names` the number of the one of `old_names` that it continues, or None.
 
     Classes match by whole name, else by a synonym (names hold them separated by commas), in any case. A name that fits
     several old classes, as "crane" does in ImageNet, matches none of them.

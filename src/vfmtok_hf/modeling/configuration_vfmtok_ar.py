@@ -70,7 +70,16 @@ class VFMTokARConfig(CheckedConfigMixin, PreTrainedConfig):
 
     @classmethod
     def from_variant(cls, variant: str, **overrides) -> "VFMTokARConfig":
-        """The configuration of one released size: "B", "L", "XL", "XXL", "2B" or "3B"; `overrides` win over it."""
+        """
+        The configuration of one released size.
+
+        Args:
+            variant (`str`): "B", "L", "XL", "XXL", "2B" or "3B".
+            overrides: fields that win over it.
+
+        Raises:
+            ValueError: there is no such size.
+        """
         if variant not in VARIANTS:
             raise ValueError(f"Unknown VFMTokARConfig variant {variant!r}. Use one of {', '.join(VARIANTS)}.")
         return cls(**{**VARIANTS[variant], **overrides})

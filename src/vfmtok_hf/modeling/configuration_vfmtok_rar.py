@@ -66,9 +66,15 @@ class VFMTokRARConfig(CheckedConfigMixin, PreTrainedConfig):
     @classmethod
     def from_variant(cls, variant: str, **overrides) -> "VFMTokRARConfig":
         """
-        The configuration of one released size: "L", "XL" or "XXL"; `overrides` win over it.
+        The configuration of one released size. XL has `intermediate_size` 4096 in VFMTok-RAR's settings, and 5120 in
+        those of the RAR it comes from.
 
-        XL has `intermediate_size` 4096 in VFMTok-RAR's settings, and 5120 in those of the RAR it comes from.
+        Args:
+            variant (`str`): "L", "XL" or "XXL".
+            overrides: fields that win over it.
+
+        Raises:
+            ValueError: there is no such size.
         """
         if variant not in VARIANTS:
             raise ValueError(f"Unknown VFMTokRARConfig variant {variant!r}. Use one of {', '.join(VARIANTS)}.")

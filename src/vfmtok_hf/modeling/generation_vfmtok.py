@@ -162,6 +162,8 @@ class LayerCache:
 
     keys: torch.Tensor
     values: torch.Tensor
+    # What is stored is what a new position may see. A cache that returns more than that says here what to leave out.
+    attention_mask: torch.Tensor | None = None
 
     def __init__(self, max_length: int):
         self.max_length = max_length

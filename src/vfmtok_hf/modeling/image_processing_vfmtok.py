@@ -128,7 +128,10 @@ class VFMTokImageProcessor(PilBackend):
     # -- images -> pixel_values
 
     def fetch_images(self, image_url_or_urls):
-        """Read paths; give two-dimensional (greyscale) arrays their channel axis; pass other images through."""
+        """
+        Read those of `image_url_or_urls`, one image or nested lists of them, that are paths or addresses; give
+        two-dimensional (greyscale) arrays their channel axis; pass other images through.
+        """
         images = image_url_or_urls
         if isinstance(images, (list, tuple)):
             return [self.fetch_images(image) for image in images]
@@ -141,7 +144,12 @@ class VFMTokImageProcessor(PilBackend):
         return super().fetch_images(images)
 
     def process_image(self, image: ImageInput, **kwargs) -> np.ndarray:
-        """One image of any accepted kind to uint8 of shape `(channels, height, width)`."""
+        """
+        One `image` of any accepted kind to uint8 of shape `(channels, height, width)`.
+
+        Raises:
+            ValueError, TypeError: values out of range or of unknown range, or an image without pixels.
+        """
         if isinstance(image, PIL.Image.Image):
             image = upright_eight_bit(image)
         elif isinstance(image, torch.Tensor):
@@ -156,8 +164,11 @@ class VFMTokImageProcessor(PilBackend):
 
     def resize(self, image: np.ndarray, size: SizeDict, resample: int, **kwargs) -> np.ndarray:
         """
-        Bring the shorter side of `(channels, height, width)` to the target as guided-diffusion's `center_crop_arr`
-        does.
+        Bring the shorter side of a uint8 `image` `(channels, height, width)` to that of `size` as guided-diffusion's
+        `center_crop_arr` does, in its last step with the filter `resample` of PIL.
+
+        Raises:
+            ValueError: the image is more than 100 times longer than wide.
         """
         side = size.height
         height, width = image.shape[1:]
@@ -175,7 +186,13 @@ class VFMTokImageProcessor(PilBackend):
         return np.asarray(picture).reshape(picture.height, picture.width, -1).transpose(2, 0, 1)
 
     def center_crop(self, image: np.ndarray, size: SizeDict, **kwargs) -> np.ndarray:
-        """The central square of `(channels, height, width)`. An odd margin leaves its extra pixel below and right."""
+        """
+        The central square, of side `size`, of an `image` `(channels, height, width)`. An odd margin leaves its extra
+        pixel below and right.
+
+        Raises:
+            ValueError: the image is smaller than that.
+        """
         side = size.height
         height, width = image.shape[1:]
         if min(height, width) < side:

@@ -98,6 +98,11 @@ class VFMTokOutput(ModelOutput):
         loss (`torch.FloatTensor` of shape `()`, with `return_loss=True`):
             Sum of the four terms below. Losses on pixels (squared error, perceptual, adversarial) need other networks
             and belong to the training script.
+        quantized_latents (`torch.FloatTensor` of shape `(batch_size, num_anchors, codebook_dim)`):
+            The l2-normalised codebook rows of the image tokens, straight-through with `return_loss=True`. Without a
+            loss they come first, which is where transformers' `image-feature-extraction` looks for features.
+        pooler_output (`torch.FloatTensor` of shape `(batch_size, hidden_size)`):
+            One embedding per image, `image_embeds` under the name that the same task looks for with `pool=True`.
         reconstruction (`torch.FloatTensor` of shape `(batch_size, 3, image_size, image_size)`):
             The image, about [-1, 1], not clamped.
         image_tokens (`torch.LongTensor` of shape `(batch_size, num_anchors)`):
@@ -109,6 +114,8 @@ class VFMTokOutput(ModelOutput):
     """
 
     loss: torch.Tensor | None = None
+    quantized_latents: torch.Tensor | None = None
+    pooler_output: torch.Tensor | None = None
     reconstruction: torch.Tensor | None = None
     image_tokens: torch.Tensor | None = None
     codebook_loss: torch.Tensor | None = None
@@ -736,6 +743,8 @@ class VFMTokPixelDecoder(nn.Module):
 
 
 class VFMTokPreTrainedModel(CheckedModelMixin, PreTrainedModel):
+    """Weight initialisation, and what transformers has to know of the model to place, freeze and cast its parts."""
+
     config: VFMTokConfig
     config_class = VFMTokConfig
     base_model_prefix = "vfmtok"
@@ -1019,7 +1028,15 @@ class VFMTokModel(VFMTokPreTrainedModel):
     # -- image -> image tokens
 
     def encode_features(self, vision_features: list[torch.Tensor]) -> torch.Tensor:
-        """Feature levels, as of `extract_vision_features`, to latents `(batch_size, num_anchors, codebook_dim)`."""
+        """
+        Anchor encoder and projection to the codebook's width.
+
+        Args:
+            vision_features (`list[torch.Tensor]`): as of `extract_vision_features`.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch_size, num_anchors, codebook_dim)`: latents, not normalised.
+        """
         anchor_states, _, _ = self.anchor_encoder(vision_features)
         return self.quant_proj(anchor_states)
 
@@ -1113,8 +1130,17 @@ class VFMTokModel(VFMTokPreTrainedModel):
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """
-        `(batch_size, hidden_size)` embedding of images, computed from their image tokens alone: the feature branch's
-        CLS state, as in the paper's linear probe.
+        One embedding per image, computed from its image tokens alone: the feature branch's CLS state, which the
+        paper's linear probe reads.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(batch_size, 3, height, width)`): in [-1, 1], any size.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch_size, hidden_size)`.
+
+        Raises:
+            ValueError: as `encode`.
         """
         image_tokens = self.encode(pixel_values).image_tokens
         return self.vit_decoder.decode_image_embeds(self._memory(image_tokens, None))
@@ -1147,14 +1173,21 @@ class VFMTokModel(VFMTokPreTrainedModel):
         latents = self.encode_features(vision_features)
         if not return_loss:
             image_tokens = self.quantizer.nearest(latents)
+            quantized_latents = self.quantizer.lookup(image_tokens)
+            memory = self._memory(None, quantized_latents)
             return VFMTokOutput(
-                reconstruction=self.decode(image_tokens=image_tokens).reconstruction, image_tokens=image_tokens
+                quantized_latents=quantized_latents,
+                pooler_output=self.vit_decoder.decode_image_embeds(memory),
+                reconstruction=self.pixel_decoder(self.vit_decoder.decode_image(memory)),
+                image_tokens=image_tokens,
             )
         quantized = self.quantizer(latents)
         decoded = self.decode(quantized_latents=quantized.quantized_latents, output_features=True)
         feature_loss = self.feature_loss(decoded.reconstructed_features, vision_features[-1])
         return VFMTokOutput(
             loss=quantized.codebook_loss + quantized.commitment_loss + quantized.entropy_loss + feature_loss,
+            quantized_latents=quantized.quantized_latents,
+            pooler_output=decoded.image_embeds,
             reconstruction=decoded.reconstruction,
             image_tokens=quantized.image_tokens,
             codebook_loss=quantized.codebook_loss,

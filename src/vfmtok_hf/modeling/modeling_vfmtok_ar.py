@@ -84,17 +84,22 @@ def eager_attention_forward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: None,
+    attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Causal attention; a single query, the newest of a cached sequence, sees all keys."""
+    """
+    Causal attention; a single query, the newest of a cached sequence, sees all keys, or those for which
+    `attention_mask` is True.
+    """
     scores = query @ key.transpose(-1, -2) * scaling
     length = query.shape[2]
     if length > 1:
         future = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
         scores = scores.masked_fill(future, -torch.inf)
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, -torch.inf)
     probabilities = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     probabilities = F.dropout(probabilities, p=dropout, training=module.training)
     return (probabilities @ value).transpose(1, 2).contiguous(), probabilities
@@ -124,11 +129,13 @@ class VFMTokARAttention(nn.Module):
         query = apply_rotary(self.q_proj(hidden_states).view(head_shape).transpose(1, 2), position_embeddings)
         key = apply_rotary(self.k_proj(hidden_states).view(head_shape).transpose(1, 2), position_embeddings)
         value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
+        attention_mask = None
         if cache is not None:
             key, value = cache.append(key, value)
+            attention_mask = cache.attention_mask
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
-        attended, _ = attention(self, query, key, value, attention_mask=None, scaling=self.scaling, dropout=dropout)
+        attended, _ = attention(self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout)
         return self.residual_dropout(self.o_proj(attended.flatten(-2)))
 
 
@@ -201,6 +208,7 @@ class VFMTokARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGener
             init.zeros_(module.weight)
 
     def class_embedding_table(self) -> tuple[nn.Embedding, int]:
+        """The table, and the row of class 0."""
         return self.class_embedding, 0
 
     def decode_sequence(

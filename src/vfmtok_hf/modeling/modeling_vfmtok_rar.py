@@ -82,11 +82,13 @@ class VFMTokRARAttention(nn.Module):
         query = self.q_norm(self.q_proj(hidden_states).view(head_shape)).transpose(1, 2)
         key = self.k_norm(self.k_proj(hidden_states).view(head_shape)).transpose(1, 2)
         value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
+        attention_mask = None
         if cache is not None:
             key, value = cache.append(key, value)
+            attention_mask = cache.attention_mask
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
-        attended, _ = attention(self, query, key, value, attention_mask=None, scaling=self.scaling, dropout=dropout)
+        attended, _ = attention(self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout)
         return self.dropout(self.o_proj(attended.flatten(-2)))
 
 
@@ -169,10 +171,20 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
             init.trunc_normal_(self.timestep_embeddings, std=std)
 
     def class_embedding_table(self) -> tuple[nn.Embedding, int]:
+        """The table, and the row of class 0."""
         return self.embed_tokens, self.config.codebook_size + 1
 
     def position_rows(self, batch_size: int, orders: torch.Tensor | None) -> torch.Tensor:
-        """`(batch_size, num_image_tokens + 2)` rows of the position tables for the sequence in the given order."""
+        """
+        Rows of the position tables for the sequence [start token, class, image tokens in the given order].
+
+        Args:
+            batch_size (`int`): rows are repeated for it.
+            orders (`torch.LongTensor` of shape `(batch_size, num_image_tokens)`, *optional*): raster order if unset.
+
+        Returns:
+            `torch.LongTensor` of shape `(batch_size, num_image_tokens + 2)`.
+        """
         rows = torch.arange(self.config.num_image_tokens + 2, device=self.position_embeddings.device)
         rows = rows.expand(batch_size, -1)
         return rows if orders is None else torch.cat([rows[:, :2], orders + 2], dim=1)

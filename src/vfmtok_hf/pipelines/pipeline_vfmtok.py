@@ -229,7 +229,13 @@ class VFMTokPipeline(DiffusionPipeline):
     def from_image_tokenizer(
         cls, pretrained_model_name_or_path, dtype: torch.dtype | str = torch.float32
     ) -> "VFMTokPipeline":
-        """A pipeline without generator, from a folder or repository that holds an image tokenizer alone."""
+        """
+        A pipeline without generator.
+
+        Args:
+            pretrained_model_name_or_path (`str`): folder or repository that holds an image tokenizer alone.
+            dtype (`torch.dtype`): precision of its weights.
+        """
         vq_model = VFMTokModel.from_pretrained(pretrained_model_name_or_path, dtype=dtype)
         return cls(vq_model, None, VFMTokImageProcessor.from_pretrained(pretrained_model_name_or_path))
 
@@ -247,7 +253,7 @@ class VFMTokPipeline(DiffusionPipeline):
 
     def get_label_ids(self, class_labels: ClassLabels) -> list[int]:
         """
-        Class ids of ids and names, one or several.
+        Class ids of `class_labels`: ids and names, one or several.
 
         Raises:
             ValueError: an unknown or ambiguous name, with the closest matches; an id out of range; an empty list.
@@ -317,6 +323,9 @@ class VFMTokPipeline(DiffusionPipeline):
 
         Returns:
             `ImagePipelineOutput` with `images`, or a tuple of them.
+
+        Raises:
+            ValueError: unknown labels or output type, a number of images below 1, or what the generator refuses.
         """
         self._check_output_type(output_type)
         if num_images_per_label < 1:
@@ -372,6 +381,9 @@ class VFMTokPipeline(DiffusionPipeline):
         Args:
             images: one image or a list of them, each a path, PIL image, array or tensor.
             batch_size (`int`, defaults to 16): images read and encoded at once, which bounds memory.
+
+        Raises:
+            ValueError, TypeError, FileNotFoundError: no images, or unusable ones; a checkpoint without vision weights.
         """
         images = images if isinstance(images, (list, tuple)) else [images]
         if not images:
@@ -392,9 +404,15 @@ class VFMTokPipeline(DiffusionPipeline):
         batch_size: int = 16,
     ) -> Images:
         """
-        Images of image tokens `(number of images, num_image_tokens)`, decoded `batch_size` at a time.
+        Images of image tokens.
 
-        The other arguments are those of [`VFMTokImageProcessor.postprocess`].
+        Args:
+            image_tokens (`torch.LongTensor` of shape `(number of images, num_image_tokens)`): in [0, codebook_size).
+            output_type, size, resize_mode: as in [`VFMTokImageProcessor.postprocess`].
+            batch_size (`int`, defaults to 16): images decoded at once, which bounds memory.
+
+        Raises:
+            ValueError: no tokens, or tokens of another model.
         """
         if not len(image_tokens):
             raise ValueError("There are no image tokens: pass those of at least one image.")
@@ -408,7 +426,14 @@ class VFMTokPipeline(DiffusionPipeline):
     def reconstruct(
         self, images: InputImages, output_type: str = "pil", return_dict: bool = True, batch_size: int = 16
     ) -> ImagePipelineOutput | tuple:
-        """Images through their image tokens and back, cropped and at the model's size."""
+        """
+        Images through their image tokens and back, cropped and at the model's size.
+
+        Args:
+            images: as in `tokenize`.
+            output_type (`str`), return_dict (`bool`): as in `__call__`.
+            batch_size (`int`, defaults to 16): images at once, which bounds memory.
+        """
         self._check_output_type(output_type)
         return self._output(self.tokenize(images, batch_size), output_type, return_dict, batch_size)
 

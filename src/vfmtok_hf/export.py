@@ -1,0 +1,536 @@
+"""
+Models as graphs that run without this package: `torch.export` programs, and ONNX files for onnxruntime.
+
+A pipeline has three parts to export, each with tensors alone for inputs and outputs:
+
+- `encoder`: pixel values -> image tokens,
+- `decoder`: image tokens -> image,
+- `decode_step`: one token and a key/value cache of fixed size -> logits of the next token and the updated cache.
+
+Before a folder appears every graph in it has been run, and compared with the model it was made of.
+"""
+
+import copy
+import json
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vfmtok_hf.conversion.write_folder import check_output, whole_folder
+from vfmtok_hf.cpu_inference import unpack_weights
+from vfmtok_hf.hub_kernels import disable_kernels
+from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
+from vfmtok_hf.modeling.modeling_vfmtok_ar import VFMTokARForImageGeneration, rotary_table
+from vfmtok_hf.modeling.modeling_vfmtok_rar import VFMTokRARForImageGeneration, modulate
+from vfmtok_hf.pipelines import VFMTokPipeline
+
+
+Format = Literal["onnx", "torch"]
+PartName = Literal["encoder", "decoder", "decode_step"]
+Graph = Callable[..., list[torch.Tensor]]
+
+SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
+ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+INFO_FILE = "export.json"
+CHECK_BATCH_SIZE = 4
+# Two libraries sum in different orders: a nearest codebook row may change where two are equally near to rounding.
+LEAST_EQUAL_SHARE = 0.999
+LARGEST_DIFFERENCE = 1e-3
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Parts
+
+
+class ExportPart(nn.Module, ABC):
+    """One graph: its tensors by name, a batch to trace and check it with, and the check."""
+
+    name: PartName
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    # Where each input has its batch; None if nowhere.
+    batch_dims: tuple[int | None, ...]
+
+    @abstractmethod
+    def example(self, batch_size: int) -> tuple[torch.Tensor, ...]:
+        """Inputs to trace the graph with."""
+
+    @abstractmethod
+    def check(self, graph: Graph, batch_size: int) -> str:
+        """
+        Compare a graph with the model on random inputs, and say in a few words what was found.
+
+        Raises:
+            ValueError: they differ by more than rounding.
+        """
+
+
+def without(model: VFMTokModel, *names: str) -> VFMTokModel:
+    """The model without some of its modules, which its graph would otherwise store unused. The others are shared."""
+    partial = copy.copy(model)
+    partial._modules = {**model._modules, **dict.fromkeys(names)}
+    return partial
+
+
+class Encoder(ExportPart):
+    """`pixel_values` `(batch, 3, image_size, image_size)` in [-1, 1] to `image_tokens` `(batch, num_anchors)`, int64."""
+
+    name = "encoder"
+    input_names = ("pixel_values",)
+    output_names = ("image_tokens",)
+    batch_dims = (0,)
+
+    def __init__(self, model: VFMTokModel):
+        super().__init__()
+        self.model = without(model, "post_quant_proj", "vit_decoder", "pixel_decoder")
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model.encode(pixel_values).image_tokens
+
+    def example(self, batch_size: int) -> tuple[torch.Tensor, ...]:
+        side = self.model.config.image_size
+        return (smooth_images(batch_size, side),)
+
+    def check(self, graph: Graph, batch_size: int) -> str:
+        (pixel_values,) = self.example(batch_size)
+        (image_tokens,) = graph(pixel_values)
+        return compare_tokens(image_tokens, self(pixel_values))
+
+
+class Decoder(ExportPart):
+    """`image_tokens` `(batch, num_anchors)` to `reconstruction` `(batch, 3, image_size, image_size)`, about [-1, 1]."""
+
+    name = "decoder"
+    input_names = ("image_tokens",)
+    output_names = ("reconstruction",)
+    batch_dims = (0,)
+
+    def __init__(self, model: VFMTokModel):
+        super().__init__()
+        self.model = without(model, "vision_model", "anchor_encoder", "quant_proj")
+
+    def forward(self, image_tokens: torch.Tensor) -> torch.Tensor:
+        return self.model.decode(image_tokens=image_tokens).reconstruction
+
+    def example(self, batch_size: int) -> tuple[torch.Tensor, ...]:
+        config = self.model.config
+        return (torch.randint(config.codebook_size, (batch_size, config.num_anchors)),)
+
+    def check(self, graph: Graph, batch_size: int) -> str:
+        (image_tokens,) = self.example(batch_size)
+        (reconstruction,) = graph(image_tokens)
+        return compare_floats("pixels", reconstruction, self(image_tokens))
+
+
+class StepCache:
+    """
+    Keys and values of one layer as tensors of fixed size, `(batch, heads, positions, head_dim)`: what a decode step
+    reads and writes in place of the model's own growing `LayerCache`.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, position: torch.Tensor):
+        slots = torch.arange(keys.shape[2], device=keys.device)
+        self.is_new = (slots == position)[:, None]
+        self.attention_mask = (slots <= position)[None, None, None]
+        self.keys, self.values = keys, values
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put the new `(batch, heads, 1, head_dim)` at its position; returns all positions, filled or not."""
+        self.keys = torch.where(self.is_new, keys, self.keys)
+        self.values = torch.where(self.is_new, values, self.values)
+        return self.keys, self.values
+
+
+class DecodeStep(ExportPart):
+    """
+    One step of a generator. Call it with `position` 0, 1, ... and feed `keys` and `values` back; they start as zeros.
+
+    Inputs: `class_labels` and `image_tokens`, both `(batch,)` int64; `position`, a scalar int64; `keys` and `values`,
+    `(layers, batch, heads, positions, head_dim)`. The first `condition_positions` positions ignore `image_tokens`; the
+    position `condition_positions + i` takes token i of the sequence. Outputs: `logits` `(batch, codebook_size)` of the
+    token that follows, and the new `keys` and `values`.
+    """
+
+    name = "decode_step"
+    input_names: tuple[str, ...] = ("class_labels", "image_tokens", "position", "keys", "values")
+    output_names = ("logits", "keys_out", "values_out")
+    batch_dims: tuple[int | None, ...] = (0, 0, None, 1, 1)
+
+    def __init__(self, model: VFMTokARForImageGeneration | VFMTokRARForImageGeneration):
+        super().__init__()
+        self.model = model
+
+    @property
+    def condition_positions(self) -> int:
+        """Positions before the first image token; the logits of the last of them are the first token's."""
+        return self.model.num_condition_tokens
+
+    @property
+    def num_positions(self) -> int:
+        """Steps to a whole image: the last token is drawn and never read."""
+        return self.condition_positions + self.model.config.num_image_tokens - 1
+
+    def layer_caches(self, keys: torch.Tensor, values: torch.Tensor, position: torch.Tensor) -> list[StepCache]:
+        return [StepCache(*layer, position) for layer in zip(keys.unbind(), values.unbind(), strict=True)]
+
+    @staticmethod
+    def stacked(caches: list[StepCache]) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.stack([cache.keys for cache in caches]), torch.stack([cache.values for cache in caches])
+
+    def example(self, batch_size: int) -> tuple[torch.Tensor, ...]:
+        config = self.model.config
+        shape = (config.num_hidden_layers, batch_size, config.num_attention_heads, self.num_positions, config.head_dim)
+        return (
+            torch.randint(config.num_classes, (batch_size,)),
+            torch.randint(config.codebook_size, (batch_size,)),
+            torch.tensor(0),
+            torch.zeros(shape),
+            torch.zeros(shape),
+        )
+
+    def check(self, graph: Graph, batch_size: int) -> str:
+        config = self.model.config
+        class_labels, _, _, keys, values, *orders = self.example(batch_size)
+        image_tokens = torch.randint(config.codebook_size, (batch_size, config.num_image_tokens))
+        sequence = image_tokens.take_along_dim(orders[0], dim=1) if orders else image_tokens
+        expected = self.model(class_labels, image_tokens, **({"orders": orders[0]} if orders else {})).logits
+        expected = expected.take_along_dim(orders[0][..., None], dim=1) if orders else expected
+        logits = []
+        for position in range(self.num_positions):
+            token = sequence[:, max(position - self.condition_positions, 0)]
+            step, keys, values = graph(class_labels, token, torch.tensor(position), keys, values, *orders)
+            logits.append(step)
+        steps = torch.stack(logits[self.condition_positions - 1 :], dim=1)
+        choices = compare_tokens(steps.argmax(-1), expected.argmax(-1))
+        return f"greedy {choices}, {compare_floats('logits', steps, expected)}"
+
+
+class ARDecodeStep(DecodeStep):
+    """[`DecodeStep`] of a next-token generator: position 0 is the class."""
+
+    def forward(
+        self,
+        class_labels: torch.Tensor,
+        image_tokens: torch.Tensor,
+        position: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        model, config = self.model, self.model.config
+        embeds = torch.where(position == 0, model.class_embedding(class_labels), model.embed_tokens(image_tokens))
+        hidden_states = embeds[:, None]
+        table = rotary_table(position[None], config.grid_size, config.head_dim, config.rope_theta)
+        caches = self.layer_caches(keys, values, position)
+        for layer, cache in zip(model.layers, caches, strict=True):
+            hidden_states = layer(hidden_states, table, cache)
+        return model.lm_head(model.norm(hidden_states))[:, 0].float(), *self.stacked(caches)
+
+
+class RARDecodeStep(DecodeStep):
+    """
+    [`DecodeStep`] of a randomized-order generator: position 0 is the start token, 1 the class. One more input,
+    `orders` `(batch, num_image_tokens)` int64: the raster position of each token of the sequence.
+    """
+
+    input_names = (*DecodeStep.input_names, "orders")
+    batch_dims = (*DecodeStep.batch_dims, 0)
+
+    def forward(
+        self,
+        class_labels: torch.Tensor,
+        image_tokens: torch.Tensor,
+        position: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        orders: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        model, config = self.model, self.model.config
+        class_embeds = model.embed_tokens(class_labels + config.codebook_size + 1)
+        embeds = torch.where(position == 1, class_embeds, model.embed_tokens(image_tokens))
+        embeds = torch.where(position == 0, model.cls_token[:, 0], embeds)
+
+        rows = model.position_rows(orders.shape[0], orders)
+        own_row, target_row = rows.index_select(1, position[None]), rows.index_select(1, position[None] + 1)
+        targets = F.embedding(target_row, model.target_position_embeddings[0])
+        # The start token predicts nothing.
+        hidden_states = embeds[:, None] + F.embedding(own_row, model.position_embeddings[0])
+        hidden_states = hidden_states + torch.where(position == 0, torch.zeros_like(targets), targets)
+
+        condition = F.silu(class_embeds[:, None] + model.timestep_embeddings.index_select(1, position[None]))
+        caches = self.layer_caches(keys, values, position)
+        for layer, cache in zip(model.layers, caches, strict=True):
+            hidden_states = layer(hidden_states, condition, cache)
+        scale, shift = model.norm_modulation(condition).chunk(2, dim=-1)
+        normed = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=config.layer_norm_eps)
+        return model.lm_head(modulate(normed, shift, scale))[:, 0].float(), *self.stacked(caches)
+
+    def example(self, batch_size: int) -> tuple[torch.Tensor, ...]:
+        orders = torch.rand(batch_size, self.model.config.num_image_tokens).argsort(dim=1)
+        return *super().example(batch_size), orders
+
+
+def pipeline_parts(pipe: VFMTokPipeline) -> dict[str, ExportPart]:
+    """The parts that a pipeline has: no decode step without a generator, no encoder without vision weights."""
+    model, generator = pipe.vq_model, pipe.transformer
+    parts: list[ExportPart] = [Decoder(model)]
+    if model.vision_model is not None:
+        parts.insert(0, Encoder(model))
+    if isinstance(generator, VFMTokRARForImageGeneration):
+        parts.append(RARDecodeStep(generator))
+    elif generator is not None:
+        parts.append(ARDecodeStep(generator))
+    return {part.name: part for part in parts}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Checks
+
+
+def smooth_images(batch_size: int, side: int) -> torch.Tensor:
+    """Random `(batch_size, 3, side, side)` images in [-1, 1] that have large shapes, as pictures do and noise does not."""
+    coarse = torch.rand(batch_size, 3, 5, 5) * 2 - 1
+    return F.interpolate(coarse, size=(side, side), mode="bicubic").clamp(-1, 1)
+
+
+def compare_tokens(actual: torch.Tensor, expected: torch.Tensor) -> str:
+    """How many tokens are equal. Raises ValueError where it is more than numerical ties can explain."""
+    equal = int((actual == expected).sum())
+    if equal < LEAST_EQUAL_SHARE * expected.numel():
+        raise ValueError(
+            f"The exported graph gives other tokens than the model: {equal} of {expected.numel()} are equal. "
+            "Nothing was written."
+        )
+    return f"{equal} of {expected.numel()} tokens equal"
+
+
+def compare_floats(what: str, actual: torch.Tensor, expected: torch.Tensor) -> str:
+    """The largest difference. Raises ValueError where it exceeds rounding, relative to the largest value if that is > 1."""
+    difference = (actual - expected).abs().max().item()
+    if not difference <= LARGEST_DIFFERENCE * max(1.0, expected.abs().max().item()):
+        raise ValueError(
+            f"The exported graph differs from the model by up to {difference:.1e} in {what}. Nothing was written."
+        )
+    return f"{what} differ by at most {difference:.1e}"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Graphs
+
+
+def export_program(part: ExportPart, batch_size: int | None) -> torch.export.ExportedProgram:
+    """Trace a part with `torch.export`, for one batch size or for any."""
+    dynamic_shapes = None
+    if batch_size is None:
+        batch = torch.export.Dim("batch", min=1)
+        dynamic_shapes = tuple({} if dim is None else {dim: batch} for dim in part.batch_dims)
+    return torch.export.export(part, part.example(batch_size or 2), dynamic_shapes=dynamic_shapes, strict=False)
+
+
+def write_torch(part: ExportPart, program: torch.export.ExportedProgram, file: Path) -> Graph:
+    """Write a program, and read it back for running."""
+    torch.export.save(program, file)
+    module = torch.export.load(file).module()
+
+    def run(*inputs: torch.Tensor) -> list[torch.Tensor]:
+        outputs = module(*inputs)
+        return list(outputs) if isinstance(outputs, Sequence) else [outputs]
+
+    return run
+
+
+def write_onnx(part: ExportPart, program: torch.export.ExportedProgram, file: Path) -> Graph:
+    """Translate a program to ONNX, write it, and open it in onnxruntime."""
+    with quiet_exporter():
+        onnx_program = torch.onnx.export(
+            program,
+            part.example(2),
+            input_names=part.input_names,
+            output_names=part.output_names,
+            dynamo=True,
+            verbose=False,
+        )
+    onnx_program.save(file)
+    return onnx_graph(file)
+
+
+def onnx_graph(file: Path) -> Graph:
+    """An ONNX file as a function of tensors, run by onnxruntime on the CPU."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_inputs()]
+
+    def run(*inputs: torch.Tensor) -> list[torch.Tensor]:
+        feed = {name: np.ascontiguousarray(value.numpy()) for name, value in zip(names, inputs, strict=True)}
+        return [torch.from_numpy(value) for value in session.run(None, feed)]
+
+    return run
+
+
+@contextmanager
+def quiet_exporter() -> Iterator[None]:
+    """torch's exporter warns about packages and versions that have no bearing on the result, which is checked."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+WRITERS = {"onnx": write_onnx, "torch": write_torch}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Folders
+
+
+@dataclass(frozen=True)
+class ExportedPart:
+    """A written graph: its file, its size in bytes with any data beside it, and what its check found."""
+
+    name: str
+    file: Path
+    size: int
+    check: str
+
+
+def export_pipeline(
+    pipe: VFMTokPipeline,
+    output: str | Path,
+    format: Format = "onnx",
+    parts: Sequence[PartName] | None = None,
+    batch_size: int | None = None,
+) -> list[ExportedPart]:
+    """
+    Write a pipeline's models as graphs, one file a part, and `export.json`, which says how to use them.
+
+    Each file is read back and run on random inputs before the folder appears. The graphs compute in float32 on the CPU
+    (`torch.export` programs can be moved, onnxruntime has its own devices); the pipeline is moved there, and its
+    compiled kernels are unbound and packed weights unpacked, since a graph has no place for them.
+
+    Args:
+        pipe ([`VFMTokPipeline`]): with a generator or without.
+        output (`str` or `Path`): folder to write, which must not exist or be empty.
+        format (`str`): `"onnx"`, or `"torch"` for `torch.export` programs (`.pt2`).
+        parts (`list[str]`, *optional*): some of `"encoder"`, `"decoder"`, `"decode_step"`. Defaults to all there are.
+        batch_size (`int`, *optional*): the only batch size of the graphs. Defaults to any.
+
+    Returns:
+        `list[ExportedPart]`: what was written, and how it compared with the models.
+
+    Raises:
+        ValueError: an unknown format or part, a part that the pipeline lacks, or a graph that differs from its model.
+        ImportError: ONNX packages are missing.
+        FileExistsError, OSError: the output cannot be written.
+    """
+    output = Path(output)
+    check_export(output, format)
+    for model in filter(None, (pipe.vq_model, pipe.transformer)):
+        unpack_weights(disable_kernels(model))
+    pipe.to("cpu", torch.float32)
+    available = pipeline_parts(pipe)
+    chosen = [available[name] for name in check_parts(parts, available)]
+    with whole_folder(output, overwrite=False) as folder, torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        exported = [export_part(part.eval(), folder, format, batch_size) for part in chosen]
+        info = export_info(pipe, chosen, format, batch_size)
+        (folder / INFO_FILE).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+    return [ExportedPart(part.name, output / part.file.name, part.size, part.check) for part in exported]
+
+
+def export_part(part: ExportPart, folder: Path, format: Format, batch_size: int | None) -> ExportedPart:
+    """Trace, write, read back and compare one part."""
+    file = folder / f"{part.name}{SUFFIXES[format]}"
+    graph = WRITERS[format](part, export_program(part, batch_size), file)
+    check_size = batch_size or CHECK_BATCH_SIZE
+    found = part.check(graph, check_size)
+    if batch_size is None:
+        part.check(graph, 1)
+    size = sum(written.stat().st_size for written in folder.glob(f"{file.name}*"))
+    return ExportedPart(part.name, file, size, f"{found} (batch of {check_size})")
+
+
+def check_parts(parts: Sequence[str] | None, available: dict[str, ExportPart]) -> list[str]:
+    """The parts asked for, in the order of the data, or all there are."""
+    for name in parts or ():
+        if name not in get_args(PartName):
+            raise ValueError(f"There is no part {name!r}: the parts are {', '.join(get_args(PartName))}.")
+        if name == "encoder" and name not in available:
+            raise ValueError("This checkpoint has no vision weights: call load_vision_model() to export its encoder.")
+        if name not in available:
+            raise ValueError("This pipeline has no generator: there is no decode_step to export.")
+    return [name for name in available if parts is None or name in parts]
+
+
+def check_export(output: Path, format: str) -> None:
+    """
+    Whether an export can be written, asked before a model is loaded.
+
+    Raises:
+        ValueError: an unknown format.
+        ImportError: ONNX packages are missing.
+        FileExistsError, OSError: the output cannot be written.
+    """
+    if format not in SUFFIXES:
+        raise ValueError(f"format must be 'onnx' or 'torch', got {format!r}.")
+    missing = [name for name in ONNX_PACKAGES if format == "onnx" and find_spec(name) is None]
+    if missing:
+        raise ImportError(f'ONNX export needs {", ".join(missing)}: pip install "vfmtok-hf[export]".')
+    if output.is_dir() and any(output.iterdir()):
+        raise FileExistsError(f"{output} exists and is not empty: choose another output.")
+    check_output(output, overwrite=False)
+
+
+def export_info(
+    pipe: VFMTokPipeline, parts: list[ExportPart], format: Format, batch_size: int | None
+) -> dict[str, Any]:
+    """What a program that runs the graphs has to know."""
+    config = pipe.vq_model.config
+    info: dict[str, Any] = {
+        "format": format,
+        "batch_size": batch_size,
+        "image_size": config.image_size,
+        "num_image_tokens": config.num_anchors,
+        "codebook_size": config.codebook_size,
+        "parts": {
+            part.name: {
+                "file": part.name + SUFFIXES[format],
+                "inputs": list(part.input_names),
+                "outputs": list(part.output_names),
+            }
+            for part in parts
+        },
+    }
+    for part in parts:
+        if isinstance(part, DecodeStep):
+            generator = part.model.config
+            info["generator"] = {
+                "num_classes": generator.num_classes,
+                "id2label": {str(class_id): name for class_id, name in pipe.id2label.items()},
+                "condition_positions": part.condition_positions,
+                "cache_shape": [
+                    generator.num_hidden_layers,
+                    "batch",
+                    generator.num_attention_heads,
+                    part.num_positions,
+                    generator.head_dim,
+                ],
+            }
+    return info
+
+
+__all__ = ["ExportedPart", "export_pipeline"]
