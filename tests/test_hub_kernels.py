@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from tests.pipelines.tiny_pipeline import tiny_pipeline
 from tests.testing import REFERENCE, reference_images, tiny_images, tiny_model
 from vfmtok_hf import VFMTokModel, hub_kernels
 from vfmtok_hf.conversion import convert_tokenizer
@@ -329,6 +330,47 @@ def test_community_layer_is_given_what_it_accepts():
     layer_arguments[0] = layer_arguments[0].bfloat16().transpose(1, 2).contiguous().transpose(1, 2)
     layer_arguments[6] = 4
     assert layer(*layer_arguments) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Used by pipelines unasked
+
+
+@pytest.mark.kernel
+def test_pipelines_use_a_build_that_is_found(kernel_build, monkeypatch):
+    monkeypatch.setenv("LOCAL_KERNELS", f"{hub_kernels.KERNEL_REPO_ID}={kernel_build}")
+    pipe, images = tiny_pipeline("ar"), list((tiny_images() + 1) / 2)
+    assert active_implementation(pipe.vq_model) == "pure PyTorch"  # construction looks for nothing
+    compiled = pipe.tokenize(images)
+    assert "LOCAL_KERNELS" in active_implementation(pipe.vq_model)
+    disable_kernels(pipe.vq_model)
+    assert torch.equal(pipe.tokenize(images), compiled)
+    assert active_implementation(pipe.vq_model) == "pure PyTorch"  # what the user chose stays
+
+
+def test_pipelines_look_once_for_each_device(monkeypatch):
+    tried = []
+    monkeypatch.setattr(hub_kernels, "_sources", lambda device_type, *_: tried.append(device_type) or iter(()))
+    model = tiny_model()
+    for device in ("cpu", "cpu", "cuda", "cuda", "cpu"):
+        hub_kernels.use_found_kernels(model, device)
+    assert tried == ["cpu", "cuda", "cpu"]
+    enable_kernels(model)
+    hub_kernels.use_found_kernels(model, "cuda")
+    assert tried == ["cpu", "cuda", "cpu", "cpu"]
+
+
+def test_pipelines_work_with_a_broken_build_and_say_so_once(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("LOCAL_KERNELS", f"{hub_kernels.KERNEL_REPO_ID}={tmp_path / 'nowhere'}")
+    for pipe in (tiny_pipeline("ar"), tiny_pipeline("ar")):
+        assert len(pipe.tokenize(list((tiny_images() + 1) / 2))) == 2
+    assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == 1
+
+
+def test_pipelines_work_without_the_package(monkeypatch):
+    """As when the pipeline's file is loaded from a Hub repository."""
+    monkeypatch.setitem(sys.modules, "vfmtok_hf.hub_kernels", None)
+    assert len(tiny_pipeline("ar").tokenize(list((tiny_images() + 1) / 2))) == 2
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -4,8 +4,9 @@
     kernels benchmark <repo>        # the class below, on a published build
 
 Sizes are those of the released VFMTok encoder: 256 queries, 4 levels of 24 x 24, 8 heads of 64 channels, 4 points; the
-locations are the anchors' grid with offsets of about 3 pixels. A backward is timed alone, on a kept graph. Times are
-medians; allocation of the results is part of them.
+locations are the anchors' grid with offsets of about 3 pixels. A backward is timed alone, on a kept graph. The
+implementations take turns and times are medians; allocation of the results is part of them. Rows are added to those
+that the output has of other devices, dtypes, threads and batches, so that a table may be measured in slices.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import argparse
 import csv
 import os
 import platform
+import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,7 +33,8 @@ from reference import load_kernel, ms_deform_attn_reference
 
 SHAPES = ((24, 24),) * 4
 QUERIES, HEADS, CHANNELS, POINTS = 256, 8, 64, 4
-FIELDS = ["device", "dtype", "threads", "batch", "pass", "implementation", "milliseconds", "times_faster", "gb_per_s"]
+MEASURED = ["device", "dtype", "threads", "batch", "pass", "implementation"]  # what a row is about
+FIELDS = [*MEASURED, "milliseconds", "times_faster", "megabytes", "gb_per_s"]
 
 
 def released_inputs(batch: int, dtype: torch.dtype, device: str, seed: int = 0):
@@ -55,30 +59,39 @@ def least_bytes(batch: int, element_size: int, is_backward: bool) -> int:
     return element_size * (moved + value + 3 * samples if is_backward else moved)
 
 
-def median_milliseconds(function, device: str, seconds: float) -> float:
-    def timed() -> float:
+def alternate(sides: dict, device: str, seconds: float) -> dict[str, float]:
+    """Median milliseconds of each function, called in turn for about `seconds` together, after two calls to warm up."""
+
+    def timed(function) -> float:
         start = time.perf_counter()
         function()
         if device == "cuda":
             torch.cuda.synchronize()
         return 1e3 * (time.perf_counter() - start)
 
-    timed()
-    first = timed()
-    repeats = max(3, min(200, int(1e3 * seconds / first)))
-    return sorted(timed() for _ in range(repeats))[repeats // 2]
+    for function in sides.values():
+        timed(function)
+    first = sum(timed(function) for function in sides.values())
+    rounds = max(5, min(200, int(1e3 * seconds / first)))
+    times = [{name: timed(function) for name, function in sides.items()} for _ in range(rounds)]
+    return {name: statistics.median(turn[name] for turn in times) for name in sides}
 
 
-def time_passes(function, tensors, device: str, seconds: float) -> dict[str, float]:
+def time_passes(functions: dict, tensors, device: str, seconds: float) -> dict[str, dict[str, float]]:
     leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+
+    def run(function):
+        return function(leaves[0], SHAPES, leaves[1], leaves[2])
+
     with torch.no_grad():
-        forward = median_milliseconds(lambda: function(leaves[0], SHAPES, leaves[1], leaves[2]), device, seconds)
-    output = function(leaves[0], SHAPES, leaves[1], leaves[2])
-    grad_output = torch.randn_like(output)
-    backward = median_milliseconds(
-        lambda: torch.autograd.grad(output, leaves, grad_output, retain_graph=True), device, seconds
-    )
-    return {"forward": forward, "backward": backward}
+        forward = alternate({name: partial(run, function) for name, function in functions.items()}, device, seconds)
+    outputs = {name: run(function) for name, function in functions.items()}
+    grad_output = torch.randn_like(next(iter(outputs.values())))
+    backwards = {
+        name: partial(torch.autograd.grad, output, leaves, grad_output, retain_graph=True)
+        for name, output in outputs.items()
+    }
+    return {"forward": forward, "backward": alternate(backwards, device, seconds)}
 
 
 def implementations(device: str, with_compiled: bool) -> dict:
@@ -94,27 +107,36 @@ def implementations(device: str, with_compiled: bool) -> dict:
 
 def measure(arguments: argparse.Namespace, dtype: torch.dtype, batch: int, functions: dict) -> list[dict]:
     tensors = released_inputs(batch, dtype, arguments.device)
-    baseline: dict[str, float] = {}
     rows = []
-    for name, function in functions.items():
-        for direction, milliseconds in time_passes(function, tensors, arguments.device, arguments.seconds).items():
-            baseline.setdefault(direction, milliseconds)
-            moved = least_bytes(batch, dtype.itemsize, direction == "backward")
+    for direction, times in time_passes(functions, tensors, arguments.device, arguments.seconds).items():
+        moved = least_bytes(batch, dtype.itemsize, direction == "backward")
+        for name, milliseconds in times.items():
             rows.append(
                 {
                     "device": arguments.device,
                     "dtype": str(dtype).removeprefix("torch."),
-                    "threads": torch.get_num_threads(),
-                    "batch": batch,
+                    "threads": str(torch.get_num_threads()),
+                    "batch": str(batch),
                     "pass": direction,
                     "implementation": name,
                     "milliseconds": f"{milliseconds:.3f}",
-                    "times_faster": f"{baseline[direction] / milliseconds:.1f}",
+                    "times_faster": f"{next(iter(times.values())) / milliseconds:.1f}",
+                    "megabytes": f"{moved / 1e6:.1f}",
                     "gb_per_s": f"{moved / milliseconds / 1e6:.1f}",
                 }
             )
-            print("  ".join(f"{row_value!s:>14}" for row_value in rows[-1].values()), flush=True)
+            print("  ".join(f"{row_value:>14}" for row_value in rows[-1].values()), flush=True)
     return rows
+
+
+def with_earlier(path: Path, rows: list[dict]) -> list[dict]:
+    """The rows, after those of an earlier run that they do not replace."""
+    earlier = []
+    if path.exists():
+        with open(path, newline="") as file:
+            earlier = list(csv.DictReader(file))
+    again = {tuple(row[field] for field in MEASURED) for row in rows}
+    return [row for row in earlier if tuple(row[field] for field in MEASURED) not in again] + rows
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
@@ -127,22 +149,17 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 
 def write_ratios(path: Path, rows: list[dict]) -> None:
-    """The same as a Markdown table: a line per dtype, batch and pass, a column per implementation."""
-    names = list(dict.fromkeys(row["implementation"] for row in rows))
-    cells: dict[tuple, dict[str, str]] = {}
+    """How many times faster, as a Markdown table: a line per pass, a column per implementation, the kernel's traffic."""
+    lines: dict[tuple, dict[str, str]] = {}
     for row in rows:
-        key = (row["dtype"], str(row["batch"]), row["pass"])
-        cells.setdefault(key, {})[row["implementation"]] = row["times_faster"]
+        line = lines.setdefault(tuple(row[field] for field in MEASURED[:-1]), {})
+        line[row["implementation"]] = row["times_faster"]
         if row["implementation"] == "kernel":
-            cells[key]["kernel, GB/s"] = row["gb_per_s"]
-    columns = [*names, "kernel, GB/s"]
-    header = ["dtype", "batch", "pass", *columns]
-    lines = [
-        header,
-        ["---"] * len(header),
-        *([*key, *(cell[name] for name in columns)] for key, cell in cells.items()),
-    ]
-    path.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
+            line |= {"kernel, ms": row["milliseconds"], "MB": row["megabytes"], "kernel, GB/s": row["gb_per_s"]}
+    columns = list(dict.fromkeys(column for line in lines.values() for column in line))
+    table = [[*MEASURED[:-1], *columns], ["---"] * (len(MEASURED) - 1 + len(columns))]
+    table += [[*key, *(line.get(column, "") for column in columns)] for key, line in lines.items()]
+    path.write_text("".join(f"| {' | '.join(line)} |\n" for line in table))
 
 
 def main() -> None:
@@ -151,7 +168,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seconds", type=float, default=2.0, help="time spent on each number, about")
+    parser.add_argument("--seconds", type=float, default=15.0, help="time spent on each pass, about")
     parser.add_argument("--no-compiled", action="store_true", help="leave torch.compile out")
     parser.add_argument("--output", type=Path, help="CSV file to write, with a Markdown table of the ratios beside it")
     arguments = parser.parse_args()
@@ -164,6 +181,7 @@ def main() -> None:
         for batch in arguments.batch:
             rows += measure(arguments, getattr(torch, dtype), batch, functions)
     if arguments.output:
+        rows = with_earlier(arguments.output, rows)
         write_csv(arguments.output, rows)
         write_ratios(arguments.output.with_suffix(".md"), rows)
 

@@ -166,7 +166,6 @@ def load_pipeline(
     from vfmtok_hf import VFMTokPipeline
     from vfmtok_hf.cpu_inference import pack_weights
     from vfmtok_hf.environment import default_device
-    from vfmtok_hf.hub_kernels import enable_kernels
 
     name_or_path, torch_dtype = resolve_model(model), getattr(torch, dtype.value)
     transformers.utils.logging.disable_progress_bar()
@@ -181,7 +180,6 @@ def load_pipeline(
         pipe.vq_model.load_vision_model()
     pipe.set_progress_bar_config(disable=True)
     pipe.to(device or default_device())
-    enable_kernels(pipe.vq_model)
     if pipe.device.type == "cpu":
         if "OMP_NUM_THREADS" not in os.environ:
             use_one_thread_for_small_models(pipe)

@@ -11,6 +11,8 @@ Compiled deformable attention, bound from outside: modeling files know nothing o
 
 It never raises because a source is missing or broken: each failure is logged once, with its reason. Nothing is compiled,
 and nothing is downloaded unless `download=True`.
+
+`VFMTokPipeline` calls `use_found_kernels`, which does the same unless the user called one of the other two before.
 """
 
 import functools
@@ -73,6 +75,20 @@ def enable_kernels(
     modules = _layers_of(module_or_model)
     device_type = torch.device(device).type if device is not None else _device_type(module_or_model)
     _bind_first_working(modules, mode, device_type, path, download)
+    _remember_choice(modules, "the user's")
+    return module_or_model
+
+
+def use_found_kernels(module_or_model: ModuleT, device: str | torch.device) -> ModuleT:
+    """
+    Bind what `enable_kernels` finds for a device, once per device, unless the user enabled or disabled kernels.
+
+    Only layers with a backward are bound, since nobody said that the model will not be trained.
+    """
+    device_type = torch.device(device).type
+    modules = [module for module in _layers_of(module_or_model) if _choice(module) not in ("the user's", device_type)]
+    _bind_first_working(modules, "training", device_type, path=None, download=False)
+    _remember_choice(modules, device_type)
     return module_or_model
 
 
@@ -81,8 +97,10 @@ def disable_kernels(module_or_model: ModuleT) -> ModuleT:
     Give every `MultiScaleDeformableAttention` in `module_or_model`, a whole model or the one module, its pure-PyTorch
     `forward` back; returns the argument.
     """
-    for module in _layers_of(module_or_model):
+    modules = _layers_of(module_or_model)
+    for module in modules:
         module.__dict__.pop("forward", None)
+    _remember_choice(modules, "the user's")
     return module_or_model
 
 
@@ -246,6 +264,16 @@ def _layers_of(module_or_model: nn.Module) -> list[nn.Module]:
 def _device_type(module_or_model: nn.Module) -> str:
     parameter = next(module_or_model.parameters(), None)
     return parameter.device.type if parameter is not None else "cpu"
+
+
+def _choice(module: nn.Module) -> str | None:
+    """Who chose the module's implementation: `"the user's"` call, or `use_found_kernels` for the device type named."""
+    return getattr(module, "_kernel_choice", None)
+
+
+def _remember_choice(modules: list[nn.Module], choice: str) -> None:
+    for module in modules:
+        module._kernel_choice = choice  # type: ignore[assignment]
 
 
 def _source_of(module: nn.Module) -> str | None:

@@ -48,6 +48,15 @@ def concatenate(parts: list[Images]) -> Images:
     return [image for part in parts for image in part]
 
 
+def use_compiled_attention(model: VFMTokModel, device: torch.device) -> None:
+    """The compiled deformable attention, where one is found and the user has not chosen."""
+    try:
+        from vfmtok_hf.hub_kernels import use_found_kernels
+    except ImportError:  # this file is also loaded from Hub repositories, without the package
+        return
+    use_found_kernels(model, device)
+
+
 class LabelNames:
     """
     Class ids by name. A class answers to its whole name and to each of its comma-separated synonyms, in any case.
@@ -385,6 +394,7 @@ class VFMTokPipeline(DiffusionPipeline):
         Raises:
             ValueError, TypeError, FileNotFoundError: no images, or unusable ones; a checkpoint without vision weights.
         """
+        use_compiled_attention(self.vq_model, self._execution_device)
         images = images if isinstance(images, (list, tuple)) else [images]
         if not images:
             raise ValueError("There are no images: pass at least one.")
