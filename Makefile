@@ -17,8 +17,8 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
-test: install  ## the default test suite
-	$(BIN)/python -m pytest
+test: install  ## the default test suite, a process for each core
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 demo: install  ## draw images with the checkpoint that comes with the package
 	$(BIN)/vfmtok generate --num-images-per-label 6 --seed 0 --output outputs/demo/generated.png
