@@ -92,20 +92,22 @@ def test_a_signal_after_the_last_look_is_seen_a_step_later(number, sources, tmp_
 
 
 def test_killed_at_random_moments_loses_only_steps_since_the_last_checkpoint(whole, sources, tmp_path):
-    """SIGKILL, twice while a checkpoint is written and else whenever; the end is that of the uninterrupted run."""
+    """SIGKILL, by turns in a write of a checkpoint and soon after a step; the end is that of the uninterrupted run."""
     output = tmp_path / "run"
     options = tokenizer_options(*sources, output, checkpoint_every=1, keep_checkpoints=1, resume=True)
     rng = random.Random(0)
     kills = 0
+    log = output / "log.jsonl"
+    writing = output / "checkpoints" / run_module.WRITING
     for attempt in range(40):
         before = run_module.finished_checkpoints(output)
+        logged_bytes = log.stat().st_size if log.exists() else 0
         process = start(lambda: train_tokenizer.main(options))[0]
-        if attempt % 2:
-            time.sleep(rng.uniform(0.3, 1.5))
-        else:
-            while process.is_alive() and not (output / "checkpoints" / run_module.WRITING).exists():
-                time.sleep(0.0005)
-            time.sleep(rng.uniform(0, 0.03))
+        # Waiting for an event and not for a time: a fast machine would have finished meanwhile.
+        is_due = writing.exists if attempt % 2 == 0 else lambda size=logged_bytes: log.stat().st_size > size
+        while process.is_alive() and not is_due():
+            time.sleep(0.0005)
+        time.sleep(rng.uniform(0, 0.03))
         if not process.is_alive():
             break
         process.kill()
@@ -119,7 +121,7 @@ def test_killed_at_random_moments_loses_only_steps_since_the_last_checkpoint(who
             logged = log_of(output, "train")[-1]["step"] if (output / "log.jsonl").read_text().endswith("\n") else 0
             assert logged <= int(after[-1].name.removeprefix("step_")) + 1
     run(lambda: train_tokenizer.main(options))
-    assert kills >= 4
+    assert kills >= 3
     assert_same_end(output, whole)
     assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["step_00000006"]
 
