@@ -91,21 +91,27 @@ def test_a_signal_after_the_last_look_is_seen_a_step_later(number, sources, tmp_
     assert last_checkpoint(output).name == "step_00000004"
 
 
+def changed_at(path):
+    """Time of the last change; 0 if the path is not there, which may be so from one moment to the next."""
+    try:
+        return path.stat().st_ctime
+    except FileNotFoundError:
+        return 0.0
+
+
 def test_killed_at_random_moments_loses_only_steps_since_the_last_checkpoint(whole, sources, tmp_path):
-    """SIGKILL, twice while a checkpoint is written and else whenever; the end is that of the uninterrupted run."""
+    """SIGKILL while a checkpoint is written, or some time later; the end is that of the uninterrupted run."""
     output = tmp_path / "run"
     options = tokenizer_options(*sources, output, checkpoint_every=1, keep_checkpoints=1, resume=True)
     rng = random.Random(0)
     kills = 0
     for attempt in range(40):
         before = run_module.finished_checkpoints(output)
+        started = time.time()
         process = start(lambda: train_tokenizer.main(options))[0]
-        if attempt % 2:
-            time.sleep(rng.uniform(0.3, 1.5))
-        else:
-            while process.is_alive() and not (output / "checkpoints" / run_module.WRITING).exists():
-                time.sleep(0.0005)
-            time.sleep(rng.uniform(0, 0.03))
+        while process.is_alive() and changed_at(output / "checkpoints" / run_module.WRITING) < started:
+            time.sleep(0.0005)
+        time.sleep(rng.uniform(0, 0.25 if attempt % 2 else 0.02))
         if not process.is_alive():
             break
         process.kill()
@@ -119,7 +125,7 @@ def test_killed_at_random_moments_loses_only_steps_since_the_last_checkpoint(who
             logged = log_of(output, "train")[-1]["step"] if (output / "log.jsonl").read_text().endswith("\n") else 0
             assert logged <= int(after[-1].name.removeprefix("step_")) + 1
     run(lambda: train_tokenizer.main(options))
-    assert kills >= 4
+    assert kills >= 3
     assert_same_end(output, whole)
     assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["step_00000006"]
 
