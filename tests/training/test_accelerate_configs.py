@@ -36,6 +36,7 @@ def test_sharded_training_is_refused_before_anything_is_loaded(kind, monkeypatch
     class Arguments:
         mixed_precision = "no"
         tracker = ()
+        gradient_accumulation_steps = 1
         seed = 0
 
     monkeypatch.setattr(run_module, "Accelerator", lambda **options: Sharded())

@@ -1,11 +1,13 @@
 """Trackers beside the log."""
 
+import sys
 from dataclasses import dataclass, field
 
 import pytest
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
+from tests.training.tiny_runs import run
 from vfmtok_hf.training.run import RunLog
 from vfmtok_hf.training.tracking import check_trackers, start_trackers
 
@@ -38,17 +40,22 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
 
 
 def test_trackio_continues_the_run_of_the_same_name(tmp_path, monkeypatch):
-    import trackio.utils
-
-    monkeypatch.setattr(trackio.utils, "TRACKIO_DIR", tmp_path / "trackio")
-    from trackio.sqlite_storage import SQLiteStorage
-
+    """In a process of its own: trackio decides on its folder when it is imported, and leaves threads behind."""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     output = tmp_path / "run"
     output.mkdir()
-    log_steps("trackio", output, 0, 2)
-    log_steps("trackio", output, 2, 4)
-    assert SQLiteStorage.get_runs("vfmtok") == ["run"]
-    assert [line["step"] for line in SQLiteStorage.get_logs("vfmtok", "run")] == [1, 2, 3, 4]
+
+    def log_twice():
+        for name in [name for name in sys.modules if name.partition(".")[0] == "trackio"]:
+            del sys.modules[name]
+        from trackio.sqlite_storage import SQLiteStorage
+
+        log_steps("trackio", output, 0, 2)
+        log_steps("trackio", output, 2, 4)
+        assert SQLiteStorage.get_runs("vfmtok") == ["run"]
+        assert [line["step"] for line in SQLiteStorage.get_logs("vfmtok", "run")] == [1, 2, 3, 4]
+
+    run(log_twice)
 
 
 def test_an_unknown_or_missing_tracker_is_an_error(monkeypatch):

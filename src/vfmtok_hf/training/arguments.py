@@ -15,8 +15,10 @@ Arguments = TypeVar("Arguments")
 FREE_WHEN_RESUMED = {
     *("max_steps", "learning_rate", "discriminator_learning_rate", "schedule", "final_learning_rate"),
     *("max_gradient_norm", "weight_decay", "rar_random_until", "rar_raster_from"),
-    *("train_data", "validation_data", "output", "num_workers", "cache_images", "resume", "tracker"),
+    *("train_data", "validation_data", "output", "vgg_weights", "discriminator_model"),
+    *("num_workers", "cache_images", "resume", "tracker"),
     *("log_every", "validate_every", "sample_every", "checkpoint_every", "keep_checkpoints", "grid_images"),
+    *("samples_per_class", "sample_classes"),
 }
 
 

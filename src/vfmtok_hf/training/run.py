@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object, set_seed
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, gather_object, set_seed
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -168,12 +168,9 @@ def open_output(output: Path, arguments: Any) -> Path | None:
     return checkpoints[-1] if checkpoints else None
 
 
-def start_accelerator(arguments: Any, output: Path, **options: Any) -> Accelerator:
+def start_accelerator(arguments: Any, output: Path) -> Accelerator:
     """
     Accelerate as the launcher set it up, with seeded random numbers. Random numbers differ between processes.
-
-    Args:
-        options: further ones of `Accelerator`.
 
     Raises:
         ValueError: a tracker is unknown, or the launcher shards the model.
@@ -182,10 +179,12 @@ def start_accelerator(arguments: Any, output: Path, **options: Any) -> Accelerat
     accelerator = Accelerator(
         # Without being told, Accelerate would not connect processes that have no accelerator.
         cpu=not torch.accelerator.is_available(),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            arguments.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
         mixed_precision=arguments.mixed_precision,
         log_with=check_trackers(arguments.tracker) or None,
         project_dir=output,
-        **options,
     )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ValueError(

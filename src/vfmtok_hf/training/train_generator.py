@@ -231,9 +231,7 @@ def main(argv: list[str] | None = None) -> None:
     configure_logging()
     output = Path(arguments.output)
     checkpoint = open_output(output, arguments)
-    accelerator = start_accelerator(
-        arguments, output, gradient_accumulation_steps=arguments.gradient_accumulation_steps
-    )
+    accelerator = start_accelerator(arguments, output)
 
     # Data
     tokenizer_source = arguments.tokenizer or arguments.init_from
@@ -289,17 +287,18 @@ def main(argv: list[str] | None = None) -> None:
         )
         set_learning_rate(optimizer, learning_rate)
         order = {"random_ratio": random_ratio_at(step, arguments)} if is_rar else {}
-        indices, mean_loss = [], torch.zeros((), device=accelerator.device)
+        losses, indices = [], []
         for _ in range(arguments.gradient_accumulation_steps):
             batch = next(batches)
             labels, tokens = token_batch(batch, tokenizer, arguments.neighbours)
             with accelerator.accumulate(step_function):
                 loss = step_function(class_labels=labels, image_tokens=tokens, return_loss=True, **order).loss
                 accelerator.backward(loss)
+            losses.append(loss.detach())
             indices.append(batch["index"])
-            mean_loss += loss.detach() / arguments.gradient_accumulation_steps
+        values = {"loss": torch.stack(losses).mean()}
         norms = {"gradient_norm": accelerator.clip_grad_norm_(model.parameters(), arguments.max_gradient_norm)}
-        check_finite(accelerator, step, {"loss": mean_loss}, norms, train_data.name, torch.cat(indices))
+        check_finite(accelerator, step, values, norms, train_data.name, torch.cat(indices))
         optimizer.step()
         optimizer.zero_grad()
         ema.update()
@@ -308,7 +307,7 @@ def main(argv: list[str] | None = None) -> None:
 
         # Log, validate, draw, save
         num_images = arguments.batch_size * arguments.gradient_accumulation_steps * accelerator.num_processes
-        window.add({"loss": mean_loss, **norms}, num_images)
+        window.add(values | norms, num_images)
         done = progress.step == arguments.max_steps
         if progress.step % arguments.log_every == 0 or done:
             log.write("train", progress.step, {**window.take(), "lr": learning_rate})

@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import GradientAccumulationPlugin
 from torch.utils.data import DataLoader
 from transformers import AutoConfig
 
@@ -218,8 +217,7 @@ def main(argv: list[str] | None = None) -> None:
     output = Path(arguments.output)
     checkpoint = open_output(output, arguments)
     accumulation_steps = arguments.gradient_accumulation_steps
-    accumulation = GradientAccumulationPlugin(accumulation_steps, sync_with_dataloader=False)
-    accelerator = start_accelerator(arguments, output, gradient_accumulation_plugin=accumulation)
+    accelerator = start_accelerator(arguments, output)
 
     # Data
     crop_scale = (arguments.crop_scale[0], arguments.crop_scale[1])
@@ -349,7 +347,6 @@ def main(argv: list[str] | None = None) -> None:
                 discriminator_trainable, arguments.max_gradient_norm
             )
         check_finite(accelerator, step, values, norms, train_data.name, torch.cat(indices))
-        values |= norms
         optimizer.step()
         optimizer.zero_grad()
         if is_adversarial:
@@ -368,7 +365,7 @@ def main(argv: list[str] | None = None) -> None:
         stop.agree()
 
         # Log, validate, save
-        window.add(values, accumulation_steps * len(pixel_values) * accelerator.num_processes)
+        window.add(values | norms, accumulation_steps * len(pixel_values) * accelerator.num_processes)
         done = progress.step == arguments.max_steps
         if progress.step % arguments.log_every == 0 or done:
             log.write("train", progress.step, {**window.take(), "usage": usage.usage(), "lr": learning_rate})
