@@ -18,6 +18,9 @@ class PackedQuantizedLinear(nn.Module):
 
     It takes and returns activations of the dtype that the quantized layer had, and computes in bfloat16 with float32 sums.
     It is saved, copied and pickled as the layer it came from. It has no backward.
+
+    Args:
+        linear (`torch.nn.Linear`): on the CPU, its weight a tensor of torchao that the class `accepts`.
     """
 
     def __init__(self, linear: nn.Linear):
@@ -26,11 +29,11 @@ class PackedQuantizedLinear(nn.Module):
         self.dtype = linear.weight.dtype
         self.bias = None if linear.bias is None else linear.bias.detach()
 
-    def product(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def _product(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """bfloat16 `(rows, in_features)` to `(rows, out_features)`, without the bias."""
         raise NotImplementedError
 
-    def quantized_weight(self) -> torch.Tensor:
+    def _quantized_weight(self) -> torch.Tensor:
         """torchao's tensor."""
         raise NotImplementedError
 
@@ -44,13 +47,13 @@ class PackedQuantizedLinear(nn.Module):
         if hidden_states.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("Packed weights have no gradients: call unpack_weights(model) before training.")
         rows = hidden_states.reshape(-1, self.in_features).to(torch.bfloat16)
-        output = self.product(rows).to(hidden_states.dtype).view(*hidden_states.shape[:-1], self.out_features)
+        output = self._product(rows).to(hidden_states.dtype).view(*hidden_states.shape[:-1], self.out_features)
         return output if self.bias is None else output + self.bias
 
     def to_linear(self) -> nn.Linear:
         """The layer with torchao's tensor, equal to the last bit."""
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(self.quantized_weight(), requires_grad=False)
+        linear.weight = nn.Parameter(self._quantized_weight(), requires_grad=False)
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias)
         return linear
@@ -90,7 +93,7 @@ class PackedInt8Linear(PackedQuantizedLinear):
 
     @staticmethod
     def accepts(weight: torch.Tensor) -> bool:
-        """Whether the kernel computes what this `Int8Tensor` says."""
+        """Whether the kernel computes what `weight`, an `Int8Tensor`, says."""
         return (
             weight.block_size == [1, weight.shape[1]]
             and weight.act_quant_kwargs is None
@@ -99,10 +102,10 @@ class PackedInt8Linear(PackedQuantizedLinear):
             and weight.shape[1] % 16 == 0  # the kernel reads whole vectors, past the end of other rows
         )
 
-    def product(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def _product(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return torch.ops.aten._weight_int8pack_mm(hidden_states, self.weight.qdata, self.scales)
 
-    def quantized_weight(self) -> torch.Tensor:
+    def _quantized_weight(self) -> torch.Tensor:
         return self.weight
 
 
@@ -126,7 +129,7 @@ class PackedInt4Linear(PackedQuantizedLinear):
 
     @staticmethod
     def accepts(weight: torch.Tensor) -> bool:
-        """Whether the kernel computes what this `IntxUnpackedToInt8Tensor` says."""
+        """Whether the kernel computes what `weight`, an `IntxUnpackedToInt8Tensor`, says."""
         rows, group_size = weight.block_size
         return (
             weight.target_dtype is torch.int4
@@ -136,12 +139,10 @@ class PackedInt4Linear(PackedQuantizedLinear):
             and weight.shape[0] % 16 == 0
         )
 
-    def product(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(
-            hidden_states, self.nibbles, self.block_size[1], self.scales
-        )
+    def _product(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(hidden_states, self.nibbles, self.block_size[1], self.scales)
 
-    def quantized_weight(self) -> torch.Tensor:
+    def _quantized_weight(self) -> torch.Tensor:
         from torchao.quantization import IntxUnpackedToInt8Tensor
 
         # The layout of the nibbles is the kernel's own: it gives them back as the product with the identity.
@@ -161,7 +162,7 @@ class PackedInt4Linear(PackedQuantizedLinear):
 
 
 def packed_class(module: nn.Module) -> type[PackedQuantizedLinear] | None:
-    """The layer that computes a quantized `nn.Linear` on the CPU; None for other layers, and if there is no kernel."""
+    """The class to compute `module`, a quantized `nn.Linear`, on the CPU; None for others, and if there is no kernel."""
     if type(module) is not nn.Linear or not module.weight.is_cpu or "torchao" not in sys.modules:
         return None
     from torchao.quantization import Int8Tensor, IntxUnpackedToInt8Tensor
