@@ -83,7 +83,7 @@ def measure_speed(arguments: argparse.Namespace) -> None:
     names = ["float32", "float32, packed", "bfloat16, packed", "int8", "int8, packed", "int4, packed"]
     with tempfile.TemporaryDirectory() as folder:
         random_generator(arguments.size, torch.float32).save_pretrained(folder)
-        sides = {name: load_side(folder, name) for name in names if name not in arguments.skip}
+        sides = {name: load_side(folder, name) for name in names}
     sizes = {
         name: {
             "MB in memory": f"{bytes_in_memory(model) / 1e6:.0f}",
@@ -119,7 +119,9 @@ def validation_tokens(pipe: VFMTokPipeline, folder: Path) -> tuple[torch.Tensor,
     """Pixel values `(n, 3, size, size)` of `folder`'s images, their classes `(n,)`, their image tokens."""
     class_folders = sorted(path for path in folder.iterdir() if path.is_dir())
     files = [(file, label) for label, path in enumerate(class_folders) for file in sorted(path.glob("*.png"))]
-    pixel_values = pipe.image_processor([load_image(str(file)) for file, _ in files])["pixel_values"]
+    pixel_values = pipe.image_processor([load_image(str(file)) for file, _ in files], return_tensors="pt")[
+        "pixel_values"
+    ]
     image_tokens = torch.cat([pipe.vq_model.encode(batch).image_tokens for batch in pixel_values.split(32)])
     return pixel_values, torch.tensor([label for _, label in files]), image_tokens
 
@@ -189,7 +191,6 @@ def main() -> None:
     speed.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
     speed.add_argument("--steps", type=int, default=64, help="tokens of each image, 256 being a whole one")
     speed.add_argument("--runs", type=int, default=3)
-    speed.add_argument("--skip", nargs="*", default=[], help="sides to leave out; int8 without packing takes long")
     quality = commands.add_parser("quality")
     quality.set_defaults(measure=measure_quality)
     quality.add_argument(

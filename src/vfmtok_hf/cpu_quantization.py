@@ -1,9 +1,9 @@
 """
 Layers that torchao quantized, by torch's own kernels for CPUs.
 
-torchao's tensors multiply on a CPU by widening the weight first, which is slower than a float32 layer. torch has products
-that read 8 or 4 bit weights as they lie in memory, with activations in bfloat16. `pack_weights` of `cpu_inference`, which
-is where to start, puts them to use through this file.
+torch has products that read 8 or 4 bit weights as they lie in memory, with activations in bfloat16. torchao's tensors do not
+use them on a CPU (docs/performance.md has both measured). `pack_weights` of `cpu_inference`, which is where to start, does
+so through this file.
 """
 
 import sys
