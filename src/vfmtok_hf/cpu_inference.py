@@ -11,6 +11,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from vfmtok_hf.cpu_quantization import PackedQuantizedLinear, packed_class
+
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -75,6 +77,7 @@ def can_pack(module: nn.Module) -> bool:
     """Whether oneDNN has a product for this layer: an `nn.Linear` in float32 or bfloat16 on the CPU."""
     return (
         type(module) is nn.Linear
+        and type(module.weight) is nn.Parameter  # quantized ones are of other classes
         and torch.backends.mkldnn.is_available()
         and module.weight.device.type == "cpu"
         and (
@@ -89,7 +92,8 @@ def pack_weights(model: ModuleT) -> ModuleT:
     Prepare a model for fast inference on the CPU, in place; layers that oneDNN has no product for stay.
 
     Linear layers change places with [`PackedLinear`], one at a time, so that memory grows by one layer. Convolutions
-    get channels-last weights, which their activations follow. Results change by rounding only. Training needs
+    get channels-last weights, which their activations follow. Results change by rounding only, of layers that torchao
+    quantized to 8 or 4 bits (they go to torch's kernels for such weights) by bfloat16's. Training needs
     [`unpack_weights`] first; `torch.compile` packs weights itself and wants the model as it was.
 
     Args:
@@ -102,6 +106,8 @@ def pack_weights(model: ModuleT) -> ModuleT:
         for name, child in parent.named_children():
             if can_pack(child):
                 setattr(parent, name, PackedLinear(child))
+            elif quantized_layer := packed_class(child):
+                setattr(parent, name, quantized_layer(child))
             elif isinstance(child, nn.Conv2d) and child.weight.is_cpu:
                 child.to(memory_format=torch.channels_last)
     return model
@@ -111,7 +117,7 @@ def unpack_weights(model: ModuleT) -> ModuleT:
     """Undo [`pack_weights`] of `model` in place, to the last bit; returns the argument."""
     for parent in list(model.modules()):
         for name, child in parent.named_children():
-            if isinstance(child, PackedLinear):
+            if isinstance(child, (PackedLinear, PackedQuantizedLinear)):
                 setattr(parent, name, child.to_linear())
             elif isinstance(child, nn.Conv2d):
                 child.to(memory_format=torch.contiguous_format)

@@ -3,8 +3,10 @@ Loading that is total: where transformers would go on with a warning, with rando
 lacks or in a model of another type, this stops with one line that names the cause and the cure.
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar
 
 from huggingface_hub.errors import HTTPError  # of whichever HTTP client the Hub's library uses
@@ -92,7 +94,23 @@ class CheckedModelMixin:
             check_shapes(source, info)
             if not output_loading_info:
                 check_keys(source, info)
+        if getattr(model, "hf_quantizer", None) is not None:
+            model.hf_quantizer.get_state_dict_and_metadata = partial(quantized_state_dict, model.hf_quantizer)
         return (model, info) if output_loading_info else model
+
+
+def quantized_state_dict(quantizer: Any, model: Any) -> tuple[dict[str, Any] | None, dict[str, str]]:
+    """
+    What the quantizer of transformers has `save_pretrained` write: tensors by name, and the file's metadata.
+
+    torchao's reader fails on listed names without a dot, such as RAR's `cls_token`. It needs none of them: only
+    weights of layers are quantized.
+    """
+    state_dict, metadata = type(quantizer).get_state_dict_and_metadata(quantizer, model)
+    if "tensor_names" in metadata:
+        names = json.loads(metadata["tensor_names"])
+        metadata["tensor_names"] = json.dumps([name for name in names if "." in name])
+    return state_dict, metadata
 
 
 def check_shapes(source: str, info: dict[str, Any]) -> None:

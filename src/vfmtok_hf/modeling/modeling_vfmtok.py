@@ -868,6 +868,10 @@ class VFMTokModel(VFMTokPreTrainedModel):
             self.vision_model.requires_grad_(False)
             self.vision_model.eval()
 
+    def get_input_embeddings(self) -> None:
+        """None: images come without a table of embeddings. transformers asks when it quantizes."""
+        return None
+
     def train(self, mode: bool = True) -> "VFMTokModel":
         super().train(mode)
         self._freeze_vision_model()

@@ -1,0 +1,176 @@
+"""
+Layers that torchao quantized, by torch's own kernels for CPUs.
+
+torch has products that read 8 or 4 bit weights as they lie in memory, with activations in bfloat16. torchao's tensors do not
+use them on a CPU (docs/performance.md has both measured). `pack_weights` of `cpu_inference`, which is where to start, does
+so through this file.
+"""
+
+import sys
+
+import torch
+from torch import nn
+
+
+class PackedQuantizedLinear(nn.Module):
+    """
+    An `nn.Linear` with a quantized weight, for inference on the CPU: what the 8 and the 4 bit layer share.
+
+    It takes and returns activations of the dtype that the quantized layer had, and computes in bfloat16 with float32 sums.
+    It is saved, copied and pickled as the layer it came from. It has no backward.
+
+    Args:
+        linear (`torch.nn.Linear`): on the CPU, its weight a tensor of torchao that the class `accepts`.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.dtype = linear.weight.dtype
+        self.bias = None if linear.bias is None else linear.bias.detach()
+
+    def _product(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """bfloat16 `(rows, in_features)` to `(rows, out_features)`, without the bias."""
+        raise NotImplementedError
+
+    def _quantized_weight(self) -> torch.Tensor:
+        """torchao's tensor."""
+        raise NotImplementedError
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """
+        `hidden_states` `(..., in_features)` to `(..., out_features)`.
+
+        Raises:
+            RuntimeError: a gradient is wanted.
+        """
+        if hidden_states.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError("Packed weights have no gradients: call unpack_weights(model) before training.")
+        rows = hidden_states.reshape(-1, self.in_features).to(torch.bfloat16)
+        output = self._product(rows).to(hidden_states.dtype).view(*hidden_states.shape[:-1], self.out_features)
+        return output if self.bias is None else output + self.bias
+
+    def to_linear(self) -> nn.Linear:
+        """The layer with torchao's tensor, equal to the last bit."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(self._quantized_weight(), requires_grad=False)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias)
+        return linear
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+    def __reduce__(self):
+        return type(self), (self.to_linear(),)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        self.to_linear()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _apply(self, fn, recurse=True):
+        before = torch.empty(0, dtype=self.dtype)
+        after = fn(before)
+        if (after.device, after.dtype) != (before.device, before.dtype):
+            raise RuntimeError(
+                "This model's quantized weights are packed for the CPU: call unpack_weights(model) before moving or "
+                "converting it."
+            )
+        return self
+
+
+class PackedInt8Linear(PackedQuantizedLinear):
+    """
+    8 bit weights with one scale per output, read where torchao keeps them.
+
+    Args:
+        linear (`torch.nn.Linear`): its weight is a `torchao` `Int8Tensor` without quantized activations.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__(linear)
+        self.weight = linear.weight.detach()
+        self.scales = self.weight.scale.flatten().to(torch.bfloat16)
+
+    @staticmethod
+    def accepts(weight: torch.Tensor) -> bool:
+        """Whether the kernel computes what `weight`, an `Int8Tensor`, says."""
+        return (
+            weight.block_size == [1, weight.shape[1]]
+            and weight.act_quant_kwargs is None
+            and weight.act_pre_scale is None
+            and (weight.zero_point is None or not weight.zero_point.any())
+            and weight.shape[1] % 16 == 0  # the kernel reads whole vectors, past the end of other rows
+        )
+
+    def _product(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return torch.ops.aten._weight_int8pack_mm(hidden_states, self.weight.qdata, self.scales)
+
+    def _quantized_weight(self) -> torch.Tensor:
+        return self.weight
+
+
+class PackedInt4Linear(PackedQuantizedLinear):
+    """
+    4 bit weights in groups along the inputs, two to a byte; torchao's tensor takes a byte for each.
+
+    Args:
+        linear (`torch.nn.Linear`): its weight is a `torchao` `IntxUnpackedToInt8Tensor` of `torch.int4`.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__(linear)
+        weight = linear.weight
+        self.scale, self.zero_point, self.block_size = weight.scale, weight.zero_point, weight.block_size
+        # The kernel's weight is (nibble - 8) * scale + offset, torchao's (value - zero point) * scale.
+        nibbles = weight.qdata.to(torch.int32) + 8
+        self.nibbles = torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles, 1)
+        scales = torch.stack([self.scale, -self.zero_point * self.scale], dim=-1)
+        self.scales = scales.transpose(0, 1).to(torch.bfloat16).contiguous()
+
+    @staticmethod
+    def accepts(weight: torch.Tensor) -> bool:
+        """Whether the kernel computes what `weight`, an `IntxUnpackedToInt8Tensor`, says."""
+        rows, group_size = weight.block_size
+        return (
+            weight.target_dtype is torch.int4
+            and weight.activation_quantization is None
+            and rows == 1
+            and group_size in (32, 64, 128, 256)
+            and weight.shape[0] % 16 == 0
+        )
+
+    def _product(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(hidden_states, self.nibbles, self.block_size[1], self.scales)
+
+    def _quantized_weight(self) -> torch.Tensor:
+        from torchao.quantization import IntxUnpackedToInt8Tensor
+
+        # The layout of the nibbles is the kernel's own: it gives them back as the product with the identity.
+        unit_scales = torch.zeros_like(self.scales)
+        unit_scales[..., 0] = 1
+        identity = torch.eye(self.in_features, dtype=torch.bfloat16)
+        values = torch.ops.aten._weight_int4pack_mm_for_cpu(identity, self.nibbles, self.block_size[1], unit_scales)
+        return IntxUnpackedToInt8Tensor(
+            values.T.to(torch.int8).contiguous(),
+            self.scale,
+            self.zero_point,
+            torch.int4,
+            self.block_size,
+            self.dtype,
+            None,
+        )
+
+
+def packed_class(module: nn.Module) -> type[PackedQuantizedLinear] | None:
+    """The class to compute `module`, a quantized `nn.Linear`, on the CPU; None for others, and if there is no kernel."""
+    if type(module) is not nn.Linear or not module.weight.is_cpu or "torchao" not in sys.modules:
+        return None
+    from torchao.quantization import Int8Tensor, IntxUnpackedToInt8Tensor
+
+    for tensor_class, layer_class in ((Int8Tensor, PackedInt8Linear), (IntxUnpackedToInt8Tensor, PackedInt4Linear)):
+        if isinstance(module.weight, tensor_class) and layer_class.accepts(module.weight):
+            return layer_class
+    return None
+
+
+__all__ = ["PackedInt4Linear", "PackedInt8Linear", "PackedQuantizedLinear", "packed_class"]
