@@ -65,18 +65,17 @@ def filter_top_p(logits: torch.Tensor, top_p: float) -> torch.Tensor:
     return logits.masked_fill(removed, -torch.inf)
 
 
-def exponential_noise(
-    shape: tuple[int, ...], generator: torch.Generator | Sequence[torch.Generator] | None, device: torch.device
+def uniform_numbers(
+    num_rows: int, generator: torch.Generator | Sequence[torch.Generator] | None, device: torch.device
 ) -> torch.Tensor:
     """
-    Exponential(1) noise of `shape`, drawn where the generator lives, so that a CPU seed means the same on any device.
-
-    With a list each row draws from its own generator, hence the same numbers in any split of the batch.
+    `(num_rows, 1)` float64 numbers in [0, 1), drawn where the generator lives, so that a CPU seed means the same on any
+    device. With a list each row draws from its own generator, hence the same number in any split of the batch.
     """
     if isinstance(generator, Sequence):
-        return torch.cat([exponential_noise((1, *shape[1:]), row_generator, device) for row_generator in generator])
-    noise = torch.empty(shape, device=device if generator is None else generator.device)
-    return noise.exponential_(generator=generator).to(device)
+        return torch.cat([uniform_numbers(1, row_generator, device) for row_generator in generator])
+    source = device if generator is None else generator.device
+    return torch.rand(num_rows, 1, generator=generator, dtype=torch.float64, device=source).to(device)
 
 
 def sample_tokens(
@@ -85,11 +84,14 @@ def sample_tokens(
     """
     Draw one token per row of `(batch_size, codebook_size)` logits: `(batch_size,)` int64.
 
-    An exponential race: the index of the largest p_i / e_i, with e_i ~ Exponential(1), is distributed as p. Unlike
-    `torch.multinomial` it never waits for the device and accepts a generator per row.
+    The first token at which the sum of the probabilities exceeds a uniform number: one random number a row, where
+    `torch.multinomial` draws one a token and takes longer than a layer of the model. It never waits for the device.
+    The sums are float64, so that the rarest token keeps its probability.
     """
-    noise = exponential_noise(logits.shape, generator, logits.device)
-    return logits.softmax(dim=-1).div_(noise).argmax(dim=-1)
+    cumulative = logits.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    thresholds = uniform_numbers(len(logits), generator, logits.device) * cumulative[:, -1:]
+    # Where NaN compares with nothing the result lies past the end; the decode loop reports it after its last step.
+    return torch.searchsorted(cumulative, thresholds, right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
 
 
 @dataclass(frozen=True)
