@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
 
 
@@ -208,6 +209,12 @@ class KeyValueCache:
 
 # ---------------------------------------------------------------------------------------------------------------
 # The decode loop
+
+
+def apply_jointly(layers: Sequence[nn.Module], hidden_states: torch.Tensor) -> Sequence[torch.Tensor]:
+    """The output of each layer. Layers that were packed together for inference compute theirs in one product."""
+    product = getattr(layers[0], "joint_product", None)
+    return [layer(hidden_states) for layer in layers] if product is None else product(hidden_states)
 
 
 def check_ids(name: str, ids: torch.Tensor, num_ids: int, wait_for_device: bool = False) -> None:
