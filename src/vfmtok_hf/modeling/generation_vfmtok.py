@@ -237,6 +237,11 @@ def to_raster(sequence: torch.Tensor, orders: torch.Tensor | None) -> torch.Tens
     return sequence if orders is None else torch.zeros_like(sequence).scatter(1, orders, sequence)
 
 
+def predict_next(model: Any, class_labels: torch.Tensor, image_tokens: torch.Tensor, **inputs) -> torch.Tensor:
+    """Logits `(batch_size, codebook_size)` of the token that follows `image_tokens`."""
+    return model(class_labels, image_tokens, **inputs).logits[:, -1]
+
+
 class VFMTokGenerationMixin(GenerationMixin):
     """
     `generate` for models that predict image tokens from class labels.
@@ -249,6 +254,24 @@ class VFMTokGenerationMixin(GenerationMixin):
     output_modalities = ("image",)
     # Positions of the sequence before the first image token.
     num_condition_tokens = 1
+    _predict_next = staticmethod(predict_next)
+
+    def compile_decoding(self, **options) -> None:
+        """
+        Let `torch.compile` translate the decode step, in place, at the next call of `generate`.
+
+        One graph serves every step, batch size and guidance, and one more a single row, which torch always treats
+        apart. The first two steps, whose sizes torch would translate apart too, stay as they are.
+
+        Args:
+            options: for `torch.compile`, such as `backend` or `mode`.
+
+        Raises:
+            ValueError: the weights are packed, which torch.compile cannot read.
+        """
+        if any(hasattr(module, "joint_product") for module in self.modules()):  # type: ignore[attr-defined]
+            raise ValueError("torch.compile cannot read packed weights: call unpack_weights(model) first.")
+        self._predict_next = torch.compile(predict_next, dynamic=True, fullgraph=True, **options)  # type: ignore
 
     @torch.no_grad()
     def generate(  # type: ignore[override]
@@ -349,7 +372,8 @@ class VFMTokGenerationMixin(GenerationMixin):
                 num_passes, labels, tokens = 1, labels[:batch_size], tokens[:batch_size]
                 model_kwargs = {name: rows[:batch_size] for name, rows in model_kwargs.items()}
                 cache.keep_rows(batch_size)
-            logits = self(labels, tokens[:, :step], cache=cache, **model_kwargs).logits[:, -1]  # type: ignore[operator]
+            predict = predict_next if step < first_step + 2 else self._predict_next
+            logits = predict(self, labels, tokens[:, :step], cache=cache, **model_kwargs)
             if num_passes == 2:
                 logits = apply_guidance(logits, scales[step])
             if logits_processor is not None:
