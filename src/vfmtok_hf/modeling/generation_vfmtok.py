@@ -271,7 +271,14 @@ class VFMTokGenerationMixin(GenerationMixin):
         """
         if any(hasattr(module, "joint_product") for module in self.modules()):  # type: ignore[attr-defined]
             raise ValueError("torch.compile cannot read packed weights: call unpack_weights(model) first.")
-        self._predict_next = torch.compile(predict_next, dynamic=True, fullgraph=True, **options)  # type: ignore
+        compiled = torch.compile(predict_next, dynamic=True, fullgraph=True, **options)
+
+        def predict(*args, **inputs) -> torch.Tensor:
+            # Sizes that happen to be equal, of the batch and of the first step translated, are not to stay equal.
+            with torch.fx.experimental._config.patch(use_duck_shape=False):
+                return compiled(*args, **inputs)
+
+        self._predict_next = predict
 
     @torch.no_grad()
     def generate(  # type: ignore[override]
