@@ -364,7 +364,8 @@ class VFMTokGenerationMixin(GenerationMixin):
         guided_steps = max((step + 1 for step, scale in enumerate(scales) if scale != 1), default=0)
 
         # One row per image and, while guidance lasts, a second one for its unconditional twin.
-        labels, num_passes = class_labels, 1
+        # Copies, because a compiled step is translated anew when it meets a view of a tensor instead.
+        labels, num_passes = class_labels.clone(), 1
         if guided_steps > first_step:
             labels, num_passes = torch.cat([labels, torch.full_like(labels, self.config.num_classes)]), 2
         tokens = labels.new_zeros(len(labels), num_tokens)
@@ -376,8 +377,8 @@ class VFMTokGenerationMixin(GenerationMixin):
 
         for step in range(first_step, num_tokens):
             if step == guided_steps and num_passes == 2:
-                num_passes, labels, tokens = 1, labels[:batch_size], tokens[:batch_size]
-                model_kwargs = {name: rows[:batch_size] for name, rows in model_kwargs.items()}
+                num_passes, labels, tokens = 1, labels[:batch_size].clone(), tokens[:batch_size]
+                model_kwargs = {name: rows[:batch_size].clone() for name, rows in model_kwargs.items()}
                 cache.keep_rows(batch_size)
             predict = predict_next if step < first_step + 2 else self._predict_next
             logits = predict(self, labels, tokens[:, :step], cache=cache, **model_kwargs)
