@@ -89,6 +89,7 @@ class JointProduct:
         self.packed = PackedLinear(stacked)
 
     def __call__(self, hidden_states: torch.Tensor) -> Sequence[torch.Tensor]:
+        """`hidden_states` `(..., in_features)` to one `(..., out_features)` per layer, views of one tensor."""
         return self.packed(hidden_states).split(self.sizes, dim=-1)
 
     def to_linears(self) -> list[nn.Linear]:
@@ -109,7 +110,13 @@ class JointProduct:
 
 
 class PackedPart(nn.Module):
-    """One layer of a [`JointProduct`], which `apply_jointly` calls once for all of them. Saved as the layer it was."""
+    """
+    One layer of a [`JointProduct`], which `apply_jointly` calls once for all of them. Saved as the layer it was.
+
+    Args:
+        joint_product (`JointProduct`): shared by all parts.
+        index (`int`): which of its layers this one is.
+    """
 
     def __init__(self, joint_product: JointProduct, index: int):
         super().__init__()

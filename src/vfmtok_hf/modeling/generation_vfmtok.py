@@ -275,7 +275,7 @@ class VFMTokGenerationMixin(GenerationMixin):
 
         def predict(*args, **inputs) -> torch.Tensor:
             # Sizes that happen to be equal, of the batch and of the first step translated, are not to stay equal.
-            with torch.fx.experimental._config.patch(use_duck_shape=False):
+            with torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
                 return compiled(*args, **inputs)
 
         self._predict_next = predict
