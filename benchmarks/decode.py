@@ -3,11 +3,15 @@ Decoding of image tokens: the original's loop against ours, plain and with packe
 
     python benchmarks/decode.py --size B --dtype float32 --batch-sizes 1 8 32
 
-Random weights of the released sizes. `limit` is the share of the memory bandwidth that a plain large matrix-vector
+`--compile` adds the compiled step. `--busy` spins on a second core meanwhile, as another program would. `--only` takes
+the sides that are named, so that a piece stays short. Random weights of the released sizes. `limit` is the share of the memory bandwidth that a plain large matrix-vector
 product of torch reaches in the same run: bytes of weights and of filled cache read per step, over the step's time.
 """
 
 import argparse
+import contextlib
+import multiprocessing
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -43,6 +47,25 @@ def draw(model: VFMTokARForImageGeneration, class_labels: torch.Tensor, steps: i
     model.generate(class_labels, guidance_scale=scale, callback=lambda step, _: step + 1 < steps)
 
 
+def spin() -> None:
+    while True:
+        pass
+
+
+@contextlib.contextmanager
+def busy_core(wanted: bool) -> Iterator[None]:
+    """With a process beside this one that never rests, if `wanted`."""
+    if not wanted:
+        yield
+        return
+    other = multiprocessing.get_context("spawn").Process(target=spin, daemon=True)
+    other.start()
+    try:
+        yield
+    finally:
+        other.kill()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
     parser.add_argument("--size", choices=SIZES, default="B")
@@ -52,6 +75,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=256, help="tokens of each image, 256 being a whole one")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--compile", action="store_true", help="measure the compiled step too")
+    parser.add_argument("--busy", action="store_true", help="keep another core busy meanwhile")
+    parser.add_argument("--only", nargs="+", help="sides to measure besides the original")
     arguments = parser.parse_args()
 
     torch.set_num_threads(arguments.threads)
@@ -64,12 +90,19 @@ def main() -> None:
         "ours": partial(draw, model),
         "ours, packed": partial(draw, packed),
     }
+    if arguments.compile:
+        compiled = random_generator(arguments.size, dtype)
+        compiled.compile_decoding()
+        sides["ours, compiled"] = partial(draw, compiled)
+    if arguments.only:
+        sides = {name: side for name, side in sides.items() if name == "original" or name in arguments.only}
     for batch_size in arguments.batch_sizes:
         for scale in arguments.guidance:
             calls = {
                 name: partial(side, torch.arange(batch_size), arguments.steps, scale) for name, side in sides.items()
             }
-            seconds = alternate(calls, arguments.runs)
+            with busy_core(arguments.busy):
+                seconds = alternate(calls, arguments.runs)
             rows = batch_size * (2 if scale > 1 else 1)
             table = [
                 {
@@ -78,6 +111,7 @@ def main() -> None:
                     "threads": arguments.threads,
                     "batch": batch_size,
                     "guidance": scale,
+                    "other core": "busy" if arguments.busy else "idle",
                     "side": name,
                     "tokens/s": f"{batch_size * arguments.steps / time:.1f}",
                     "images/s": f"{batch_size * arguments.steps / time / model.config.num_image_tokens:.3f}",

@@ -94,3 +94,20 @@ def test_training_a_packed_model_says_what_to_do(linear):
 def test_other_dtypes_stay_as_they_are(linear):
     model = pack_weights(nn.Sequential(linear.double()))
     assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("tiny_generator", [tiny_ar, tiny_rar])
+def test_layers_on_one_input_become_one_product_and_stay_separate_on_disk(tiny_generator):
+    model = tiny_generator().eval()
+    weights = copy.deepcopy(model.state_dict())
+    attention = pack_weights(model).layers[0].self_attn
+    query, key, value = attention.q_proj, attention.k_proj, attention.v_proj
+    assert query.joint_product is key.joint_product is value.joint_product
+    twin = copy.deepcopy(attention)
+    assert twin.k_proj.joint_product is twin.q_proj.joint_product is not query.joint_product
+    inputs = torch.randn(2, 1, 32)
+    for one, other in zip(query.joint_product(inputs), (twin.q_proj, twin.k_proj, twin.v_proj), strict=True):
+        assert one.equal(other(inputs))
+    for state_dict in (model.state_dict(), unpack_weights(model).state_dict()):
+        assert state_dict.keys() == weights.keys()
+        assert all(tensor.equal(weights[name]) for name, tensor in state_dict.items())

@@ -6,6 +6,7 @@ AVX2 code on AMD processors that have AVX-512. oneDNN, which is part of torch to
 in blocks at nearly the speed of memory (docs/performance.md has the measurements).
 """
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -73,6 +74,75 @@ class PackedLinear(nn.Module):
         return self
 
 
+class JointProduct:
+    """
+    The outputs of several `nn.Linear` that read the same input, from one product with their stacked weights.
+
+    Args:
+        layers (`Sequence[torch.nn.Linear]`): all with a bias or none.
+    """
+
+    def __init__(self, layers: Sequence[nn.Linear]):
+        self.sizes = [layer.out_features for layer in layers]
+        stacked = nn.Linear(layers[0].in_features, sum(self.sizes), bias=layers[0].bias is not None, device="meta")
+        stacked.weight = nn.Parameter(torch.cat([layer.weight.detach() for layer in layers]))
+        if layers[0].bias is not None:
+            stacked.bias = nn.Parameter(torch.cat([layer.bias.detach() for layer in layers]))
+        self.packed = PackedLinear(stacked)
+
+    def __call__(self, hidden_states: torch.Tensor) -> Sequence[torch.Tensor]:
+        """`hidden_states` `(..., in_features)` to one `(..., out_features)` per layer, views of one tensor."""
+        return self.packed(hidden_states).split(self.sizes, dim=-1)
+
+    def to_linears(self) -> list[nn.Linear]:
+        """The layers with plain weights, equal to the last bit."""
+        stacked = self.packed.to_linear()
+        layers, end = [], 0
+        for size in self.sizes:
+            start, end = end, end + size
+            layer = nn.Linear(stacked.in_features, size, bias=stacked.bias is not None, device="meta")
+            layer.weight = nn.Parameter(stacked.weight.detach()[start:end].clone())
+            if stacked.bias is not None:
+                layer.bias = nn.Parameter(stacked.bias.detach()[start:end].clone())
+            layers.append(layer)
+        return layers
+
+    def __reduce__(self):
+        return type(self), (self.to_linears(),)
+
+
+class PackedPart(nn.Module):
+    """
+    One layer of a [`JointProduct`], which `apply_jointly` calls once for all of them. Saved as the layer it was.
+
+    Args:
+        joint_product (`JointProduct`): shared by all parts.
+        index (`int`): which of its layers this one is.
+    """
+
+    def __init__(self, joint_product: JointProduct, index: int):
+        super().__init__()
+        self.joint_product, self.index = joint_product, index
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`hidden_states` `(..., in_features)` to `(..., out_features)` of this layer alone."""
+        return self.joint_product(hidden_states)[self.index]
+
+    def to_linear(self) -> nn.Linear:
+        """The layer with a plain weight, equal to the last bit."""
+        return self.joint_product.to_linears()[self.index]
+
+    def extra_repr(self) -> str:
+        return f"out_features={self.joint_product.sizes[self.index]}, part {self.index} of {self.joint_product.sizes}"
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        self.to_linear()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _apply(self, fn, recurse=True):
+        self.joint_product.packed._apply(fn, recurse)
+        return self
+
+
 def can_pack(module: nn.Module) -> bool:
     """Whether oneDNN has a product for this layer: an `nn.Linear` in float32 or bfloat16 on the CPU."""
     return (
@@ -91,7 +161,8 @@ def pack_weights(model: ModuleT) -> ModuleT:
     """
     Prepare a model for fast inference on the CPU, in place; layers that oneDNN has no product for stay.
 
-    Linear layers change places with [`PackedLinear`], one at a time, so that memory grows by one layer. Convolutions
+    Linear layers change places with [`PackedLinear`], one at a time, so that memory grows by one layer; those that a
+    module names in `joint_layers` (query, key and value; gate and up) become one [`JointProduct`]. Convolutions
     get channels-last weights, which their activations follow. Results change by rounding only, of layers that torchao
     quantized to 8 or 4 bits (they go to torch's kernels for such weights) by bfloat16's. Training needs
     [`unpack_weights`] first; `torch.compile` packs weights itself and wants the model as it was.
@@ -103,6 +174,12 @@ def pack_weights(model: ModuleT) -> ModuleT:
         `torch.nn.Module`: the argument.
     """
     for parent in list(model.modules()):
+        names = getattr(parent, "joint_layers", ())
+        layers = [getattr(parent, name) for name in names]
+        if layers and all(map(can_pack, layers)):
+            product = JointProduct(layers)
+            for index, name in enumerate(names):
+                setattr(parent, name, PackedPart(product, index))
         for name, child in parent.named_children():
             if can_pack(child):
                 setattr(parent, name, PackedLinear(child))
@@ -117,11 +194,11 @@ def unpack_weights(model: ModuleT) -> ModuleT:
     """Undo [`pack_weights`] of `model` in place, to the last bit; returns the argument."""
     for parent in list(model.modules()):
         for name, child in parent.named_children():
-            if isinstance(child, (PackedLinear, PackedQuantizedLinear)):
+            if isinstance(child, (PackedLinear, PackedPart, PackedQuantizedLinear)):
                 setattr(parent, name, child.to_linear())
             elif isinstance(child, nn.Conv2d):
                 child.to(memory_format=torch.contiguous_format)
     return model
 
 
-__all__ = ["PackedLinear", "pack_weights", "unpack_weights"]
+__all__ = ["JointProduct", "PackedLinear", "PackedPart", "pack_weights", "unpack_weights"]

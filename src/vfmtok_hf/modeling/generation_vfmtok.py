@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
 
 
@@ -65,18 +66,17 @@ def filter_top_p(logits: torch.Tensor, top_p: float) -> torch.Tensor:
     return logits.masked_fill(removed, -torch.inf)
 
 
-def exponential_noise(
-    shape: tuple[int, ...], generator: torch.Generator | Sequence[torch.Generator] | None, device: torch.device
+def uniform_numbers(
+    num_rows: int, generator: torch.Generator | Sequence[torch.Generator] | None, device: torch.device
 ) -> torch.Tensor:
     """
-    Exponential(1) noise of `shape`, drawn where the generator lives, so that a CPU seed means the same on any device.
-
-    With a list each row draws from its own generator, hence the same numbers in any split of the batch.
+    `(num_rows, 1)` float64 numbers in [0, 1), drawn where the generator lives, so that a CPU seed means the same on any
+    device. With a list each row draws from its own generator, hence the same number in any split of the batch.
     """
     if isinstance(generator, Sequence):
-        return torch.cat([exponential_noise((1, *shape[1:]), row_generator, device) for row_generator in generator])
-    noise = torch.empty(shape, device=device if generator is None else generator.device)
-    return noise.exponential_(generator=generator).to(device)
+        return torch.cat([uniform_numbers(1, row_generator, device) for row_generator in generator])
+    source = device if generator is None else generator.device
+    return torch.rand(num_rows, 1, generator=generator, dtype=torch.float64, device=source).to(device)
 
 
 def sample_tokens(
@@ -85,11 +85,14 @@ def sample_tokens(
     """
     Draw one token per row of `(batch_size, codebook_size)` logits: `(batch_size,)` int64.
 
-    An exponential race: the index of the largest p_i / e_i, with e_i ~ Exponential(1), is distributed as p. Unlike
-    `torch.multinomial` it never waits for the device and accepts a generator per row.
+    The first token at which the sum of the probabilities exceeds a uniform number: one random number a row, where
+    `torch.multinomial` draws one a token and takes longer than a layer of the model. It never waits for the device.
+    The sums are float64, so that the rarest token keeps its probability.
     """
-    noise = exponential_noise(logits.shape, generator, logits.device)
-    return logits.softmax(dim=-1).div_(noise).argmax(dim=-1)
+    cumulative = logits.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    thresholds = uniform_numbers(len(logits), generator, logits.device) * cumulative[:, -1:]
+    # Where NaN compares with nothing the result lies past the end; the decode loop reports it after its last step.
+    return torch.searchsorted(cumulative, thresholds, right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
 
 
 @dataclass(frozen=True)
@@ -208,6 +211,12 @@ class KeyValueCache:
 # The decode loop
 
 
+def apply_jointly(layers: Sequence[nn.Module], hidden_states: torch.Tensor) -> Sequence[torch.Tensor]:
+    """The output of each layer. Layers that were packed together for inference compute theirs in one product."""
+    product = getattr(layers[0], "joint_product", None)
+    return [layer(hidden_states) for layer in layers] if product is None else product(hidden_states)
+
+
 def check_ids(name: str, ids: torch.Tensor, num_ids: int, wait_for_device: bool = False) -> None:
     """
     Raise unless `ids` are int64 in 0 to `num_ids - 1`.
@@ -228,6 +237,11 @@ def to_raster(sequence: torch.Tensor, orders: torch.Tensor | None) -> torch.Tens
     return sequence if orders is None else torch.zeros_like(sequence).scatter(1, orders, sequence)
 
 
+def predict_next(model: Any, class_labels: torch.Tensor, image_tokens: torch.Tensor, **inputs) -> torch.Tensor:
+    """Logits `(batch_size, codebook_size)` of the token that follows `image_tokens`."""
+    return model(class_labels, image_tokens, **inputs).logits[:, -1]
+
+
 class VFMTokGenerationMixin(GenerationMixin):
     """
     `generate` for models that predict image tokens from class labels.
@@ -240,6 +254,31 @@ class VFMTokGenerationMixin(GenerationMixin):
     output_modalities = ("image",)
     # Positions of the sequence before the first image token.
     num_condition_tokens = 1
+    _predict_next = staticmethod(predict_next)
+
+    def compile_decoding(self, **options) -> None:
+        """
+        Let `torch.compile` translate the decode step, in place, at the next call of `generate`.
+
+        One graph serves every step, batch size and guidance, and one more a single row, which torch always treats
+        apart. The first two steps, whose sizes torch would translate apart too, stay as they are.
+
+        Args:
+            options: for `torch.compile`, such as `backend` or `mode`.
+
+        Raises:
+            ValueError: the weights are packed, which torch.compile cannot read.
+        """
+        if any(hasattr(module, "joint_product") for module in self.modules()):  # type: ignore[attr-defined]
+            raise ValueError("torch.compile cannot read packed weights: call unpack_weights(model) first.")
+        compiled = torch.compile(predict_next, dynamic=True, fullgraph=True, **options)
+
+        def predict(*args, **inputs) -> torch.Tensor:
+            # Sizes that happen to be equal, of the batch and of the first step translated, are not to stay equal.
+            with torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+                return compiled(*args, **inputs)
+
+        self._predict_next = predict
 
     @torch.no_grad()
     def generate(  # type: ignore[override]
@@ -325,7 +364,8 @@ class VFMTokGenerationMixin(GenerationMixin):
         guided_steps = max((step + 1 for step, scale in enumerate(scales) if scale != 1), default=0)
 
         # One row per image and, while guidance lasts, a second one for its unconditional twin.
-        labels, num_passes = class_labels, 1
+        # Copies, because a compiled step is translated anew when it meets a view of a tensor instead.
+        labels, num_passes = class_labels.clone(), 1
         if guided_steps > first_step:
             labels, num_passes = torch.cat([labels, torch.full_like(labels, self.config.num_classes)]), 2
         tokens = labels.new_zeros(len(labels), num_tokens)
@@ -337,10 +377,11 @@ class VFMTokGenerationMixin(GenerationMixin):
 
         for step in range(first_step, num_tokens):
             if step == guided_steps and num_passes == 2:
-                num_passes, labels, tokens = 1, labels[:batch_size], tokens[:batch_size]
-                model_kwargs = {name: rows[:batch_size] for name, rows in model_kwargs.items()}
+                num_passes, labels, tokens = 1, labels[:batch_size].clone(), tokens[:batch_size]
+                model_kwargs = {name: rows[:batch_size].clone() for name, rows in model_kwargs.items()}
                 cache.keep_rows(batch_size)
-            logits = self(labels, tokens[:, :step], cache=cache, **model_kwargs).logits[:, -1]  # type: ignore[operator]
+            predict = predict_next if step < first_step + 2 else self._predict_next
+            logits = predict(self, labels, tokens[:, :step], cache=cache, **model_kwargs)
             if num_passes == 2:
                 logits = apply_guidance(logits, scales[step])
             if logits_processor is not None:

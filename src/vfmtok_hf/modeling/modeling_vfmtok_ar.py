@@ -22,7 +22,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .class_embeddings_vfmtok import ClassEmbeddingsMixin
 from .configuration_vfmtok_ar import VFMTokARConfig
-from .generation_vfmtok import KeyValueCache, LayerCache, VFMTokGenerationMixin
+from .generation_vfmtok import KeyValueCache, LayerCache, VFMTokGenerationMixin, apply_jointly
 from .loading_vfmtok import CheckedModelMixin
 
 
@@ -109,6 +109,7 @@ class VFMTokARAttention(nn.Module):
     """Causal self-attention with rotary embedding."""
 
     is_causal = True
+    joint_layers = ("q_proj", "k_proj", "v_proj")
 
     def __init__(self, config: VFMTokARConfig):
         super().__init__()
@@ -126,9 +127,9 @@ class VFMTokARAttention(nn.Module):
     ) -> torch.Tensor:
         # (batch, length, hidden) -> (batch, heads, length, head_dim)
         head_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = apply_rotary(self.q_proj(hidden_states).view(head_shape).transpose(1, 2), position_embeddings)
-        key = apply_rotary(self.k_proj(hidden_states).view(head_shape).transpose(1, 2), position_embeddings)
-        value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
+        projected = apply_jointly((self.q_proj, self.k_proj, self.v_proj), hidden_states)
+        query, key, value = (states.view(head_shape).transpose(1, 2) for states in projected)
+        query, key = apply_rotary(query, position_embeddings), apply_rotary(key, position_embeddings)
         attention_mask = None
         if cache is not None:
             key, value = cache.append(key, value)
@@ -146,6 +147,8 @@ class VFMTokARAttention(nn.Module):
 class VFMTokARMLP(nn.Module):
     """SwiGLU."""
 
+    joint_layers = ("gate_proj", "up_proj")
+
     def __init__(self, config: VFMTokARConfig):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -154,7 +157,8 @@ class VFMTokARMLP(nn.Module):
         self.dropout = nn.Dropout(config.ffn_dropout)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.dropout(self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)))
+        gate, up = apply_jointly((self.gate_proj, self.up_proj), hidden_states)
+        return self.dropout(self.down_proj(F.silu(gate) * up))
 
 
 class VFMTokARDecoderLayer(GradientCheckpointingLayer):

@@ -27,6 +27,7 @@ from .generation_vfmtok import (
     LayerCache,
     SamplingSettings,
     VFMTokGenerationMixin,
+    apply_jointly,
     check_ids,
     power_cosine_guidance,
 )
@@ -62,6 +63,7 @@ class VFMTokRARAttention(nn.Module):
     """Causal self-attention whose queries and keys are layer-normalised per head."""
 
     is_causal = True
+    joint_layers = ("q_proj", "k_proj", "v_proj")
 
     def __init__(self, config: VFMTokRARConfig):
         super().__init__()
@@ -79,9 +81,10 @@ class VFMTokRARAttention(nn.Module):
     def forward(self, hidden_states: torch.Tensor, cache: LayerCache | None = None) -> torch.Tensor:
         # (batch, length, hidden) -> (batch, heads, length, head_dim)
         head_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_norm(self.q_proj(hidden_states).view(head_shape)).transpose(1, 2)
-        key = self.k_norm(self.k_proj(hidden_states).view(head_shape)).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
+        projected = apply_jointly((self.q_proj, self.k_proj, self.v_proj), hidden_states)
+        query, key, value = (states.view(head_shape) for states in projected)
+        query, key = self.q_norm(query).transpose(1, 2), self.k_norm(key).transpose(1, 2)
+        value = value.transpose(1, 2)
         attention_mask = None
         if cache is not None:
             key, value = cache.append(key, value)
