@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from vfmtok_hf.cli import (
+from vfmtok_hf.cli_options import (
     BatchSizeOption,
     DeviceOption,
     Dtype,
