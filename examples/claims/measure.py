@@ -24,7 +24,7 @@ from vfmtok_hf import VFMTokARForImageGeneration, VFMTokImageProcessor, VFMTokMo
 from vfmtok_hf.evaluation.features import VisionModelFeatures, extract_features
 from vfmtok_hf.evaluation.generation import SampleFolder, SamplingSettings, draw_samples, model_fingerprint
 from vfmtok_hf.evaluation.images import FolderImages
-from vfmtok_hf.evaluation.linear_probe import ProbeSettings, evaluate_linear_probe
+from vfmtok_hf.evaluation.linear_probe import LabelledImages, ProbeSettings, evaluate_linear_probe
 from vfmtok_hf.evaluation.metrics import FeatureStatistics, frechet_distance, inception_score, precision_recall
 from vfmtok_hf.evaluation.plots import guidance_figure, save_figure
 from vfmtok_hf.evaluation.reconstruction import evaluate_reconstruction
@@ -71,7 +71,8 @@ def measure_tokenizer(run: Path, data: Path, extractor: VisionModelFeatures) -> 
     pixels = pipe.detokenize(pipe.tokenize(files), "uint8")
     reconstructions = torch.cat([extractor(batch).pooled for batch in pixels.split(32)])
     anchors = evaluate_tokens(pipe, held_out).summary()["anchors_by_layer"]
-    probes = evaluate_linear_probe(model, data / "train", data / "validation", PROBE)
+    probe_images = (LabelledImages.of_folder(data / part) for part in ("train", "validation"))
+    probes = evaluate_linear_probe(model, *probe_images, PROBE)
     return {
         **{name: of_held_out[name] for name in ("psnr", "ssim", "codebook_usage", "codebook_perplexity")},
         "rfid": frechet_distance(FeatureStatistics.of(reconstructions), FeatureStatistics.of(originals)),
