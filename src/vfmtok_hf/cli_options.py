@@ -56,8 +56,8 @@ def one_line_errors() -> Iterator[None]:
 
 
 @contextmanager
-def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr, gone when done. Yields the function that advances it."""
+def progress(description: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr, gone when done; it swings where the total is not known. Yields the function that advances it."""
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
     hidden = not error_console.is_terminal
     with Progress(*columns, console=error_console, transient=True, disable=hidden) as bar:
