@@ -9,15 +9,6 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from vfmtok_hf.cli_images import (
-    ImageColumnOption,
-    PicturesArgument,
-    SplitOption,
-    StreamingOption,
-    number_of,
-    open_labelled,
-    open_pictures,
-)
 from vfmtok_hf.cli_options import (
     BatchSizeOption,
     DeviceOption,
@@ -63,6 +54,17 @@ class LPIPSNetwork(str, Enum):
     squeeze = "squeeze"
 
 
+PicturesArgument = Annotated[
+    list[str],
+    typer.Argument(
+        help="Image files, and folders of them; or what the `datasets` library reads: parquet, arrow, WebDataset `.tar`, "
+        "or with `--split` a repository.",
+        show_default=False,
+    ),
+]
+SplitOption = Annotated[str | None, typer.Option(help="Of a data set. *Default: `train`.*")]
+ImageColumnOption = Annotated[str | None, typer.Option(help="Of a data set. *Default: the one with images.*")]
+StreamingOption = Annotated[bool, typer.Option("--streaming", help="Read a data set without storing it.")]
 FeaturesOption = Annotated[
     str,
     typer.Option(
@@ -120,6 +122,7 @@ def reconstruction(
 ) -> None:
     """rFID, rIS, PSNR, SSIM, LPIPS and codebook usage of a tokenizer."""
     with one_line_errors():
+        from vfmtok_hf.cli_images import number_of, open_pictures
         from vfmtok_hf.evaluation.features import load_feature_extractor
         from vfmtok_hf.evaluation.reconstruction import evaluate_reconstruction, load_lpips
         from vfmtok_hf.evaluation.results import save_measurement
@@ -315,6 +318,7 @@ def linear_probe(
 ) -> None:
     """Linear classifiers on the tokenizer's embedding, its tokens, its vision model, and raw pixels."""
     with one_line_errors():
+        from vfmtok_hf.cli_images import open_labelled
         from vfmtok_hf.evaluation.linear_probe import ProbeSettings, evaluate_linear_probe
         from vfmtok_hf.evaluation.results import save_measurement
         from vfmtok_hf.output_files import check_output_file
@@ -365,6 +369,7 @@ def tokens(
         import json
         from itertools import islice
 
+        from vfmtok_hf.cli_images import number_of, open_pictures
         from vfmtok_hf.evaluation.plots import anchor_figure, codebook_usage_figure, sampling_figure, save_figure
         from vfmtok_hf.evaluation.tokens import evaluate_tokens, looks_of
         from vfmtok_hf.output_files import check_picture_output, whole_file

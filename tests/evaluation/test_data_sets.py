@@ -108,6 +108,7 @@ def test_columns_and_sources_that_cannot_be_told_are_refused(data, tmp_path):
     assert "one at a time" in error_of("reconstruction", data / "rows.parquet", data / "rows.tar", *model)
     assert "name their --split" in error_of("reconstruction", data / "files", "--streaming", *model)
     assert "no data file" in error_of("reconstruction", tmp_path / "none.parquet", *model)
+    assert "both images and data files" in error_of("reconstruction", data, *model)
     picture = (data / "files" / "000.png").read_bytes()
     datasets.Dataset.from_dict({"a": [{"bytes": picture}], "b": [{"bytes": picture}]}).cast_column(
         "a", datasets.Image()
