@@ -140,6 +140,17 @@ def probe_figure(tokenizers: dict[str, dict]) -> Figure:
     return figure
 
 
+def draw_figures(runs: Path, measurements: dict[str, dict], features: str, output: Path) -> None:
+    save_figure(convergence_figure(runs, measurements), output / "claims_convergence.png")
+    save_figure(probe_figure(measurements["tokenizer"]), output / "claims_probes.png")
+    means = {
+        float(scale): {metric: mean(values[metric]) for metric in SAMPLE_METRICS}
+        for scale, values in measurements["guidance"].items()
+    }
+    if means:
+        save_figure(guidance_figure(list(means), list(means.values()), features), output / "claims_guidance.png")
+
+
 def with_range(values: list[float], digits: int) -> str:
     """The mean, and half of the range."""
     return f"{mean(values):.{digits}f} ± {(max(values) - min(values)) / 2:.{digits}f}"
@@ -209,16 +220,10 @@ def main() -> None:
             keep("generator", variant, values)
     first = arguments.runs / "region_adaptive"
     for scale in GUIDANCE_SCALES:
-        if str(scale) not in measurements["guidance"]:
+        if is_finished(first / "generator") and str(scale) not in measurements["guidance"]:
             values = measure_generator(first / "generator", first / "tokenizer", arguments.data, extractor, scale)
             keep("guidance", str(scale), values)
-    curve = [
-        {metric: mean(measurements["guidance"][str(scale)][metric]) for metric in SAMPLE_METRICS}
-        for scale in GUIDANCE_SCALES
-    ]
-    save_figure(guidance_figure(GUIDANCE_SCALES, curve, extractor.name), arguments.output / "claims_guidance.png")
-    save_figure(convergence_figure(arguments.runs, measurements), arguments.output / "claims_convergence.png")
-    save_figure(probe_figure(measurements["tokenizer"]), arguments.output / "claims_probes.png")
+    draw_figures(arguments.runs, measurements, extractor.name, arguments.output)
     shutil.copyfile(file, arguments.output / "claims.json")
     print(*tables(measurements), sep="\n\n")
 
