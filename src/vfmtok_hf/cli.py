@@ -438,6 +438,9 @@ def push(
     metrics: Annotated[
         Path | None, typer.Option(help="JSON list of figures for the card, in the fields of the Hub's `model-index`.")
     ] = None,
+    results: Annotated[
+        list[Path] | None, typer.Option(help="Result of `vfmtok evaluate` for the card. *May be repeated.*")
+    ] = None,
     samples: Annotated[int, typer.Option(min=0, help="Images to draw for the card of a pipeline.")] = 0,
     private: Annotated[bool, typer.Option("--private", help="Make a private repository.")] = False,
     dry_run: Annotated[
@@ -451,10 +454,12 @@ def push(
     """
     with one_line_errors():
         from vfmtok_hf import hub
+        from vfmtok_hf.evaluation.results import measured_results
 
         # What is not given on the command line is left to what is known of the checkpoint.
         given = {"license": license, "base_model": base_model, "metrics": metrics and hub.read_metrics(metrics)}
         options = {name: value for name, value in given.items() if value is not None}
+        options["results"] = [figure for file in results or [] for figure in measured_results(file)]
         options |= {"samples": samples, "private": private, "dry_run": dry_run}
         if convert is not None:
             report = hub.push_checkpoint(source, repo_id, convert.value, vision_model, tokenizer, config, **options)
