@@ -220,6 +220,8 @@ def card_metrics(results: Iterable[Result]) -> list[EvalResult]:
             task_name=f"{result.task.replace('_', ' ')}, {result.setting}",
             dataset_type=re.sub(r"\W+", "-", result.dataset.lower()).strip("-"),
             dataset_name=result.dataset,
+            # The Hub's library joins figures of equal task and data, and gives them the source of the first of them.
+            dataset_config=result.setting + (f", {result.source}" if result.url else ""),
             metric_type=result.metric,
             metric_name=METRIC_NAMES.get(result.metric, result.metric)
             + (f" ({result.features})" if result.features else ""),
