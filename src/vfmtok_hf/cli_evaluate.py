@@ -200,6 +200,7 @@ def generation(
         from vfmtok_hf.evaluation.features import load_feature_extractor
         from vfmtok_hf.evaluation.generation import SampleFolder, SamplingSettings, load_reference, model_fingerprint
         from vfmtok_hf.evaluation.images import FolderImages
+        from vfmtok_hf.evaluation.metrics import check_enough_neighbours
         from vfmtok_hf.output_files import check_picture_output
 
         scales = sorted(set(guidance_scale or [1.0]))
@@ -212,6 +213,8 @@ def generation(
             source = reference if reference.suffix == ".npz" else FolderImages([reference], size)
             extractor = load_feature_extractor(features, pipe.vq_model, feature_size, inception_weights, pipe.device)
             real = load_reference(source, extractor, batch_size)
+            if real.pooled_features is not None:
+                check_enough_neighbours(min(num_samples, len(real.pooled_features)))
         fingerprint = model_fingerprint(pipe)
         folders = []
         for scale in scales:

@@ -114,3 +114,11 @@ def test_columns_and_sources_that_cannot_be_told_are_refused(data, tmp_path):
         "a", datasets.Image()
     ).cast_column("b", datasets.Image()).to_parquet(tmp_path / "two.parquet")
     assert "several columns (a, b)" in error_of("reconstruction", tmp_path / "two.parquet", *model)
+
+
+def test_too_few_reference_images_are_refused_before_sampling(data, tmp_path):
+    write_images(tmp_path / "few", 3)
+    model = ("-n", 10, "--features", "own", "-m", data / "model", "-o", tmp_path / "samples")
+    assert "more than 3 images on each side, got 3" in error_of("generation", "--reference", tmp_path / "few", *model)
+    assert "no reference file" in error_of("generation", "--reference", tmp_path / "none.npz", *model)
+    assert not (tmp_path / "samples").exists()

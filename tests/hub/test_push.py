@@ -245,7 +245,10 @@ def test_converted_checkpoint_carries_provenance_and_the_authors_figures(hub, cl
     assert figures["generation, with guidance", "fid"] == 1.33
     assert figures["generation, without guidance", "fid"] == 2.01
     assert all("README of CVMI-Lab/VFMTok-RAR" in result.source_name for result in card.data.eval_results)
-    assert "| generation | without guidance | FID ↓ (inception) | ImageNet-1k validation, 256 x 256 | 2.01 [1] | — |" in card.text
+    assert (
+        "| generation | without guidance | FID ↓ (inception) | ImageNet-1k validation, 256 x 256 | 2.01 [1] | — |"
+        in card.text
+    )
     assert "modeling_vfmtok_rar.py" in files
 
 
