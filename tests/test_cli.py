@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import vfmtok_hf
 from tests.pipelines.tiny_pipeline import ID2LABEL, tiny_pipeline
-from vfmtok_hf import cli, conversion
+from vfmtok_hf import cli, cli_options, conversion
 from vfmtok_hf.token_files import load_tokens
 from vfmtok_hf.training.tokens import TokenShards
 
@@ -76,7 +76,7 @@ def test_labels_take_several_words(model, tmp_path, labels):
 @pytest.mark.parametrize(("limit", "threads"), [(0, 2), (10**9, 1)])
 def test_small_models_run_on_one_thread(model, tmp_path, monkeypatch, limit, threads):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(cli, "SMALL_PIPELINE_PARAMETERS", limit)
+    monkeypatch.setattr(cli_options, "SMALL_PIPELINE_PARAMETERS", limit)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -319,7 +319,7 @@ def test_help_names_every_command():
 
 def test_the_command_module_itself_imports_nothing_heavy():
     """`--help` and usage errors wait for none of the libraries that the commands use."""
-    commands = {"vfmtok_hf.cli", "vfmtok_hf.cli_evaluate"}
+    commands = {"vfmtok_hf.cli", "vfmtok_hf.cli_evaluate", "vfmtok_hf.cli_options"}
     for module in commands:
         tree = ast.parse(Path(importlib.import_module(module).__file__).read_text())
         imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]

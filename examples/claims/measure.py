@@ -5,13 +5,16 @@ Measure what `train.py` trained, and draw the figures of docs/claims.md.
     python examples/claims/measure.py --runs runs/claims --data data/emoji64 --features data/efficientnet_lite0_classifier \\
         --output docs/assets
 
-Variants that are not finished are left out. Writes `measurements.json` into the folder of the runs, prints the tables.
+Variants that are not finished are left out, measurements that are in the runs' `measurements.json` are kept. The output
+gets the figures and `claims.json`, all that was measured; the tables are printed.
 """
 
 import argparse
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mean
 
 import torch
 from matplotlib.figure import Figure
@@ -21,7 +24,7 @@ from vfmtok_hf import VFMTokARForImageGeneration, VFMTokImageProcessor, VFMTokMo
 from vfmtok_hf.evaluation.features import VisionModelFeatures, extract_features
 from vfmtok_hf.evaluation.generation import SampleFolder, SamplingSettings, draw_samples, model_fingerprint
 from vfmtok_hf.evaluation.images import FolderImages
-from vfmtok_hf.evaluation.linear_probe import ProbeSettings, evaluate_linear_probe
+from vfmtok_hf.evaluation.linear_probe import LabelledImages, ProbeSettings, evaluate_linear_probe
 from vfmtok_hf.evaluation.metrics import FeatureStatistics, frechet_distance, inception_score, precision_recall
 from vfmtok_hf.evaluation.plots import guidance_figure, save_figure
 from vfmtok_hf.evaluation.reconstruction import evaluate_reconstruction
@@ -38,6 +41,8 @@ COLOURS = {
 NUM_IMAGES = 700
 FEATURE_SIZE = 64
 GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0)
+NUM_DRAWS = 3
+SAMPLE_METRICS = ("fid", "inception_score", "precision", "recall")
 PROBE = ProbeSettings(epochs=30, warmup_epochs=3, views=1, base_learning_rates=(1.0, 10.0))
 
 
@@ -66,7 +71,8 @@ def measure_tokenizer(run: Path, data: Path, extractor: VisionModelFeatures) -> 
     pixels = pipe.detokenize(pipe.tokenize(files), "uint8")
     reconstructions = torch.cat([extractor(batch).pooled for batch in pixels.split(32)])
     anchors = evaluate_tokens(pipe, held_out).summary()["anchors_by_layer"]
-    probes = evaluate_linear_probe(model, data / "train", data / "validation", PROBE)
+    probe_images = (LabelledImages.of_folder(data / part) for part in ("train", "validation"))
+    probes = evaluate_linear_probe(model, *probe_images, PROBE)
     return {
         **{name: of_held_out[name] for name in ("psnr", "ssim", "codebook_usage", "codebook_perplexity")},
         "rfid": frechet_distance(FeatureStatistics.of(reconstructions), FeatureStatistics.of(originals)),
@@ -79,26 +85,28 @@ def measure_tokenizer(run: Path, data: Path, extractor: VisionModelFeatures) -> 
 def measure_generator(
     run: Path, tokenizer_run: Path, data: Path, extractor: VisionModelFeatures, guidance_scale: float = 1.0
 ) -> dict:
+    """Each metric of `NUM_DRAWS` independent sets of samples, as a list: how far they differ is the noise of drawing."""
     tokenizer = VFMTokModel.from_pretrained(tokenizer_run / "model").eval()
     generator = VFMTokARForImageGeneration.from_pretrained(run / "model").eval()
     size, num_classes = tokenizer.config.image_size, generator.config.num_classes
     pipe = VFMTokPipeline(tokenizer, generator, VFMTokImageProcessor(size=size))
     pipe.set_progress_bar_config(disable=True)
-    settings = SamplingSettings(NUM_IMAGES // num_classes * num_classes, guidance_scale=guidance_scale)
-    folder = run / "evaluation" / f"guidance_{guidance_scale:g}"
-    samples = SampleFolder(folder, settings, num_classes, model_fingerprint(pipe))
-    draw_samples(pipe, samples)
-    drawn, real = (
-        extract_features(images, extractor) for images in (samples, FolderImages(training_images(data), size))
-    )
-    precision, recall = precision_recall(drawn.pooled, real.pooled)
-    return {
-        "loss": log_of(run, "validation", "loss")[1][-1],
-        "fid": frechet_distance(FeatureStatistics.of(drawn.pooled), FeatureStatistics.of(real.pooled)),
-        "inception_score": inception_score(drawn.logits),
-        "precision": precision,
-        "recall": recall,
-    }
+    real = extract_features(FolderImages(training_images(data), size), extractor).pooled
+    values: dict = {"loss": log_of(run, "validation", "loss")[1][-1], **{metric: [] for metric in SAMPLE_METRICS}}
+    for draw in range(NUM_DRAWS):
+        settings = SamplingSettings(NUM_IMAGES, seed=draw * NUM_IMAGES, guidance_scale=guidance_scale)
+        folder = run / "evaluation" / f"guidance_{guidance_scale:g}_seed_{settings.seed}"
+        samples = SampleFolder(folder, settings, num_classes, model_fingerprint(pipe))
+        draw_samples(pipe, samples)
+        drawn = extract_features(samples, extractor)
+        measured = (
+            frechet_distance(FeatureStatistics.of(drawn.pooled), FeatureStatistics.of(real)),
+            inception_score(drawn.logits),
+            *precision_recall(drawn.pooled, real),
+        )
+        for metric, value in zip(SAMPLE_METRICS, measured, strict=True):
+            values[metric].append(value)
+    return values
 
 
 def convergence_figure(runs: Path, measurements: dict[str, dict]) -> Figure:
@@ -132,29 +140,58 @@ def probe_figure(tokenizers: dict[str, dict]) -> Figure:
     return figure
 
 
-def print_table(rows: dict[str, dict], columns: dict[str, Callable[[dict], str]]) -> None:
-    print(f"| variant | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
-    for variant, values in rows.items():
-        print(f"| {variant.replace('_', ' ')} | {' | '.join(cell(values) for cell in columns.values())} |")
-    print()
+def draw_figures(runs: Path, measurements: dict[str, dict], features: str, output: Path) -> None:
+    save_figure(convergence_figure(runs, measurements), output / "claims_convergence.png")
+    save_figure(probe_figure(measurements["tokenizer"]), output / "claims_probes.png")
+    means = {
+        float(scale): {metric: mean(values[metric]) for metric in SAMPLE_METRICS}
+        for scale, values in measurements["guidance"].items()
+    }
+    if means:
+        save_figure(guidance_figure(list(means), list(means.values()), features), output / "claims_guidance.png")
+
+
+def with_range(values: list[float], digits: int) -> str:
+    """The mean, and half of the range."""
+    return f"{mean(values):.{digits}f} ± {(max(values) - min(values)) / 2:.{digits}f}"
+
+
+def table(first: str, rows: dict[str, dict], columns: dict[str, Callable[[dict], str]]) -> str:
+    lines = [f"| {first} | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
+    for name, values in rows.items():
+        lines.append(f"| {name.replace('_', ' ')} | {' | '.join(cell(values) for cell in columns.values())} |")
+    return "\n".join(lines)
 
 
 TOKENIZER_COLUMNS = {
     "PSNR (dB) ↑": lambda m: f"{m['psnr']:.2f}",
     "SSIM ↑": lambda m: f"{m['ssim']:.3f}",
     "usage ↑": lambda m: f"{m['codebook_usage']:.0%}",
+    "perplexity ↑": lambda m: f"{m['codebook_perplexity']:.0f}",
     "rFD ↓": lambda m: f"{m['rfid']:.0f}",
-    "probe, image_embeds ↑": lambda m: f"{m['probe_mean_class_accuracy']['image_embeds']:.1%}",
-    "probe, tokens ↑": lambda m: f"{m['probe_mean_class_accuracy']['token_embeddings']:.1%}",
-    "attention outside the cell": lambda m: " / ".join(f"{share:.0%}" for share in m["outside_cell"]),
+    "attention outside the cell, layer 1 / 2": lambda m: " / ".join(f"{share:.0%}" for share in m["outside_cell"]),
+}
+PROBE_COLUMNS = {
+    name: lambda m, name=name: f"{m['probe_mean_class_accuracy'][name]:.1%}"
+    for name in ("image_embeds", "token_embeddings", "vision_model", "pixels")
 }
 GENERATOR_COLUMNS = {
     "loss (nats / token)": lambda m: f"{m['loss']:.3f}",
-    "IS ↑": lambda m: f"{m['inception_score']:.2f}",
-    "FD ↓": lambda m: f"{m['fid']:.0f}",
-    "precision ↑": lambda m: f"{m['precision']:.2f}",
-    "recall ↑": lambda m: f"{m['recall']:.2f}",
+    "FD ↓": lambda m: with_range(m["fid"], 0),
+    "IS ↑": lambda m: with_range(m["inception_score"], 2),
+    "precision ↑": lambda m: with_range(m["precision"], 2),
+    "recall ↑": lambda m: with_range(m["recall"], 3),
 }
+
+
+def tables(measurements: dict[str, dict]) -> list[str]:
+    """What docs/claims.md shows."""
+    return [
+        table("variant", measurements["tokenizer"], TOKENIZER_COLUMNS),
+        table("variant", measurements["tokenizer"], PROBE_COLUMNS),
+        table("variant", measurements["generator"], GENERATOR_COLUMNS),
+        table("guidance scale", measurements["guidance"], GENERATOR_COLUMNS),
+    ]
 
 
 def main() -> None:
@@ -183,16 +220,12 @@ def main() -> None:
             keep("generator", variant, values)
     first = arguments.runs / "region_adaptive"
     for scale in GUIDANCE_SCALES:
-        if str(scale) not in measurements["guidance"]:
+        if is_finished(first / "generator") and str(scale) not in measurements["guidance"]:
             values = measure_generator(first / "generator", first / "tokenizer", arguments.data, extractor, scale)
             keep("guidance", str(scale), values)
-    curve = [measurements["guidance"][str(scale)] for scale in GUIDANCE_SCALES]
-    save_figure(guidance_figure(GUIDANCE_SCALES, curve, extractor.name), arguments.output / "claims_guidance.png")
-    save_figure(convergence_figure(arguments.runs, measurements), arguments.output / "claims_convergence.png")
-    save_figure(probe_figure(measurements["tokenizer"]), arguments.output / "claims_probes.png")
-    print_table(measurements["tokenizer"], TOKENIZER_COLUMNS)
-    print_table(measurements["generator"], GENERATOR_COLUMNS)
-    print_table(measurements["guidance"], GENERATOR_COLUMNS)
+    draw_figures(arguments.runs, measurements, extractor.name, arguments.output)
+    shutil.copyfile(file, arguments.output / "claims.json")
+    print(*tables(measurements), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -64,19 +64,20 @@ def is_finished(run: Path) -> bool:
     return (run / "checkpoints" / f"step_{max_steps:08d}").is_dir()
 
 
-def trainer_arguments(config: Path, data: Path, run: Path, **values: object) -> list[str]:
+def trainer_arguments(config: Path, data: Path, run: Path, seed: int, **values: object) -> list[str]:
     pairs = {
         "config": config,
         "train_data": data / "train",
         "validation_data": data / "validation",
         "output": run,
         "resume": "true",
+        "seed": seed,
         **values,
     }
     return [text for name, value in pairs.items() for text in (f"--{name}", str(value))]
 
 
-def train_tokenizer_of(variant: str, data: Path, vision_model: Path, run: Path) -> None:
+def train_tokenizer_of(variant: str, data: Path, vision_model: Path, run: Path, seed: int) -> None:
     build_model = train_tokenizer.build_model
     values: dict[str, object] = {"vision_model": vision_model}
     if variant == "no_feature_reconstruction":
@@ -86,7 +87,7 @@ def train_tokenizer_of(variant: str, data: Path, vision_model: Path, run: Path) 
         values["vision_model"] = randomized_vision_model(vision_model, data, 64, folder)
     if variant == "fixed_grid":
         train_tokenizer.build_model = lambda arguments: fix_sampling_to_the_grid(build_model(arguments))
-    train_tokenizer.main(trainer_arguments(HERE / "tokenizer.yaml", data, run, **values))
+    train_tokenizer.main(trainer_arguments(HERE / "tokenizer.yaml", data, run, seed, **values))
     train_tokenizer.build_model = build_model
 
 
@@ -95,18 +96,20 @@ def main() -> None:
     for name in ("data", "vision-model", "output"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--seed", type=int, default=0, help="name another output with it")
     arguments = parser.parse_args()
     for variant in arguments.variants:
         run = arguments.output / variant / "tokenizer"
         if not is_finished(run):
-            train_tokenizer_of(variant, arguments.data, arguments.vision_model, run)
+            train_tokenizer_of(variant, arguments.data, arguments.vision_model, run, arguments.seed)
         if not is_finished(run):
             return  # stopped by a signal
     for variant in arguments.variants:
         run = arguments.output / variant / "generator"
         if not is_finished(run):
             tokenizer = arguments.output / variant / "tokenizer" / "model"
-            train_generator.main(trainer_arguments(HERE / "generator.yaml", arguments.data, run, tokenizer=tokenizer))
+            config = HERE / "generator.yaml"
+            train_generator.main(trainer_arguments(config, arguments.data, run, arguments.seed, tokenizer=tokenizer))
         if not is_finished(run):
             return
 

@@ -6,25 +6,35 @@ that `--help` stays quick.
 """
 
 import math
-import os
 import re
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer.core
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from vfmtok_hf.cli_evaluate import evaluate_app
+from vfmtok_hf.cli_options import (
+    BatchSizeOption,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    ImagesArgument,
+    ModelOption,
+    load_pipeline,
+    one_line_errors,
+    output_console,
+    progress,
+    report_skipped,
+    report_written,
+    resolve_model,
+)
 
 
 if TYPE_CHECKING:
     from vfmtok_hf.conversion import ConversionReport
-    from vfmtok_hf.pipelines import VFMTokPipeline
 
 
 app = typer.Typer(
@@ -38,16 +48,11 @@ convert_app = typer.Typer(
     help="Convert checkpoints of the original code to Hugging Face folders.", no_args_is_help=True
 )
 app.add_typer(convert_app, name="convert")
-
-STARTED = time.perf_counter()
-SMALL_PIPELINE_PARAMETERS = 30_000_000
-
-output_console = Console()
-error_console = Console(stderr=True)
+app.add_typer(evaluate_app, name="evaluate")
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What several commands share
+# What words after an option mean
 
 
 class ManyLabelsCommand(typer.core.TyperCommand):
@@ -63,14 +68,6 @@ class ManyLabelsCommand(typer.core.TyperCommand):
                 repeated.append(option)
             repeated.append(argument)
         return super().parse_args(ctx, repeated)
-
-
-class Dtype(str, Enum):
-    """Precision of the weights."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 class Crops(str, Enum):
@@ -103,112 +100,9 @@ class Weights(str, Enum):
     model = "model"
 
 
-ModelOption = Annotated[
-    str | None,
-    typer.Option("--model", "-m", help="Pipeline folder or repository. *Default: the checkpoint in this package.*"),
-]
-DeviceOption = Annotated[
-    str | None, typer.Option(help="Such as `cpu` or `cuda:1`. *Default: the accelerator, if there is one.*")
-]
-DtypeOption = Annotated[Dtype, typer.Option(help="Precision of the models.")]
-BatchSizeOption = Annotated[int, typer.Option(min=1, help="Images at once. It bounds memory and changes no result.")]
 PicturesOption = Annotated[
     Path, typer.Option("--output", "-o", help="A picture for one grid, or a folder for single files.")
 ]
-ImagesArgument = Annotated[list[Path], typer.Argument(help="Image files, and folders of them.", show_default=False)]
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turn what can go wrong outside this program into one line on stderr and exit code 1."""
-    try:
-        yield
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        error_console.print(f"Error: {reason}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from error
-
-
-@contextmanager
-def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr, gone when done. Yields the function that advances it."""
-    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
-    hidden = not error_console.is_terminal
-    with Progress(*columns, console=error_console, transient=True, disable=hidden) as bar:
-        task = bar.add_task(description, total=total)
-        yield lambda steps: bar.advance(task, steps)
-
-
-def resolve_model(model: str | None) -> str:
-    """The folder or repository that `--model` means. A folder that is not there would be taken for a repository."""
-    import vfmtok_hf
-
-    name_or_path = model or vfmtok_hf.DEFAULT_CHECKPOINT
-    looks_like_path = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
-    if looks_like_path and not Path(name_or_path).is_dir():
-        raise FileNotFoundError(f"There is no model folder {name_or_path}.")
-    return name_or_path
-
-
-def load_pipeline(
-    model: str | None, device: str | None, dtype: Dtype, generates: bool = False, encodes: bool = False
-) -> "VFMTokPipeline":
-    """
-    The pipeline on its device, with compiled kernels where there are any and the libraries' own progress bars off.
-
-    Unless it `generates`, an image tokenizer alone will do; if it `encodes`, a light one gets its vision model.
-    """
-    import diffusers
-    import torch
-    import transformers
-    from transformers.utils.hub import has_file
-
-    from vfmtok_hf import VFMTokPipeline
-    from vfmtok_hf.cpu_inference import pack_weights
-    from vfmtok_hf.environment import default_device
-
-    name_or_path, torch_dtype = resolve_model(model), getattr(torch, dtype.value)
-    transformers.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.disable_progress_bar()
-    if generates:
-        pipe = VFMTokPipeline.from_pretrained(name_or_path, dtype=torch_dtype)
-    elif has_file(name_or_path, "config.json"):  # which the root of a pipeline does not have
-        pipe = VFMTokPipeline.from_image_tokenizer(name_or_path, dtype=torch_dtype)
-    else:
-        pipe = VFMTokPipeline.from_pretrained(name_or_path, dtype=torch_dtype, transformer=None)
-    if encodes and pipe.vq_model.vision_model is None:
-        pipe.vq_model.load_vision_model()
-    pipe.set_progress_bar_config(disable=True)
-    pipe.to(device or default_device())
-    if pipe.device.type == "cpu":
-        if "OMP_NUM_THREADS" not in os.environ:
-            use_one_thread_for_small_models(pipe)
-        for model in (pipe.vq_model, pipe.transformer):
-            if model is not None:
-                pack_weights(model)
-    return pipe
-
-
-def use_one_thread_for_small_models(pipe: "VFMTokPipeline") -> None:
-    """
-    The steps of a small model are shorter than the wait for other threads: with a core taken away the embedded
-    checkpoint's generator was 27 times slower on two threads than on one.
-    """
-    import torch
-
-    models = [pipe.vq_model, pipe.transformer]
-    if sum(model.num_parameters() for model in models if model is not None) < SMALL_PIPELINE_PARAMETERS:
-        torch.set_num_threads(1)
-
-
-def report_written(count: int, what: str, output: Path) -> None:
-    seconds = time.perf_counter() - STARTED
-    text = f"{count} {what}{'' if count == 1 else 's'} in {seconds:.1f} s: {output}"
-    output_console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def report_skipped(reason: str) -> None:
-    error_console.print(f"Skipped: {reason}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -544,6 +438,9 @@ def push(
     metrics: Annotated[
         Path | None, typer.Option(help="JSON list of figures for the card, in the fields of the Hub's `model-index`.")
     ] = None,
+    results: Annotated[
+        list[Path] | None, typer.Option(help="Result of `vfmtok evaluate` for the card. *May be repeated.*")
+    ] = None,
     samples: Annotated[int, typer.Option(min=0, help="Images to draw for the card of a pipeline.")] = 0,
     private: Annotated[bool, typer.Option("--private", help="Make a private repository.")] = False,
     dry_run: Annotated[
@@ -557,10 +454,12 @@ def push(
     """
     with one_line_errors():
         from vfmtok_hf import hub
+        from vfmtok_hf.evaluation.results import measured_results
 
         # What is not given on the command line is left to what is known of the checkpoint.
         given = {"license": license, "base_model": base_model, "metrics": metrics and hub.read_metrics(metrics)}
         options = {name: value for name, value in given.items() if value is not None}
+        options["results"] = [figure for file in results or [] for figure in measured_results(file)]
         options |= {"samples": samples, "private": private, "dry_run": dry_run}
         if convert is not None:
             report = hub.push_checkpoint(source, repo_id, convert.value, vision_model, tokenizer, config, **options)
@@ -670,12 +569,3 @@ def convert_rar(
 
 def print_report(report: "ConversionReport") -> None:
     output_console.print(report.summary(), markup=False, highlight=False, soft_wrap=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# vfmtok evaluate: it shares the options above, hence the import down here
-
-from vfmtok_hf.cli_evaluate import evaluate_app  # noqa: E402
-
-
-app.add_typer(evaluate_app, name="evaluate")

@@ -9,12 +9,11 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from vfmtok_hf.cli import (
+from vfmtok_hf.cli_options import (
     BatchSizeOption,
     DeviceOption,
     Dtype,
     DtypeOption,
-    ImagesArgument,
     ModelOption,
     error_console,
     load_pipeline,
@@ -55,6 +54,17 @@ class LPIPSNetwork(str, Enum):
     squeeze = "squeeze"
 
 
+PicturesArgument = Annotated[
+    list[str],
+    typer.Argument(
+        help="Image files, and folders of them; or what the `datasets` library reads: parquet, arrow, WebDataset `.tar`, "
+        "or with `--split` a repository.",
+        show_default=False,
+    ),
+]
+SplitOption = Annotated[str | None, typer.Option(help="Of a data set. *Default: `train`.*")]
+ImageColumnOption = Annotated[str | None, typer.Option(help="Of a data set. *Default: the one with images.*")]
+StreamingOption = Annotated[bool, typer.Option("--streaming", help="Read a data set without storing it.")]
 FeaturesOption = Annotated[
     str,
     typer.Option(
@@ -88,7 +98,10 @@ def print_values(values: dict[str, float], features: str = "", remarks: Sequence
 
 @evaluate_app.command()
 def reconstruction(
-    images: ImagesArgument,
+    images: PicturesArgument,
+    split: SplitOption = None,
+    image_column: ImageColumnOption = None,
+    streaming: StreamingOption = False,
     features: FeaturesOption = "inception",
     feature_size: FeatureSizeOption = None,
     inception_weights: InceptionWeightsOption = None,
@@ -109,28 +122,28 @@ def reconstruction(
 ) -> None:
     """rFID, rIS, PSNR, SSIM, LPIPS and codebook usage of a tokenizer."""
     with one_line_errors():
+        from vfmtok_hf.cli_images import number_of, open_pictures
         from vfmtok_hf.evaluation.features import load_feature_extractor
         from vfmtok_hf.evaluation.reconstruction import evaluate_reconstruction, load_lpips
         from vfmtok_hf.evaluation.results import save_measurement
         from vfmtok_hf.output_files import check_output_file
-        from vfmtok_hf.token_files import find_images
 
         if output is not None:
             check_output_file(output)
-        files = list(find_images(images).values())
+        pictures = open_pictures(images, split, image_column, streaming)
         pipe = load_pipeline(model, device, dtype, encodes=True)
         extractor = None
         if features != "none":
             extractor = load_feature_extractor(features, pipe.vq_model, feature_size, inception_weights, pipe.device)
         distance = load_lpips(lpips.value, pipe.device) if lpips is not None else None
-        with progress("Reconstructing", len(files)) as advance:
+        with progress("Reconstructing", number_of(pictures)) as advance:
             result = evaluate_reconstruction(
-                pipe, files, extractor, distance, size, resize.value, ssim.value, batch_size, advance
+                pipe, pictures, extractor, distance, size, resize.value, ssim.value, batch_size, advance
             )
         print_values(result.values, result.protocol["features"], result.remarks)
         if output is not None:
             setting = f"{pipe.vq_model.config.image_size} -> {result.protocol['size']}"
-            name = dataset or ", ".join(map(str, images))
+            name = dataset or ", ".join(images)
             save_measurement(
                 output,
                 "reconstruction",
@@ -187,6 +200,7 @@ def generation(
         from vfmtok_hf.evaluation.features import load_feature_extractor
         from vfmtok_hf.evaluation.generation import SampleFolder, SamplingSettings, load_reference, model_fingerprint
         from vfmtok_hf.evaluation.images import FolderImages
+        from vfmtok_hf.evaluation.metrics import check_enough_neighbours
         from vfmtok_hf.output_files import check_picture_output
 
         scales = sorted(set(guidance_scale or [1.0]))
@@ -199,6 +213,8 @@ def generation(
             source = reference if reference.suffix == ".npz" else FolderImages([reference], size)
             extractor = load_feature_extractor(features, pipe.vq_model, feature_size, inception_weights, pipe.device)
             real = load_reference(source, extractor, batch_size)
+            if real.pooled_features is not None:
+                check_enough_neighbours(min(num_samples, len(real.pooled_features)))
         fingerprint = model_fingerprint(pipe)
         folders = []
         for scale in scales:
@@ -281,8 +297,18 @@ def draw_sweep(scales: list[float], results: list["GenerationResult"], output: P
 
 @evaluate_app.command("linear-probe")
 def linear_probe(
-    train: Annotated[Path, typer.Option(help="Folder of `class_name/image.png` to train the classifier on.")],
-    test: Annotated[Path, typer.Option(help="The same, to test it on.")],
+    train: Annotated[
+        str,
+        typer.Option(
+            help="Folder of `class_name/image.png` to train the classifier on; or what the `datasets` library reads: "
+            "parquet, arrow, WebDataset `.tar`, or with `--train-split` a repository."
+        ),
+    ],
+    test: Annotated[str, typer.Option(help="The same, to test it on.")],
+    train_split: Annotated[str | None, typer.Option(help="Of a data set. *Default: `train`.*")] = None,
+    test_split: Annotated[str | None, typer.Option(help="Of a data set. *Default: `test`.*")] = None,
+    image_column: ImageColumnOption = None,
+    label_column: Annotated[str | None, typer.Option(help="Of a data set. *Default: the one with classes.*")] = None,
     epochs: Annotated[int, typer.Option(min=1)] = 90,
     views: Annotated[int, typer.Option(min=1, help="Augmentations of each training image, in turn.")] = 8,
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -295,18 +321,19 @@ def linear_probe(
 ) -> None:
     """Linear classifiers on the tokenizer's embedding, its tokens, its vision model, and raw pixels."""
     with one_line_errors():
+        from vfmtok_hf.cli_images import open_labelled
         from vfmtok_hf.evaluation.linear_probe import ProbeSettings, evaluate_linear_probe
         from vfmtok_hf.evaluation.results import save_measurement
         from vfmtok_hf.output_files import check_output_file
-        from vfmtok_hf.token_files import find_images
 
         if output is not None:
             check_output_file(output)
-        total = views * len(find_images([train])) + len(find_images([test]))
+        train_images = open_labelled(train, train_split, "train", image_column, label_column)
+        test_images = open_labelled(test, test_split, "test", image_column, label_column)
         pipe = load_pipeline(model, device, dtype, encodes=True)
         settings = ProbeSettings(epochs=epochs, warmup_epochs=min(10, epochs // 2), views=views, seed=seed)
-        with progress("Encoding", total) as advance:
-            results = evaluate_linear_probe(pipe.vq_model, train, test, settings, batch_size, advance)
+        with progress("Encoding", views * len(train_images) + len(test_images)) as advance:
+            results = evaluate_linear_probe(pipe.vq_model, train_images, test_images, settings, batch_size, advance)
         table = Table("representation", "channels", "top-1", "mean over classes")
         for name, result in results.items():
             table.add_row(name, str(result.channels), f"{result.top1:.1%}", f"{result.mean_class_accuracy:.1%}")
@@ -320,17 +347,20 @@ def linear_probe(
                     file,
                     "linear_probe",
                     name,
-                    dataset or str(test),
+                    dataset or test,
                     values,
                     protocol,
-                    num_images=len(find_images([test])),
+                    num_images=len(test_images),
                 )
             report_written(len(results), "measurement", output.parent)
 
 
 @evaluate_app.command()
 def tokens(
-    images: ImagesArgument,
+    images: PicturesArgument,
+    split: SplitOption = None,
+    image_column: ImageColumnOption = None,
+    streaming: StreamingOption = False,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the figures.")] = Path("tokens"),
     model: ModelOption = None,
     device: DeviceOption = None,
@@ -340,21 +370,23 @@ def tokens(
     """How the codebook is used, and where in the images the anchors look."""
     with one_line_errors():
         import json
+        from itertools import islice
 
+        from vfmtok_hf.cli_images import number_of, open_pictures
         from vfmtok_hf.evaluation.plots import anchor_figure, codebook_usage_figure, sampling_figure, save_figure
         from vfmtok_hf.evaluation.tokens import evaluate_tokens, looks_of
         from vfmtok_hf.output_files import check_picture_output, whole_file
-        from vfmtok_hf.token_files import find_images
 
         check_picture_output(output)
-        files = list(find_images(images).values())
+        pictures = open_pictures(images, split, image_column, streaming)
         pipe = load_pipeline(model, device, dtype, encodes=True)
-        with progress("Encoding", len(files)) as advance:
-            result = evaluate_tokens(pipe, files, batch_size, advance)
+        with progress("Encoding", number_of(pictures)) as advance:
+            result = evaluate_tokens(pipe, pictures, batch_size, advance)
         summary = result.summary()
         with whole_file(output / "tokens.json") as temporary:
             temporary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-        examples = files[:: max(len(files) // 4, 1)][:4]
+        step = max(result.num_images // 4, 1)
+        examples = list(islice(pictures, 0, 4 * step, step))
         side = pipe.vq_model.config.anchor_grid_size
         # The corners and the centre of the inner half of the grid.
         near, middle, far = side // 4, side // 2, side - 1 - side // 4

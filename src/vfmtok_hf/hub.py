@@ -19,6 +19,13 @@ from safetensors import SafetensorError, safe_open
 
 from vfmtok_hf.conversion import convert_ar, convert_rar, convert_tokenizer
 from vfmtok_hf.conversion.convert import PROVENANCE_FILE, write_provenance
+from vfmtok_hf.evaluation.results import (
+    Result,
+    card_metrics,
+    published_and_measured,
+    published_results,
+    results_table,
+)
 from vfmtok_hf.image_grid import image_grid
 from vfmtok_hf.modeling.auto_vfmtok import MODEL_CLASSES
 from vfmtok_hf.modeling.image_processing_vfmtok import VFMTokImageProcessor
@@ -189,6 +196,7 @@ def model_card(
     base_model: str | None = None,
     metrics: Sequence[Mapping[str, Any]] = (),
     pictures: Mapping[str, str] | None = None,
+    results: Sequence[Result] = (),
 ) -> ModelCard:
     """
     README.md of a repository.
@@ -201,6 +209,8 @@ def model_card(
         metrics: fields of `huggingface_hub.EvalResult`, at least `metric_type`, `metric_name`, `metric_value`,
             `dataset_type` and `dataset_name`. They become the card's `model-index`.
         pictures: caption by file name. Default: every picture in the folder, under its own name.
+        results: published and measured figures, of `vfmtok_hf.evaluation.results`. The card shows them in columns of
+            their own; they become part of the `model-index`.
 
     Raises:
         FileNotFoundError, ValueError: the folder does not hold a complete model of VFMTok's.
@@ -209,7 +219,7 @@ def model_card(
     saved = read_saved_model(folder)
     task = "image-feature-extraction" if saved.kind == "vfmtok" else "unconditional-image-generation"
     name = repo_id.split("/")[-1]
-    results = [EvalResult(**{"task_type": task, **metric}) for metric in metrics]
+    plain = [EvalResult(**{"task_type": task, **metric}) for metric in metrics]
     card_data = ModelCardData(
         license=license,
         library_name="diffusers" if saved.kind == "pipeline" else "transformers",
@@ -217,7 +227,7 @@ def model_card(
         tags=["vfmtok", "image-tokenizer" if saved.kind == "vfmtok" else "class-conditional", "arxiv:2507.08441"],
         base_model=base_model,
         model_name=name,
-        eval_results=results or None,
+        eval_results=[*plain, *card_metrics(results)] or None,
     )
     if pictures is None:
         files = [file.name for file in sorted(saved.folder.iterdir()) if file.suffix.lower() in PICTURES]
@@ -234,7 +244,8 @@ def model_card(
         usage=USAGE[saved.kind].format(**snippet_values),
         usage_without_package=USAGE_WITHOUT_PACKAGE[saved.kind].format(**snippet_values),
         facts=_facts(saved),
-        metrics=results,
+        metrics=plain,
+        results_table=results_table(*published_and_measured(results)) if results else "",
         provenance=_provenance(saved),
     )
 
@@ -347,6 +358,7 @@ def push(
     private: bool = False,
     token: str | None = None,
     dry_run: bool = False,
+    results: Sequence[Result] = (),
 ) -> PushReport:
     """
     Publish a saved model or pipeline with its card and code, in one commit: the repository changes whole or not at all.
@@ -357,7 +369,7 @@ def push(
     Args:
         folder: what `save_pretrained` wrote.
         repo_id: `namespace/name`.
-        license, base_model, metrics: as in `model_card`.
+        license, base_model, metrics, results: as in `model_card`.
         samples: number of images to draw for the card of a pipeline.
         private: visibility of a repository made by this push.
         token: defaults to the one of `hf auth login`.
@@ -377,7 +389,7 @@ def push(
         contents["samples.png"], caption = draw_samples(folder, samples)
         pictures = {"samples.png": caption}
     if "README.md" not in contents:
-        card = model_card(folder, repo_id, license, base_model, metrics, pictures)
+        card = model_card(folder, repo_id, license, base_model, metrics, pictures, results)
         contents["README.md"] = str(card).encode()
     readme = contents["README.md"]
     report = PushReport(
@@ -494,7 +506,9 @@ def push_checkpoint(
         raise ValueError("tokenizer belongs to a generator; this checkpoint is a tokenizer itself.")
     released = find_released(checkpoint)
     if released is not None:
-        options = {"base_model": ORIGINAL_REPOSITORY, "metrics": released.metrics, **options}
+        options = {"base_model": ORIGINAL_REPOSITORY, **options}
+        if released.published_as is not None:
+            options["results"] = [*published_results(released.published_as), *options.get("results", ())]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
         if kind == "tokenizer":

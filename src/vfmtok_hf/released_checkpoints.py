@@ -1,9 +1,8 @@
 """The checkpoints that the authors of VFMTok have released, and what publishing each of them takes."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from huggingface_hub import HfApi
 from huggingface_hub.hf_api import RepoFile
@@ -16,7 +15,6 @@ Kind = Literal["tokenizer", "ar", "rar"]
 ORIGINAL_REPOSITORY = "yexiguafu/VFMTok"
 VISION_MODEL = "facebook/dinov2-with-registers-large"
 TOKENIZER_NAME = "VFMTok-DINOv2-L"
-IMAGENET = {"dataset_type": "imagenet-1k", "dataset_name": "ImageNet 256 x 256"}
 
 
 @dataclass(frozen=True)
@@ -29,71 +27,46 @@ class ReleasedCheckpoint:
         kind: what it holds; `None` for models that this package does not have.
         name: of the repository to publish it as.
         num_parameters: of that model, a tokenizer's vision model included.
-        figures: as its authors report them, by name.
+        published_as: its name in `evaluation/published.json`, which has the figures that its authors report.
     """
 
     source: str
     kind: Kind | None
     name: str
     num_parameters: int
-    figures: Mapping[str, float]
-
-    @property
-    def metrics(self) -> list[dict[str, Any]]:
-        """The figures as fields of `huggingface_hub.EvalResult`."""
-        return [
-            {
-                "metric_type": name.split()[0].lower(),
-                "metric_name": name,
-                "metric_value": value,
-                **IMAGENET,
-                "source_name": "reported by the authors",
-                "source_url": f"https://huggingface.co/{ORIGINAL_REPOSITORY}",
-            }
-            for name, value in self.figures.items()
-        ]
+    published_as: str | None
 
 
-def _generator(source: str, kind: Kind, name: str, num_parameters: int, guided: str, unguided: str):
-    """`guided` and `unguided`: FID, sFID, inception score, precision and recall."""
-    figures = {
-        f"{metric} {guidance}": float(value)
-        for guidance, row in (("without guidance", unguided), ("with guidance", guided))
-        for metric, value in zip(("FID", "sFID", "IS", "precision", "recall"), row.split("/"), strict=True)
-    }
-    return ReleasedCheckpoint(source, kind, name, num_parameters, figures)
-
-
-# Figures: the README files of CVMI-Lab/VFMTok and CVMI-Lab/VFMTok-RAR.
 RELEASED_CHECKPOINTS = (
     ReleasedCheckpoint(
-        "DINOv2/tokenizer/vfmtok-tokenizer.pt", "tokenizer", TOKENIZER_NAME, 377_659_567,
-        {"rFID": 0.89, "rIS": 215.4, "PSNR": 20.6, "SSIM": 0.67},
+        "DINOv2/tokenizer/vfmtok-tokenizer.pt",
+        "tokenizer",
+        TOKENIZER_NAME,
+        377_659_567,
+        "vfmtok-dinov2-l",
     ),
-    _generator("DINOv2/GPT-B/GPT-B-300e.pt", "ar", "VFMTok-AR-B", 110_888_448,
-               "3.43/5.88/252.2/.85/.53", "3.09/5.67/173.6/.80/.58"),
-    _generator("DINOv2/GPT-L/GPT-L-300e.pt", "ar", "VFMTok-AR-L", 342_910_976,
-               "2.76/5.69/276.1/.84/.57", "2.15/5.44/230.1/.82/.60"),
-    _generator("DINOv2/GPT-XL/GPT-XL-200e.pt", "ar", "VFMTok-AR-XL", 774_699_520,
-               "2.38/5.54/277.2/.83/.60", "2.06/5.59/257.2/.82/.61"),
-    _generator("DINOv2/GPT-XXL/GPT-XXL-200e.pt", "ar", "VFMTok-AR-XXL", 1_410_972_672,
-               "2.28/5.49/274.3/.83/.60", "2.09/5.48/259.3/.82/.61"),
-    _generator("DINOv2/GPT-2B/GPT-2B-200e.pt", "ar", "VFMTok-AR-2B", 2_188_389_120,
-               "2.27/5.56/283.6/.82/.61", "2.20/5.54/279.7/.82/.61"),
-    _generator("DINOv2/GPT-3B/GPT-3B-200e.pt", "ar", "VFMTok-AR-3B", 3_096_659_200,
-               "2.07/5.46/280.4/.82/.61", "2.04/5.43/267.8/.82/.61"),
-    _generator("VFMTok-RAR/RAR-L-ultra/model.safetensors", "rar", "VFMTok-RAR-L-ultra", 493_140_992,
-               "1.33/5.72/317.4/.78/.65", "2.01/5.34/211.1/.78/.63"),
-    _generator("VFMTok-RAR/RAR-vanilla/vfmtok-rar-l.safetensors", "rar", "VFMTok-RAR-L", 493_140_992,
-               "1.44/6.03/312.8/.78/.66", "2.02/5.51/210.4/.79/.63"),
-    _generator("VFMTok-RAR/RAR-vanilla/vfmtok-rar-xl.safetensors", "rar", "VFMTok-RAR-XL", 910_843_136,
-               "1.38/5.86/310.2/.78/.65", "1.74/5.33/233.0/.80/.63"),
-    _generator("VFMTok-RAR/RAR-vanilla/vfmtok-rar-xxl.safetensors", "rar", "VFMTok-RAR-XXL", 1_541_789_824,
-               "1.36/5.86/301.3/.78/.66", "1.65/5.55/253.7/.80/.63"),
-    ReleasedCheckpoint("tokenizer/vfmae-tokenizer.pt", None, "", 0, {"rFID": 0.29}),
-    ReleasedCheckpoint("DiTDH-XL/DiTDH-XL_80e.pt", None, "", 0, {"FID without guidance": 3.29}),
-    ReleasedCheckpoint("DiTDH-XL/DiTDH-XL_800e.pt", None, "", 0, {"FID without guidance": 1.65}),
-)  # fmt: skip
+    ReleasedCheckpoint("DINOv2/GPT-B/GPT-B-300e.pt", "ar", "VFMTok-AR-B", 110_888_448, "vfmtok-b"),
+    ReleasedCheckpoint("DINOv2/GPT-L/GPT-L-300e.pt", "ar", "VFMTok-AR-L", 342_910_976, "vfmtok-l"),
+    ReleasedCheckpoint("DINOv2/GPT-XL/GPT-XL-200e.pt", "ar", "VFMTok-AR-XL", 774_699_520, "vfmtok-xl"),
+    ReleasedCheckpoint("DINOv2/GPT-XXL/GPT-XXL-200e.pt", "ar", "VFMTok-AR-XXL", 1_410_972_672, "vfmtok-xxl"),
+    ReleasedCheckpoint("DINOv2/GPT-2B/GPT-2B-200e.pt", "ar", "VFMTok-AR-2B", 2_188_389_120, "vfmtok-2b"),
+    ReleasedCheckpoint("DINOv2/GPT-3B/GPT-3B-200e.pt", "ar", "VFMTok-AR-3B", 3_096_659_200, "vfmtok-3b"),
+    ReleasedCheckpoint(
+        "VFMTok-RAR/RAR-L-ultra/model.safetensors", "rar", "VFMTok-RAR-L-ultra", 493_140_992, "vfmtok-rar-l-ultra"
+    ),
+    ReleasedCheckpoint(
+        "VFMTok-RAR/RAR-vanilla/vfmtok-rar-l.safetensors", "rar", "VFMTok-RAR-L", 493_140_992, "vfmtok-rar-l"
+    ),
+    ReleasedCheckpoint(
+        "VFMTok-RAR/RAR-vanilla/vfmtok-rar-xl.safetensors", "rar", "VFMTok-RAR-XL", 910_843_136, "vfmtok-rar-xl"
+    ),
+    ReleasedCheckpoint(
+        "VFMTok-RAR/RAR-vanilla/vfmtok-rar-xxl.safetensors", "rar", "VFMTok-RAR-XXL", 1_541_789_824, "vfmtok-rar-xxl"
+    ),
+    ReleasedCheckpoint("tokenizer/vfmae-tokenizer.pt", None, "", 0, None),
+    ReleasedCheckpoint("DiTDH-XL/DiTDH-XL_80e.pt", None, "", 0, None),
+    ReleasedCheckpoint("DiTDH-XL/DiTDH-XL_800e.pt", None, "", 0, None),
+)
 
 
 def find_released(checkpoint: str | Path) -> ReleasedCheckpoint | None:

@@ -43,7 +43,8 @@ def test_probes_of_a_tokenizer_on_folders(tmp_path):
     """Raw pixels tell red, green and blue apart."""
     model = tiny_model()
     train, test = (
-        write_colour_classes(tmp_path / name, count, seed) for name, count, seed in (("a", 40, 0), ("b", 4, 1))
+        LabelledImages.of_folder(write_colour_classes(tmp_path / name, count, seed))
+        for name, count, seed in (("a", 40, 0), ("b", 4, 1))
     )
     done = []
     settings = ProbeSettings(epochs=20, warmup_epochs=2, views=2)
@@ -65,22 +66,22 @@ def test_what_is_probed_is_what_the_model_gives():
 
 
 def test_views_are_augmentations_that_repeat(tmp_path):
-    images = LabelledImages(write_colour_classes(tmp_path / "train", 2, 0), 16)
-    first, again, other = (next(images.batches(6, view)) for view in (0, 0, 1))
+    images = LabelledImages.of_folder(write_colour_classes(tmp_path / "train", 2, 0))
+    first, again, other = (next(images.batches(16, 6, view)) for view in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert first.shape == (6, 3, 16, 16)
 
 
 def test_folders_that_do_not_fit_are_refused(tmp_path):
-    train = write_colour_classes(tmp_path / "train", 2, 0)
+    train = LabelledImages.of_folder(write_colour_classes(tmp_path / "train", 2, 0))
     write_images(tmp_path / "test" / "cat", 2)
     write_images(tmp_path / "test" / "dog", 2)
     with pytest.raises(ValueError, match="different classes: blue, cat, dog, green, red"):
-        evaluate_linear_probe(tiny_model(), train, tmp_path / "test")
+        evaluate_linear_probe(tiny_model(), train, LabelledImages.of_folder(tmp_path / "test"))
     write_images(tmp_path / "flat", 2)
     with pytest.raises(ValueError, match="one folder of images per class"):
-        LabelledImages(tmp_path / "flat", 16)
+        LabelledImages.of_folder(tmp_path / "flat")
     write_images(tmp_path / "one" / "cat", 1)
     with pytest.raises(ValueError, match="one class only"):
-        LabelledImages(tmp_path / "one", 16)
+        LabelledImages.of_folder(tmp_path / "one")

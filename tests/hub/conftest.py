@@ -1,6 +1,7 @@
 """A fake Hub, what is published on it, and processes that talk to it."""
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -55,7 +56,11 @@ class Client:
             [sys.executable, "-c", (("" if packaged else WITHOUT_PACKAGE) + SERVE)],
             cwd=folder,
             # The tests' own helpers come from here; the package does not lie in this folder.
-            env={**hub.environment(home), "HF_HUB_OFFLINE": str(int(offline)), "PYTHONPATH": str(ROOT)},
+            env={
+                **hub.environment(home),
+                "HF_HUB_OFFLINE": str(int(offline)),
+                "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}",
+            },
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,

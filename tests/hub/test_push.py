@@ -16,6 +16,7 @@ from tests.pipelines.tiny_pipeline import tiny_pipeline
 from tests.testing import REFERENCE, tiny_model
 from vfmtok_hf import DEFAULT_CHECKPOINT
 from vfmtok_hf.cli import app
+from vfmtok_hf.evaluation.results import measured_results, published_results, save_measurement
 from vfmtok_hf.hub import model_card, push, push_checkpoint
 from vfmtok_hf.released_checkpoints import RELEASED_CHECKPOINTS, publish_plan
 
@@ -58,6 +59,27 @@ def test_card_says_what_the_hub_reads(folder):
     assert "| FID without guidance | 2.04 | ImageNet 256 x 256 | measured |" in card.text
     assert "# thing" in card.text
     assert "@article{zheng2025vfmtok" in card.text
+    assert not re.search(r"[{}]{2}|None|\n\n\n", card.text)
+
+
+def test_card_never_mixes_published_and_measured(folder, tmp_path):
+    """The same quantity has one row with two columns; other data have a row of their own, empty where nothing is published."""
+    for name, dataset in (("same", "ImageNet-1k validation, 256 x 256"), ("other", "emoji")):
+        save_measurement(
+            tmp_path / f"{name}.json", "generation", "without guidance", dataset, {"fid": 2.5}, {"features": "inception"},
+            num_images=50_000,
+        )  # fmt: skip
+    measured = [figure for name in ("same", "other") for figure in measured_results(tmp_path / f"{name}.json")]
+    card = model_card(folder, "me/thing", results=[*published_results("vfmtok-l"), *measured])
+    rows = [line.split(" | ")[2:] for line in card.text.splitlines() if "| without guidance | FID ↓" in line]
+    assert rows == [
+        ["FID ↓ (inception)", "ImageNet-1k validation, 256 x 256", "2.15 [1], 2.11 [2]", "2.5 [3] |"],
+        ["FID ↓ (inception)", "emoji", "—", "2.5 [3] |"],
+    ]
+    of_card = ModelCard(str(card)).data.eval_results  # as the Hub parses it
+    sources = {(result.metric_value, (result.source_name or "none")[:5]) for result in of_card}
+    assert {(2.15, "READM"), (2.11, "arXiv"), (2.5, "none")} <= sources
+    assert len([value for value, _ in sources if value == 2.5]) == 1
     assert not re.search(r"[{}]{2}|None|\n\n\n", card.text)
 
 
@@ -219,8 +241,14 @@ def test_converted_checkpoint_carries_provenance_and_the_authors_figures(hub, cl
     assert sha256 in card.text
     assert str(tmp_path) not in card.content
     assert card.data.base_model == "yexiguafu/VFMTok"
-    figures = {result.metric_name: result.metric_value for result in card.data.eval_results}
-    assert (figures["FID with guidance"], figures["FID without guidance"]) == (1.33, 2.01)
+    figures = {(result.task_name, result.metric_type): result.metric_value for result in card.data.eval_results}
+    assert figures["generation, with guidance", "fid"] == 1.33
+    assert figures["generation, without guidance", "fid"] == 2.01
+    assert all("README of CVMI-Lab/VFMTok-RAR" in result.source_name for result in card.data.eval_results)
+    assert (
+        "| generation | without guidance | FID ↓ (inception) | ImageNet-1k validation, 256 x 256 | 2.01 [1] | — |"
+        in card.text
+    )
     assert "modeling_vfmtok_rar.py" in files
 
 

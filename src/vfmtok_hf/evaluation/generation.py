@@ -173,10 +173,13 @@ def load_reference(
             `mu_s`, `sigma_s`), these are used as they are, for they are of more images than the file itself holds.
 
     Raises:
+        FileNotFoundError: there is no such file.
         ValueError: the statistics are not of the chosen network.
     """
     if not isinstance(images, Path):
         return Reference.of(extract_features(images, extractor, batch_size, advance))
+    if not images.is_file():
+        raise FileNotFoundError(f"There is no reference file {images}.")
     with np.load(images, allow_pickle=False) as archive:
         names = set(archive.files)
         statistics = {name: archive[name] for name in names & {"mu", "sigma", "mu_s", "sigma_s"}}

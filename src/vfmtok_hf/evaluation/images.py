@@ -2,15 +2,28 @@
 
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
+import PIL.Image
 import torch
 
 from vfmtok_hf.modeling.image_processing_vfmtok import VFMTokImageProcessor, open_image
 from vfmtok_hf.output_files import whole_file
 from vfmtok_hf.token_files import find_images
+
+
+# What the image processor reads: a file, or an image that is already decoded.
+Picture: TypeAlias = Path | PIL.Image.Image
+
+
+def batches_of(pictures: Iterable[Picture], batch_size: int) -> Iterator[list[Picture]]:
+    """Lists of `batch_size` pictures, the last one perhaps shorter."""
+    remaining = iter(pictures)
+    while batch := list(islice(remaining, batch_size)):
+        yield batch
 
 
 class ImageSet(Protocol):

@@ -13,7 +13,7 @@ for each representation by itself, on a tenth of the training images. With `base
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from torch import nn
 from torchvision.transforms import v2
 
 from vfmtok_hf.evaluation.features import Advance
+from vfmtok_hf.evaluation.images import Picture
 from vfmtok_hf.modeling.image_processing_vfmtok import VFMTokImageProcessor, open_image
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 from vfmtok_hf.token_files import find_images
@@ -67,46 +68,77 @@ class ProbeResult:
 
 class LabelledImages:
     """
-    Images of `root/class_name/*`, cropped to a square; classes are numbered in alphabetical order.
+    Images with a class each.
+
+    Args:
+        pictures (`Sequence[Picture]`): paths of image files, or PIL images, of any sizes.
+        labels (`Sequence[int]`): number of each one's class.
+        class_names (`Sequence[str]`): in the order of their numbers.
+        name (`str`): for messages.
 
     Raises:
-        FileNotFoundError: there is no such folder, or it holds no images.
-        ValueError: an image lies outside of class folders, or there are fewer than two classes.
+        ValueError: fewer than two classes.
     """
 
-    def __init__(self, root: Path, size: int):
+    def __init__(self, pictures: Sequence[Picture], labels: Sequence[int], class_names: Sequence[str], name: str):
+        if len(set(labels)) < 2:
+            raise ValueError(f"{name} has images of one class only: nothing can be told apart.")
+        self.pictures = pictures
+        self.labels = torch.tensor(labels)
+        self.class_names = list(class_names)
+        self.name = name
+        self.processor = VFMTokImageProcessor(do_rescale=False, do_normalize=False)
+
+    @classmethod
+    def of_folder(cls, root: Path) -> "LabelledImages":
+        """
+        Images of `root/class_name/*`; classes are numbered in alphabetical order.
+
+        Raises:
+            FileNotFoundError: there is no such folder, or it holds no images.
+            ValueError: an image lies outside of class folders, or there are fewer than two classes.
+        """
         names = find_images([root])
         if any("/" not in name for name in names):
             raise ValueError(f"{root} must hold one folder of images per class.")
-        self.files = list(names.values())
         folders = [name.partition("/")[0] for name in names]
-        self.class_names = sorted(set(folders))
-        if len(self.class_names) < 2:
-            raise ValueError(f"{root} has images of one class only: nothing can be told apart.")
-        numbers = {name: number for number, name in enumerate(self.class_names)}
-        self.labels = torch.tensor([numbers[folder] for folder in folders])
-        self.processor = VFMTokImageProcessor(do_rescale=False, do_normalize=False)
-        self.size = size
-        self.augment = v2.Compose([v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode.BICUBIC)])
+        class_names = sorted(set(folders))
+        return cls(list(names.values()), [class_names.index(folder) for folder in folders], class_names, str(root))
 
-    def batches(self, batch_size: int, view: int | None) -> Iterator[torch.Tensor]:
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def labels_as_in(self, other: "LabelledImages") -> torch.Tensor:
+        """
+        Labels by the numbers that another set gives to the same classes.
+
+        Raises:
+            ValueError: the classes differ.
+        """
+        differing = sorted(set(self.class_names) ^ set(other.class_names))
+        if differing:
+            raise ValueError(f"{other.name} and {self.name} hold different classes: {', '.join(differing[:5])}.")
+        return torch.tensor([other.class_names.index(name) for name in self.class_names])[self.labels]
+
+    def batches(self, size: int, batch_size: int, view: int | None) -> Iterator[torch.Tensor]:
         """
         `pixel_values` `(at most batch_size, 3, size, size)` in [-1, 1]: the centre crops, or an augmentation for each `view`.
         """
-        for start in range(0, len(self.files), batch_size):
-            numbers = range(start, min(start + batch_size, len(self.files)))
-            pixels = torch.stack([self._read(number, view) for number in numbers])
+        for start in range(0, len(self), batch_size):
+            numbers = range(start, min(start + batch_size, len(self)))
+            pixels = torch.stack([self._read(number, size, view) for number in numbers])
             yield pixels.float() / 127.5 - 1
 
-    def _read(self, number: int, view: int | None) -> torch.Tensor:
+    def _read(self, number: int, size: int, view: int | None) -> torch.Tensor:
+        picture = self.pictures[number]
         if view is None:
-            return self.processor(self.files[number], size=self.size, return_tensors="pt")["pixel_values"][0]
-        image = self.processor(
-            open_image(self.files[number]), do_resize=False, do_center_crop=False, return_tensors="pt"
-        )["pixel_values"][0]
+            return self.processor(picture, size=size, return_tensors="pt")["pixel_values"][0]
+        opened = open_image(picture) if isinstance(picture, Path) else picture
+        image = self.processor(opened, do_resize=False, do_center_crop=False, return_tensors="pt")["pixel_values"][0]
+        augment = v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode.BICUBIC)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(hash((view, number)) % 2**63)
-            image = self.augment(image)
+            image = augment(image)
             return image.flip(-1) if torch.rand(()) < 0.5 else image
 
 
@@ -149,7 +181,7 @@ def representations_of(
     rows: dict[str, list[torch.Tensor]] = {}
     numbers = [None] if views is None else range(views)
     for view in numbers:
-        for pixel_values in images.batches(batch_size, view):
+        for pixel_values in images.batches(model.config.image_size, batch_size, view):
             for name, values in represent(model, pixel_values.to(model.device)).items():
                 rows.setdefault(name, []).append(values.float().cpu())
             advance(len(pixel_values))
@@ -239,8 +271,8 @@ def _schedule(epoch: float, settings: ProbeSettings) -> float:
 
 def evaluate_linear_probe(
     model: VFMTokModel,
-    train_folder: Path,
-    test_folder: Path,
+    train: LabelledImages,
+    test: LabelledImages,
     settings: ProbeSettings | None = None,
     batch_size: int = 32,
     advance: Advance = lambda count: None,
@@ -249,21 +281,18 @@ def evaluate_linear_probe(
     Probe everything of `represent`.
 
     Args:
-        train_folder, test_folder (`Path`): `class_name/image.png` each, the same classes.
+        train, test (`LabelledImages`): of the same classes.
         advance: called with the number of images done after each batch, `images * views` of training and then those of
             testing.
 
     Raises:
-        ValueError: the classes of the folders differ, or they are not folders of classes.
+        ValueError: their classes differ, or an image cannot be read.
     """
     settings = settings or ProbeSettings()
-    train, test = (LabelledImages(folder, model.config.image_size) for folder in (train_folder, test_folder))
-    if train.class_names != test.class_names:
-        differing = sorted(set(train.class_names) ^ set(test.class_names))
-        raise ValueError(f"{train_folder} and {test_folder} hold different classes: {', '.join(differing[:5])}.")
+    test_labels = test.labels_as_in(train)
     train_values = representations_of(model, train, batch_size, settings.views, advance)
     test_values = representations_of(model, test, batch_size, advance=advance)
     return {
-        name: train_linear_probe(values, train.labels, test_values[name][0], test.labels, settings)
+        name: train_linear_probe(values, train.labels, test_values[name][0], test_labels, settings)
         for name, values in train_values.items()
     }

@@ -90,9 +90,7 @@ def precision_recall(features: torch.Tensor, reference: torch.Tensor) -> tuple[f
     """
     from torch_fidelity.metric_prc import calculate_precision_recall_part
 
-    for side in (features, reference):
-        if len(side) <= NEIGHBOURS:
-            raise ValueError(f"Precision and recall need more than {NEIGHBOURS} images on each side, got {len(side)}.")
+    check_enough_neighbours(min(len(features), len(reference)))
     # Distances come from a matrix product, in which float32 would lose those of near neighbours.
     return calculate_precision_recall_part(features.double(), reference.double(), NEIGHBOURS)
 
@@ -141,6 +139,15 @@ def compare_features(features: Features, reference: Reference) -> tuple[dict[str
     else:
         remarks.append("No precision and recall: the reference holds statistics without images.")
     return values, remarks + sample_size_remarks(len(features), reference)
+
+
+def check_enough_neighbours(num_images: int) -> None:
+    """
+    Raises:
+        ValueError: too few images on a side for precision and recall.
+    """
+    if num_images <= NEIGHBOURS:
+        raise ValueError(f"Precision and recall need more than {NEIGHBOURS} images on each side, got {num_images}.")
 
 
 def sample_size_remarks(num_images: int, reference: Reference) -> list[str]:

@@ -1,14 +1,14 @@
 """How close reconstructions come to their originals."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 
 from vfmtok_hf.evaluation.features import Advance, FeatureExtractor, Features, check_finite
+from vfmtok_hf.evaluation.images import Picture, batches_of
 from vfmtok_hf.evaluation.metrics import Reference, compare_features
 from vfmtok_hf.evaluation.tokens import codebook_statistics
 from vfmtok_hf.pipelines import VFMTokPipeline
@@ -118,7 +118,7 @@ class ReconstructionResult:
 @torch.no_grad()
 def evaluate_reconstruction(
     pipe: VFMTokPipeline,
-    files: Sequence[Path],
+    pictures: Iterable[Picture],
     extractor: FeatureExtractor | None = None,
     lpips: PerceptualDistance | None = None,
     size: int | None = None,
@@ -129,10 +129,10 @@ def evaluate_reconstruction(
 ) -> ReconstructionResult:
     """
     Images through their tokens and back, compared with the originals as in `vqgan_test.py`: cropped to the model's size,
-    both sides made 8-bit and resized in the same way. The reference of rFID are the originals of the same files.
+    both sides made 8-bit and resized in the same way. The reference of rFID are the originals of the same images.
 
     Args:
-        files (`Sequence[Path]`): image files of any sizes.
+        pictures (`Iterable[Picture]`): paths of image files, or PIL images, of any sizes; read once, in order.
         extractor (`FeatureExtractor`, *optional*): network for rFID and rIS. Without it they are left out.
         lpips (*optional*): as of `load_lpips`.
         size (`int`, *optional*): side in pixels at which is measured; the paper's is 256. Default: the model's own.
@@ -148,8 +148,9 @@ def evaluate_reconstruction(
     columns: dict[str, list[torch.Tensor]] = {"psnr": [], "ssim": [], "lpips": []}
     original_features: list[Features] = []
     features: list[Features] = []
-    for start in range(0, len(files), batch_size):
-        pixel_values = pipe.image_processor(list(files[start : start + batch_size]), return_tensors="pt")
+    num_images = 0
+    for batch in batches_of(pictures, batch_size):
+        pixel_values = pipe.image_processor(batch, return_tensors="pt")
         pixel_values = pixel_values["pixel_values"].to(model.device)
         image_tokens = model.encode(pixel_values).image_tokens
         counts += image_tokens.flatten().cpu().bincount(minlength=len(counts))
@@ -162,8 +163,11 @@ def evaluate_reconstruction(
         if extractor is not None:
             original_features.append(extractor(originals))
             features.append(extractor(reconstructions))
-            check_finite(features[-1], f"Reconstructions of {files[start]} and the next {len(originals) - 1}")
-        advance(len(originals))
+            check_finite(features[-1], f"Reconstructions of images {num_images + 1} to {num_images + len(batch)}")
+        num_images += len(batch)
+        advance(len(batch))
+    if num_images == 0:
+        raise ValueError("There are no images to reconstruct.")
     values = {name: torch.cat(parts).mean().item() for name, parts in columns.items() if parts}
     remarks: list[str] = []
     if extractor is not None:
@@ -178,7 +182,7 @@ def evaluate_reconstruction(
         "ssim": ssim_convention,
         "features": extractor.name if extractor is not None else "none",
     }
-    return ReconstructionResult(values, len(files), protocol, remarks, counts)
+    return ReconstructionResult(values, num_images, protocol, remarks, counts)
 
 
 # Of reconstructions the distances have names of their own.

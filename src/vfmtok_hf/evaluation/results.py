@@ -183,6 +183,12 @@ def results_table(published: Iterable[Result], measured: Iterable[Result]) -> st
     return "\n".join(rows) + "\n\n" + "  \n".join(notes) + "\n"
 
 
+def published_and_measured(results: Iterable[Result]) -> tuple[list[Result], list[Result]]:
+    """Figures of others, and our own."""
+    results = list(results)
+    return [result for result in results if result.url], [result for result in results if not result.url]
+
+
 def _link(url: str | None) -> str:
     return f", <{url}>" if url else ""
 
@@ -206,19 +212,16 @@ def results_csv(results: Iterable[Result]) -> str:
     return text.getvalue()
 
 
-def model_index(model_name: str, results: Iterable[Result]) -> list[dict[str, Any]]:
-    """
-    The `model-index` entry of a model card's metadata. Published figures keep their source, measured ones have none.
-
-    Args:
-        results: of either kind; give measured ones alone unless the card is to repeat what others published.
-    """
-    entries = [
+def card_metrics(results: Iterable[Result]) -> list[EvalResult]:
+    """Figures of either kind as the Hub's model cards hold them: published ones with their source, measured ones without."""
+    return [
         EvalResult(
             task_type=TASKS[result.task],
             task_name=f"{result.task.replace('_', ' ')}, {result.setting}",
             dataset_type=re.sub(r"\W+", "-", result.dataset.lower()).strip("-"),
             dataset_name=result.dataset,
+            # The Hub's library joins figures of equal task and data, and gives them the source of the first of them.
+            dataset_config=result.setting + (f", {result.source}" if result.url else ""),
             metric_type=result.metric,
             metric_name=METRIC_NAMES.get(result.metric, result.metric)
             + (f" ({result.features})" if result.features else ""),
@@ -229,4 +232,13 @@ def model_index(model_name: str, results: Iterable[Result]) -> list[dict[str, An
         )
         for result in results
     ]
-    return eval_results_to_model_index(model_name, entries)
+
+
+def model_index(model_name: str, results: Iterable[Result]) -> list[dict[str, Any]]:
+    """
+    The `model-index` entry of a model card's metadata.
+
+    Args:
+        results: of either kind; give measured ones alone unless the card is to repeat what others published.
+    """
+    return eval_results_to_model_index(model_name, card_metrics(results))

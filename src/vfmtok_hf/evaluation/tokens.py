@@ -1,12 +1,12 @@
 """What image tokens are: how the codebook is used, and where in the image each anchor looks."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from vfmtok_hf.evaluation.features import Advance
+from vfmtok_hf.evaluation.images import Picture, batches_of
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 from vfmtok_hf.pipelines import VFMTokPipeline
 
@@ -151,24 +151,34 @@ class TokenResult:
 
 @torch.no_grad()
 def evaluate_tokens(
-    pipe: VFMTokPipeline, files: Sequence[Path], batch_size: int = 16, advance: Advance = lambda count: None
+    pipe: VFMTokPipeline, pictures: Iterable[Picture], batch_size: int = 16, advance: Advance = lambda count: None
 ) -> TokenResult:
-    """Statistics of the tokens of image files, and of the places that their anchors looked at."""
+    """
+    Statistics of the tokens of images, and of the places that their anchors looked at.
+
+    Args:
+        pictures (`Iterable[Picture]`): paths of image files, or PIL images; read once, in order.
+
+    Raises:
+        ValueError: an unreadable image, which is named, or none at all.
+    """
     model: VFMTokModel = pipe.vq_model
     tracker = AnchorTracker(model.anchor_encoder.reference_points(model.device))
     all_tokens = []
-    for start in range(0, len(files), batch_size):
-        pixel_values = pipe.image_processor(list(files[start : start + batch_size]), return_tensors="pt")
+    for batch in batches_of(pictures, batch_size):
+        pixel_values = pipe.image_processor(batch, return_tensors="pt")
         encoded = model.encode(pixel_values["pixel_values"].to(model.device), output_sampling_locations=True)
         tracker.update(encoded.sampling_locations, encoded.attention_weights)
         all_tokens.append(encoded.image_tokens.cpu())
         advance(len(encoded.image_tokens))
+    if not all_tokens:
+        raise ValueError("There are no images to take tokens of.")
     image_tokens = torch.cat(all_tokens)
     codebook_size = model.config.codebook_size
     counts = image_tokens.flatten().bincount(minlength=codebook_size)
     by_position = torch.stack([position.bincount(minlength=codebook_size) for position in image_tokens.T])
     return TokenResult(
-        len(files), counts, codebook_statistics(counts), entropy_bits(by_position), tracker.statistics()
+        len(image_tokens), counts, codebook_statistics(counts), entropy_bits(by_position), tracker.statistics()
     )
 
 
@@ -189,9 +199,9 @@ class Looks:
 
 
 @torch.no_grad()
-def looks_of(pipe: VFMTokPipeline, files: Sequence[Path]) -> Looks:
-    """Encode a few image files and keep where their anchors look."""
-    pixel_values = pipe.image_processor(list(files), return_tensors="pt")["pixel_values"]
+def looks_of(pipe: VFMTokPipeline, pictures: Sequence[Picture]) -> Looks:
+    """Encode a few images and keep where their anchors look."""
+    pixel_values = pipe.image_processor(list(pictures), return_tensors="pt")["pixel_values"]
     encoded = pipe.vq_model.encode(pixel_values.to(pipe.vq_model.device), output_sampling_locations=True)
     images = pipe.image_processor.postprocess(pixel_values, "uint8")
     return Looks(images, encoded.sampling_locations[-1].float().cpu(), encoded.attention_weights[-1].float().cpu())

@@ -196,7 +196,7 @@ def load_dataset(source: str | Path, split: str, streaming: bool) -> Any:
     path = Path(source)
     if (path / "state.json").is_file():
         dataset = datasets.load_from_disk(str(path))
-        return dataset.to_iterable_dataset(num_shards=len(dataset._data_files) or 1) if streaming else dataset
+        return dataset.to_iterable_dataset(num_shards=len(dataset.cache_files) or 1) if streaming else dataset
     kind = DATA_FILES.get(path.suffix)
     if kind is not None:
         if not list(path.parent.glob(path.name)):
