@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.training.tiny_runs import generator_options, log_of, run, tokenizer_options, write_vision_model
+from tests.training.tiny_runs import DROPOUTS, generator_options, log_of, run, tokenizer_options, write_vision_model
 from vfmtok_hf import VFMTokPipeline
 from vfmtok_hf.training import train_generator, train_tokenizer
 from vfmtok_hf.training.tokens import TokenShards
@@ -28,10 +28,6 @@ MODEL = {
     "num_anchors": 16,
     "codebook_dim": 8,
     "pixel_decoder_base_channels": 16,
-}
-DROPOUTS = {
-    "ar": ("token_dropout", "residual_dropout", "ffn_dropout", "class_dropout"),
-    "rar": ("dropout", "attention_dropout", "class_dropout"),
 }
 
 
