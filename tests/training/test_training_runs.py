@@ -161,8 +161,8 @@ def test_accumulated_gradients_equal_the_large_batch(data, vision_model, tmp_pat
 
 @pytest.fixture
 def quick_compiler(monkeypatch):
-    """The graphs that `compile: true` traces, but run as they are: generating code takes a minute."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    """One graph without breaks, as `compile: true` needs it, but run as it is: generating code takes a minute."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager", fullgraph=True))
     torch.compiler.reset()
 
 

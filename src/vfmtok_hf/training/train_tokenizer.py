@@ -49,7 +49,7 @@ from vfmtok_hf.training.image_data import (
     training_loader,
 )
 from vfmtok_hf.training.images import Augmentation
-from vfmtok_hf.training.objective import TokenizerObjective
+from vfmtok_hf.training.objective import TokenizerObjective, compile_objective
 from vfmtok_hf.training.perceptual import LPIPS
 from vfmtok_hf.training.run import (
     Progress,
@@ -273,7 +273,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     usage = CodebookUsage(model.config.codebook_size, accelerator.device)
     progress = Progress()
-    step_function = torch.compile(objective) if arguments.compile else objective
+    step_function = compile_objective(objective) if arguments.compile else objective
     step_function, optimizer = accelerator.prepare(step_function, optimizer)
     # Once all processes have the first one's random weights.
     ema = EMA(model, arguments.ema_decay)
