@@ -1,14 +1,17 @@
-"""The tokenizer's trainer on every kind of source that training reads."""
+"""The trainers on every kind of source that they read."""
 
 import shutil
 
 import datasets
 import pytest
+import torch
 
+from tests.testing import tiny_model
 from tests.training.image_sources import image_table, write_arrow, write_folder, write_parquet, write_webdataset
 from tests.training.tiny_runs import (
     copy_until,
     differences,
+    generator_options,
     log_of,
     run,
     state_of,
@@ -16,7 +19,7 @@ from tests.training.tiny_runs import (
     write_vision_model,
 )
 from vfmtok_hf.training import run as run_module
-from vfmtok_hf.training import train_tokenizer
+from vfmtok_hf.training import train_generator, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +87,34 @@ def test_a_resumed_stream_is_bit_identical(num_processes, num_workers, vision_mo
         # A resumed process has met the damaged images since its start alone.
         lines, expected = ([{**line, "unreadable": 0} for line in log_of(output, kind)] for output in (resumed, whole))
         assert lines == expected
+
+
+def test_a_generators_stream_resumes_too(tmp_path):
+    """Two sequences of each image, tokens anew in every step."""
+    tiny_model().save_pretrained(tmp_path / "tokenizer")
+    data, validation = write_parquet(image_table(), tmp_path / "data"), write_folder(tmp_path / "validation")
+    options = {**STREAM, "validation_data": validation, "variants": 0, "neighbours": 2, "generator": "rar"}
+    outputs = [tmp_path / "whole", tmp_path / "resumed"]
+    argvs = [generator_options(data, tmp_path / "tokenizer", output, **options) for output in outputs]
+    run(lambda: train_generator.main(argvs[0]))
+    copy_until(outputs[0], 4, outputs[1])
+    run(lambda: train_generator.main([*argvs[1], "--resume", "true"]))
+    assert differences(last_state(outputs[1]), last_state(outputs[0])) == []
+
+
+def test_a_loss_that_is_not_finite_names_the_images_of_a_stream(vision_model, tmp_path, monkeypatch):
+    def nan_loss(objective, *arguments):
+        out = forward(objective, *arguments)
+        return {**out, "loss": out["loss"] * torch.nan}
+
+    forward = train_tokenizer.TokenizerObjective.forward
+    monkeypatch.setattr(train_tokenizer.TokenizerObjective, "forward", nan_loss)
+    data, validation = write_parquet(image_table(), tmp_path / "data"), write_folder(tmp_path / "validation")
+    argv = tokenizer_options(data, vision_model, tmp_path / "run", **{**STREAM, "validation_data": validation})
+    with pytest.raises(
+        FloatingPointError, match=r"step 0: loss\..*data, image 0 of part 1/1 in epoch 0, .*image 1 of"
+    ):
+        train_tokenizer.main(argv)
 
 
 @pytest.mark.parametrize(
