@@ -4,6 +4,7 @@ the position in the run alone, so that a resumed run goes on exactly where it st
 """
 
 import logging
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -325,6 +326,15 @@ class EpochBatches(Sampler[list[int]]):
             yield order[start : start + self.batch_size]
 
 
+def leave_stopping_to_the_trainer(worker: int) -> None:
+    """
+    For workers of a loader (`worker_init_fn`). A scheduler such as Slurm, and Ctrl-C, signal the whole process group: a
+    worker that dies of it takes the trainer along before that has saved.
+    """
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signal_number, signal.SIG_IGN)
+
+
 class Position(Protocol):
     """Where a run is in its data."""
 
@@ -377,6 +387,7 @@ class TrainingLoader:
         self.loader = DataLoader(
             data,
             num_workers=num_workers,
+            worker_init_fn=leave_stopping_to_the_trainer,
             pin_memory=self.device.type == "cuda",
             # Starting an epoch draws from it: from the global generator a resumed run would draw once more.
             generator=torch.Generator(),

@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from accelerate import Accelerator
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
-from vfmtok_hf.training.data import ImageStream, TrainingLoader
+from vfmtok_hf.training.data import ImageStream, TrainingLoader, leave_stopping_to_the_trainer
 from vfmtok_hf.training.images import Augmentation
 from vfmtok_hf.training.sources import ImageRecords, open_records, read_class_names
 
@@ -103,4 +104,16 @@ def training_loader(data: Dataset, arguments: DataArguments, accelerator: Accele
         arguments.num_workers,
         arguments.seed,
         accelerator.device,
+    )
+
+
+def validation_loader(data: Dataset, arguments: DataArguments, accelerator: Accelerator) -> DataLoader:
+    """Batches of this process's share of the data, in order."""
+    return DataLoader(
+        Subset(data, range(accelerator.process_index, len(data), accelerator.num_processes)),
+        arguments.batch_size,
+        num_workers=arguments.num_workers,
+        worker_init_fn=leave_stopping_to_the_trainer,
+        # Its own, as a loader would draw from the global one, and training would notice.
+        generator=torch.Generator(),
     )

@@ -22,7 +22,6 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from torch.utils.data import DataLoader, Subset
 from transformers import AutoConfig
 
 from vfmtok_hf.modeling.configuration_vfmtok import VFMTokConfig
@@ -47,6 +46,7 @@ from vfmtok_hf.training.image_data import (
     open_validation_images,
     training_augmentation,
     training_loader,
+    validation_loader,
 )
 from vfmtok_hf.training.images import Augmentation
 from vfmtok_hf.training.objective import TokenizerObjective, compile_objective
@@ -221,10 +221,7 @@ def validate(
     ratios = torch.zeros(2, device=model.device)  # their sum and number
     counts = torch.zeros(model.config.codebook_size, dtype=torch.int64, device=model.device)
     originals, reconstructions = [], []
-    own = Subset(data, range(accelerator.process_index, len(data), accelerator.num_processes))
-    # With a generator of its own, as a loader would draw from the global one, and training would notice.
-    loader = DataLoader(own, arguments.batch_size, num_workers=arguments.num_workers, generator=torch.Generator())
-    for batch in loader:
+    for batch in validation_loader(data, arguments, accelerator):
         pixel_values = batch["pixel_values"].to(model.device)
         encoded = model.encode(pixel_values)
         memory = encoded.quantized_latents if quantize else F.normalize(encoded.latents, dim=-1)
