@@ -192,6 +192,17 @@ def test_a_source_that_is_not_there(source, message, tmp_path, monkeypatch):
         open_records(source)
 
 
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_picture_beside_data_files_is_not_taken_for_the_data(labelled, table, tmp_path):
+    """A clone of a data set repository, whose card has a preview."""
+    data = write_parquet(table, tmp_path / "data")
+    (data / "assets").mkdir()
+    (data / "assets" / "preview.png").write_bytes(png(picture(0)))
+    with pytest.raises(ValueError, match="holds both images and data files"):
+        open_records(data, labelled=labelled)
+    assert len(open_records(data / "*.parquet", labelled=labelled)) == NUM_IMAGES
+
+
 def test_held_out_images_are_disjoint_and_of_every_class(folder):
     records = open_records(folder)
     rest, held_out = records.hold_out(0.25, seed=1)

@@ -157,12 +157,14 @@ def open_records(
 
     Raises:
         FileNotFoundError: there is no such source, or it holds no images.
-        ValueError: columns cannot be told, or labels do not fit `class_names`.
+        ValueError: columns cannot be told, labels do not fit `class_names`, or a folder holds images and data files.
     """
     folder = Path(source)
-    candidates = folder.glob("*/*") if labelled else folder.rglob("*")
-    files = sorted(file for file in candidates if file.suffix.lower() in IMAGE_SUFFIXES)
+    candidates = sorted(folder.glob("*/*" if labelled else "**/*"))
+    files = [file for file in candidates if file.suffix.lower() in IMAGE_SUFFIXES]
     if files:
+        if any(file.suffix in DATA_FILES for file in (*folder.glob("*"), *candidates)):
+            raise ValueError(f"{source} holds both images and data files: name the folder or the files that you mean.")
         return _folder_records(folder, files, class_names, labelled)
     dataset = load_dataset(source, split, streaming=False)
     image_column = find_image_column(str(source), dataset.features, image_column)
