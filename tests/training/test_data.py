@@ -211,6 +211,9 @@ def test_held_out_images_are_disjoint_and_of_every_class(folder):
     assert sorted(names[0] + names[1]) == [records.name(index) for index in range(NUM_IMAGES)]
     assert held_out.labels == [0, 0, 0, 1, 1, 1]
     assert {rest.fingerprint, held_out.fingerprint, records.fingerprint} > {records.fingerprint}
+    single, _ = records.hold_out(0.99, seed=1)
+    with pytest.raises(ValueError, match="No class of .* has two images, to hold one out: give --validation_data"):
+        single.hold_out(0.1, seed=1)
 
 
 # -- order and position

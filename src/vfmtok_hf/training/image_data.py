@@ -15,9 +15,7 @@ from vfmtok_hf.training.sources import ImageRecords, open_records, read_class_na
 class DataArguments:
     """What both trainers ask for; each adds its own."""
 
-    train_data: (
-        str  # folder of class folders, or files or repository of the datasets library; token shards (generators)
-    )
+    train_data: str  # images of any source in docs/training.md; for generators also token shards
     output: str  # folder of the run
     validation_data: str | None = None  # the same, never trained on; None: held-out training images
     validation_share: float = 0.1  # of each class, held out if there are no validation data

@@ -55,13 +55,20 @@ class ImageRecords:
         return f"{self.source}, row {index}" + (f" ({path})" if path else "")
 
     def hold_out(self, share: float, seed: int) -> tuple["ImageRecords", "ImageRecords"]:
-        """Two disjoint parts: the rest, and `share` of each class (at least one image if it has two)."""
+        """
+        Two disjoint parts: the rest, and `share` of each class (at least one image if it has two).
+
+        Raises:
+            ValueError: no class has two images.
+        """
         rng = np.random.default_rng(seed)
         held_out: list[int] = []
         for label in sorted(set(self.labels)):
             members = rng.permutation([index for index, other in enumerate(self.labels) if other == label])
             count = min(max(round(share * len(members)), 1), len(members) - 1)
             held_out += members[:count].tolist()
+        if not held_out:
+            raise ValueError(f"No class of {self.source} has two images, to hold one out: give --validation_data.")
         chosen = set(held_out)
         return (
             self._selected([index for index in range(len(self)) if index not in chosen]),

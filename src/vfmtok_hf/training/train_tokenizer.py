@@ -218,7 +218,7 @@ def validate(
         first batches, `grid_images` or more originals and their reconstructions, `(batch_size, 3, height, width)`.
     """
     model.eval()
-    ratios = torch.zeros(2, device=model.device)  # their sum and number
+    sums = torch.zeros(2, device=model.device)  # of PSNR, and of images
     counts = torch.zeros(model.config.codebook_size, dtype=torch.int64, device=model.device)
     originals, reconstructions = [], []
     for batch in validation_loader(data, arguments, accelerator):
@@ -227,13 +227,13 @@ def validate(
         memory = encoded.quantized_latents if quantize else F.normalize(encoded.latents, dim=-1)
         reconstruction = model.decode(quantized_latents=memory).reconstruction
         psnr = peak_signal_to_noise(reconstruction, pixel_values)
-        ratios += torch.stack([psnr.sum(), torch.full_like(psnr[0], len(psnr))])
+        sums += torch.stack([psnr.sum(), torch.full_like(psnr[0], len(psnr))])
         counts += torch.bincount(encoded.image_tokens.flatten(), minlength=len(counts))
         if len(originals) * arguments.batch_size < arguments.grid_images:
             originals.append(pixel_values)
             reconstructions.append(reconstruction)
     model.train()
-    total, num_images = accelerator.reduce(ratios).tolist()
+    total, num_images = accelerator.reduce(sums).tolist()
     counts = accelerator.reduce(counts)
     metrics = {
         "psnr": total / num_images,
