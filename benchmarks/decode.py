@@ -20,7 +20,7 @@ from measuring import alternate, machine, matrix_vector_bandwidth, write_table
 from original_decode import OriginalDecoder, OriginalRARDecoder
 
 from vfmtok_hf import VFMTokARConfig, VFMTokARForImageGeneration, VFMTokRARConfig, VFMTokRARForImageGeneration
-from vfmtok_hf.cpu_inference import pack_weights
+from vfmtok_hf.cpu_inference import AdaptiveThreads, pack_weights
 
 
 Generator = VFMTokARForImageGeneration | VFMTokRARForImageGeneration
@@ -50,6 +50,16 @@ def bytes_per_step(model: Generator, rows: int, steps: int) -> float:
 
 def draw(model: Generator, class_labels: torch.Tensor, steps: int, scale: float) -> None:
     model.generate(class_labels, guidance_scale=scale, callback=lambda step, _: step + 1 < steps)
+
+
+def draw_adapting(model: Generator, class_labels: torch.Tensor, steps: int, scale: float) -> None:
+    with AdaptiveThreads() as threads:
+
+        def after_step(step: int, image_tokens: torch.Tensor) -> bool:
+            threads()
+            return step + 1 < steps
+
+        model.generate(class_labels, guidance_scale=scale, callback=after_step)
 
 
 def spin() -> None:
@@ -95,6 +105,7 @@ def main() -> None:
         "original": original_decoder(model).generate,
         "ours": partial(draw, model),
         "ours, packed": partial(draw, packed),
+        "ours, packed, adaptive": partial(draw_adapting, packed),
     }
     if arguments.compile:
         compiled = random_generator(arguments.model, dtype)
