@@ -3,7 +3,7 @@ Plan the ImageNet trainings of the paper: the tables of docs/scaling.md, from co
 
     python benchmarks/plan_training.py --gpus 8 --tflops 989 --utilization 0.35
 
-Nothing is computed: tensors have shapes but no values. `FlopCounterMode` counts matrix products, attention and
+Nothing is computed: tensors have shapes but no values. torch's `FlopCounterMode` counts matrix products, attention and
 convolutions, forward and backward; the sampling of deformable attention is not among them. Activations are what the
 forward pass of one more image keeps for the backward pass, with autocast to bfloat16.
 """
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from unittest.mock import patch
 
 import torch
+from measuring import flop_counter
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from vfmtok_hf import (
     VFMTokARConfig,
@@ -79,7 +79,7 @@ def count_step(model: nn.Module, loss_of: Callable[[nn.Module, int], torch.Tenso
         kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         return tensor
 
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         with (
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
             torch.autocast("cpu", torch.bfloat16),
