@@ -73,10 +73,10 @@ def test_the_source_of_the_images_changes_nothing(write, folder_run, vision_mode
 STREAM = {"streaming": True, "epoch_images": 12, "shuffle_buffer": 4, "batch_size": 2}
 
 
-@pytest.mark.parametrize(("num_processes", "num_workers"), [(1, 2), (2, 0)])
-def test_a_resumed_stream_is_bit_identical(num_processes, num_workers, vision_model, tmp_path):
+@pytest.mark.parametrize(("write", "num_processes", "num_workers"), [(write_webdataset, 1, 2), (write_parquet, 2, 0)])
+def test_a_resumed_stream_is_bit_identical(write, num_processes, num_workers, vision_model, tmp_path):
     """Continued amid an epoch, at the step where the codebook gets its first values from the stream's beginning."""
-    data = write_parquet(image_table(), tmp_path / "data")
+    data = write(image_table(), tmp_path / "data")
     validation = write_folder(tmp_path / "validation")
     options = {**STREAM, "validation_data": validation, "num_workers": num_workers, "max_steps": 6}
     whole = train(data, vision_model, tmp_path / "whole", num_processes, **options)

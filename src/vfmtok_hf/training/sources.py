@@ -62,9 +62,10 @@ class ImageRecords:
             ValueError: no class has two images.
         """
         rng = np.random.default_rng(seed)
+        labels = np.array(self.labels)
         held_out: list[int] = []
-        for label in sorted(set(self.labels)):
-            members = rng.permutation([index for index, other in enumerate(self.labels) if other == label])
+        for label in np.unique(labels):
+            members = rng.permutation(np.flatnonzero(labels == label))
             count = min(max(round(share * len(members)), 1), len(members) - 1)
             held_out += members[:count].tolist()
         if not held_out:
