@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from torch.utils.data import DataLoader, Subset
 
 from vfmtok_hf.modeling.configuration_vfmtok_ar import VFMTokARConfig
 from vfmtok_hf.modeling.configuration_vfmtok_rar import VFMTokRARConfig
@@ -35,7 +36,7 @@ from vfmtok_hf.training.finetuning import (
     save_pipeline,
 )
 from vfmtok_hf.training.generator_data import open_data, token_batch
-from vfmtok_hf.training.image_data import DataArguments, training_loader, validation_loader
+from vfmtok_hf.training.image_data import DataArguments, training_loader
 from vfmtok_hf.training.run import (
     Progress,
     StopRequest,
@@ -178,13 +179,13 @@ def random_ratio_at(step: int, arguments: GeneratorArguments) -> float:
 
 
 @torch.no_grad()
-def validate(
-    model: Generator, data: TokenShards, arguments: GeneratorArguments, accelerator: Accelerator
-) -> dict[str, float]:
+def validate(model: Generator, data: TokenShards, batch_size: int, accelerator: Accelerator) -> dict[str, float]:
     """Mean cross-entropy of unseen images' tokens in nats, in raster order. The processes share the images."""
     model.eval()
     sums = torch.zeros(2, device=model.device)
-    for batch in validation_loader(data, arguments, accelerator):
+    own = range(accelerator.process_index, len(data), accelerator.num_processes)
+    # With a generator of its own, as a loader would draw from the global one, and training would notice.
+    for batch in DataLoader(Subset(data, own), batch_size, generator=torch.Generator()):
         labels, tokens = batch["label"].to(model.device), batch["image_tokens"].to(model.device)
         loss = model(class_labels=labels, image_tokens=tokens, return_loss=True).loss
         sums += torch.stack([loss * len(labels), torch.full_like(loss, len(labels))])
@@ -246,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
     is_rar = model.config.model_type == "vfmtok_rar"
     stop = StopRequest(accelerator)
     if progress.step == 0 and arguments.init_from is not None:
-        log.write("validation", 0, validate(model, validation_data, arguments, accelerator))
+        log.write("validation", 0, validate(model, validation_data, arguments.batch_size, accelerator))
     window = WindowMeans(accelerator)
     batches = train_loader.batches(progress)
     while progress.step < arguments.max_steps and not stop:
@@ -287,7 +288,7 @@ def main(argv: list[str] | None = None) -> None:
             log.write("train", progress.step, {**window.take(), "lr": learning_rate})
         if progress.step % arguments.validate_every == 0 or done:
             with ema.applied():
-                metrics = validate(model, validation_data, arguments, accelerator)
+                metrics = validate(model, validation_data, arguments.batch_size, accelerator)
                 if accelerator.is_main_process:
                     log.write("validation", progress.step, {**metrics, "unreadable": train_data.num_unreadable})
                     if adapted is None:
