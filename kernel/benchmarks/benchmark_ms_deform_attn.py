@@ -5,7 +5,8 @@
 
 Sizes are those of the released VFMTok encoder: 256 queries, 4 levels of 24 x 24, 8 heads of 64 channels, 4 points; the
 locations are the anchors' grid with offsets of about 3 pixels. A backward is timed alone, on a kept graph. The
-implementations take turns and times are medians; allocation of the results is part of them. Rows are added to those
+implementations take turns and times are medians; allocation of the results is part of them. The
+bandwidth is compared with what a matrix-vector product streams on the same machine just before. Rows are added to those
 that the output has of other devices, dtypes, threads and batches, so that a table may be measured in slices.
 """
 
@@ -34,7 +35,7 @@ from reference import load_kernel, ms_deform_attn_reference
 SHAPES = ((24, 24),) * 4
 QUERIES, HEADS, CHANNELS, POINTS = 256, 8, 64, 4
 MEASURED = ["device", "dtype", "threads", "batch", "pass", "implementation"]  # what a row is about
-FIELDS = [*MEASURED, "milliseconds", "times_faster", "megabytes", "gb_per_s"]
+FIELDS = [*MEASURED, "milliseconds", "times_faster", "megabytes", "gb_per_s", "percent_of_stream"]
 
 
 def released_inputs(batch: int, dtype: torch.dtype, device: str, seed: int = 0):
@@ -57,6 +58,19 @@ def least_bytes(batch: int, element_size: int, is_backward: bool) -> int:
     output = batch * QUERIES * HEADS * CHANNELS
     moved = value + 3 * samples + output
     return element_size * (moved + value + 3 * samples if is_backward else moved)
+
+
+def streaming_gb_per_s(device: str) -> float:
+    """What the machine reads from memory at best: a float32 matrix-vector product of 268 MB, the fastest of twenty."""
+    matrix, vector = torch.ones(8192, 8192, device=device), torch.ones(8192, device=device)
+    times = []
+    for _ in range(20):
+        start = time.perf_counter()
+        matrix @ vector
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return matrix.nbytes / min(times) / 1e9
 
 
 def alternate(sides: dict, device: str, seconds: float) -> dict[str, float]:
@@ -105,7 +119,9 @@ def implementations(device: str, with_compiled: bool) -> dict:
     return functions
 
 
-def measure(arguments: argparse.Namespace, dtype: torch.dtype, batch: int, functions: dict) -> list[dict]:
+def measure(
+    arguments: argparse.Namespace, dtype: torch.dtype, batch: int, functions: dict, stream: float
+) -> list[dict]:
     tensors = released_inputs(batch, dtype, arguments.device)
     rows = []
     for direction, times in time_passes(functions, tensors, arguments.device, arguments.seconds).items():
@@ -123,6 +139,7 @@ def measure(arguments: argparse.Namespace, dtype: torch.dtype, batch: int, funct
                     "times_faster": f"{next(iter(times.values())) / milliseconds:.1f}",
                     "megabytes": f"{moved / 1e6:.1f}",
                     "gb_per_s": f"{moved / milliseconds / 1e6:.1f}",
+                    "percent_of_stream": f"{100 * moved / milliseconds / 1e6 / stream:.0f}",
                 }
             )
             print("  ".join(f"{row_value:>14}" for row_value in rows[-1].values()), flush=True)
@@ -156,6 +173,7 @@ def write_ratios(path: Path, rows: list[dict]) -> None:
         line[row["implementation"]] = row["times_faster"]
         if row["implementation"] == "kernel":
             line |= {"kernel, ms": row["milliseconds"], "MB": row["megabytes"], "kernel, GB/s": row["gb_per_s"]}
+            line["% of stream"] = row.get("percent_of_stream", "")  # older rows lack it
     columns = list(dict.fromkeys(column for line in lines.values() for column in line))
     table = [[*MEASURED[:-1], *columns], ["---"] * (len(MEASURED) - 1 + len(columns))]
     table += [[*key, *(line.get(column, "") for column in columns)] for key, line in lines.items()]
@@ -174,12 +192,14 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(f"torch {torch.__version__}, {platform.processor() or platform.machine()}, load {os.getloadavg()[0]:.1f}")
+    stream = streaming_gb_per_s(arguments.device)
+    print(f"a matrix-vector product streams {stream:.1f} GB/s")
     print("  ".join(f"{field:>14}" for field in FIELDS))
     functions = implementations(arguments.device, not arguments.no_compiled)
     rows = []
     for dtype in arguments.dtype:
         for batch in arguments.batch:
-            rows += measure(arguments, getattr(torch, dtype), batch, functions)
+            rows += measure(arguments, getattr(torch, dtype), batch, functions, stream)
     if arguments.output:
         rows = with_earlier(arguments.output, rows)
         write_csv(arguments.output, rows)
