@@ -8,13 +8,13 @@ weights of the released tokenizer with DINOv2-L and of AR-B, and a RAR of AR-B's
 discriminator's vision model have random weights too. The original's next-token training encodes its images anew in
 every step, ours reads tokens that were computed once (`--variants`); the row `tokens at hand` leaves the encoding out.
 Peak memory is a whole process's, of two steps in a process of their own. Ours has the scripts' defaults, but `--attention eager` for generators in bfloat16,
-which is faster on CPUs.
+which is faster on CPUs. `--compile` adds a side under torch.compile, which takes minutes.
 """
 
 import argparse
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -48,6 +48,7 @@ SIDES = {
     "AR-B": ("straightforward", "straightforward, tokens at hand", "ours"),
     "RAR-B": ("straightforward", "ours"),
 }
+COMPILED = "ours, compiled"
 RAR_B = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
 
 
@@ -92,10 +93,11 @@ def tokenizer_step(side: str, autocast: bool, batch_size: int, config: VFMTokCon
         judge = random_discriminator(judge_config)
         return partial(OriginalTokenizerStep(model, random_lpips(dropout=0.5), judge, autocast), images)
     objective = TokenizerObjective(model, WEIGHTS, lpips=random_lpips(dropout=0.0)).train()
+    run = torch.compile(objective) if side == COMPILED else objective
     usage = CodebookUsage(config.codebook_size)
 
     def loss_of() -> torch.Tensor:
-        out = objective(images)
+        out = run(images)
         usage.update(out["image_tokens"])
         return out["loss"]
 
@@ -110,11 +112,12 @@ def generator_step(
     labels = torch.randint(config.num_classes, (batch_size,))
     tokens = torch.randint(config.codebook_size, (batch_size, config.num_image_tokens))
     order = {"random_ratio": 1.0} if is_rar else {}
-    if side == "ours":
+    if side.startswith("ours"):
+        run = torch.compile(model) if side == COMPILED else model
         model.set_attn_implementation("eager" if autocast else "sdpa")
         return our_step(
             model,
-            lambda: model(labels, tokens, return_loss=True, **order).loss,
+            lambda: run(labels, tokens, return_loss=True, **order).loss,
             autocast,
             weight_decay=0.05,
             average=not is_rar,  # as the original, which averages the one and not the other
@@ -143,9 +146,10 @@ def build_step(name: str, side: str, autocast: bool, batch_size: int) -> Step:
     return generator_step(side, autocast, batch_size, config, VFMTokConfig())
 
 
-def measure(name: str, dtype: str, batch_size: int, runs: int) -> list[dict[str, object]]:
+def measure(name: str, names: Sequence[str], dtype: str, batch_size: int, runs: int) -> list[dict[str, object]]:
+    """Rows of the sides `names` of the model `name`."""
     threads = torch.get_num_threads()
-    sides = {side: build_step(name, side, dtype == "bfloat16", batch_size) for side in SIDES[name]}
+    sides = {side: build_step(name, side, dtype == "bfloat16", batch_size) for side in names}
     seconds = alternate(sides, runs)
     sides.clear()
     peaks = {side: in_fresh_process(__file__, "--peak-of", name, side, dtype, batch_size, threads) for side in seconds}
@@ -179,6 +183,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, help="default: 1 for the tokenizer, 4 for the generators")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--compile", action="store_true", help="measure the scripts' --compile true as well")
     parser.add_argument("--peak-of", nargs=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peak_of:
@@ -189,7 +194,8 @@ def main() -> None:
     for name in arguments.models:
         for dtype in arguments.dtypes:
             batch_size = arguments.batch_size or (1 if name == "tokenizer" else 4)
-            table = measure(name, dtype, batch_size, arguments.runs)
+            sides = SIDES[name] + ((COMPILED,) if arguments.compile else ())
+            table = measure(name, sides, dtype, batch_size, arguments.runs)
             for row in table:
                 print(*row.values(), sep="  ", flush=True)
             write_table("training_step", table)
