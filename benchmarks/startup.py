@@ -21,19 +21,31 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
 from measuring import in_fresh_process, machine, memory, seconds_of, write_table
+
+from vfmtok_hf import (
+    VFMTokARConfig,
+    VFMTokARForImageGeneration,
+    VFMTokConfig,
+    VFMTokImageProcessor,
+    VFMTokModel,
+    VFMTokPipeline,
+)
+from vfmtok_hf.cpu_inference import pack_weights
 
 
 SPACE = Path(__file__).parents[1] / "spaces" / "vfmtok"
 START = {
     "import torch": ["-c", "import torch"],
-    "import transformers": ["-c", "import torch, transformers"],
-    "import vfmtok_hf": ["-c", "import torch, vfmtok_hf"],
-    "import all models": ["-c", "import torch\nfrom vfmtok_hf import VFMTokModel, VFMTokARForImageGeneration"],
+    # What the package's modules import of transformers.
+    "import what we need of transformers": [
+        "-c",
+        "from transformers import AutoImageProcessor, AutoModel, GenerationMixin, PilBackend, Pipeline, PreTrainedModel",
+    ],
+    "import vfmtok_hf": ["-c", "import vfmtok_hf"],
     "vfmtok --help": ["-m", "vfmtok_hf", "--help"],
 }
-# The page as `python app.py` builds it, and what its button does up to the first picture, without a browser.
+# The page as `python app.py` builds it, and what its button does until a picture is drawn, without a browser.
 DEMO = """
 import app
 app.build_page()
@@ -43,15 +55,6 @@ assert drawing.pictures
 
 
 def write_pipeline(folder: Path) -> None:
-    from vfmtok_hf import (
-        VFMTokARConfig,
-        VFMTokARForImageGeneration,
-        VFMTokConfig,
-        VFMTokImageProcessor,
-        VFMTokModel,
-        VFMTokPipeline,
-    )
-
     torch.manual_seed(0)
     generator = VFMTokARForImageGeneration(VFMTokARConfig.from_variant("L"))
     VFMTokPipeline(VFMTokModel(VFMTokConfig()), generator, VFMTokImageProcessor()).save_pretrained(folder)
@@ -70,25 +73,17 @@ def read_once(folder: Path) -> None:
                 pass
 
 
-def load(folder: Path) -> DiffusionPipeline:
-    from vfmtok_hf import VFMTokPipeline
-
-    return VFMTokPipeline.from_pretrained(folder)
-
-
-def load_and_read(folder: Path) -> DiffusionPipeline:
+def load_and_read(folder: Path) -> VFMTokPipeline:
     """Weights are mapped when they are loaded, and read from the files when they are first used."""
-    pipe = load(folder)
+    pipe = VFMTokPipeline.from_pretrained(folder)
     for model in (pipe.vq_model, pipe.transformer):
         for parameter in model.parameters():
             parameter.sum()
     return pipe
 
 
-def load_and_pack(folder: Path) -> DiffusionPipeline:
-    from vfmtok_hf.cpu_inference import pack_weights
-
-    pipe = load(folder)
+def load_and_pack(folder: Path) -> VFMTokPipeline:
+    pipe = VFMTokPipeline.from_pretrained(folder)
     pack_weights(pipe.vq_model)
     pack_weights(pipe.transformer)
     return pipe
@@ -96,7 +91,7 @@ def load_and_pack(folder: Path) -> DiffusionPipeline:
 
 LOADING: dict[str, Callable[[Path], object]] = {
     "read the files": read_once,
-    "from_pretrained": load,
+    "from_pretrained": VFMTokPipeline.from_pretrained,
     "from_pretrained, every weight read": load_and_read,
     "from_pretrained, packed": load_and_pack,
 }
@@ -104,14 +99,11 @@ LOADING: dict[str, Callable[[Path], object]] = {
 
 def print_loading(folder: str, side: str) -> None:
     """Seconds of loading alone, after the imports, and bytes of memory on top of theirs."""
-    from vfmtok_hf import VFMTokPipeline  # noqa: F401
-
     before = {field: memory(field) for field in ("VmHWM", "RssAnon")}
     start = time.perf_counter()
-    pipe = LOADING[side](Path(folder))
+    loaded = LOADING[side](Path(folder))  # noqa: F841, what is loaded stays until its memory is read
     seconds = time.perf_counter() - start
     print(json.dumps({"seconds": seconds, **{field: memory(field) - bytes for field, bytes in before.items()}}))
-    del pipe
 
 
 def alternate_medians(sides: dict[str, Callable[[], float]], runs: int) -> dict[str, float]:
