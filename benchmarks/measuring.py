@@ -1,8 +1,12 @@
-"""What the benchmarks share: alternating medians, the machine's memory bandwidth, operations counted, tables."""
+"""What the benchmarks share: alternating medians, fresh processes, the machine's memory bandwidth, operations counted, tables."""
 
 import csv
+import json
 import platform
+import re
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +31,21 @@ def alternate(sides: dict[str, Callable[[], object]], runs: int) -> dict[str, fl
         function()
     rounds = [{name: seconds_of(function) for name, function in sides.items()} for _ in range(runs)]
     return {name: statistics.median(times[name] for times in rounds) for name in sides}
+
+
+def memory(field: str) -> int:
+    """
+    Bytes of this process: `VmHWM`, the most it ever held, file pages that are mapped included, or `RssAnon`, what is its
+    own now. Linux only: there, and not in `getrusage`, a new process does not inherit the peak of the one that started
+    it.
+    """
+    return 1024 * int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text()).group(1))
+
+
+def in_fresh_process(script: str, *arguments: object) -> dict[str, float]:
+    """What `script` prints as its last line, a JSON object, when it is run with `arguments` by a new interpreter."""
+    command = [sys.executable, script, *map(str, arguments)]
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
 
 
 def matrix_vector_bandwidth(dtype: torch.dtype, megabytes: int = 512) -> float:

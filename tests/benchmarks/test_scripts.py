@@ -1,0 +1,82 @@
+"""The benchmark scripts run, at sizes that take no time. What they measure is not looked at."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.testing import tiny_config
+from vfmtok_hf import DEFAULT_CHECKPOINT, VFMTokARConfig
+
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def benchmarks(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import measuring
+
+    monkeypatch.setattr(measuring, "RESULTS", tmp_path / "results")
+
+
+def table_of(tmp_path, name):
+    return (tmp_path / "results" / f"{name}.md").read_text().splitlines()
+
+
+def test_memory_of_a_process_counts_what_it_holds():
+    from measuring import memory
+
+    before = memory("RssAnon")
+    block = bytearray(64 * 2**20)
+    assert memory("RssAnon") - before > 0.9 * len(block)
+    assert memory("VmHWM") >= memory("RssAnon")
+
+
+def test_preprocessing_and_peaks_of_images(tmp_path, capsys):
+    import images
+
+    images.measure_preprocessing(2, 1, tiny_config())
+    assert len(table_of(tmp_path, "preprocessing")) == 2 + 4
+    images.print_peak("decode", "packed float32", 2, tiny_config())
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["bytes"] >= 0
+
+
+def test_scaling(tmp_path, monkeypatch):
+    import scaling
+
+    from vfmtok_hf.evaluation.plots import save_figure
+
+    tiny = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    sizes = {**tiny, "codebook_size": 32, "num_classes": 64}
+    monkeypatch.setattr(
+        VFMTokARConfig, "from_variant", lambda variant, **overrides: VFMTokARConfig(**{**sizes, **overrides})
+    )
+    monkeypatch.setattr(scaling, "BATCH_SIZES", (1, 2))
+    monkeypatch.setattr(scaling, "TOKENS_PER_IMAGE", (36,))
+    monkeypatch.setattr(scaling, "MODEL_SIZES", ("B",))
+    table = scaling.measure_decoding(runs=1)
+    assert {row["axis"] for row in table} == {"images at once", "threads", "tokens per image", "million parameters"}
+    save_figure(scaling.decoding_figure(table), tmp_path / "decoding.png")
+    rows = [{"side": 10, "seconds": "1.0", "images/s": "10", "peak MB": "9"}]
+    save_figure(scaling.tokenizing_figure(rows), tmp_path / "tokenizing.png")
+
+
+def test_scaling_tokenizes(tmp_path, monkeypatch, capsys):
+    import scaling
+
+    # Which keeps the command from setting this process's threads.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (tmp_path / "images").mkdir()
+    scaling.write_images(tmp_path / "images", 2)
+    scaling.print_tokenizing(str(tmp_path / "images"), str(tmp_path / "tokens.npy"))
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["bytes"] > 0
+    assert (tmp_path / "tokens.npy").exists()
+
+
+def test_loading_of_a_pipeline(capsys):
+    import startup
+
+    for side in startup.LOADING:
+        startup.print_loading(DEFAULT_CHECKPOINT, side)
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["seconds"] > 0
