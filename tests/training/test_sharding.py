@@ -1,17 +1,28 @@
 """Generators split over processes by FSDP2 train as whole ones do."""
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from tests.testing import tiny_model
 from tests.training.sharded import CONFIGURATIONS, launch_sharded
-from tests.training.test_two_processes import DROPOUTS
-from tests.training.tiny_runs import copy_until, differences, generator_options, log_of, run, state_of, write_images
+from tests.training.tiny_runs import (
+    DROPOUTS,
+    copy_until,
+    differences,
+    generator_options,
+    is_rank,
+    log_of,
+    run,
+    state_of,
+    write_images,
+)
 from vfmtok_hf import VFMTokPipeline
 from vfmtok_hf.training import train_generator
 from vfmtok_hf.training.run import finished_checkpoints
@@ -19,6 +30,7 @@ from vfmtok_hf.training.sharding import set_up_sharding
 
 
 ONE_NODE, MANY_NODES = CONFIGURATIONS / "fsdp2_one_node.yaml", CONFIGURATIONS / "fsdp2_many_nodes.yaml"
+SHARDED_PARTS = ("pytorch_model_fsdp_0", "optimizer_0", "ema")
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +85,7 @@ def test_equals_training_of_whole_models(generator, train, tmp_path):
     assert_equal_runs(sharded, train(tmp_path / "whole", options))
     checkpoint = finished_checkpoints(sharded)[-1]
     assert not (checkpoint / "model.safetensors").exists()
-    for part in ("pytorch_model_fsdp_0", "optimizer_0", "ema"):
+    for part in SHARDED_PARTS:
         assert {file.name for file in (checkpoint / part).iterdir()} == {".metadata", "__0_0.distcp", "__1_0.distcp"}
     picture = "samples/step_00000006.png"
     assert (sharded / picture).read_bytes() == (tmp_path / "whole" / picture).read_bytes()
@@ -87,29 +99,118 @@ def test_copies_of_a_split_model(train, tmp_path):
     assert_equal_runs(sharded, train(tmp_path / "whole", options, 4))
 
 
+def test_mixed_precision_keeps_weights_in_float32(train, tmp_path):
+    """It follows the run in float32: bfloat16 has 8 bits, and the loss is a mean over hundreds of rounded logits."""
+    options = without_randomness("rar")
+    mixed = train(tmp_path / "mixed", options | {"mixed_precision": "bf16"}, configuration=ONE_NODE)
+    whole = train(tmp_path / "whole", options)
+    for lines in zip(log_of(mixed, "validation"), log_of(whole, "validation"), strict=True):
+        assert lines[0] != lines[1]
+        assert lines[0] == pytest.approx(lines[1], rel=2**-9)
+    assert {weight.dtype for weight in load_file(mixed / "model" / "model.safetensors").values()} == {torch.float32}
+
+
+@pytest.fixture(scope="module")
+def run_with_dropout(train, tmp_path_factory):
+    options = {"checkpoint_every": 3, "validate_every": 3}
+    return train(tmp_path_factory.mktemp("sharded") / "run", options, configuration=ONE_NODE), options
+
+
 def whole_state(checkpoint, folder):
     """All that a sharded checkpoint holds, by file."""
     folder.mkdir()
-    for part in ("pytorch_model_fsdp_0", "optimizer_0", "ema"):
+    for part in SHARDED_PARTS:
         dcp_to_torch_save(checkpoint / part, folder / f"{part}.bin")
-    files = [file for file in checkpoint.iterdir() if file.is_file()]
-    for file in files:
-        (folder / file.name).write_bytes(file.read_bytes())
+    for file in checkpoint.iterdir():
+        if file.is_file():
+            shutil.copy(file, folder)
     return state_of(folder)
 
 
-def test_resumed_it_is_bit_identical(train, tmp_path):
-    options = {"generator": "ar", "checkpoint_every": 3, "validate_every": 3}
-    whole = train(tmp_path / "whole", options, configuration=ONE_NODE)
+def test_resumed_it_is_bit_identical(run_with_dropout, train, tmp_path):
+    whole, options = run_with_dropout
     resumed = copy_until(whole, 3, tmp_path / "resumed")
     train(resumed, options | {"resume": True}, configuration=ONE_NODE)
     assert log_of(resumed, "train") == log_of(whole, "train")
     states = [
-        whole_state(finished_checkpoints(output)[-1], tmp_path / f"state_{output.name}") for output in (resumed, whole)
+        whole_state(finished_checkpoints(output)[-1], tmp_path / f"state_{index}")
+        for index, output in enumerate((resumed, whole))
     ]
-    assert {"ema.bin", "random_states_1.pkl", "custom_checkpoint_0.pkl"} < states[0].keys()
+    assert {f"{part}.bin" for part in SHARDED_PARTS} < states[0].keys()
+    assert {"random_states_1.pkl", "custom_checkpoint_0.pkl"} < states[0].keys()
     assert differences(*states) == []
 
-    def refused():
-        with pytest.raises(ValueError, match="was written with FSDP2"):
-            train_generator.main(refused_argv)
+
+def expect(error, message):
+    """A replacement of `main` for runs that fail so on every process."""
+    main = train_generator.main
+
+    def failing(argv):
+        with pytest.raises(error, match=message):
+            main(argv)
+
+    return failing
+
+
+def test_it_is_not_resumed_without_sharding(run_with_dropout, train, tmp_path, monkeypatch):
+    whole, options = run_with_dropout
+    resumed = copy_until(whole, 3, tmp_path / "resumed")
+    monkeypatch.setattr(train_generator, "main", expect(ValueError, "was written with FSDP2, this run is .* without"))
+    train(resumed, options | {"resume": True})
+
+
+def test_a_damaged_checkpoint_is_named(run_with_dropout, train, tmp_path, monkeypatch):
+    """By both processes, though only one of them reads the file."""
+    whole, options = run_with_dropout
+    resumed = copy_until(whole, 3, tmp_path / "resumed")
+    (finished_checkpoints(resumed)[-1] / "ema" / "__1_0.distcp").write_bytes(b"")
+    monkeypatch.setattr(train_generator, "main", expect(ValueError, "step_00000003 cannot be read.*delete it"))
+    train(resumed, options | {"resume": True}, configuration=ONE_NODE)
+
+
+def test_a_process_that_cannot_save_stops_both(train, tmp_path, monkeypatch):
+    write_data = FileSystemWriter.write_data
+
+    def fail_on_the_second(*arguments):
+        if is_rank(1):
+            raise OSError(28, "No space left on device")
+        return write_data(*arguments)
+
+    monkeypatch.setattr(FileSystemWriter, "write_data", fail_on_the_second)
+    monkeypatch.setattr(train_generator, "main", expect(OSError, "could not be written .*: .Errno 28. No space left"))
+    train(tmp_path / "run", {"checkpoint_every": 1}, configuration=ONE_NODE)
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+def launched(**options):
+    """What training sees of a launch with FSDP."""
+    options = {"fsdp_version": 2, "cpu_ram_efficient_loading": False, "activation_checkpointing": False} | options
+    plugin = FullyShardedDataParallelPlugin(**options)
+    return SimpleNamespace(
+        distributed_type=DistributedType.FSDP, mixed_precision="no", state=SimpleNamespace(fsdp_plugin=plugin)
+    )
+
+
+@pytest.mark.parametrize(
+    ("setting", "options"),
+    [
+        ("fsdp_version: 2", {"fsdp_version": 1}),
+        ("fsdp_state_dict_type: SHARDED_STATE_DICT", {"state_dict_type": "FULL_STATE_DICT"}),
+        ("fsdp_cpu_ram_efficient_loading: false", {"cpu_ram_efficient_loading": True}),
+        ("fsdp_offload_params: false", {"cpu_offload": True}),
+        ("fsdp_activation_checkpointing: false", {"activation_checkpointing": True}),
+    ],
+)
+def test_settings_that_training_does_not_support_are_named(setting, options, monkeypatch):
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # which the plugin sets
+    set_up_sharding(launched(), can_shard=True)
+    with pytest.raises(ValueError, match=f"needs {setting}.*fsdp2_one_node.yaml"):
+        set_up_sharding(launched(**options), can_shard=True)
+
+
+@pytest.mark.parametrize("option", [{"lora_rank": 2}, {"compile": True}])
+def test_what_needs_whole_models_is_refused(option, train, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        train_generator, "main", expect(ValueError, "FSDP is supported neither .*one_node_8_gpus.yaml")
+    )
+    train(tmp_path / "run", option, configuration=ONE_NODE)

@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 
 from tests.testing import tiny_model
 from tests.training.tiny_runs import (
+    DROPOUTS,
     copy_until,
     differences,
     generator_options,
@@ -135,12 +136,6 @@ def test_a_process_that_cannot_save_stops_both(sources, tmp_path, monkeypatch):
     monkeypatch.setattr(run_module.Accelerator, "save_state", fail_on_the_second)
     run(train, num_processes=2)
     assert list((output / "checkpoints").iterdir()) == []
-
-
-DROPOUTS = {
-    "ar": ["token_dropout", "residual_dropout", "ffn_dropout", "class_dropout"],
-    "rar": ["dropout", "attention_dropout", "class_dropout"],
-}
 
 
 @pytest.mark.parametrize("generator", ["ar", "rar"])

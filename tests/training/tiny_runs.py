@@ -22,6 +22,12 @@ from tests.testing import tiny_config, tiny_model
 # Forked: the imports of a training script take ten seconds, its tiny runs one.
 FORK = multiprocessing.get_context("fork")
 
+# What is random in a generator's training steps.
+DROPOUTS = {
+    "ar": ["token_dropout", "residual_dropout", "ffn_dropout", "class_dropout"],
+    "rar": ["dropout", "attention_dropout", "class_dropout"],
+}
+
 
 def write_images(root: Path, images_per_class: int = 8) -> Path:
     """Two classes of coloured bars and discs at random places."""

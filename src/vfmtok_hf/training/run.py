@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, gather_object, set_seed
 from PIL import Image
 from torch import nn
+from torch.distributed.checkpoint import CheckpointException
 from torch.utils.data import DataLoader, Dataset
 from torchvision.utils import make_grid
 
@@ -240,12 +241,13 @@ def save_checkpoint(accelerator: Accelerator, output: Path, step: int, keep: int
         if accelerator.is_main_process:
             launch = {"num_processes": accelerator.num_processes, "sharded": accelerator.is_fsdp2}
             (temporary / "run.json").write_text(json.dumps(launch))
-    except Exception as caught:  # A full disk is an OSError, a RuntimeError or a SafetensorError, by file.
+    # A full disk is an OSError, a RuntimeError or a SafetensorError, by file.
+    except (Exception, CheckpointException) as caught:
         error = caught
     if any_process(accelerator, error is not None):
         if accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
-        reason = " ".join(str(error).split()) if error else "another process failed"
+        reason = reason_of(error) if error else "another process failed"
         raise OSError(
             f"The checkpoint of step {step} could not be written to {folder.parent}: {reason}. Those before it are "
             "unharmed: make room and continue with --resume true."
@@ -260,6 +262,12 @@ def save_checkpoint(accelerator: Accelerator, output: Path, step: int, keep: int
     accelerator.wait_for_everyone()
 
 
+def reason_of(error: BaseException) -> str:
+    """An error in one line; of a sharded checkpoint, what the processes report."""
+    errors = [failure for failure, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+    return " ".join(" ".join(dict.fromkeys(map(str, errors))).split())
+
+
 def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
     """
     Raises:
@@ -271,10 +279,9 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
         num_processes, sharded = launch["num_processes"], launch.get("sharded", False)
         if (num_processes, sharded) == (accelerator.num_processes, accelerator.is_fsdp2):
             accelerator.load_state(str(checkpoint))
-    except Exception as error:
-        reason = " ".join(str(error).split())
+    except (Exception, CheckpointException) as error:
         raise ValueError(
-            f"{checkpoint} cannot be read: {reason}. If it is damaged, delete it to continue from the one before."
+            f"{checkpoint} cannot be read: {reason_of(error)}. If it is damaged, delete it to continue from the one before."
         ) from error
     if num_processes != accelerator.num_processes:
         raise ValueError(
