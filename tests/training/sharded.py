@@ -27,13 +27,12 @@ def launch_environment(file: Path) -> dict[str, str]:
     }
 
 
-def launch_sharded(file: Path, **sizes: int) -> None:
+def launch_sharded(file: Path, **variables: str) -> None:
     """
-    In a forked process: let training start as the configuration says, with other `dp_replicate_size` and
-    `dp_shard_size`. The launcher's words are Accelerate's own; that they hold for CPUs too is put in its place.
+    In a forked process: let training start as the configuration says, but for some environment variables, and let
+    Accelerate do on CPUs what it does on GPUs.
     """
-    os.environ |= launch_environment(file)
-    os.environ |= {f"PARALLELISM_CONFIG_{name.upper()}": str(size) for name, size in sizes.items()}
+    os.environ |= launch_environment(file) | variables
     initialize = AcceleratorState.__init__
 
     def initialize_for_cpus(state: AcceleratorState, *arguments: Any, **options: Any) -> None:
