@@ -1,11 +1,12 @@
 """
 Decoding of image tokens: the original's loop against ours, plain and with packed weights, without and with guidance.
 
-    python benchmarks/decode.py --size B --dtype float32 --batch-sizes 1 8 32
+    python benchmarks/decode.py --model AR-B --dtype float32 --batch-sizes 1 8 32
 
-`--compile` adds the compiled step. `--busy` spins on a second core meanwhile, as another program would. `--only` takes
-the sides that are named, so that a piece stays short. Random weights of the released sizes. `limit` is the share of the memory bandwidth that a plain large matrix-vector
-product of torch reaches in the same run: bytes of weights and of filled cache read per step, over the step's time.
+`--compile` adds compiled layers. `--busy` spins on a second core meanwhile, as another program would. `--only` takes
+the sides that are named, so that a piece stays short. Random weights of the released sizes. `limit` is the share of the
+memory bandwidth that a plain large matrix-vector product of torch reaches in the same run: bytes of weights and of filled
+cache that a step reads, over its time.
 """
 
 import argparse
@@ -16,26 +17,30 @@ from functools import partial
 
 import torch
 from measuring import alternate, machine, matrix_vector_bandwidth, write_table
-from original_decode import OriginalDecoder
+from original_decode import OriginalDecoder, OriginalRARDecoder
 
-from vfmtok_hf import VFMTokARConfig, VFMTokARForImageGeneration
-from vfmtok_hf.cpu_inference import pack_weights
+from vfmtok_hf import VFMTokARConfig, VFMTokARForImageGeneration, VFMTokRARConfig, VFMTokRARForImageGeneration
+from vfmtok_hf.cpu_inference import AdaptiveThreads, pack_weights
 
 
-SIZES = {
-    "B": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 2048},
-    "L": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 2816},
+Generator = VFMTokARForImageGeneration | VFMTokRARForImageGeneration
+FAMILIES = {
+    "AR": (VFMTokARConfig, VFMTokARForImageGeneration, OriginalDecoder),
+    "RAR": (VFMTokRARConfig, VFMTokRARForImageGeneration, OriginalRARDecoder),
 }
 
 
-def random_generator(size: str, dtype: torch.dtype) -> VFMTokARForImageGeneration:
+def random_generator(name: str, dtype: torch.dtype) -> Generator:
+    """`name` as in AR-B or RAR-L."""
+    family, variant = name.split("-")
+    config_class, model_class, _ = FAMILIES[family]
     torch.manual_seed(0)
-    model = VFMTokARForImageGeneration(VFMTokARConfig(**SIZES[size])).eval()
+    model = model_class(config_class.from_variant(variant)).eval()
     torch.nn.init.normal_(model.lm_head.weight, std=0.02)
     return model.to(dtype)
 
 
-def bytes_per_step(model: VFMTokARForImageGeneration, rows: int, steps: int) -> float:
+def bytes_per_step(model: Generator, rows: int, steps: int) -> float:
     """Weights that every step reads, and on average the filled part of the cache."""
     weights = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if "embed" not in name)
     config = model.config
@@ -43,8 +48,18 @@ def bytes_per_step(model: VFMTokARForImageGeneration, rows: int, steps: int) -> 
     return weights + rows * position * (steps + 1) / 2
 
 
-def draw(model: VFMTokARForImageGeneration, class_labels: torch.Tensor, steps: int, scale: float) -> None:
+def draw(model: Generator, class_labels: torch.Tensor, steps: int, scale: float) -> None:
     model.generate(class_labels, guidance_scale=scale, callback=lambda step, _: step + 1 < steps)
+
+
+def draw_adapting(model: Generator, class_labels: torch.Tensor, steps: int, scale: float) -> None:
+    with AdaptiveThreads() as threads:
+
+        def after_step(step: int, image_tokens: torch.Tensor) -> bool:
+            threads()
+            return step + 1 < steps
+
+        model.generate(class_labels, guidance_scale=scale, callback=after_step)
 
 
 def spin() -> None:
@@ -68,7 +83,7 @@ def busy_core(wanted: bool) -> Iterator[None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
-    parser.add_argument("--size", choices=SIZES, default="B")
+    parser.add_argument("--model", default="AR-B", help="AR-B, AR-L, ..., RAR-L, ...")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0], help="1 is none")
@@ -84,14 +99,16 @@ def main() -> None:
     dtype = getattr(torch, arguments.dtype)
     bandwidth = matrix_vector_bandwidth(dtype)
     print(f"{machine()}; matrix-vector product {bandwidth / 1e9:.1f} GB/s")
-    model, packed = random_generator(arguments.size, dtype), pack_weights(random_generator(arguments.size, dtype))
+    model, packed = random_generator(arguments.model, dtype), pack_weights(random_generator(arguments.model, dtype))
+    original_decoder = FAMILIES[arguments.model.split("-")[0]][2]
     sides = {
-        "original": OriginalDecoder(model).generate,
+        "original": original_decoder(model).generate,
         "ours": partial(draw, model),
         "ours, packed": partial(draw, packed),
+        "ours, packed, adaptive": partial(draw_adapting, packed),
     }
     if arguments.compile:
-        compiled = random_generator(arguments.size, dtype)
+        compiled = random_generator(arguments.model, dtype)
         compiled.compile_decoding()
         sides["ours, compiled"] = partial(draw, compiled)
     if arguments.only:
@@ -106,7 +123,7 @@ def main() -> None:
             rows = batch_size * (2 if scale > 1 else 1)
             table = [
                 {
-                    "model": f"AR-{arguments.size}",
+                    "model": arguments.model,
                     "dtype": arguments.dtype,
                     "threads": arguments.threads,
                     "batch": batch_size,

@@ -13,9 +13,8 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from measuring import alternate, machine, write_table
+from measuring import alternate, flop_counter, machine, write_table
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from vfmtok_hf import VFMTokConfig, VFMTokModel, disable_kernels, enable_kernels
 from vfmtok_hf.cpu_inference import PackedLinear, pack_weights
@@ -62,7 +61,7 @@ def main() -> None:
             "decode": lambda model: model.decode(image_tokens=image_tokens),
         }
         for part, run in parts.items():
-            with FlopCounterMode(display=False) as counter:
+            with flop_counter() as counter:
                 run(plain)
             seconds = alternate({name: partial(run, model) for name, model in models.items()}, arguments.runs)
             table = [

@@ -1,4 +1,4 @@
-"""What the benchmarks share: alternating medians, the machine's memory bandwidth, tables."""
+"""What the benchmarks share: alternating medians, the machine's memory bandwidth, operations counted, tables."""
 
 import csv
 import platform
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -35,6 +36,22 @@ def matrix_vector_bandwidth(dtype: torch.dtype, megabytes: int = 512) -> float:
     vector = torch.randn(1, columns).to(dtype)
     seconds = alternate({"product": lambda: F.linear(vector, matrix)}, runs=9)["product"]
     return matrix.numel() * matrix.element_size() / seconds
+
+
+def flop_counter() -> FlopCounterMode:
+    """Counts attention on CPUs too, which torch itself does from 2.15 on."""
+
+    def forward(query, key, value, *others, out_shape, **options) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    def backward(gradient, query, key, value, *others, out_shape, **options) -> int:
+        return sdpa_backward_flop_count(gradient, query, key, value)
+
+    attention = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: forward,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+    return FlopCounterMode(display=False, custom_mapping=attention)
 
 
 def machine() -> str:

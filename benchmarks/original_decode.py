@@ -1,15 +1,19 @@
 """
-The original's decode loop, for comparison: autoregressive/models/{gpt,generate}.py of CVMI-Lab/VFMTok, restated.
+The original's decode loops, for comparison, restated.
 
-One fused query/key/value product, a cache rounded up to a multiple of 8 that attention always reads whole under a
-boolean mask, sampling through sort-based filters and `multinomial`.
+The next-token generator (autoregressive/models/{gpt,generate}.py of CVMI-Lab/VFMTok): one fused query/key/value product, a
+cache rounded up to a multiple of 8 that attention always reads whole under a boolean mask, `multinomial`.
+
+The randomized-order generator (modeling/rar.py of CVMI-Lab/VFMTok-RAR): embeddings, positions and conditions of the whole
+prefix anew in each step, of which the last is used; caches that grow by concatenation.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vfmtok_hf import VFMTokARForImageGeneration
+from vfmtok_hf import VFMTokARForImageGeneration, VFMTokRARForImageGeneration
+from vfmtok_hf.modeling.generation_vfmtok import power_cosine_guidance
 from vfmtok_hf.modeling.modeling_vfmtok_ar import rotary_table
 
 
@@ -25,6 +29,18 @@ def rotate(states: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         [pairs[..., 0] * cosines - pairs[..., 1] * sines, pairs[..., 1] * cosines + pairs[..., 0] * sines], dim=-1
     )
     return rotated.flatten(3).type_as(states)
+
+
+def guide(logits: torch.Tensor, scale: float | None) -> torch.Tensor:
+    if scale is None:
+        return logits
+    conditional, unconditional = logits.chunk(2)
+    return unconditional + (conditional - unconditional) * scale
+
+
+def draw(logits: torch.Tensor) -> torch.Tensor:
+    # Temperature 1, top-k 0, top-p 1, as the released commands have it.
+    return torch.multinomial(F.softmax(logits / 1.0, dim=-1), num_samples=1)
 
 
 class OriginalDecoder:
@@ -63,13 +79,6 @@ class OriginalDecoder:
             states = states + layer.mlp.down_proj(gated)
         return self.model.lm_head(rms_norm(states, self.model.norm)).float()[:, -1]
 
-    def draw(self, logits: torch.Tensor, scale: float) -> torch.Tensor:
-        if scale > 1:
-            conditional, unconditional = logits.chunk(2)
-            logits = unconditional + (conditional - unconditional) * scale
-        # Temperature 1, top-k 0, top-p 1, as the released commands have it.
-        return torch.multinomial(F.softmax(logits / 1.0, dim=-1), num_samples=1)
-
     @torch.no_grad()
     def generate(self, class_labels: torch.Tensor, steps: int, scale: float = 1.0) -> torch.Tensor:
         passes = 2 if scale > 1 else 1
@@ -81,7 +90,63 @@ class OriginalDecoder:
         drawn = []
         position = torch.zeros(1, dtype=torch.long)
         for _ in range(steps):
-            drawn.append(self.draw(self.step(states, position), scale))
+            drawn.append(draw(guide(self.step(states, position), scale if passes == 2 else None)))
             states = self.model.embed_tokens(drawn[-1].repeat(passes, 1))
             position += 1
         return torch.cat(drawn, dim=1)
+
+
+class OriginalRARDecoder:
+    """Decodes with the weights of one of our randomized-order models, in raster order."""
+
+    def __init__(self, model: VFMTokRARForImageGeneration):
+        self.model, self.config = model, model.config
+        self.fused = []
+        for layer in model.layers:
+            projections = layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj
+            weight, bias = (torch.cat([getattr(part, name) for part in projections]) for name in ("weight", "bias"))
+            self.fused.append((weight, bias))
+
+    def step(self, labels: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        model, batch_size, length = self.model, len(labels), tokens.shape[1] + 2
+        condition = model.embed_tokens(labels + self.config.codebook_size + 1)[:, None]
+        states = torch.cat([model.cls_token.expand(batch_size, -1, -1), condition, model.embed_tokens(tokens)], dim=1)
+        states = states + model.position_embeddings.repeat(batch_size, 1, 1)[:, :length]
+        targets = model.target_position_embeddings.repeat(batch_size, 1, 1)[:, 2 : length + 1]
+        states = states + torch.cat([torch.zeros_like(targets[:, :1]), targets], dim=1)
+        condition = condition + model.timestep_embeddings.repeat(batch_size, 1, 1)[:, :length]
+        if self.caches[0] is not None:
+            states, condition = states[:, -1:], condition[:, -1:]
+        for index in range(len(model.layers)):
+            states = self.layer(index, states, condition)
+        scale, shift = model.norm_modulation(F.silu(condition)).chunk(2, dim=-1)
+        states = F.layer_norm(states, states.shape[-1:], eps=self.config.layer_norm_eps) * (1 + scale) + shift
+        return model.lm_head(states)[:, -1].float()
+
+    def layer(self, index: int, states: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        layer, (weight, bias) = self.model.layers[index], self.fused[index]
+        shift1, scale1, gate1, shift2, scale2, gate2 = layer.modulation(F.silu(condition)).chunk(6, dim=-1)
+        fused = F.linear(layer.norm1(states) * (1 + scale1) + shift1, weight, bias)
+        query, key, value = fused.unflatten(-1, (3, self.config.num_attention_heads, -1)).permute(2, 0, 3, 1, 4)
+        query, key = layer.self_attn.q_norm(query), layer.self_attn.k_norm(key)
+        is_first = self.caches[index] is None
+        if not is_first:
+            keys, values = self.caches[index]
+            key, value = torch.cat([keys, key], dim=-2), torch.cat([values, value], dim=-2)
+        self.caches[index] = key, value
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=is_first)
+        states = states + gate1 * layer.self_attn.o_proj(attended.transpose(1, 2).flatten(2))
+        return states + gate2 * layer.mlp(layer.norm2(states) * (1 + scale2) + shift2)
+
+    @torch.no_grad()
+    def generate(self, class_labels: torch.Tensor, steps: int, scale: float = 1.0) -> torch.Tensor:
+        labels, passes = class_labels, 2 if scale > 1 else 1
+        if passes == 2:
+            labels = torch.cat([labels, torch.full_like(labels, self.config.num_classes)])
+        scales = power_cosine_guidance(self.config.num_image_tokens, scale, power=1.0)
+        self.caches: list = [None] * len(self.model.layers)
+        tokens = class_labels.new_zeros(len(class_labels), 0)
+        for step in range(steps):
+            logits = self.step(labels, tokens.repeat(passes, 1))
+            tokens = torch.cat([tokens, draw(guide(logits, scales[step] if passes == 2 else None))], dim=1)
+        return tokens

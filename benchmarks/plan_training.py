@@ -3,7 +3,7 @@ Plan the ImageNet trainings of the paper: the tables of docs/scaling.md, from co
 
     python benchmarks/plan_training.py --gpus 8 --tflops 989 --utilization 0.35
 
-Nothing is computed: tensors have shapes but no values. `FlopCounterMode` counts matrix products, attention and
+Nothing is computed: tensors have shapes but no values. torch's `FlopCounterMode` counts matrix products, attention and
 convolutions, forward and backward; the sampling of deformable attention is not among them. Activations are what the
 forward pass of one more image keeps for the backward pass, with autocast to bfloat16.
 """
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from unittest.mock import patch
 
 import torch
+from measuring import flop_counter
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from vfmtok_hf import (
     VFMTokARConfig,
@@ -79,7 +79,7 @@ def count_step(model: nn.Module, loss_of: Callable[[nn.Module, int], torch.Tenso
         kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         return tensor
 
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         with (
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
             torch.autocast("cpu", torch.bfloat16),
@@ -127,19 +127,20 @@ def table(gpus: int, tflops: float, utilization: float, memory: float) -> str:
     """Markdown: one line for each training."""
     lines = [
         "| training | parameters, trained + frozen | steps x images | TFLOP per image | hours | GiB per GPU: state"
-        " | GiB per image | images at once |",
-        "|---|---|---|---|---|---|---|---|",
+        " | state, split | GiB per image | images at once |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for recipe, cost in recipes():
         flops = cost.flops * recipe.sequences
         hours = recipe.steps * recipe.batch_size * flops / (gpus * tflops * 1e12 * utilization) / 3600
         state = (cost.trained * BYTES_PER_TRAINED + cost.frozen * BYTES_PER_FROZEN) / GIB
+        split = "" if recipe.name == "tokenizer" else f"{state / gpus:.1f}"  # which trains whole
         image = cost.activation_bytes * recipe.sequences / GIB
         fitting = int((0.9 * memory - state) / image)
         frozen = f" + {cost.frozen / 1e6:,.0f} M" if cost.frozen else ""
         lines.append(
             f"| {recipe.name} | {cost.trained / 1e6:,.0f} M{frozen} | {recipe.steps:,} x {recipe.batch_size} "
-            f"| {flops / 1e12:.2f} | {hours:,.0f} | {state:.1f} | {image:.2f} | {max(fitting, 0)} |"
+            f"| {flops / 1e12:.2f} | {hours:,.0f} | {state:.1f} | {split} | {image:.2f} | {max(fitting, 0)} |"
         )
     return "\n".join(lines)
 

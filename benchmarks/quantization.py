@@ -1,7 +1,7 @@
 """
 Weight-only quantization of generators: speed and size at the released sizes, and what it costs in quality.
 
-    python benchmarks/quantization.py speed --size B --batch-sizes 1 8
+    python benchmarks/quantization.py speed --model AR-B --batch-sizes 1 8
     python benchmarks/quantization.py quality --validation FOLDER
 
 `speed` runs random weights of a released size; its reference is the float32 model as it was loaded. `quality` runs the
@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from decode import SIZES, draw, random_generator
+from decode import draw, random_generator
 from measuring import alternate, machine, write_table
 from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
 from transformers import TorchAoConfig
@@ -82,7 +82,7 @@ def bytes_on_disk(model: VFMTokARForImageGeneration) -> int:
 def measure_speed(arguments: argparse.Namespace) -> None:
     names = ["float32", "float32, packed", "bfloat16, packed", "int8", "int8, packed", "int4, packed"]
     with tempfile.TemporaryDirectory() as folder:
-        random_generator(arguments.size, torch.float32).save_pretrained(folder)
+        random_generator(arguments.model, torch.float32).save_pretrained(folder)
         sides = {name: load_side(folder, name) for name in names}
     sizes = {
         name: {
@@ -97,7 +97,7 @@ def measure_speed(arguments: argparse.Namespace) -> None:
         seconds = alternate(calls, arguments.runs)
         table = [
             {
-                "model": f"AR-{arguments.size}",
+                "model": arguments.model,
                 "threads": torch.get_num_threads(),
                 "batch": batch_size,
                 "side": name,
@@ -187,7 +187,7 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     speed = commands.add_parser("speed")
     speed.set_defaults(measure=measure_speed)
-    speed.add_argument("--size", choices=SIZES, default="B")
+    speed.add_argument("--model", default="AR-B", help="AR-B, AR-L, ...")
     speed.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
     speed.add_argument("--steps", type=int, default=64, help="tokens of each image, 256 being a whole one")
     speed.add_argument("--runs", type=int, default=3)

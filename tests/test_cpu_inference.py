@@ -9,8 +9,8 @@ from torch import nn
 
 from tests.modeling.generators import tiny_ar, tiny_batch, tiny_rar
 from tests.testing import tiny_images, tiny_model
-from vfmtok_hf import VFMTokARForImageGeneration
-from vfmtok_hf.cpu_inference import PackedLinear, pack_weights, unpack_weights
+from vfmtok_hf import VFMTokARForImageGeneration, cpu_inference
+from vfmtok_hf.cpu_inference import AdaptiveThreads, PackedLinear, pack_weights, unpack_weights
 
 
 @pytest.fixture
@@ -111,3 +111,55 @@ def test_layers_on_one_input_become_one_product_and_stay_separate_on_disk(tiny_g
     for state_dict in (model.state_dict(), unpack_weights(model).state_dict()):
         assert state_dict.keys() == weights.keys()
         assert all(tensor.equal(weights[name]) for name, tensor in state_dict.items())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Threads
+
+
+class SimulatedSteps:
+    """A clock on which a step lasts as long as `seconds` says for torch's number of threads."""
+
+    def __init__(self, monkeypatch, seconds):
+        self.now, self.seconds = 0.0, seconds
+        monkeypatch.setattr(cpu_inference.time, "perf_counter", lambda: self.now)
+
+    def run(self, threads, steps):
+        """Numbers of threads of the steps."""
+        used = []
+        for _ in range(steps):
+            threads()
+            used.append(torch.get_num_threads())
+            self.now += self.seconds[used[-1]]
+        return used
+
+
+@pytest.fixture
+def four_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_threads_follow_what_is_fastest_and_come_back(monkeypatch, four_threads):
+    steps = SimulatedSteps(monkeypatch, {4: 1.0, 3: 1.3, 2: 1.9})
+    with AdaptiveThreads() as threads:
+        idle = steps.run(threads, 256)
+        assert idle.count(4) > 0.7 * 256
+        steps.seconds = {4: 5.0, 3: 1.4, 2: 2.0}  # a core is taken
+        steps.run(threads, threads.pauses[1])
+        busy = steps.run(threads, 256)
+        assert busy.count(3) > 0.7 * 256
+        assert busy.count(4) < 0.1 * 256
+        steps.seconds = {4: 1.0, 3: 1.3, 2: 1.9}
+        steps.run(threads, threads.pauses[1])
+        assert steps.run(threads, 256).count(4) > 0.7 * 256
+    assert torch.get_num_threads() == 4
+
+
+def test_threads_serve_as_callback(four_threads):
+    model, labels = tiny_ar(), torch.arange(2)
+    with AdaptiveThreads() as threads:
+        tokens = model.generate(labels, do_sample=False, callback=threads)
+    assert tokens.equal(model.generate(labels, do_sample=False))

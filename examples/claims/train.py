@@ -17,7 +17,9 @@ from transformers import AutoConfig, AutoModel
 
 from vfmtok_hf import VFMTokModel
 from vfmtok_hf.training import train_generator, train_tokenizer
-from vfmtok_hf.training.data import ImageFolder
+from vfmtok_hf.training.data import ImageDataset
+from vfmtok_hf.training.images import Augmentation
+from vfmtok_hf.training.sources import open_records
 
 
 HERE = Path(__file__).parent
@@ -34,7 +36,7 @@ def randomized_vision_model(vision_model: Path, data: Path, image_size: int, fol
         norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
         for norm in norms:
             norm.momentum = None  # a plain average over the batches
-        images = ImageFolder(data / "train", image_size)
+        images = ImageDataset(open_records(data / "train"), Augmentation(image_size))
         mean, std = (torch.tensor(config.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
         model.train()
         order = torch.randperm(len(images))[: CALIBRATION_BATCHES * 32].split(32)

@@ -135,6 +135,7 @@ def generate(
     with one_line_errors():
         from torch import Generator
 
+        from vfmtok_hf.cpu_inference import AdaptiveThreads
         from vfmtok_hf.output_files import check_picture_output, picture_output
 
         check_picture_output(output)
@@ -143,7 +144,16 @@ def generate(
         class_ids = [class_id for class_id in class_ids for _ in range(num_images_per_label)]
         num_steps = math.ceil(len(class_ids) / batch_size) * pipe.transformer.config.num_image_tokens
         columns = num_images_per_label if num_images_per_label > 1 else None
-        with picture_output(output, columns) as add, progress("Drawing", num_steps) as advance:
+        with (
+            picture_output(output, columns) as add,
+            progress("Drawing", num_steps) as advance,
+            AdaptiveThreads() as threads,
+        ):
+
+            def after_step(*_) -> None:
+                threads()
+                advance(1)
+
             for start in range(0, len(class_ids), batch_size):
                 batch = class_ids[start : start + batch_size]
                 images = pipe(
@@ -153,7 +163,7 @@ def generate(
                     top_k=top_k,
                     top_p=top_p,
                     generator=[Generator().manual_seed(seed + start + index) for index in range(len(batch))],
-                    callback_on_step_end=lambda *_: advance(1),
+                    callback_on_step_end=after_step,
                 ).images
                 for index, (class_id, image) in enumerate(zip(batch, images, strict=True), start):
                     name = pipe.id2label.get(class_id, str(class_id)).partition(",")[0].strip()

@@ -15,7 +15,7 @@ from vfmtok_hf.training.sources import (
     DATA_FILES,
     ImageRecords,
     encoded_bytes,
-    find_columns,
+    find_image_column,
     load_dataset,
     open_records,
 )
@@ -67,8 +67,7 @@ class DatasetPictures(Iterable[Picture]):
         import datasets  # not sooner: load_dataset says how to install it
 
         features = dataset.features or dataset._resolve_features().features
-        any_column = next(iter(features))  # labels are not read
-        self.column, _ = find_columns(source, features, image_column, label_column=any_column)
+        self.column = find_image_column(source, features, image_column)
         self.dataset = dataset.select_columns([self.column])
         if isinstance(features[self.column], datasets.Image):
             self.dataset = self.dataset.cast_column(self.column, datasets.Image(decode=False))

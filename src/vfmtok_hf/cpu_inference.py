@@ -6,8 +6,9 @@ AVX2 code on AMD processors that have AVX-512. oneDNN, which is part of torch to
 in blocks at nearly the speed of memory (docs/performance.md has the measurements).
 """
 
-from collections.abc import Sequence
-from typing import TypeVar
+import time
+from collections.abc import Generator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -201,4 +202,60 @@ def unpack_weights(model: ModuleT) -> ModuleT:
     return model
 
 
-__all__ = ["JointProduct", "PackedLinear", "PackedPart", "pack_weights", "unpack_weights"]
+class AdaptiveThreads:
+    """
+    Keeps torch on the number of threads that is fastest at the moment.
+
+    All threads wait for the last one many times in a step. While another program uses one of the cores, that is a wait for
+    its turn on it, and fewer threads are faster. This object, called after each step, times a few steps with all threads,
+    with one less and with half of them, stays with the fastest for a while, and looks again. The while doubles as long as
+    the answer stays the same. Results change by rounding, since attention sums in parts, one a thread.
+
+    It serves as `callback` of `generate` and as `callback_on_step_end` of the pipeline. Leaving its `with` block restores
+    the number of threads:
+
+    ```python
+    with AdaptiveThreads() as threads:
+        images = pipe("heart", callback_on_step_end=threads).images
+    ```
+    """
+
+    timed_steps = 4
+    pauses = (16, 128)  # steps between two looks: the first ones, and the most
+
+    def __init__(self):
+        self.all_threads = torch.get_num_threads()
+        self.choices = sorted({self.all_threads, max(self.all_threads - 1, 1), max(self.all_threads // 2, 1)})
+        self._plan = self._threads_of_steps()
+        self._last_step: float | None = None
+
+    def __enter__(self) -> "AdaptiveThreads":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        torch.set_num_threads(self.all_threads)
+
+    def __call__(self, *step: Any) -> None:
+        """To be called after each step; what a callback is told of the step does not matter."""
+        now = time.perf_counter()
+        threads = next(self._plan) if self._last_step is None else self._plan.send(now - self._last_step)
+        torch.set_num_threads(threads)
+        self._last_step = now
+
+    def _threads_of_steps(self) -> Generator[int, float, None]:
+        """Threads for one step after the other, each answered by the seconds that it took."""
+        fastest, pause = self.all_threads, self.pauses[0]
+        while True:
+            seconds = {}
+            for choice in self.choices:
+                yield choice  # not timed: threads are put to sleep or woken
+                seconds[choice] = 0.0
+                for _ in range(self.timed_steps):
+                    seconds[choice] += yield choice
+            fastest, before = min(seconds, key=lambda choice: seconds[choice]), fastest
+            pause = min(2 * pause, self.pauses[1]) if fastest == before else self.pauses[0]
+            for _ in range(pause):
+                yield fastest
+
+
+__all__ = ["AdaptiveThreads", "JointProduct", "PackedLinear", "PackedPart", "pack_weights", "unpack_weights"]

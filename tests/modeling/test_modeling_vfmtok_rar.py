@@ -148,6 +148,19 @@ def test_reference_greedy_tokens_and_step_logits(reference, model, name, setting
     torch.testing.assert_close(step_logits, reference[f"gen.{name}.step_logits"], **GUIDED_LOGITS_BOUND)
 
 
+def test_reference_greedy_tokens_of_compiled_layers(reference, model):
+    """In the graph of many rows, and in that of a single one, which has sums in place of matrix products."""
+    labels = reference["labels"]
+    torch._dynamo.reset()
+    model.compile_decoding()
+    for rows in (len(labels), 1):
+        recorder = Recorder()
+        tokens = model.generate(labels[:rows], do_sample=False, logits_processor=recorder)
+        assert torch.equal(tokens, reference["gen.guidance0.tokens"][:rows])
+        expected = reference["gen.guidance0.step_logits"][:rows]
+        torch.testing.assert_close(recorder.step_logits, expected, **LOGITS_BOUND)
+
+
 def test_reference_logits_of_both_halves_before_guidance(reference, model):
     raw_logits = []
     model.register_forward_hook(lambda module, args, output: raw_logits.append(output.logits[:, -1]))

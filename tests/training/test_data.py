@@ -10,6 +10,17 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.training.image_sources import (
+    DAMAGED,
+    NUM_IMAGES,
+    image_table,
+    picture,
+    png,
+    write_arrow,
+    write_folder,
+    write_parquet,
+    write_webdataset,
+)
 from vfmtok_hf.training.data import ImageDataset, ImageStream, TrainingLoader
 from vfmtok_hf.training.images import Augmentation, UnreadableImage, Variants, as_pixel_values, decode_image
 from vfmtok_hf.training.run import Progress
@@ -17,23 +28,10 @@ from vfmtok_hf.training.sources import open_records
 
 
 AUGMENTATION = Augmentation(16, crop_scale=(0.8, 1.0), horizontal_flip=True)
-NUM_IMAGES = 24
-
-
-def picture(number: int) -> Image.Image:
-    """Noise around a grey that tells the number."""
-    noise = np.random.default_rng(number).integers(-5, 6, (20, 24, 3))
-    return Image.fromarray((10 * number + 8 + noise).clip(0, 255).astype(np.uint8))
 
 
 def number_of(pixel_values: torch.Tensor) -> int:
     return round((((pixel_values.mean() + 1) * 127.5).item() - 8) / 10)
-
-
-def png(image: Image.Image) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, "PNG")
-    return stream.getvalue()
 
 
 @pytest.fixture(autouse=True)
@@ -45,38 +43,12 @@ def _cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two classes of twelve images; three files of the first are damaged, each in another way."""
-    for number in range(NUM_IMAGES):
-        file = tmp_path / "images" / ("first" if number < 12 else "second") / f"{number:02d}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(png(picture(number)))
-    first = tmp_path / "images" / "first"
-    whole = (first / "03.png").read_bytes()
-    (first / "03.png").write_bytes(whole[: len(whole) // 2])  # truncated
-    (first / "04.png").write_bytes(b"<html>not found</html>")
-    (first / "07.png").write_bytes(whole[:60] + bytes(len(whole) - 60))  # pixels overwritten
-    return tmp_path / "images"
-
-
-DAMAGED = {3, 4, 7}
+    return write_folder(tmp_path / "images")
 
 
 @pytest.fixture
 def table():
-    """The same images as rows of a data set, damage included."""
-    rows = [{"bytes": png(picture(number)), "path": None} for number in range(NUM_IMAGES)]
-    rows[3]["bytes"] = rows[3]["bytes"][:200]
-    rows[4]["bytes"] = b"not an image"
-    rows[7]["bytes"] = b""
-    features = datasets.Features(
-        {
-            "picture": datasets.Image(),
-            "kind": datasets.ClassLabel(names=["first", "second"]),
-            "id": datasets.Value("int64"),
-        }
-    )
-    columns = {"picture": rows, "kind": [number // 12 for number in range(NUM_IMAGES)], "id": list(range(NUM_IMAGES))}
-    return datasets.Dataset.from_dict(columns, features=features)
+    return image_table()
 
 
 # -- kinds of images
@@ -180,33 +152,6 @@ def test_a_missing_file_is_no_damaged_image(folder):
 # -- sources
 
 
-def write_parquet(table, folder):
-    folder.mkdir()
-    for part in range(4):
-        table.shard(4, part, contiguous=True).to_parquet(folder / f"train-{part:05d}-of-00004.parquet")
-    return folder
-
-
-def write_webdataset(table, folder):
-    import tarfile
-
-    folder.mkdir()
-    raw = table.cast_column("picture", datasets.Image(decode=False))
-    for part in range(4):
-        with tarfile.open(folder / f"train-{part}.tar", "w") as tar:
-            for row in raw.shard(4, part, contiguous=True):
-                for suffix, content in (("png", row["picture"]["bytes"]), ("cls", str(row["kind"]).encode())):
-                    info = tarfile.TarInfo(f"{row['id']:05d}.{suffix}")
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
-    return folder
-
-
-def write_arrow(table, folder):
-    table.save_to_disk(folder)
-    return folder
-
-
 @pytest.mark.parametrize("write", [write_parquet, write_webdataset, write_arrow])
 def test_sources_of_the_datasets_library(write, table, tmp_path):
     records = open_records(write(table, tmp_path / "data"))
@@ -247,6 +192,17 @@ def test_a_source_that_is_not_there(source, message, tmp_path, monkeypatch):
         open_records(source)
 
 
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_picture_beside_data_files_is_not_taken_for_the_data(labelled, table, tmp_path):
+    """A clone of a data set repository, whose card has a preview."""
+    data = write_parquet(table, tmp_path / "data")
+    (data / "assets").mkdir()
+    (data / "assets" / "preview.png").write_bytes(png(picture(0)))
+    with pytest.raises(ValueError, match="holds both images and data files"):
+        open_records(data, labelled=labelled)
+    assert len(open_records(data / "*.parquet", labelled=labelled)) == NUM_IMAGES
+
+
 def test_held_out_images_are_disjoint_and_of_every_class(folder):
     records = open_records(folder)
     rest, held_out = records.hold_out(0.25, seed=1)
@@ -255,6 +211,9 @@ def test_held_out_images_are_disjoint_and_of_every_class(folder):
     assert sorted(names[0] + names[1]) == [records.name(index) for index in range(NUM_IMAGES)]
     assert held_out.labels == [0, 0, 0, 1, 1, 1]
     assert {rest.fingerprint, held_out.fingerprint, records.fingerprint} > {records.fingerprint}
+    single, _ = records.hold_out(0.99, seed=1)
+    with pytest.raises(ValueError, match="No class of .* has two images, to hold one out: give --validation_data"):
+        single.hold_out(0.1, seed=1)
 
 
 # -- order and position

@@ -60,13 +60,20 @@ def test_resumed_from_any_checkpoint_is_bit_identical(step, whole, sources, tmp_
     assert_same_end(output, whole)
 
 
-def test_sigterm_saves_and_exits_with_0(whole, sources, tmp_path):
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_sigterm_saves_and_exits_with_0(num_workers, whole, sources, tmp_path):
+    """Sent to the whole process group, as Slurm does: workers that read images live until the trainer is done."""
     output = tmp_path / "run"
-    options = tokenizer_options(*sources, output, checkpoint_every=100)
-    processes = start(lambda: train_tokenizer.main(options))
+    options = tokenizer_options(*sources, output, checkpoint_every=100, num_workers=num_workers)
+
+    def train():
+        os.setsid()
+        train_tokenizer.main(options)
+
+    processes = start(train)
     while not (output / "log.jsonl").is_file() or not log_of(output, "train"):
         time.sleep(0.01)
-    os.kill(processes[0].pid, signal.SIGTERM)
+    os.killpg(processes[0].pid, signal.SIGTERM)
     processes[0].join()
     assert processes[0].exitcode == 0
     stopped = log_of(output, "stopped")[0]["step"]

@@ -1,7 +1,10 @@
 """Trackers beside the log."""
 
+import json
 import sys
+import time
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 
 import pytest
 from accelerate import Accelerator
@@ -56,6 +59,46 @@ def test_trackio_continues_the_run_of_the_same_name(tmp_path, monkeypatch):
         assert [line["step"] for line in SQLiteStorage.get_logs("vfmtok", "run")] == [1, 2, 3, 4]
 
     run(log_twice)
+
+
+def wandb_records(file):
+    """Of an offline run: chunks of checksum, length, type and message, in blocks of 32 KiB, of which there is one."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content = file.read_bytes()
+    assert len(content) < 2**15
+    start = 7  # after the header
+    while start < len(content):
+        end = start + 7 + int.from_bytes(content[start + 4 : start + 6], "little")
+        yield Record.FromString(content[start + 7 : end])
+        start = end
+
+
+@pytest.mark.skipif(find_spec("wandb") is None, reason="wandb is not installed: pip install wandb")
+def test_wandb_continues_the_run_of_the_same_folder(tmp_path, monkeypatch):
+    """Offline, in a process of its own: two parts of one run, which `wandb sync` joins by their id."""
+    for name, value in {"WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true"}.items():
+        monkeypatch.setenv(name, value)
+    output = tmp_path / "run"
+    output.mkdir()
+    run(lambda: log_steps("wandb", output, 0, 2))
+    time.sleep(1)  # the folders of the parts have the second in their names
+    run(lambda: log_steps("wandb", output, 2, 4))
+    parts = [list(wandb_records(file)) for file in sorted(output.glob("wandb/offline-run-*/run-*.wandb"))]
+    runs = [next(record.run for record in part if record.HasField("run")) for part in parts]
+    assert [run.display_name for run in runs] == ["run", "run"]
+    assert runs[0].run_id == runs[1].run_id
+    config = {item.key: json.loads(item.value_json) for record in parts[0] for item in record.config.update}
+    assert config["learning_rate"] == 0.1
+    assert config["model"] == '{"hidden_size": 8}'
+    history = [
+        {item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+        for part in parts
+        for record in part
+        if record.HasField("history")
+    ]
+    assert [line["_step"] for line in history] == [1, 2, 3, 4]
+    assert [line["train/loss"] for line in history] == pytest.approx([1, 1 / 2, 2 + 1 / 3, 2 + 1 / 4])
 
 
 def test_an_unknown_or_missing_tracker_is_an_error(monkeypatch):

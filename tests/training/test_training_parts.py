@@ -1,17 +1,30 @@
 import ast
 import inspect
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vfmtok_hf.training import extract_tokens, generator_data, run, tracking, train_generator, train_tokenizer
+from vfmtok_hf import VFMTokARConfig, VFMTokRARConfig
+from vfmtok_hf.training import (
+    extract_tokens,
+    generator_data,
+    image_data,
+    run,
+    tracking,
+    train_generator,
+    train_tokenizer,
+)
 from vfmtok_hf.training.arguments import parse_arguments
 from vfmtok_hf.training.codebook import CodebookUsage, perplexity, restart_dead_rows, spherical_kmeans
 from vfmtok_hf.training.data import EpochSampler
 from vfmtok_hf.training.ema import EMA
 from vfmtok_hf.training.run import learning_rate_at
+
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 # -- codebook
@@ -42,8 +55,8 @@ def test_restart_replaces_exactly_the_idle_rows():
 
 
 def test_perplexity_of_an_even_use_is_its_size():
-    assert perplexity(torch.arange(8).repeat(3), 32) == pytest.approx(8)
-    assert perplexity(torch.zeros(9, dtype=torch.long), 32) == pytest.approx(1)
+    assert perplexity(torch.tensor([3] * 8 + [0] * 24)) == pytest.approx(8)
+    assert perplexity(torch.tensor([9] + [0] * 31)) == pytest.approx(1)
 
 
 # -- average of weights
@@ -124,7 +137,7 @@ REQUIRED = ["--train_data", "a", "--validation_data", "b", "--output", "c"]
         ([*REQUIRED, "--learning_rte", "1"], ValueError, "Did you mean one of .*'learning_rate'"),
         ([*REQUIRED, "--max_steps", "many"], ValueError, "--max_steps must be int"),
         ([*REQUIRED, "--trainable", "encoder"], ValueError, "--trainable must be one of"),
-        (["--output", "c"], ValueError, "Missing arguments: --train_data, --validation_data"),
+        (["--output", "c"], ValueError, "Missing arguments: --train_data"),
         (["--config", "no_such.yaml"], FileNotFoundError, "no_such.yaml does not exist"),
         (["--resume"], ValueError, "`--key value` pairs"),
     ],
@@ -148,8 +161,8 @@ def test_command_line_overrides_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("modules", "arguments_class"),
     [
-        ([train_tokenizer, run, tracking], train_tokenizer.TokenizerArguments),
-        ([train_generator, generator_data, run, tracking], train_generator.GeneratorArguments),
+        ([train_tokenizer, image_data, run, tracking], train_tokenizer.TokenizerArguments),
+        ([train_generator, generator_data, image_data, run, tracking], train_generator.GeneratorArguments),
         ([extract_tokens], extract_tokens.ExtractionArguments),
     ],
 )
@@ -175,14 +188,43 @@ def test_every_argument_is_read(modules, arguments_class):
     ],
 )
 def test_the_emoji_recipe_parses(config, module, arguments_class):
-    file = str(train_tokenizer.Path(__file__).parents[2] / "configs" / "emoji" / f"{config}.yaml")
+    file = str(CONFIGS / "emoji" / f"{config}.yaml")
     assert parse_arguments(getattr(module, arguments_class), ["--config", file]).max_steps > 0
 
 
 def test_the_imagenet_recipe_is_the_originals_objective():
-    file = str(train_tokenizer.Path(__file__).parents[2] / "configs" / "imagenet" / "tokenizer.yaml")
-    arguments = parse_arguments(train_tokenizer.TokenizerArguments, ["--config", file])
+    file = CONFIGS / "imagenet" / "tokenizer.yaml"
+    arguments = parse_arguments(train_tokenizer.TokenizerArguments, ["--config", str(file)])
     assert (arguments.mse_weight, arguments.lpips_weight, arguments.feature_weight) == (2.0, 1.0, 1.0)
     assert (arguments.adversarial_weight, arguments.adversarial_start_step) == (0.5, 20_000)
     assert arguments.discriminator == "dino"
     assert (arguments.l1_weight, arguments.perceptual_weight, arguments.adaptive_adversarial_weight) == (0, 0, False)
+
+
+IMAGENET_IMAGES = 1_281_167
+
+
+@pytest.mark.parametrize(
+    ("name", "config_class", "num_processes", "epochs", "rates", "random_ratios"),
+    [
+        ("ar", VFMTokARConfig, 8, 300, [(0, 1e-4), (700_000, 1e-4)], []),
+        (
+            *("rar", VFMTokRARConfig, 32, 400, [(62_499, 4e-4), (156_250, 2.05e-4), (250_000, 1e-5)]),
+            [(0, 1), (125_000, 1), (156_250, 0.5), (187_500, 0)],
+        ),
+    ],
+)
+def test_the_imagenet_recipes_of_generators_are_the_originals(
+    name, config_class, num_processes, epochs, rates, random_ratios
+):
+    """Model, images seen, and the schedules at the steps that the original's code names."""
+    file = CONFIGS / "imagenet" / f"generator_{name}.yaml"
+    arguments = parse_arguments(train_generator.GeneratorArguments, ["--config", str(file)])
+    assert config_class(**arguments.model).to_diff_dict() == config_class.from_variant("L").to_diff_dict()
+    images_per_step = num_processes * arguments.batch_size * arguments.gradient_accumulation_steps
+    assert arguments.max_steps * images_per_step / IMAGENET_IMAGES == pytest.approx(epochs, rel=1e-3)
+    schedule = (arguments.warmup_steps, arguments.max_steps, arguments.schedule, arguments.final_learning_rate)
+    for step, rate in rates:
+        assert learning_rate_at(step, arguments.learning_rate, *schedule) == pytest.approx(rate)
+    for step, ratio in random_ratios:
+        assert train_generator.random_ratio_at(step, arguments) == ratio

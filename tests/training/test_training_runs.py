@@ -4,6 +4,7 @@ import itertools
 import json
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 
 from tests.testing import tiny_config, tiny_model
 from tests.training.test_discriminator import tiny_vit
+from tests.training.tiny_runs import DROPOUTS, copy_until
 from vfmtok_hf import VFMTokARForImageGeneration, VFMTokModel, VFMTokPipeline, VFMTokRARForImageGeneration
 from vfmtok_hf.training import train_generator, train_tokenizer
 
@@ -157,6 +159,27 @@ def test_accumulated_gradients_equal_the_large_batch(data, vision_model, tmp_pat
     assert_same_training(whole, parts)
 
 
+@pytest.fixture
+def quick_compiler(monkeypatch):
+    """One graph without breaks, as `compile: true` needs it, but run as it is: generating code takes a minute."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager", fullgraph=True))
+    torch.compiler.reset()
+
+
+def test_a_compiled_tokenizer_trains_and_resumes_alike(data, vision_model, tmp_path, quick_compiler):
+    """Through the start of the discriminator."""
+    options = {"vision_model": vision_model, "checkpoint_every": 3, **PRECISE}
+    options["adversarial_start_step"] = 1
+    plain = train_tokenizer_for(5, data, tmp_path / "plain", **options)
+    compiled = train_tokenizer_for(5, data, tmp_path / "compiled", compile="true", **options)
+    assert_same_training(plain, compiled, ("loss", "gradient_norm"))
+    resumed = copy_until(compiled, 3, tmp_path / "resumed")
+    train_tokenizer_for(5, data, resumed, compile="true", resume="true", **options)
+    expected = weights_of(compiled / "model")
+    for name, tensor in weights_of(resumed / "model").items():
+        assert torch.equal(tensor, expected[name]), name
+
+
 def test_two_processes_equal_one_with_the_double_batch(data, vision_model, tmp_path):
     """With a term off, a discriminator, accumulation and restarts: no parameter goes unused, all choose alike."""
     options = {"vision_model": vision_model, "restart_patience": 2, "gradient_accumulation_steps": 2, **PRECISE}
@@ -294,6 +317,19 @@ def test_tokens_anew_in_every_step(tokenizer, data, tmp_path):
     expected = weights_of(whole / "model", VFMTokRARForImageGeneration)
     for name, tensor in weights_of(part / "model", VFMTokRARForImageGeneration).items():
         assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("generator", ["ar", "rar"])
+def test_a_compiled_generator_trains_alike(generator, tokenizer, data, tmp_path, quick_compiler):
+    """A RAR in raster order, as random ones are drawn from another sequence of numbers."""
+    options = {"generator": generator, "rar_random_until": 0, "rar_raster_from": 0}
+    options |= {f"model.{name}": 0.0 for name in DROPOUTS[generator]}
+    plain = train_generator_for(4, tokenizer, data, tmp_path / "plain", **options)
+    compiled = train_generator_for(4, tokenizer, data, tmp_path / "compiled", compile="true", **options)
+    for line, expected in zip(log_of(compiled, "train"), log_of(plain, "train"), strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert line["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=1e-4)
+    assert (compiled / "pipeline" / "model_index.json").is_file()
 
 
 def test_a_finished_run_is_a_pipeline(tokenizer, data, tmp_path):

@@ -55,8 +55,9 @@ def assert_close(pair, single, atol):
     ours, theirs = (run_module.finished_checkpoints(output)[-1] for output in (pair, single))
     for name, tensor in load_file(ours / "model.safetensors").items():
         torch.testing.assert_close(tensor, load_file(theirs / "model.safetensors")[name], atol=atol, rtol=0, msg=name)
-    for lines in zip(log_of(pair, "train"), log_of(single, "train"), strict=True):
-        assert lines[0] == pytest.approx(lines[1], rel=1e-3)
+    for kind in ("train", "validation"):
+        for lines in zip(log_of(pair, kind), log_of(single, kind), strict=True):
+            assert lines[0] == pytest.approx(lines[1], rel=1e-3)
 
 
 # Adam divides by the root of the second moment: where a gradient is rounding alone, its sign decides on a step of the

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
 
 
@@ -237,9 +239,23 @@ def to_raster(sequence: torch.Tensor, orders: torch.Tensor | None) -> torch.Tens
     return sequence if orders is None else torch.zeros_like(sequence).scatter(1, orders, sequence)
 
 
-def predict_next(model: Any, class_labels: torch.Tensor, image_tokens: torch.Tensor, **inputs) -> torch.Tensor:
-    """Logits `(batch_size, codebook_size)` of the token that follows `image_tokens`."""
-    return model(class_labels, image_tokens, **inputs).logits[:, -1]
+def call_layer(layer: nn.Module, *inputs: Any) -> torch.Tensor:
+    """What a layer of a decode step computes, unless `compile_decoding` put its translation in this function's place."""
+    return layer(*inputs)
+
+
+class RowProducts(TorchFunctionMode):
+    """
+    Linear layers of a single row as sums over products, in float32. torch.compile makes of that one pass over the weight
+    that reads it faster than the libraries' matrix products do (docs/performance.md).
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.linear and args[0].is_cpu and args[0].shape[:-1].numel() == 1:
+            states, weight, bias = args
+            product = (states[..., None, :].float() * weight.float()).sum(-1).to(states.dtype)
+            return product if bias is None else product + bias
+        return function(*args, **(kwargs or {}))
 
 
 class VFMTokGenerationMixin(GenerationMixin):
@@ -254,14 +270,15 @@ class VFMTokGenerationMixin(GenerationMixin):
     output_modalities = ("image",)
     # Positions of the sequence before the first image token.
     num_condition_tokens = 1
-    _predict_next = staticmethod(predict_next)
+    _decode_layer = staticmethod(call_layer)
 
     def compile_decoding(self, **options) -> None:
         """
-        Let `torch.compile` translate the decode step, in place, at the next call of `generate`.
+        Let `torch.compile` translate the decode steps, in place, at the next call of `generate`.
 
-        One graph serves every step, batch size and guidance, and one more a single row, which torch always treats
-        apart. The first two steps, whose sizes torch would translate apart too, stay as they are.
+        A layer is translated once for all layers, steps, batch sizes and guidance, and once more for a single row, which
+        torch always treats apart; so is the output head. The first steps, whose sizes torch would translate apart too,
+        stay as they are.
 
         Args:
             options: for `torch.compile`, such as `backend` or `mode`.
@@ -271,14 +288,24 @@ class VFMTokGenerationMixin(GenerationMixin):
         """
         if any(hasattr(module, "joint_product") for module in self.modules()):  # type: ignore[attr-defined]
             raise ValueError("torch.compile cannot read packed weights: call unpack_weights(model) first.")
-        compiled = torch.compile(predict_next, dynamic=True, fullgraph=True, **options)
 
-        def predict(*args, **inputs) -> torch.Tensor:
+        def decode_layer(layer: nn.Module, *inputs: Any) -> torch.Tensor:
+            with RowProducts():
+                return layer.forward(*inputs)
+
+        compiled = torch.compile(decode_layer, dynamic=True, fullgraph=True, **options)
+
+        def run(layer: nn.Module, *inputs: Any) -> torch.Tensor:
             # Sizes that happen to be equal, of the batch and of the first step translated, are not to stay equal.
             with torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
-                return compiled(*args, **inputs)
+                return compiled(layer, *inputs)
 
-        self._predict_next = predict
+        self._decode_layer = run
+
+    def _layer_function(self, cache: KeyValueCache | None) -> Callable[..., torch.Tensor]:
+        """Calls a layer: the translation of `compile_decoding` once a cache holds the condition and a token."""
+        is_decode_step = cache is not None and cache.length > self.num_condition_tokens
+        return self._decode_layer if is_decode_step else call_layer
 
     @torch.no_grad()
     def generate(  # type: ignore[override]
@@ -364,8 +391,7 @@ class VFMTokGenerationMixin(GenerationMixin):
         guided_steps = max((step + 1 for step, scale in enumerate(scales) if scale != 1), default=0)
 
         # One row per image and, while guidance lasts, a second one for its unconditional twin.
-        # Copies, because a compiled step is translated anew when it meets a view of a tensor instead.
-        labels, num_passes = class_labels.clone(), 1
+        labels, num_passes = class_labels, 1
         if guided_steps > first_step:
             labels, num_passes = torch.cat([labels, torch.full_like(labels, self.config.num_classes)]), 2
         tokens = labels.new_zeros(len(labels), num_tokens)
@@ -377,11 +403,10 @@ class VFMTokGenerationMixin(GenerationMixin):
 
         for step in range(first_step, num_tokens):
             if step == guided_steps and num_passes == 2:
-                num_passes, labels, tokens = 1, labels[:batch_size].clone(), tokens[:batch_size]
-                model_kwargs = {name: rows[:batch_size].clone() for name, rows in model_kwargs.items()}
+                num_passes, labels, tokens = 1, labels[:batch_size], tokens[:batch_size]
+                model_kwargs = {name: rows[:batch_size] for name, rows in model_kwargs.items()}
                 cache.keep_rows(batch_size)
-            predict = predict_next if step < first_step + 2 else self._predict_next
-            logits = predict(self, labels, tokens[:, :step], cache=cache, **model_kwargs)
+            logits = self(labels, tokens[:, :step], cache=cache, **model_kwargs).logits[:, -1]  # type: ignore[operator]
             if num_passes == 2:
                 logits = apply_guidance(logits, scales[step])
             if logits_processor is not None:

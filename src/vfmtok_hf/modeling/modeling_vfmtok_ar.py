@@ -238,9 +238,10 @@ class VFMTokARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGener
         positions = torch.arange(start, image_tokens.shape[1] + 1, device=hidden_states.device)
         config = self.config
         position_embeddings = rotary_table(positions, config.grid_size, config.head_dim, config.rope_theta)
+        run_layer = self._layer_function(cache)
         layer_caches = [None] * len(self.layers) if cache is None else cache.layers
         for layer, layer_cache in zip(self.layers, layer_caches, strict=True):
-            hidden_states = layer(hidden_states, position_embeddings, layer_cache)
+            hidden_states = run_layer(layer, hidden_states, position_embeddings, layer_cache)
         return self.norm(hidden_states)
 
     @can_return_tuple
@@ -267,7 +268,7 @@ class VFMTokARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGener
         """
         if cache is not None:
             hidden_states = self.decode_sequence(class_labels, image_tokens, cache)[:, -1:]
-            return VFMTokAROutput(logits=self.lm_head(hidden_states).float())
+            return VFMTokAROutput(logits=self._layer_function(cache)(self.lm_head, hidden_states).float())
 
         self._check_class_labels(class_labels)
         self._check_image_tokens(image_tokens, class_labels)

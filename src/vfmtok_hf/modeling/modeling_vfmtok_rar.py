@@ -230,9 +230,10 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
         hidden_states = hidden_states + F.pad(targets, (0, 0, is_start, is_last))
 
         condition = F.silu(class_embeds + self.timestep_embeddings[:, start:end])
+        run_layer = self._layer_function(cache)
         layer_caches = [None] * len(self.layers) if cache is None else cache.layers
         for layer, layer_cache in zip(self.layers, layer_caches, strict=True):
-            hidden_states = layer(hidden_states, condition, layer_cache)
+            hidden_states = run_layer(layer, hidden_states, condition, layer_cache)
         scale, shift = self.norm_modulation(condition).chunk(2, dim=-1)
         hidden_states = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=self.config.layer_norm_eps)
         return modulate(hidden_states, shift, scale)[:, is_start:]
@@ -269,7 +270,7 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
         """
         if cache is not None:
             hidden_states = self.decode_sequence(class_labels, image_tokens, orders, cache)[:, -1:]
-            return VFMTokAROutput(logits=self.lm_head(hidden_states).float())
+            return VFMTokAROutput(logits=self._layer_function(cache)(self.lm_head, hidden_states).float())
 
         self._check_class_labels(class_labels)
         self._check_image_tokens(image_tokens, class_labels)

@@ -40,10 +40,9 @@ class CodebookUsage:
         self.idle_steps.copy_(state["idle_steps"])
 
 
-def perplexity(image_tokens: torch.LongTensor, codebook_size: int) -> float:
-    """`exp(entropy)` of the tokens' frequencies: how many rows an even use would look like, in [1, codebook_size]."""
-    frequencies = torch.bincount(image_tokens.flatten(), minlength=codebook_size).double() / image_tokens.numel()
-    return torch.special.entr(frequencies).sum().exp().item()
+def perplexity(counts: torch.LongTensor) -> float:
+    """`exp(entropy)` of how often each row occurs: how many an even use would look like, in [1, codebook_size]."""
+    return torch.special.entr(counts.double() / counts.sum()).sum().exp().item()
 
 
 @torch.no_grad()

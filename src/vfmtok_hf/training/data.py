@@ -4,9 +4,9 @@ the position in the run alone, so that a resumed run goes on exactly where it st
 """
 
 import logging
+import signal
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,13 +16,14 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_
 
 from vfmtok_hf.training.images import Augmentation, UnreadableImage, decode_image
 from vfmtok_hf.training.sources import (
+    ONE_CLASS,
     ImageRecords,
     class_number,
     encoded_bytes,
-    find_columns,
+    find_image_column,
+    find_label_column,
     known_class_names,
     load_dataset,
-    open_records,
 )
 
 
@@ -96,19 +97,6 @@ class ImageDataset(Dataset):
         return self.augmentation.shrunk(image) if shrink else image
 
 
-def ImageFolder(
-    root: str | Path,
-    image_size: int,
-    crop_scale: tuple[float, float] | None = None,
-    horizontal_flip: bool = False,
-    cache_images: bool = False,
-    seed: int = 0,
-) -> ImageDataset:
-    """Images of `root/class_name/*`, or of any other source, in one call."""
-    augmentation = Augmentation(image_size, crop_scale, horizontal_flip)
-    return ImageDataset(open_records(root), augmentation, cache_images, seed)
-
-
 class ImageStream(IterableDataset):
     """
     Images of a data set that is read from front to back: too large to hold, or not here but on the Hub.
@@ -119,7 +107,8 @@ class ImageStream(IterableDataset):
     that was seen is read once more without decoding it.
 
     Args:
-        source, split, image_column, label_column, class_names: as in [`open_records`].
+        source, split, image_column, label_column, class_names, labelled: as in
+            [`~vfmtok_hf.training.sources.open_records`].
         augmentation ([`Augmentation`]): from image to `pixel_values`.
         epoch_images (`int`, *optional*): images in an epoch, of all processes together. Defaults to the number that
             the data set states.
@@ -141,13 +130,15 @@ class ImageStream(IterableDataset):
         epoch_images: int | None = None,
         shuffle_buffer: int = 1000,
         seed: int = 0,
+        labelled: bool = True,
     ):
         import datasets
 
         dataset = load_dataset(source, split, streaming=True)
         features = dataset.features or dataset._resolve_features().features
-        self.image_column, self.label_column = find_columns(source, features, image_column, label_column)
-        class_names = class_names or known_class_names(features, self.label_column)
+        self.image_column = find_image_column(source, features, image_column)
+        self.label_column = find_label_column(source, features, label_column) if labelled else None
+        class_names = (class_names or known_class_names(features, self.label_column)) if labelled else ONE_CLASS
         if class_names is None:
             raise ValueError(f"The column {self.label_column} of {source} does not name its classes: --class_names.")
         stated = (dataset.info.splits or {}).get(split)
@@ -169,11 +160,13 @@ class ImageStream(IterableDataset):
         self.set_share(batch_size=1)
         self.set_position(0, 0)
 
-    def set_share(self, batch_size: int, num_processes: int = 1, process_index: int = 0) -> None:
-        """How the images are dealt out, `batch_size` to a process at a time."""
+    def set_share(self, batch_size: int, num_processes: int = 1, process_index: int = 0, num_workers: int = 0) -> None:
+        """How the images are dealt out: a part to each worker of each process, `batch_size` at a time."""
         self.batch_size = batch_size
         self.num_processes = num_processes
         self.process_index = process_index
+        self.workers = max(num_workers, 1)  # of each process
+        self.parts = num_processes * self.workers
 
     def set_position(self, epoch: int, first_batch: int) -> None:
         """Where the next iteration starts."""
@@ -191,26 +184,30 @@ class ImageStream(IterableDataset):
         return int(self.unreadable.sum())
 
     def name(self, index: int) -> str:
-        return f"{self.source}, image {index} of a worker in epoch {self.epoch}"
+        place, part = divmod(index, self.parts)
+        return f"{self.source}, image {place} of part {part + 1}/{self.parts} in epoch {self.epoch}"
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor | int]]:
-        """Items as of [`ImageDataset`]; a worker yields those of its whole batches."""
+        """
+        Items as of [`ImageDataset`]; a worker yields those of its whole batches. Their `index` counts the images that
+        all parts have in turn.
+        """
         worker = get_worker_info()
-        num_workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
+        number = worker.id if worker else 0
         # A loader takes the batches of its workers in turn, and starts with the first worker wherever the epoch is.
-        turn = (number + self.first_batch) % num_workers
-        batches_before = len(range(turn, self.first_batch, num_workers))
-        batches = len(range(turn, self.batches_per_epoch, num_workers))
-        part, parts = self.process_index * num_workers + turn, self.num_processes * num_workers
-        yield from self._items(part, parts, batches_before * self.batch_size, batches * self.batch_size, number)
+        turn = (number + self.first_batch) % self.workers
+        batches_before = len(range(turn, self.first_batch, self.workers))
+        batches = len(range(turn, self.batches_per_epoch, self.workers))
+        part = self.process_index * self.workers + turn
+        yield from self._items(part, batches_before * self.batch_size, batches * self.batch_size, number)
 
-    def _items(self, part: int, parts: int, start: int, end: int, worker: int) -> Iterator[dict]:
+    def _items(self, part: int, start: int, end: int, worker: int) -> Iterator[dict]:
         """
         Items `start` to `end` of a part. The next readable image also fills the places of unreadable ones before it,
         so that an item's position tells how many rows were read before it.
         """
         places: list[int] = []
-        for position, row in enumerate(self._rows_without_end(part, parts)):
+        for position, row in enumerate(self._rows_without_end(part)):
             if position >= end and not places:
                 return
             if position < start:
@@ -220,24 +217,32 @@ class ImageStream(IterableDataset):
             try:
                 image = decode_image(encoded_bytes(row[self.image_column]))
             except UnreadableImage as error:
-                name = row.get("__key__", f"image {position} of part {part + 1}/{parts}, epoch {self.epoch}")
-                logger.warning("skipping an image that cannot be decoded: %s, %s (%s)", self.source, name, error)
+                name = self.name(position * self.parts + part)
+                if "__key__" in row:
+                    name += f" ({row['__key__']})"
+                logger.warning("skipping an image that cannot be decoded: %s (%s)", name, error)
                 self.unreadable[worker] += 1
                 if position - places[0] >= MAX_UNREADABLE_IN_A_ROW:
                     raise UnreadableImage(f"{position - places[0]} images of {self.source} in a row.") from error
                 continue
-            label = class_number(row[self.label_column], self.class_numbers, self.source, self.label_column)
+            label = self._label(row)
             for place in places:
                 rng = np.random.default_rng((self.seed, self.epoch, part, place))
-                yield {"pixel_values": self.augmentation(image, rng), "label": label, "index": place}
+                index = place * self.parts + part
+                yield {"pixel_values": self.augmentation(image, rng), "label": label, "index": index}
             places = []
 
-    def _rows_without_end(self, part: int, parts: int) -> Iterator[dict[str, Any]]:
+    def _label(self, row: dict[str, Any]) -> int:
+        if self.label_column is None:
+            return 0
+        return class_number(row[self.label_column], self.class_numbers, self.source, self.label_column)
+
+    def _rows_without_end(self, part: int) -> Iterator[dict[str, Any]]:
         """Rows of a part in this epoch's order, over and over."""
         rng = np.random.default_rng((self.seed, self.epoch, part))
         while True:
             buffer: list[dict[str, Any]] = []
-            for row in self._rows(part, parts):
+            for row in self._rows(part):
                 buffer.append(row)
                 if len(buffer) >= self.shuffle_buffer:
                     chosen = rng.integers(len(buffer))
@@ -246,10 +251,10 @@ class ImageStream(IterableDataset):
             rng.shuffle(buffer)
             yield from buffer
 
-    def _rows(self, part: int, parts: int) -> Iterator[dict[str, Any]]:
+    def _rows(self, part: int) -> Iterator[dict[str, Any]]:
         from datasets.distributed import split_dataset_by_node
 
-        rows = split_dataset_by_node(self.dataset, rank=part, world_size=parts)
+        rows = split_dataset_by_node(self.dataset, rank=part, world_size=self.parts)
         rows.set_epoch(self.epoch)
         is_empty = True
         # Not a plain iteration: that would divide the rows among the workers once more.
@@ -257,7 +262,9 @@ class ImageStream(IterableDataset):
             is_empty = False
             yield {name: values[0] for name, values in batch.items()}
         if is_empty:
-            raise ValueError(f"{self.source} has no images for part {part + 1} of {parts}: use fewer --num_workers.")
+            raise ValueError(
+                f"{self.source} has no images for part {part + 1} of {self.parts}: use fewer --num_workers."
+            )
 
 
 class EpochSampler(Sampler[int]):
@@ -319,6 +326,15 @@ class EpochBatches(Sampler[list[int]]):
             yield order[start : start + self.batch_size]
 
 
+def leave_stopping_to_the_trainer(worker: int) -> None:
+    """
+    For workers of a loader (`worker_init_fn`). A scheduler such as Slurm, and Ctrl-C, signal the whole process group: a
+    worker that dies of it takes the trainer along before that has saved.
+    """
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signal_number, signal.SIG_IGN)
+
+
 class Position(Protocol):
     """Where a run is in its data."""
 
@@ -357,7 +373,7 @@ class TrainingLoader:
         if isinstance(data, ImageStream):
             if balance_power:
                 raise ValueError("Classes of a stream cannot be balanced: --balance_power needs --streaming false.")
-            data.set_share(batch_size, num_processes, process_index)
+            data.set_share(batch_size, num_processes, process_index, num_workers)
             self.order, length, batching = data, data.batches_per_epoch, {"batch_size": batch_size}
         else:
             sampler = EpochSampler(data.labels, balance_power, seed)
@@ -371,6 +387,7 @@ class TrainingLoader:
         self.loader = DataLoader(
             data,
             num_workers=num_workers,
+            worker_init_fn=leave_stopping_to_the_trainer,
             pin_memory=self.device.type == "cuda",
             # Starting an epoch draws from it: from the global generator a resumed run would draw once more.
             generator=torch.Generator(),

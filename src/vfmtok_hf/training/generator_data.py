@@ -9,8 +9,9 @@ from accelerate import Accelerator
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 from vfmtok_hf.training.data import ImageDataset, ImageStream
 from vfmtok_hf.training.extract_tokens import extract_tokens
-from vfmtok_hf.training.images import Augmentation, Variants
-from vfmtok_hf.training.sources import ImageRecords, open_records, read_class_names
+from vfmtok_hf.training.image_data import open_training_images, open_validation_images, training_augmentation
+from vfmtok_hf.training.images import Variants
+from vfmtok_hf.training.sources import ImageRecords
 from vfmtok_hf.training.tokens import TokenShards, encode_sequences, is_token_folder
 
 
@@ -27,27 +28,24 @@ def open_data(
     Raises:
         ValueError: there are no validation data and none can be held out, or they have other classes.
     """
-    from_shards = is_token_folder(arguments.train_data)
-    if arguments.validation_data is None and (from_shards or arguments.streaming):
-        raise ValueError("Neither token shards nor a stream can be held out in part: give --validation_data.")
-    train_data: TokenShards | ImageDataset | ImageStream
     held_out = None
-    if from_shards:
-        train_data = open_shards(arguments.train_data, arguments, tokenizer, accelerator)
-    elif arguments.streaming:
-        train_data = open_stream(arguments, tokenizer)
-    else:
-        records = open_images(arguments.train_data, arguments.split, arguments, accelerator)
+    train_data: TokenShards | ImageDataset | ImageStream
+    if is_token_folder(arguments.train_data):
         if arguments.validation_data is None:
-            records, held_out = records.hold_out(arguments.validation_share, arguments.seed)
-        train_data = open_training_images(records, arguments, tokenizer)
+            raise ValueError("Of token shards no part can be held out: give --validation_data.")
+        train_data = open_shards(arguments.train_data, arguments, tokenizer, accelerator)
+    else:
+        if arguments.streaming and arguments.variants:
+            raise ValueError(
+                "The images of a stream become tokens in every step: --streaming true needs --variants 0."
+            )
+        images, held_out = open_training_images(arguments, tokenizer.config.image_size, accelerator)
+        train_data = images if isinstance(images, ImageStream) else tokens_of(images, arguments, tokenizer)
 
     if arguments.validation_data is not None and is_token_folder(arguments.validation_data):
         validation_data = open_shards(arguments.validation_data, arguments, tokenizer, accelerator)
     else:
-        records = held_out or open_images(
-            arguments.validation_data, arguments.validation_split, arguments, accelerator
-        )
+        records = open_validation_images(arguments, held_out, accelerator)
         central = Variants(tokenizer.config.image_size, crops="center", horizontal_flip=False)
         validation_data = tokenize_once(records, "validation", central, 1, arguments, tokenizer)
     if validation_data.class_names != train_data.class_names:
@@ -63,48 +61,21 @@ def open_shards(
     return shards
 
 
-def open_images(source: str, split: str, arguments: "GeneratorArguments", accelerator: Accelerator) -> ImageRecords:
-    class_names = read_class_names(arguments.class_names)
-    with accelerator.main_process_first():  # the datasets library prepares its cache
-        return open_records(source, split, arguments.image_column, arguments.label_column, class_names)
-
-
-def open_stream(arguments: "GeneratorArguments", tokenizer: VFMTokModel) -> ImageStream:
-    if arguments.variants:
-        raise ValueError("The images of a stream become tokens in every step: --streaming true needs --variants 0.")
-    return ImageStream(
-        arguments.train_data,
-        Augmentation(tokenizer.config.image_size, crop_scale(arguments), arguments.horizontal_flip),
-        arguments.split,
-        arguments.image_column,
-        arguments.label_column,
-        read_class_names(arguments.class_names),
-        arguments.epoch_images,
-        arguments.shuffle_buffer,
-        arguments.seed,
-    )
-
-
-def open_training_images(
+def tokens_of(
     records: ImageRecords, arguments: "GeneratorArguments", tokenizer: VFMTokModel
 ) -> TokenShards | ImageDataset:
     """Images for tokens in every step, or the tokens of their variants."""
-    image_size = tokenizer.config.image_size
+    augmentation = training_augmentation(arguments, tokenizer.config.image_size)
     if arguments.variants == 0:
-        augmentation = Augmentation(image_size, crop_scale(arguments), arguments.horizontal_flip)
         return ImageDataset(records, augmentation, seed=arguments.seed)
     variants = Variants(
-        image_size,
+        augmentation.image_size,
         count=arguments.variants,
-        crop_scale=crop_scale(arguments),
-        horizontal_flip=arguments.horizontal_flip,
+        crop_scale=augmentation.crop_scale,
+        horizontal_flip=augmentation.horizontal_flip,
         seed=arguments.seed,
     )
     return tokenize_once(records, "train", variants, arguments.neighbours, arguments, tokenizer)
-
-
-def crop_scale(arguments: "GeneratorArguments") -> tuple[float, float]:
-    return arguments.crop_scale[0], arguments.crop_scale[1]
 
 
 def tokenize_once(

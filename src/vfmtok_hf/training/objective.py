@@ -98,3 +98,13 @@ class TokenizerObjective(nn.Module):
             reconstructed_features = self.model.extract_vision_features(reconstruction)
             terms["perceptual"] = vision_perceptual_loss(reconstructed_features, vision_features)
         return terms
+
+
+@torch.no_grad()
+def compile_objective(objective: TokenizerObjective) -> nn.Module:
+    """`torch.compile` of an objective on its final device, as one graph."""
+    model = objective.model
+    blank = torch.zeros(1, 3, model.config.image_size, model.config.image_size, device=model.device)
+    # In their first pass vision models of transformers install hooks, at which the graph would break.
+    model.extract_vision_features(blank)
+    return torch.compile(objective)

@@ -8,7 +8,7 @@ import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from accelerate.utils import GradientAccumulationPlugin, gather_object, set_seed
 from PIL import Image
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException
-from torch.utils.data import DataLoader, Dataset
 from torchvision.utils import make_grid
 
 from vfmtok_hf.output_files import whole_file
@@ -135,20 +134,6 @@ class WindowMeans:
 def configure_logging() -> None:
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     logger.setLevel(logging.INFO)
-
-
-def training_batches(
-    accelerator: Accelerator, loader: DataLoader, dataset: Dataset, progress: Progress
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches without end from where `progress` stands, whose epoch and batch they advance."""
-    while True:
-        batches = accelerator.skip_first_batches(loader, progress.batch) if progress.batch else loader
-        dataset.set_epoch(progress.epoch)
-        batches.set_epoch(progress.epoch)
-        for batch in batches:
-            progress.batch += 1
-            yield batch
-        progress.epoch, progress.batch = progress.epoch + 1, 0
 
 
 def open_output(output: Path, arguments: Any) -> Path | None:

@@ -18,6 +18,7 @@ from vfmtok_hf.training.images import IMAGE_SUFFIXES
 DATA_FILES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "pixel_values")
 LABEL_COLUMNS = ("label", "labels", "cls", "class", "class_name", "category", "target", "fine_label")
+ONE_CLASS = ["image"]  # of images whose labels are not read
 
 
 class ImageRecords:
@@ -54,13 +55,21 @@ class ImageRecords:
         return f"{self.source}, row {index}" + (f" ({path})" if path else "")
 
     def hold_out(self, share: float, seed: int) -> tuple["ImageRecords", "ImageRecords"]:
-        """Two disjoint parts: the rest, and `share` of each class (at least one image if it has two)."""
+        """
+        Two disjoint parts: the rest, and `share` of each class (at least one image if it has two).
+
+        Raises:
+            ValueError: no class has two images.
+        """
         rng = np.random.default_rng(seed)
+        labels = np.array(self.labels)
         held_out: list[int] = []
-        for label in sorted(set(self.labels)):
-            members = rng.permutation([index for index, other in enumerate(self.labels) if other == label])
+        for label in np.unique(labels):
+            members = rng.permutation(np.flatnonzero(labels == label))
             count = min(max(round(share * len(members)), 1), len(members) - 1)
             held_out += members[:count].tolist()
+        if not held_out:
+            raise ValueError(f"No class of {self.source} has two images, to hold one out: give --validation_data.")
         chosen = set(held_out)
         return (
             self._selected([index for index in range(len(self)) if index not in chosen]),
@@ -139,6 +148,7 @@ def open_records(
     image_column: str | None = None,
     label_column: str | None = None,
     class_names: list[str] | None = None,
+    labelled: bool = True,
 ) -> ImageRecords:
     """
     All images of a source, readable in any order.
@@ -150,31 +160,43 @@ def open_records(
         image_column, label_column (`str`, *optional*): found by type and name if not given.
         class_names (`list[str]`, *optional*): for sources that have numbers only. The folders of an image folder are
             its classes, in alphabetical order.
+        labelled (`bool`): False reads no labels: there need be none, images of a folder may lie at any depth, and all
+            are of one class.
 
     Raises:
         FileNotFoundError: there is no such source, or it holds no images.
-        ValueError: columns cannot be told, or labels do not fit `class_names`.
+        ValueError: columns cannot be told, labels do not fit `class_names`, or a folder holds images and data files.
     """
     folder = Path(source)
-    files = sorted(file for file in folder.glob("*/*") if file.suffix.lower() in IMAGE_SUFFIXES)
+    candidates = sorted(folder.glob("*/*" if labelled else "**/*"))
+    files = [file for file in candidates if file.suffix.lower() in IMAGE_SUFFIXES]
     if files:
-        return _folder_records(folder, files, class_names)
+        if any(file.suffix in DATA_FILES for file in (*folder.glob("*"), *candidates)):
+            raise ValueError(f"{source} holds both images and data files: name the folder or the files that you mean.")
+        return _folder_records(folder, files, class_names, labelled)
     dataset = load_dataset(source, split, streaming=False)
-    image_column, label_column = find_columns(str(source), dataset.features, image_column, label_column)
-    labels, class_names = _numbered(str(source), dataset, label_column, class_names)
+    image_column = find_image_column(str(source), dataset.features, image_column)
+    if labelled:
+        label_column = find_label_column(str(source), dataset.features, label_column)
+        labels, class_names = _numbered(str(source), dataset, label_column, class_names)
+    else:
+        labels, class_names = [0] * len(dataset), ONE_CLASS
     dataset = _without_decoding(dataset, image_column)
     fingerprint = _sha256([dataset._fingerprint, image_column, len(dataset)])
     return ImageRecords(_Column(dataset, image_column), labels, class_names, str(source), fingerprint)
 
 
-def _folder_records(folder: Path, files: list[Path], class_names: list[str] | None) -> ImageRecords:
+def _folder_records(folder: Path, files: list[Path], class_names: list[str] | None, labelled: bool) -> ImageRecords:
+    sizes = [(str(file.relative_to(folder)), file.stat().st_size) for file in files]
+    fingerprint = _sha256(sizes)
+    if not labelled:
+        return ImageRecords(files, [0] * len(files), ONE_CLASS, str(folder), fingerprint)
     folders = sorted({file.parent.name for file in files})
     if class_names is not None and len(class_names) != len(folders):
         raise ValueError(f"Got {len(class_names)} class names for the {len(folders)} classes of {folder}: {folders}.")
     numbers = {name: number for number, name in enumerate(folders)}
     labels = [numbers[file.parent.name] for file in files]
-    sizes = [(str(file.relative_to(folder)), file.stat().st_size) for file in files]
-    return ImageRecords(files, labels, class_names or folders, str(folder), _sha256(sizes))
+    return ImageRecords(files, labels, class_names or folders, str(folder), fingerprint)
 
 
 def load_dataset(source: str | Path, split: str, streaming: bool) -> Any:
@@ -212,32 +234,39 @@ def load_dataset(source: str | Path, split: str, streaming: bool) -> Any:
     return datasets.load_dataset(str(source), split=split, streaming=streaming)
 
 
-def find_columns(source: str, features: Any, image_column: str | None, label_column: str | None) -> tuple[str, str]:
+def find_image_column(source: str, features: Any, column: str | None) -> str:
     """
-    Names of the columns with images and with labels: those given, else by type, else by name.
+    Name of the column with images: the one given, else by type, else by name.
 
     Raises:
         ValueError: a given column is not there, or none or several could be meant. Lists all columns.
     """
     import datasets
 
+    return _find_column(source, features, column, "image_column", datasets.Image, IMAGE_COLUMNS)
+
+
+def find_label_column(source: str, features: Any, column: str | None) -> str:
+    """The same for the column with labels."""
+    import datasets
+
+    return _find_column(source, features, column, "label_column", datasets.ClassLabel, LABEL_COLUMNS)
+
+
+def _find_column(
+    source: str, features: Any, column: str | None, argument: str, feature_class: type, known_names: Sequence[str]
+) -> str:
     columns = ", ".join(f"{name} ({type_name(feature)})" for name, feature in features.items())
-    for argument, name in (("image_column", image_column), ("label_column", label_column)):
-        if name is not None and name not in features:
-            raise ValueError(f"{source} has no column {name!r}: its columns are {columns}. Correct --{argument}.")
-
-    def find(argument: str, feature_class: type, known_names: Sequence[str]) -> str:
-        found = [name for name, feature in features.items() if isinstance(feature, feature_class)]
-        found = found or [name for name in features if name.lower() in known_names]
-        if len(found) != 1:
-            what = "no column" if not found else f"several columns ({', '.join(found)})"
-            raise ValueError(f"{source} has {what} to take for --{argument}: name one of {columns}.")
-        return found[0]
-
-    return (
-        image_column or find("image_column", datasets.Image, IMAGE_COLUMNS),
-        label_column or find("label_column", datasets.ClassLabel, LABEL_COLUMNS),
-    )
+    if column is not None:
+        if column not in features:
+            raise ValueError(f"{source} has no column {column!r}: its columns are {columns}. Correct --{argument}.")
+        return column
+    found = [name for name, feature in features.items() if isinstance(feature, feature_class)]
+    found = found or [name for name in features if name.lower() in known_names]
+    if len(found) != 1:
+        what = "no column" if not found else f"several columns ({', '.join(found)})"
+        raise ValueError(f"{source} has {what} to take for --{argument}: name one of {columns}.")
+    return found[0]
 
 
 def type_name(feature: Any) -> str:

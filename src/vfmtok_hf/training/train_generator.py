@@ -26,7 +26,6 @@ from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 from vfmtok_hf.modeling.modeling_vfmtok_ar import VFMTokARForImageGeneration
 from vfmtok_hf.modeling.modeling_vfmtok_rar import VFMTokRARForImageGeneration
 from vfmtok_hf.training.arguments import parse_arguments
-from vfmtok_hf.training.data import TrainingLoader
 from vfmtok_hf.training.ema import EMA
 from vfmtok_hf.training.finetuning import (
     Generator,
@@ -38,6 +37,7 @@ from vfmtok_hf.training.finetuning import (
     save_pipeline,
 )
 from vfmtok_hf.training.generator_data import open_data, token_batch
+from vfmtok_hf.training.image_data import DataArguments, training_loader
 from vfmtok_hf.training.run import (
     Progress,
     StopRequest,
@@ -74,27 +74,11 @@ CLASS_TABLES = ("class_embedding", "trainable_tokens_delta")
 
 
 @dataclass
-class GeneratorArguments:
-    # Data
-    train_data: str  # folder of class folders, token shards, or files or repository of the datasets library
-    output: str  # folder of the run
-    validation_data: str | None = None  # the same, never trained on; None: held-out training images
-    validation_share: float = 0.1  # of each class, held out if there are no validation data
+class GeneratorArguments(DataArguments):
+    # Data, beside those that every run has
     tokenizer: str | None = None  # folder or repository of a trained VFMTokModel or pipeline; None: that of init_from
-    class_names: str | None = None  # JSON file with "id2label"; None: the names that the data have
-    split: str = "train"  # of what the datasets library reads
-    validation_split: str = "validation"
-    image_column: str | None = None  # None: found by type and name
-    label_column: str | None = None
-    streaming: bool = False  # read front to back, for data that are too large or far away; needs variants 0
-    epoch_images: int | None = None  # of a stream that does not state how many it has
-    shuffle_buffer: int = 1000  # encoded images of a stream that each worker draws from
     variants: int = 4  # augmentations of each training image that become tokens once; 0: tokens anew in every step
     neighbours: int = 1  # token sequences of each: 2 adds its second-nearest codebook rows (VFMTok-RAR)
-    crop_scale: list[float] = field(default_factory=lambda: [0.8, 1.0])  # side of random crops / shorter image side
-    horizontal_flip: bool = True
-    balance_power: float = 0.0  # classes are drawn with weight n ** (1 - balance_power)
-    num_workers: int = 0
     # Model
     generator: Literal["ar", "rar"] = "ar"  # of a new one; init_from knows its own kind
     init_from: str | None = None  # a generator or pipeline to continue from; None: random weights
@@ -130,7 +114,6 @@ class GeneratorArguments:
     mixed_precision: Literal["no", "bf16"] = "no"
     gradient_checkpointing: bool = False
     compile: bool = False
-    seed: int = 0
     log_every: int = 20
     tracker: list[str] = field(default_factory=list)  # beside log.jsonl: tensorboard, trackio, wandb
     validate_every: int = 500
@@ -244,16 +227,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("Give --tokenizer: only a pipeline as --init_from brings its own.")
     tokenizer = load_tokenizer(tokenizer_source).to(accelerator.device)
     train_data, validation_data = open_data(arguments, tokenizer, accelerator)
-    train_loader = TrainingLoader(
-        train_data,
-        arguments.batch_size,
-        accelerator.num_processes,
-        accelerator.process_index,
-        arguments.balance_power,
-        arguments.num_workers,
-        arguments.seed,
-        accelerator.device,
-    )
+    train_loader = training_loader(train_data, arguments, accelerator)
 
     # Model and optimizer
     model = build_generator(arguments, tokenizer, train_data.class_names).to(accelerator.device).train()
@@ -271,6 +245,7 @@ def main(argv: list[str] | None = None) -> None:
         broadcast_weights(model)
     step_function = torch.compile(model) if arguments.compile else model
     step_function, optimizer = accelerator.prepare(step_function, optimizer)
+    # Once all processes have the first one's random weights, or their parts of them.
     ema = EMA(model, arguments.ema_decay)
     accelerator.register_for_checkpointing(progress)
     checkpoint_averages(accelerator, ema)

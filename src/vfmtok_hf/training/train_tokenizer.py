@@ -1,30 +1,34 @@
 """
-Train the image tokenizer on a folder of images.
+Train the image tokenizer on images.
 
     python -m vfmtok_hf.training.train_tokenizer --config configs/emoji/tokenizer.yaml
     accelerate launch -m vfmtok_hf.training.train_tokenizer --config configs/emoji/tokenizer.yaml --learning_rate 5e-4
     python -m vfmtok_hf.training.train_tokenizer --config configs/emoji/tokenizer.yaml --resume true
 
-The folder holds `class_name/image.png`. The run's folder receives `model/` (averaged weights, for `from_pretrained`),
+The data are a folder of images or what the `datasets` library reads; labels are needed for `balance_power` alone.
+The run's folder receives `model/` (averaged weights, for `from_pretrained`),
 `checkpoints/`, `log.jsonl`, `arguments.yaml` and reconstruction pictures. docs/training.md explains the terms.
 """
 
+import math
 import sys
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
+from accelerate import Accelerator
 from transformers import AutoConfig
 
 from vfmtok_hf.modeling.configuration_vfmtok import VFMTokConfig
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 from vfmtok_hf.training.arguments import parse_arguments
 from vfmtok_hf.training.codebook import CodebookUsage, initialise_codebook, perplexity, restart_dead_rows
-from vfmtok_hf.training.data import EpochSampler, ImageFolder
+from vfmtok_hf.training.data import ImageDataset, ImageStream, TrainingLoader
 from vfmtok_hf.training.discriminator import (
     DinoDiscriminator,
     DiscriminatorObjective,
@@ -36,7 +40,16 @@ from vfmtok_hf.training.discriminator import (
     load_dino,
 )
 from vfmtok_hf.training.ema import EMA
-from vfmtok_hf.training.objective import TokenizerObjective
+from vfmtok_hf.training.image_data import (
+    DataArguments,
+    open_training_images,
+    open_validation_images,
+    training_augmentation,
+    training_loader,
+    validation_loader,
+)
+from vfmtok_hf.training.images import Augmentation
+from vfmtok_hf.training.objective import TokenizerObjective, compile_objective
 from vfmtok_hf.training.perceptual import LPIPS
 from vfmtok_hf.training.run import (
     Progress,
@@ -52,7 +65,6 @@ from vfmtok_hf.training.run import (
     set_learning_rate,
     start_accelerator,
     start_run,
-    training_batches,
 )
 
 
@@ -60,16 +72,9 @@ CODEBOOK = "quantizer.codebook.weight"
 
 
 @dataclass
-class TokenizerArguments:
-    # Data
-    train_data: str  # folder with one folder of images per class
-    validation_data: str  # the same, never trained on
-    output: str  # folder of the run
-    crop_scale: list[float] = field(default_factory=lambda: [0.8, 1.0])  # side of random crops / shorter image side
-    horizontal_flip: bool = True
-    balance_power: float = 0.0  # classes are drawn with weight n ** (1 - balance_power)
+class TokenizerArguments(DataArguments):
+    # Data, beside those that every run has
     cache_images: bool = False  # keep decoded images in memory
-    num_workers: int = 0
     # Model: from a folder or repository, or new on top of a pretrained vision model
     init_from: str | None = None
     vision_model: str | None = None
@@ -99,7 +104,6 @@ class TokenizerArguments:
     restart_until: float = 0.8  # share of the run after which rows are left alone
     # Optimizer
     max_steps: int = 10_000
-    batch_size: int = 32  # per process and forward pass
     gradient_accumulation_steps: int = 1  # forward passes per step
     learning_rate: float = 1e-4
     warmup_steps: int = 100
@@ -116,7 +120,6 @@ class TokenizerArguments:
     channels_last: bool = False
     compile: bool = False
     gradient_checkpointing: bool = False  # less memory, more time
-    seed: int = 0
     log_every: int = 20
     tracker: list[str] = field(default_factory=list)  # beside log.jsonl: tensorboard, trackio, wandb
     validate_every: int = 500
@@ -167,11 +170,33 @@ def build_discriminator(arguments: TokenizerArguments) -> DiscriminatorObjective
     return DiscriminatorObjective(DinoDiscriminator(load_dino(arguments.discriminator_model)))
 
 
-def kmeans_batches(data: ImageFolder, count: int, seed: int, size: int = 32) -> Iterator[torch.Tensor]:
-    """Batches of `count` random training images, the same on every process."""
-    chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:count]
-    for part in chosen.split(size):
-        yield torch.stack([data[index]["pixel_values"] for index in part.tolist()])
+def open_data(
+    arguments: TokenizerArguments, image_size: int, accelerator: Accelerator
+) -> tuple[ImageDataset | ImageStream, ImageDataset]:
+    """
+    Training and validation images.
+
+    Raises:
+        ValueError: a stream is to be cached, or held out in part.
+    """
+    if arguments.streaming and arguments.cache_images:
+        raise ValueError("A stream is not kept in memory: --cache_images true needs --streaming false.")
+    labelled = arguments.balance_power > 0
+    train_data, held_out = open_training_images(arguments, image_size, accelerator, labelled)
+    if not isinstance(train_data, ImageStream):
+        augmentation = training_augmentation(arguments, image_size)
+        train_data = ImageDataset(train_data, augmentation, arguments.cache_images, arguments.seed)
+    records = open_validation_images(arguments, held_out, accelerator, labelled)
+    return train_data, ImageDataset(records, Augmentation(image_size), arguments.cache_images)
+
+
+def kmeans_batches(data: ImageDataset | ImageStream, arguments: TokenizerArguments) -> Iterator[torch.Tensor]:
+    """Batches of `kmeans_images` training images, the same on every process: those that one process would begin with."""
+    size = arguments.batch_size
+    # Of a copy, so that the run's own place in the data stays.
+    loader = TrainingLoader(copy(data), size, balance_power=arguments.balance_power, seed=arguments.seed)
+    for batch in islice(loader.batches(Progress()), math.ceil(arguments.kmeans_images / size)):
+        yield batch["pixel_values"]
 
 
 def peak_signal_to_noise(reconstruction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -181,34 +206,41 @@ def peak_signal_to_noise(reconstruction: torch.Tensor, target: torch.Tensor) -> 
 
 
 @torch.no_grad()
-def validate(model: VFMTokModel, loader: DataLoader, quantize: bool, grid_images: int) -> tuple[dict, torch.Tensor]:
+def validate(
+    model: VFMTokModel, data: ImageDataset, quantize: bool, arguments: TokenizerArguments, accelerator: Accelerator
+) -> tuple[dict[str, float], tuple[list[torch.Tensor], list[torch.Tensor]]]:
     """
-    Reconstruction of unseen images in float32, through the image tokens once the codebook is in use.
+    Reconstruction of unseen images in float32, through the image tokens once the codebook is in use. The processes
+    share the images.
 
     Returns:
-        `psnr` (mean over images, dB), `usage` (share of the codebook that occurs), `perplexity`; and the picture's
-        images, `grid_images` originals followed by their reconstructions, `(2 * grid_images, 3, height, width)`.
+        `psnr` (mean over images, dB), `usage` (share of the codebook that occurs), `perplexity`; and this process's
+        first batches, `grid_images` or more originals and their reconstructions, `(batch_size, 3, height, width)`.
     """
     model.eval()
-    ratios, tokens, originals, reconstructions = [], [], [], []
-    for batch in loader:
+    sums = torch.zeros(2, device=model.device)  # of PSNR, and of images
+    counts = torch.zeros(model.config.codebook_size, dtype=torch.int64, device=model.device)
+    originals, reconstructions = [], []
+    for batch in validation_loader(data, arguments, accelerator):
         pixel_values = batch["pixel_values"].to(model.device)
         encoded = model.encode(pixel_values)
         memory = encoded.quantized_latents if quantize else F.normalize(encoded.latents, dim=-1)
         reconstruction = model.decode(quantized_latents=memory).reconstruction
-        ratios.append(peak_signal_to_noise(reconstruction, pixel_values))
-        tokens.append(encoded.image_tokens)
-        if len(originals) * loader.batch_size < grid_images:
+        psnr = peak_signal_to_noise(reconstruction, pixel_values)
+        sums += torch.stack([psnr.sum(), torch.full_like(psnr[0], len(psnr))])
+        counts += torch.bincount(encoded.image_tokens.flatten(), minlength=len(counts))
+        if len(originals) * arguments.batch_size < arguments.grid_images:
             originals.append(pixel_values)
             reconstructions.append(reconstruction)
     model.train()
-    image_tokens, codebook_size = torch.cat(tokens), model.config.codebook_size
+    total, num_images = accelerator.reduce(sums).tolist()
+    counts = accelerator.reduce(counts)
     metrics = {
-        "psnr": torch.cat(ratios).mean().item(),
-        "usage": image_tokens.unique().numel() / codebook_size,
-        "perplexity": perplexity(image_tokens, codebook_size),
+        "psnr": total / num_images,
+        "usage": (counts > 0).double().mean().item(),
+        "perplexity": perplexity(counts),
     }
-    return metrics, torch.cat([torch.cat(images)[:grid_images] for images in (originals, reconstructions)])
+    return metrics, (originals, reconstructions)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -220,30 +252,9 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = start_accelerator(arguments, output)
 
     # Data
-    crop_scale = (arguments.crop_scale[0], arguments.crop_scale[1])
     model = build_model(arguments)
-    image_size = model.config.image_size
-    train_data = ImageFolder(
-        arguments.train_data,
-        image_size,
-        crop_scale=crop_scale,
-        horizontal_flip=arguments.horizontal_flip,
-        cache_images=arguments.cache_images,
-        seed=arguments.seed,
-    )
-    validation_data = ImageFolder(arguments.validation_data, image_size, cache_images=arguments.cache_images)
-    train_loader = DataLoader(
-        train_data,
-        batch_size=arguments.batch_size,
-        sampler=EpochSampler(train_data.labels, arguments.balance_power, arguments.seed),
-        num_workers=arguments.num_workers,
-        drop_last=True,
-        # Starting an epoch draws from it: from the global generator a resumed run would draw once more.
-        generator=torch.Generator(),
-    )
-    if len(train_loader) == 0:
-        raise ValueError(f"{arguments.train_data} has fewer images than one batch of {arguments.batch_size}.")
-    validation_loader = DataLoader(validation_data, batch_size=arguments.batch_size, num_workers=arguments.num_workers)
+    train_data, validation_data = open_data(arguments, model.config.image_size, accelerator)
+    train_loader = training_loader(train_data, arguments, accelerator)
 
     # Model, losses, optimizers
     model.set_attn_implementation(arguments.attention)
@@ -257,11 +268,12 @@ def main(argv: list[str] | None = None) -> None:
     optimizer = torch.optim.AdamW(
         trainable, lr=arguments.learning_rate, betas=betas, weight_decay=arguments.weight_decay, fused=True
     )
-    ema = EMA(model, arguments.ema_decay)
     usage = CodebookUsage(model.config.codebook_size, accelerator.device)
     progress = Progress()
-    step_function = torch.compile(objective) if arguments.compile else objective
-    step_function, optimizer, train_loader = accelerator.prepare(step_function, optimizer, train_loader)
+    step_function = compile_objective(objective) if arguments.compile else objective
+    step_function, optimizer = accelerator.prepare(step_function, optimizer)
+    # Once all processes have the first one's random weights.
+    ema = EMA(model, arguments.ema_decay)
     wrapped = [step_function]
     discriminator_objective = build_discriminator(arguments)
     if discriminator_objective is not None:
@@ -287,16 +299,14 @@ def main(argv: list[str] | None = None) -> None:
     restart_until = (
         arguments.restart_until * arguments.max_steps if train_encoder and arguments.restart_patience else 0
     )
-    batches = training_batches(accelerator, train_loader, train_data, progress)
+    batches = train_loader.batches(progress)
     while progress.step < arguments.max_steps and not stop:
         step = progress.step
         quantize = step >= warmup_steps
         is_adversarial = discriminator_objective is not None and step >= arguments.adversarial_start_step
         if step == warmup_steps > 0:
             model.eval()
-            initialise_codebook(
-                model, kmeans_batches(train_data, arguments.kmeans_images, arguments.seed), arguments.seed
-            )
+            initialise_codebook(model, kmeans_batches(train_data, arguments), arguments.seed)
             model.train()
             ema.averages[CODEBOOK].copy_(codebook)
         learning_rate = learning_rate_at(
@@ -371,11 +381,12 @@ def main(argv: list[str] | None = None) -> None:
             log.write("train", progress.step, {**window.take(), "usage": usage.usage(), "lr": learning_rate})
         if progress.step % arguments.validate_every == 0 or done:
             with ema.applied():
-                metrics, images = validate(model, validation_loader, quantize, arguments.grid_images)
+                metrics, pictures = validate(model, validation_data, quantize, arguments, accelerator)
                 if accelerator.is_main_process:
-                    log.write("validation", progress.step, metrics)
+                    log.write("validation", progress.step, {**metrics, "unreadable": train_data.num_unreadable})
+                    rows = torch.cat([torch.cat(images)[: arguments.grid_images] for images in pictures])
                     picture = output / "reconstructions" / f"step_{progress.step:08d}.png"
-                    save_grid(images, picture, columns=arguments.grid_images)
+                    save_grid(rows, picture, columns=len(rows) // 2)
                     save_model(model, output / "model")
             window.restart()
         if progress.step % arguments.checkpoint_every == 0 or done or stop:

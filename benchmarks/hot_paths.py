@@ -1,0 +1,89 @@
+"""
+Where the time of each hot path goes: drawing tokens, encoding and decoding images.
+
+    python benchmarks/hot_paths.py --dtype float32
+
+Shares of the wall time by kind of operation, from torch's profiler, packed weights, random weights of the released
+sizes. What no operation accounts for is Python, and the profiler itself.
+"""
+
+import argparse
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from decode import draw, random_generator
+from measuring import machine, seconds_of, write_table
+from torch.profiler import ProfilerActivity, profile
+
+from vfmtok_hf import VFMTokConfig, VFMTokModel
+from vfmtok_hf.cpu_inference import pack_weights
+
+
+# The first kind one of whose words an operation's name holds.
+KINDS = {
+    "attention": ("scaled_dot_product", "flash_attention"),
+    "linear layers": ("linear", "mm"),
+    "convolutions": ("conv",),
+    "norms": ("norm",),
+    "deformable sampling": ("grid_sampler", "msda"),
+    "resizing": ("upsample",),
+    "drawing": ("softmax", "cumsum", "searchsorted", "amax", "uniform"),
+    "copies": ("copy", "cat", "stack", "clone", "fill", "empty", "zero"),
+}
+ELEMENTWISE, PYTHON = "elementwise and the rest", "Python"
+
+
+def kind_of(operation: str) -> str:
+    return next((kind for kind, words in KINDS.items() if any(word in operation for word in words)), ELEMENTWISE)
+
+
+def shares(run: Callable[[], object]) -> dict[str, float]:
+    """Share of the wall time of each kind of operation, the largest first."""
+    run()
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        seconds = seconds_of(run)
+    kinds: Counter[str] = Counter()
+    for event in profiler.key_averages():
+        kinds[kind_of(event.key)] += event.self_cpu_time_total / 1e6 / seconds
+    kinds[PYTHON] = max(1 - sum(kinds.values()), 0)
+    return dict(kinds.most_common())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--models", nargs="+", default=["AR-B", "RAR-L"])
+    parser.add_argument("--steps", type=int, default=24, help="tokens to draw")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    dtype = getattr(torch, arguments.dtype)
+    print(machine())
+
+    for name in arguments.models:
+        generator = pack_weights(random_generator(name, dtype))
+        for rows in (1, 8):
+            report(
+                f"{name}, batch {rows}", arguments, partial(draw, generator, torch.arange(rows), arguments.steps, 1.0)
+            )
+    tokenizer = pack_weights(VFMTokModel(VFMTokConfig()).eval().to(dtype))
+    images = torch.randn(1, 3, 336, 336).clamp(-1, 1)
+    with torch.no_grad():
+        image_tokens = tokenizer.encode(images).image_tokens
+        report("encode", arguments, lambda: tokenizer.encode(images))
+        report("decode", arguments, lambda: tokenizer.decode(image_tokens=image_tokens))
+
+
+def report(path: str, arguments: argparse.Namespace, run: Callable[[], object]) -> None:
+    """Print and keep the kinds that take a hundredth or more."""
+    found = [(kind, share) for kind, share in shares(run).items() if share >= 0.01]
+    described = ", ".join(f"{kind} {share:.0%}" for kind, share in found)
+    print(f"{path}: {described}", flush=True)
+    row = {"dtype": arguments.dtype, "threads": arguments.threads, "side": path, "where the time goes": described}
+    write_table("hot_paths", [row])
+
+
+if __name__ == "__main__":
+    main()
