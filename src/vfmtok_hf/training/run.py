@@ -266,7 +266,8 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
             accelerator.load_state(str(checkpoint))
     except (Exception, CheckpointException) as error:
         raise ValueError(
-            f"{checkpoint} cannot be read: {reason_of(error)}. If it is damaged, delete it to continue from the one before."
+            f"{checkpoint} cannot be read: {reason_of(error)}. If it is damaged, delete it to continue from the one "
+            "before."
         ) from error
     if num_processes != accelerator.num_processes:
         raise ValueError(
