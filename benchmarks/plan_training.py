@@ -127,19 +127,20 @@ def table(gpus: int, tflops: float, utilization: float, memory: float) -> str:
     """Markdown: one line for each training."""
     lines = [
         "| training | parameters, trained + frozen | steps x images | TFLOP per image | hours | GiB per GPU: state"
-        " | GiB per image | images at once |",
-        "|---|---|---|---|---|---|---|---|",
+        " | state, split | GiB per image | images at once |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for recipe, cost in recipes():
         flops = cost.flops * recipe.sequences
         hours = recipe.steps * recipe.batch_size * flops / (gpus * tflops * 1e12 * utilization) / 3600
         state = (cost.trained * BYTES_PER_TRAINED + cost.frozen * BYTES_PER_FROZEN) / GIB
+        split = "" if recipe.name == "tokenizer" else f"{state / gpus:.1f}"  # which trains whole
         image = cost.activation_bytes * recipe.sequences / GIB
         fitting = int((0.9 * memory - state) / image)
         frozen = f" + {cost.frozen / 1e6:,.0f} M" if cost.frozen else ""
         lines.append(
             f"| {recipe.name} | {cost.trained / 1e6:,.0f} M{frozen} | {recipe.steps:,} x {recipe.batch_size} "
-            f"| {flops / 1e12:.2f} | {hours:,.0f} | {state:.1f} | {image:.2f} | {max(fitting, 0)} |"
+            f"| {flops / 1e12:.2f} | {hours:,.0f} | {state:.1f} | {split} | {image:.2f} | {max(fitting, 0)} |"
         )
     return "\n".join(lines)
 

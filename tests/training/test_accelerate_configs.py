@@ -1,44 +1,84 @@
 """Accelerate understands the launch configurations, and the scripts refuse what they cannot do."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
+from accelerate import ParallelismConfig
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
-from tests.test_repo_rules import ROOT
+from tests.training.sharded import CONFIGURATIONS, launch_environment
 from vfmtok_hf.training import run as run_module
 from vfmtok_hf.training.run import start_accelerator
+from vfmtok_hf.training.sharding import set_up_sharding
 
 
-@pytest.mark.parametrize(("name", "num_machines", "num_processes"), [("one_node_8_gpus", 1, 8), ("many_nodes", 4, 32)])
+def launch_options(file):
+    options = launch_command_parser().parse_args(["--config_file", str(file), "--module", "some.script"])
+    return _validate_launch_command(options)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "num_machines", "num_processes"),
+    [
+        ("one_node_8_gpus", 1, 8),
+        ("many_nodes", 4, 32),
+        ("fsdp2_one_node", 1, 8),
+        ("fsdp2_many_nodes", 4, 32),
+    ],
+)
 def test_accelerate_reads_the_configuration(name, num_machines, num_processes):
-    file = ROOT / "configs" / "accelerate" / f"{name}.yaml"
+    file = CONFIGURATIONS / f"{name}.yaml"
     config = load_config_from_file(str(file))
     assert (config.num_machines, config.num_processes) == (num_machines, num_processes)
-    options = launch_command_parser().parse_args(["--config_file", str(file), "--module", "some.script"])
-    options, _, mixed_precision_from_file = _validate_launch_command(options)
-    assert options.multi_gpu
-    assert options.mixed_precision == "bf16"
-    assert mixed_precision_from_file
+    options = launch_options(file)
     assert (options.num_machines, options.num_processes) == (num_machines, num_processes)
+    assert (options.multi_gpu, options.use_fsdp) == (not name.startswith("fsdp2"), name.startswith("fsdp2"))
 
 
 def test_the_directory_holds_no_other_configuration():
-    files = sorted(file.stem for file in (ROOT / "configs" / "accelerate").iterdir())
-    assert files == ["many_nodes", "one_node_8_gpus"]
+    files = sorted(file.stem for file in CONFIGURATIONS.iterdir())
+    assert files == ["fsdp2_many_nodes", "fsdp2_one_node", "many_nodes", "one_node_8_gpus"]
 
 
-@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
-def test_sharded_training_is_refused_before_anything_is_loaded(kind, monkeypatch, tmp_path):
-    class Sharded:
-        num_processes = 1
-        distributed_type = run_module.DistributedType[kind]
+@pytest.mark.parametrize("name", ["fsdp2_one_node", "fsdp2_many_nodes"])
+def test_the_settings_of_fsdp2_reach_the_processes(name, monkeypatch):
+    for variable, value in launch_environment(CONFIGURATIONS / f"{name}.yaml").items():
+        monkeypatch.setenv(variable, value)
+    plugin = FullyShardedDataParallelPlugin()
+    assert (plugin.fsdp_version, plugin.reshard_after_forward) == (2, True)
+    assert plugin.auto_wrap_policy is transformer_auto_wrap_policy
+    # None: the layers that the model itself names.
+    assert plugin.transformer_cls_names_to_wrap is None
+    sharded = SimpleNamespace(
+        distributed_type=DistributedType.FSDP, mixed_precision="bf16", state=SimpleNamespace(fsdp_plugin=plugin)
+    )
+    set_up_sharding(sharded, can_shard=True)
+    policy = plugin.mixed_precision_policy
+    assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
+    if name == "fsdp2_many_nodes":
+        sizes = ParallelismConfig()
+        assert (sizes.dp_replicate_size, sizes.dp_shard_size) == (4, 8)
+    else:
+        assert "ACCELERATE_USE_PARALLELISM_CONFIG" not in launch_environment(CONFIGURATIONS / f"{name}.yaml")
 
-    class Arguments:
-        mixed_precision = "no"
-        tracker = ()
-        gradient_accumulation_steps = 1
-        seed = 0
 
-    monkeypatch.setattr(run_module, "Accelerator", lambda **options: Sharded())
-    with pytest.raises(ValueError, match=f"{kind} is not supported.*one_node_8_gpus.yaml"):
-        start_accelerator(Arguments(), tmp_path)
+@pytest.mark.parametrize(
+    ("kind", "can_shard", "instead"),
+    [
+        ("FSDP", False, "one_node_8_gpus.yaml"),
+        ("DEEPSPEED", False, "one_node_8_gpus.yaml"),
+        ("DEEPSPEED", True, "fsdp2_one_node.yaml"),
+    ],
+)
+def test_sharding_that_is_not_supported_is_refused_before_anything_is_loaded(
+    kind, can_shard, instead, monkeypatch, tmp_path
+):
+    arguments = SimpleNamespace(mixed_precision="no", tracker=(), gradient_accumulation_steps=1, seed=0)
+    launched = SimpleNamespace(distributed_type=DistributedType[kind])
+    monkeypatch.setattr(run_module, "Accelerator", lambda **options: launched)
+    with pytest.raises(ValueError, match=f"{kind} is .*supported.*{instead}"):
+        start_accelerator(arguments, tmp_path, can_shard)

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 
 class EMA:
@@ -15,8 +16,10 @@ class EMA:
     The decay rises with the number of updates, `min(decay, (1 + updates) / (10 + updates))`, so that a short run's
     average does not remember its random start.
 
+    Of a model sharded by FSDP2 each process averages its own part.
+
     Args:
-        model (`nn.Module`): the model without wrappers, on its final device.
+        model (`nn.Module`): the model without wrappers, on its final device, and sharded if it is to be.
         decay (`float`): weight of the past in each update, in [0, 1).
     """
 
@@ -30,6 +33,9 @@ class EMA:
         }
 
     def _tracked(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # A forward pass may leave whole weights behind, which would hide what is written.
         yield from ((name, value) for name, value in self.model.named_parameters() if value.requires_grad)
         yield from self.model.named_buffers()
 

@@ -15,14 +15,16 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, gather_object, set_seed
+from accelerate.utils import GradientAccumulationPlugin, gather_object, set_seed
 from PIL import Image
 from torch import nn
+from torch.distributed.checkpoint import CheckpointException
 from torchvision.utils import make_grid
 
 from vfmtok_hf.output_files import whole_file
 from vfmtok_hf.training.arguments import check_resumed_arguments, save_arguments
 from vfmtok_hf.training.log_file import LOG_FILE, drop_lines_after
+from vfmtok_hf.training.sharding import set_up_sharding
 from vfmtok_hf.training.tracking import check_trackers, start_trackers
 
 
@@ -153,12 +155,15 @@ def open_output(output: Path, arguments: Any) -> Path | None:
     return checkpoints[-1] if checkpoints else None
 
 
-def start_accelerator(arguments: Any, output: Path) -> Accelerator:
+def start_accelerator(arguments: Any, output: Path, can_shard: bool = False) -> Accelerator:
     """
     Accelerate as the launcher set it up, with seeded random numbers. Random numbers differ between processes.
 
+    Args:
+        can_shard (`bool`): whether the run can train a model that is split over the processes.
+
     Raises:
-        ValueError: a tracker is unknown, or the launcher shards the model.
+        ValueError: a tracker is unknown, or the launcher shards the model in a way that is not supported.
         ImportError: a tracker is not installed.
     """
     accelerator = Accelerator(
@@ -171,11 +176,7 @@ def start_accelerator(arguments: Any, output: Path) -> Accelerator:
         log_with=check_trackers(arguments.tracker) or None,
         project_dir=output,
     )
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise ValueError(
-            f"{accelerator.distributed_type.value} is not supported: weights, EMA and checkpoints are whole on every "
-            "process. Launch with configs/accelerate/one_node_8_gpus.yaml; docs/scaling.md tells what fits."
-        )
+    set_up_sharding(accelerator, can_shard)
     set_seed(arguments.seed, device_specific=True)
     return accelerator
 
@@ -188,7 +189,7 @@ def start_run(
     stands. What an interrupted run wrote after its checkpoint is forgotten, since those steps come again.
 
     Raises:
-        ValueError: the checkpoint is damaged or was written by another number of processes.
+        ValueError: the checkpoint does not fit; see [`load_checkpoint`].
     """
     if checkpoint is not None:
         load_checkpoint(accelerator, checkpoint)
@@ -223,13 +224,15 @@ def save_checkpoint(accelerator: Accelerator, output: Path, step: int, keep: int
     try:
         accelerator.save_state(str(temporary))
         if accelerator.is_main_process:
-            (temporary / "run.json").write_text(json.dumps({"num_processes": accelerator.num_processes}))
-    except Exception as caught:  # A full disk is an OSError, a RuntimeError or a SafetensorError, by file.
+            launch = {"num_processes": accelerator.num_processes, "sharded": accelerator.is_fsdp2}
+            (temporary / "run.json").write_text(json.dumps(launch))
+    # A full disk is an OSError, a RuntimeError or a SafetensorError, by file.
+    except (Exception, CheckpointException) as caught:
         error = caught
     if any_process(accelerator, error is not None):
         if accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
-        reason = " ".join(str(error).split()) if error else "another process failed"
+        reason = reason_of(error) if error else "another process failed"
         raise OSError(
             f"The checkpoint of step {step} could not be written to {folder.parent}: {reason}. Those before it are "
             "unharmed: make room and continue with --resume true."
@@ -244,24 +247,37 @@ def save_checkpoint(accelerator: Accelerator, output: Path, step: int, keep: int
     accelerator.wait_for_everyone()
 
 
+def reason_of(error: BaseException) -> str:
+    """An error in one line; of a sharded checkpoint, what the processes report."""
+    errors = [failure for failure, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+    return " ".join(" ".join(dict.fromkeys(map(str, errors))).split())
+
+
 def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
     """
     Raises:
-        ValueError: the checkpoint is damaged or was written by another number of processes.
+        ValueError: the checkpoint is damaged or was written by another number of processes, or sharded and these
+            processes do not shard, or the reverse.
     """
     try:
-        num_processes = json.loads((checkpoint / "run.json").read_text())["num_processes"]
-        if num_processes == accelerator.num_processes:
+        launch = json.loads((checkpoint / "run.json").read_text())
+        num_processes, sharded = launch["num_processes"], launch.get("sharded", False)
+        if (num_processes, sharded) == (accelerator.num_processes, accelerator.is_fsdp2):
             accelerator.load_state(str(checkpoint))
-    except Exception as error:
-        reason = " ".join(str(error).split())
+    except (Exception, CheckpointException) as error:
         raise ValueError(
-            f"{checkpoint} cannot be read: {reason}. If it is damaged, delete it to continue from the one before."
+            f"{checkpoint} cannot be read: {reason_of(error)}. If it is damaged, delete it to continue from the one "
+            "before."
         ) from error
     if num_processes != accelerator.num_processes:
         raise ValueError(
             f"{checkpoint} was written by {num_processes} process(es), this run has {accelerator.num_processes}: their "
             "random numbers and shares of the data would differ. Start as many, or a new run with --init_from."
+        )
+    if sharded != accelerator.is_fsdp2:
+        raise ValueError(
+            f"{checkpoint} was written {'with' if sharded else 'without'} FSDP2, this run is launched "
+            f"{'without' if sharded else 'with'} it. Launch it as before, or a new run with --init_from."
         )
 
 

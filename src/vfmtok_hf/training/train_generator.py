@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Subset
 
@@ -53,6 +54,7 @@ from vfmtok_hf.training.run import (
     start_accelerator,
     start_run,
 )
+from vfmtok_hf.training.sharding import broadcast_weights, checkpoint_averages, clip_gradients, gathered
 from vfmtok_hf.training.tokens import TokenShards
 
 
@@ -182,16 +184,19 @@ def random_ratio_at(step: int, arguments: GeneratorArguments) -> float:
 def validate(model: Generator, data: TokenShards, batch_size: int, accelerator: Accelerator) -> dict[str, float]:
     """Mean cross-entropy of unseen images' tokens in nats, in raster order. The processes share the images."""
     model.eval()
-    sums = torch.zeros(2, device=model.device)
-    own = range(accelerator.process_index, len(data), accelerator.num_processes)
+    count = accelerator.num_processes
+    # As many on each process, since all run a sharded model together: after the last image the first ones come again.
+    own = [(first + accelerator.process_index) % len(data) for first in range(0, len(data), count)]
+    losses = []
     # With a generator of its own, as a loader would draw from the global one, and training would notice.
     for batch in DataLoader(Subset(data, own), batch_size, generator=torch.Generator()):
         labels, tokens = batch["label"].to(model.device), batch["image_tokens"].to(model.device)
-        loss = model(class_labels=labels, image_tokens=tokens, return_loss=True).loss
-        sums += torch.stack([loss * len(labels), torch.full_like(loss, len(labels))])
+        logits = model(class_labels=labels, image_tokens=tokens).logits
+        token_losses = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none")
+        losses.append(token_losses.view(tokens.shape).mean(dim=1))
     model.train()
-    total, count = accelerator.reduce(sums).tolist()
-    return {"loss": total / count}
+    in_order = accelerator.gather(torch.cat(losses)).view(count, -1).T.flatten()
+    return {"loss": in_order[: len(data)].mean().item()}
 
 
 @torch.no_grad()
@@ -214,7 +219,7 @@ def main(argv: list[str] | None = None) -> None:
     configure_logging()
     output = Path(arguments.output)
     checkpoint = open_output(output, arguments)
-    accelerator = start_accelerator(arguments, output)
+    accelerator = start_accelerator(arguments, output, can_shard=not (arguments.lora_rank or arguments.compile))
 
     # Data
     tokenizer_source = arguments.tokenizer or arguments.init_from
@@ -236,11 +241,14 @@ def main(argv: list[str] | None = None) -> None:
     groups = parameter_groups(model, arguments)
     optimizer = torch.optim.AdamW(groups, lr=arguments.learning_rate, betas=betas, fused=True)
     progress = Progress()
+    if accelerator.is_fsdp2:
+        broadcast_weights(model)
     step_function = torch.compile(model) if arguments.compile else model
     step_function, optimizer = accelerator.prepare(step_function, optimizer)
-    # Once all processes have the first one's random weights.
+    # Once all processes have the first one's random weights, or their parts of them.
     ema = EMA(model, arguments.ema_decay)
-    accelerator.register_for_checkpointing(progress, ema)
+    accelerator.register_for_checkpointing(progress)
+    checkpoint_averages(accelerator, ema)
     log = start_run(accelerator, output, checkpoint, arguments, progress)
 
     # Loop
@@ -272,7 +280,7 @@ def main(argv: list[str] | None = None) -> None:
             losses.append(loss.detach())
             indices.append(batch["index"])
         values = {"loss": torch.stack(losses).mean()}
-        norms = {"gradient_norm": accelerator.clip_grad_norm_(model.parameters(), arguments.max_gradient_norm)}
+        norms = {"gradient_norm": clip_gradients(accelerator, model, arguments.max_gradient_norm)}
         check_finite(accelerator, step, values, norms, train_data.name, torch.cat(indices))
         optimizer.step()
         optimizer.zero_grad()
@@ -289,18 +297,21 @@ def main(argv: list[str] | None = None) -> None:
         if progress.step % arguments.validate_every == 0 or done:
             with ema.applied():
                 metrics = validate(model, validation_data, arguments.batch_size, accelerator)
+                whole = gathered(accelerator, model)
                 if accelerator.is_main_process:
                     log.write("validation", progress.step, {**metrics, "unreadable": train_data.num_unreadable})
                     if adapted is None:
-                        save_model(model, output / "model")
+                        save_model(whole, output / "model")
                     else:
                         save_adapted(adapted, output / "model", output / "adapter")
             window.restart()
-        if (progress.step % arguments.sample_every == 0 or done) and accelerator.is_main_process:
+        draws = accelerator.is_main_process or accelerator.is_fsdp2  # A sharded model runs on all or on none.
+        if (progress.step % arguments.sample_every == 0 or done) and draws:
             with ema.applied():
                 samples = draw_samples(model, tokenizer, arguments)
-            picture = output / "samples" / f"step_{progress.step:08d}.png"
-            save_grid(samples, picture, columns=arguments.samples_per_class)
+            if accelerator.is_main_process:
+                picture = output / "samples" / f"step_{progress.step:08d}.png"
+                save_grid(samples, picture, columns=arguments.samples_per_class)
             window.restart()
         if progress.step % arguments.checkpoint_every == 0 or done or stop:
             save_checkpoint(accelerator, output, progress.step, arguments.keep_checkpoints)
