@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from measuring import alternate, machine, matrix_vector_bandwidth, write_table
+from measuring import alternate, machine, matrix_vector_bandwidth, seconds_of, write_table
 from original_decode import OriginalDecoder, OriginalRARDecoder
 
 from vfmtok_hf import VFMTokARConfig, VFMTokARForImageGeneration, VFMTokRARConfig, VFMTokRARForImageGeneration
@@ -110,6 +110,7 @@ def main() -> None:
     if arguments.compile:
         compiled = random_generator(arguments.model, dtype)
         compiled.compile_decoding()
+        print(f"compiled for one row in {seconds_of(partial(draw, compiled, torch.arange(1), 4, 1.0)):.0f} s")
         sides["ours, compiled"] = partial(draw, compiled)
     if arguments.only:
         sides = {name: side for name, side in sides.items() if name == "original" or name in arguments.only}
