@@ -1,5 +1,6 @@
 """Feature networks: Inception's port on random weights, and vision models."""
 
+import os
 import pickle
 from urllib.error import URLError
 
@@ -74,21 +75,25 @@ def test_inception_without_network_says_what_to_do(monkeypatch):
 
 
 class Trap:
-    """Raises when it is unpickled."""
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, sprung):
+        self.sprung = sprung
 
     def __reduce__(self):
-        return exec, ("raise AssertionError('code of the file was run')",)
+        return os.mkdir, (str(self.sprung),)
 
 
 def test_files_that_are_not_inceptions_weights_are_refused_and_never_run(tmp_path):
-    contents = {"text": b"hello\n", "empty": b"", "pickle": pickle.dumps(Trap(), protocol=2)}
+    contents = {"text": b"hello\n", "empty": b"", "pickle": pickle.dumps(Trap(tmp_path / "sprung"), protocol=2)}
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
     torch.save({"weight": torch.zeros(2)}, tmp_path / "other")
-    torch.save(Trap(), tmp_path / "trap")
+    torch.save(Trap(tmp_path / "sprung"), tmp_path / "trap")
     for name in (*contents, "other", "trap"):
         with pytest.raises(ValueError, match=f"{name} does not hold Inception's weights: fetch https://"):
             InceptionFeatures(tmp_path / name)
+    assert not (tmp_path / "sprung").exists()
     with pytest.raises(OSError, match="missing"):
         InceptionFeatures(tmp_path / "missing")
 
