@@ -59,7 +59,10 @@ def test_generation_sweep_and_its_continuation(model, tmp_path):
     with np.load(output / "guidance_2" / "samples.npz") as archive:
         assert archive["arr_1"].tolist() == [0, 1, 2, 3, 4] * 2
     assert measured_results(output / "guidance_2" / "results.json")[0].setting == "with guidance"
-    _, stderr = evaluate(*arguments, "--seed", 7, code=1)
+    chunk = output / "guidance_1" / "chunk_000001.npy"
+    chunk.unlink()
+    _, stderr = evaluate(*arguments, "-g", 3, "--seed", 7, code=1)
+    assert not chunk.exists()  # no scale is drawn where another one cannot be
     assert "holds samples of other settings: seed 0 instead of 7" in stderr
 
 
@@ -83,16 +86,28 @@ def test_tokens(model, tmp_path):
     ("arguments", "message"),
     [
         (("reconstruction", "missing"), "no file or folder"),
-        (("reconstruction", "images", "--features", "./missing"), "missing"),
+        (("reconstruction", "images", "--features", "./missing"), "no model folder ./missing"),
         (("generation", "--reference", "images", "-o", "out", "-n", 3, "--features", "own"), "more than 3 images"),
         (("linear-probe", "--train", "images", "--test", "images"), "one folder of images per class"),
+        (("generation", "--reference", "images", "-o", "out", "-n", 8, "--features", "none"), "name a network"),
+        (
+            ("generation", "--reference", "images", "-o", "out", "-n", 8, "--features", "own", "-g", 1, "-g", "inf"),
+            "guidance_scale must be",
+        ),
+        (
+            ("generation", "--reference", "images", "-o", "file", "-n", 8, "--features", "own"),
+            "is a file, not a folder",
+        ),
         (("tokens", "empty"), "no images"),
+        (("tokens", "images", "-o", "file"), "is a file, not a folder"),
     ],
 )
 def test_errors_are_one_line(model, tmp_path, monkeypatch, arguments, message):
     write_images(tmp_path / "images", 12)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
     monkeypatch.chdir(tmp_path)
     _, stderr = evaluate(*arguments, "-m", model, code=1)
     assert stderr.count("\n") == 1
     assert message in stderr
+    assert not (tmp_path / "out").exists()

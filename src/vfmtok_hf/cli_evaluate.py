@@ -21,10 +21,12 @@ from vfmtok_hf.cli_options import (
     output_console,
     progress,
     report_written,
+    resolve_model,
 )
 
 
 if TYPE_CHECKING:
+    from vfmtok_hf.evaluation.features import FeatureExtractor
     from vfmtok_hf.evaluation.generation import GenerationResult, SampleFolder
     from vfmtok_hf.pipelines import VFMTokPipeline
 
@@ -96,6 +98,16 @@ def print_values(values: dict[str, float], features: str = "", remarks: Sequence
         error_console.print(f"Note: {remark}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
+def open_features(
+    features: str, pipe: "VFMTokPipeline", size: int | None, inception_weights: Path | None
+) -> "FeatureExtractor":
+    """What `--features` and its options mean."""
+    from vfmtok_hf.evaluation.features import load_feature_extractor
+
+    source = features if features in ("inception", "own") else resolve_model(features)
+    return load_feature_extractor(source, pipe.vq_model, size, inception_weights, pipe.device)
+
+
 @evaluate_app.command()
 def reconstruction(
     images: PicturesArgument,
@@ -123,7 +135,6 @@ def reconstruction(
     """rFID, rIS, PSNR, SSIM, LPIPS and codebook usage of a tokenizer."""
     with one_line_errors():
         from vfmtok_hf.cli_images import number_of, open_pictures
-        from vfmtok_hf.evaluation.features import load_feature_extractor
         from vfmtok_hf.evaluation.reconstruction import evaluate_reconstruction, load_lpips
         from vfmtok_hf.evaluation.results import save_measurement
         from vfmtok_hf.output_files import check_output_file
@@ -134,7 +145,7 @@ def reconstruction(
         pipe = load_pipeline(model, device, dtype, encodes=True)
         extractor = None
         if features != "none":
-            extractor = load_feature_extractor(features, pipe.vq_model, feature_size, inception_weights, pipe.device)
+            extractor = open_features(features, pipe, feature_size, inception_weights)
         distance = load_lpips(lpips.value, pipe.device) if lpips is not None else None
         with progress("Reconstructing", number_of(pictures)) as advance:
             result = evaluate_reconstruction(
@@ -197,28 +208,26 @@ def generation(
     with one_line_errors():
         from accelerate import PartialState
 
-        from vfmtok_hf.evaluation.features import load_feature_extractor
-        from vfmtok_hf.evaluation.generation import SampleFolder, SamplingSettings, load_reference, model_fingerprint
+        from vfmtok_hf.evaluation.generation import (
+            SampleFolder,
+            SamplingSettings,
+            check_sampling,
+            load_reference,
+            model_fingerprint,
+        )
         from vfmtok_hf.evaluation.images import FolderImages
-        from vfmtok_hf.evaluation.metrics import check_enough_neighbours
-        from vfmtok_hf.output_files import check_picture_output
+        from vfmtok_hf.evaluation.metrics import check_enough_images
+        from vfmtok_hf.output_files import check_output_folder
 
-        scales = sorted(set(guidance_scale or [1.0]))
+        if features == "none":
+            raise ValueError("Samples are compared by their features: name a network with --features.")
         state = PartialState()
-        check_picture_output(output)
+        check_output_folder(output)
         pipe = load_pipeline(model, device or str(state.device), dtype, generates=True, encodes=features == "own")
         size = size or pipe.vq_model.config.image_size
-        # Whatever can be wrong with reference and features is to show before hours of sampling.
-        if state.is_main_process:
-            source = reference if reference.suffix == ".npz" else FolderImages([reference], size)
-            extractor = load_feature_extractor(features, pipe.vq_model, feature_size, inception_weights, pipe.device)
-            real = load_reference(source, extractor, batch_size)
-            if real.pooled_features is not None:
-                check_enough_neighbours(min(num_samples, len(real.pooled_features)))
-        fingerprint = model_fingerprint(pipe)
-        folders = []
-        for scale in scales:
-            settings = SamplingSettings(
+        scales = sorted(set(guidance_scale or [1.0]))
+        settings = [
+            SamplingSettings(
                 num_samples,
                 seed,
                 scale,
@@ -230,10 +239,25 @@ def generation(
                 resize.value,
                 chunk_size=batch_size,
             )
-            with state.main_process_first():
-                folder = output / f"guidance_{scale:g}"
-                folders.append(SampleFolder(folder, settings, pipe.transformer.config.num_classes, fingerprint))
-            draw(pipe, folders[-1], state.process_index, state.num_processes)
+            for scale in scales
+        ]
+        # Whatever can be wrong with settings, reference and features is to show before hours of sampling.
+        for setting in settings:
+            check_sampling(pipe, setting)
+        fingerprint, num_classes = model_fingerprint(pipe), pipe.transformer.config.num_classes
+        folders = [
+            SampleFolder(output / f"guidance_{setting.guidance_scale:g}", setting, num_classes, fingerprint)
+            for setting in settings
+        ]
+        if state.is_main_process:
+            source = reference if reference.suffix == ".npz" else FolderImages([reference], size)
+            extractor = open_features(features, pipe, feature_size, inception_weights)
+            with progress("Reference", len(source) if isinstance(source, FolderImages) else None) as advance:
+                real = load_reference(source, extractor, size, batch_size, advance)
+            check_enough_images(num_samples, real, extractor.classifies)
+        state.wait_for_everyone()
+        for samples in folders:
+            draw(pipe, samples, state.process_index, state.num_processes)
         state.wait_for_everyone()
         if state.is_main_process:
             results = [
@@ -322,7 +346,7 @@ def linear_probe(
     """Linear classifiers on the tokenizer's embedding, its tokens, its vision model, and raw pixels."""
     with one_line_errors():
         from vfmtok_hf.cli_images import open_labelled
-        from vfmtok_hf.evaluation.linear_probe import ProbeSettings, evaluate_linear_probe
+        from vfmtok_hf.evaluation.linear_probe import ProbeSettings, represent_data, train_probes
         from vfmtok_hf.evaluation.results import save_measurement
         from vfmtok_hf.output_files import check_output_file
 
@@ -333,7 +357,9 @@ def linear_probe(
         pipe = load_pipeline(model, device, dtype, encodes=True)
         settings = ProbeSettings(epochs=epochs, warmup_epochs=min(10, epochs // 2), views=views, seed=seed)
         with progress("Encoding", views * len(train_images) + len(test_images)) as advance:
-            results = evaluate_linear_probe(pipe.vq_model, train_images, test_images, settings, batch_size, advance)
+            data = represent_data(pipe.vq_model, train_images, test_images, views, batch_size, advance)
+        with progress("Training", len(data.train)) as advance:
+            results = train_probes(data, settings, advance)
         table = Table("representation", "channels", "top-1", "mean over classes")
         for name, result in results.items():
             table.add_row(name, str(result.channels), f"{result.top1:.1%}", f"{result.mean_class_accuracy:.1%}")
@@ -342,7 +368,7 @@ def linear_probe(
             for name, result in results.items():
                 values = {"top1": result.top1, "mean_class_accuracy": result.mean_class_accuracy}
                 file = output.with_name(f"{output.stem}_{name}{output.suffix}")
-                protocol = {"epochs": epochs, "views": views}
+                protocol = {"epochs": epochs, "views": views, "base_learning_rate": result.base_learning_rate}
                 save_measurement(
                     file,
                     "linear_probe",
@@ -374,10 +400,10 @@ def tokens(
 
         from vfmtok_hf.cli_images import number_of, open_pictures
         from vfmtok_hf.evaluation.plots import anchor_figure, codebook_usage_figure, sampling_figure, save_figure
-        from vfmtok_hf.evaluation.tokens import evaluate_tokens, looks_of
-        from vfmtok_hf.output_files import check_picture_output, whole_file
+        from vfmtok_hf.evaluation.tokens import evaluate_tokens, looks_of, token_count_remarks
+        from vfmtok_hf.output_files import check_output_folder, whole_file
 
-        check_picture_output(output)
+        check_output_folder(output)
         pictures = open_pictures(images, split, image_column, streaming)
         pipe = load_pipeline(model, device, dtype, encodes=True)
         with progress("Encoding", number_of(pictures)) as advance:
@@ -399,5 +425,8 @@ def tokens(
         for layer, row in enumerate(zip(*summary["anchors_by_layer"].values(), strict=True), start=1):
             table.add_row(str(layer), *(f"{value:.3f}" for value in row))
         output_console.print(table)
-        print_values({"codebook_usage": result.codebook.usage, "codebook_perplexity": result.codebook.perplexity})
+        print_values(
+            {"codebook_usage": result.codebook.usage, "codebook_perplexity": result.codebook.perplexity},
+            remarks=token_count_remarks(result.token_counts),
+        )
         report_written(3, "figure", output)

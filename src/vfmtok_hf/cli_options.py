@@ -66,7 +66,10 @@ def progress(description: str, total: int | None) -> Iterator[Callable[[int], No
 
 
 def resolve_model(model: str | None) -> str:
-    """The folder or repository that `--model` means. A folder that is not there would be taken for a repository."""
+    """
+    The folder or repository that a name means; without one the embedded checkpoint. A folder that is not there would be
+    taken for a repository.
+    """
     import vfmtok_hf
 
     name_or_path = model or vfmtok_hf.DEFAULT_CHECKPOINT

@@ -37,7 +37,12 @@ def check_picture_output(path: Path) -> None:
     if is_picture(path):
         check_output_file(path)
     else:
-        _check_folder(path.absolute(), path)
+        check_output_folder(path)
+
+
+def check_output_folder(path: Path) -> None:
+    """The same for a folder of any files, which may exist already."""
+    _check_folder(path.absolute(), path)
 
 
 def _check_folder(folder: Path, output: Path) -> None:

@@ -1,5 +1,7 @@
 """Feature networks: Inception's port on random weights, and vision models."""
 
+import os
+import pickle
 from urllib.error import URLError
 
 import pytest
@@ -72,6 +74,30 @@ def test_inception_without_network_says_what_to_do(monkeypatch):
         InceptionFeatures()
 
 
+class Trap:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, sprung):
+        self.sprung = sprung
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.sprung),)
+
+
+def test_files_that_are_not_inceptions_weights_are_refused_and_never_run(tmp_path):
+    contents = {"text": b"hello\n", "empty": b"", "pickle": pickle.dumps(Trap(tmp_path / "sprung"), protocol=2)}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "other")
+    torch.save(Trap(tmp_path / "sprung"), tmp_path / "trap")
+    for name in (*contents, "other", "trap"):
+        with pytest.raises(ValueError, match=f"{name} does not hold Inception's weights: fetch https://"):
+            InceptionFeatures(tmp_path / name)
+    assert not (tmp_path / "sprung").exists()
+    with pytest.raises(OSError, match="missing"):
+        InceptionFeatures(tmp_path / "missing")
+
+
 def test_first_channels_keep_2048_numbers_at_most():
     assert first_channels(torch.zeros(1, 192, 17, 17)).shape == (1, 2023)
     assert first_channels(torch.zeros(1, 64, 4, 4)).shape == (1, 64 * 16)
@@ -113,11 +139,14 @@ def test_a_tokenizers_own_vision_model():
         load_feature_extractor("own")
 
 
-def test_features_that_are_not_finite_are_refused(tmp_path):
+@pytest.mark.parametrize("broken", ["pooled", "spatial", "logits"])
+def test_features_that_are_not_finite_are_refused(tmp_path, broken):
     write_images(tmp_path, 3)
 
-    def broken(images):
-        return Features(torch.full((len(images), 2), torch.nan), torch.zeros(len(images), 2))
+    def extractor(images):
+        columns = {name: torch.zeros(len(images), 2) for name in ("pooled", "spatial", "logits")}
+        columns[broken][-1, 0] = torch.nan
+        return Features(**columns)
 
     with pytest.raises(ValueError, match=r"Images 0 to 1 of .* NaN"):
-        extract_features(FolderImages([tmp_path]), broken, batch_size=2)
+        extract_features(FolderImages([tmp_path]), extractor, batch_size=2)

@@ -13,6 +13,7 @@ from vfmtok_hf.evaluation.generation import (
     SampleFolder,
     SamplingSettings,
     balanced_labels,
+    check_sampling,
     draw_samples,
     evaluate_generation,
     load_reference,
@@ -89,14 +90,36 @@ def test_sample_i_is_drawn_from_its_own_seed(pipe, tmp_path):
 
 
 def test_samples_of_other_settings_are_not_mixed(pipe, tmp_path):
-    sample_folder(tmp_path, pipe)
+    folder = tmp_path / "samples"
+    first, late = sample_folder(folder, pipe), sample_folder(folder, pipe, guidance_scale=2.0)
+    assert not folder.exists()  # before the first sample nothing binds later runs
+    first.write_settings()
     with pytest.raises(ValueError, match=r"guidance_scale 1\.0 instead of 2\.0"):
-        sample_folder(tmp_path, pipe, guidance_scale=2.0)
+        sample_folder(folder, pipe, guidance_scale=2.0)
+    with pytest.raises(ValueError, match=r"guidance_scale 1\.0 instead of 2\.0"):
+        draw_samples(pipe, late)
     other = tiny_pipeline()
     with torch.no_grad():
         other.transformer.lm_head.weight.add_(1)
     with pytest.raises(ValueError, match="model"):
-        sample_folder(tmp_path, other)
+        sample_folder(folder, other)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"guidance_scale": float("inf")}, "guidance_scale"),
+        ({"guidance_scale_pow": 2.0}, "RAR generators alone"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"top_k": -1}, "top_k"),
+    ],
+)
+def test_settings_that_the_generator_does_not_take_are_refused_without_drawing(pipe, setting, message):
+    check_sampling(pipe, SamplingSettings(**SETTINGS))
+    check_sampling(tiny_pipeline("rar"), SamplingSettings(guidance_scale=2.0, guidance_scale_pow=2.0))
+    with pytest.raises(ValueError, match=message):
+        check_sampling(pipe, SamplingSettings(**SETTINGS, **setting))
 
 
 def test_npz_of_samples(pipe, tmp_path):
@@ -158,3 +181,22 @@ def test_statistics_of_another_network_are_refused(tmp_path):
     np.savez(tmp_path / "nothing.npz", other=np.zeros(3))
     with pytest.raises(ValueError, match="neither images"):
         load_reference(tmp_path / "nothing.npz", NamedExtractor("inception"))
+
+
+def test_a_reference_of_another_size_is_refused(tmp_path):
+    np.savez(tmp_path / "images.npz", np.zeros((5, 4, 6, 3), dtype=np.uint8))
+    with pytest.raises(ValueError, match=r"6 x 4 pixels, and the samples have 4 x 4"):
+        load_reference(tmp_path / "images.npz", NamedExtractor("any"), size=4)
+
+
+def test_a_reference_file_that_cannot_be_used_is_refused(tmp_path):
+    """Text, and half of a download."""
+    whole = statistics_npz(tmp_path / "whole.npz").read_bytes()
+    for name, content in (("text", b"hello"), ("half", whole[: len(whole) // 2])):
+        path = tmp_path / f"{name}.npz"
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name}\.npz is not a \.npz file, or is truncated"):
+            load_reference(path, NamedExtractor("inception"))
+    np.savez(tmp_path / "nan.npz", mu=np.full(3, np.nan), sigma=np.eye(3), mu_s=np.ones(2), sigma_s=np.eye(2))
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        load_reference(tmp_path / "nan.npz", NamedExtractor("inception"))

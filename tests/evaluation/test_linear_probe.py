@@ -25,7 +25,8 @@ def test_classes_far_apart_are_told_apart():
 
 def test_noise_stays_at_chance():
     labels = torch.arange(400) % 4
-    result = train_linear_probe(torch.randn(2, 400, 16), labels, torch.randn(400, 16), labels, ProbeSettings())
+    settings = ProbeSettings(epochs=20, warmup_epochs=2)
+    result = train_linear_probe(torch.randn(2, 400, 16), labels, torch.randn(400, 16), labels, settings)
     assert result.top1 == pytest.approx(0.25, abs=0.1)
 
 
@@ -78,7 +79,9 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
     write_images(tmp_path / "test" / "cat", 2)
     write_images(tmp_path / "test" / "dog", 2)
     with pytest.raises(ValueError, match="different classes: blue, cat, dog, green, red"):
-        evaluate_linear_probe(tiny_model(), train, LabelledImages.of_folder(tmp_path / "test"))
+        LabelledImages.of_folder(tmp_path / "test").labels_as_in(train)
+    with pytest.raises(ValueError, match="at least 20 training images.*got 6"):
+        evaluate_linear_probe(tiny_model(), train, train)
     write_images(tmp_path / "flat", 2)
     with pytest.raises(ValueError, match="one folder of images per class"):
         LabelledImages.of_folder(tmp_path / "flat")

@@ -10,6 +10,7 @@ from vfmtok_hf.evaluation.features import Features
 from vfmtok_hf.evaluation.metrics import (
     FeatureStatistics,
     Reference,
+    check_enough_images,
     compare_features,
     frechet_distance,
     inception_score,
@@ -101,6 +102,18 @@ def test_too_few_images_are_refused(count):
         precision_recall(features, random_features(50, 2, 1))
     with pytest.raises(ValueError, match="at least 10 images"):
         inception_score(features)
+
+
+def test_how_many_images_metrics_need_is_known_before_they_are_drawn():
+    """Of each kind of reference and network the smallest number that is taken, and one less."""
+    features = Features(random_features(50, 4, 1), random_features(50, 4, 2))
+    with_images, alone = Reference.of(features), Reference.of(features)
+    alone.pooled_features = None
+    for reference, classifies, enough in ((with_images, False, 4), (with_images, True, 10), (alone, True, 10)):
+        check_enough_images(enough, reference, classifies)
+        with pytest.raises(ValueError, match="add images"):
+            check_enough_images(enough - 1, reference, classifies)
+    check_enough_images(2, alone, False)
 
 
 def test_one_image_has_no_covariance():

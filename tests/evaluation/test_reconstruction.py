@@ -128,6 +128,23 @@ def test_evaluate_reconstruction_follows_the_protocol(tmp_path):
     assert "rfid" not in other.values
 
 
+@pytest.mark.parametrize(("side", "call"), [("originals", 1), ("reconstructions", 2)])
+def test_features_that_are_not_finite_are_refused_on_both_sides(tmp_path, side, call):
+    pipe = tiny_pipeline()
+    extractor = OwnVisionFeatures(pipe.vq_model)
+    calls = []
+
+    def broken(images):
+        features = extractor(images)
+        calls.append(images)
+        if len(calls) == call:
+            features.pooled[0, 0] = torch.nan
+        return features
+
+    with pytest.raises(ValueError, match=f"Of the {side}, images 1 to 2 have features that are NaN"):
+        evaluate_reconstruction(pipe, write_images(tmp_path, 2), broken)
+
+
 def test_a_damaged_file_is_named(tmp_path):
     files = write_images(tmp_path, 2)
     files[1].write_bytes(b"\x89PNG broken")

@@ -19,7 +19,7 @@ from vfmtok_hf.evaluation.results import (
 )
 
 
-PUBLISHED_DATA = "ImageNet-1k validation, 256 x 256"
+PUBLISHED_DATA = "ImageNet-1k 256 x 256, ADM's reference batch"
 
 
 @pytest.fixture
@@ -71,6 +71,15 @@ def test_published_figures(model, setting, metric, values):
     found = [result for result in published_results(model) if (result.setting, result.metric) == (setting, metric)]
     assert {result.value for result in found} == values
     assert all(result.url.startswith("https://") for result in found)
+
+
+def test_published_figures_name_the_images_of_their_task():
+    """Reconstructions are compared with the validation images themselves, samples with ADM's reference batch."""
+    data = {
+        result.task: result.dataset for model in ("vfmtok-dinov2-l", "vfmtok-l") for result in published_results(model)
+    }
+    assert "validation" in data["reconstruction"]
+    assert "reference batch" in data["generation"]
 
 
 def test_every_published_figure_has_a_name_a_task_and_a_source():

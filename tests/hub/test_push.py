@@ -64,7 +64,7 @@ def test_card_says_what_the_hub_reads(folder):
 
 def test_card_never_mixes_published_and_measured(folder, tmp_path):
     """The same quantity has one row with two columns; other data have a row of their own, empty where nothing is published."""
-    for name, dataset in (("same", "ImageNet-1k validation, 256 x 256"), ("other", "emoji")):
+    for name, dataset in (("same", "ImageNet-1k 256 x 256, ADM's reference batch"), ("other", "emoji")):
         save_measurement(
             tmp_path / f"{name}.json", "generation", "without guidance", dataset, {"fid": 2.5}, {"features": "inception"},
             num_images=50_000,
@@ -73,7 +73,7 @@ def test_card_never_mixes_published_and_measured(folder, tmp_path):
     card = model_card(folder, "me/thing", results=[*published_results("vfmtok-l"), *measured])
     rows = [line.split(" | ")[2:] for line in card.text.splitlines() if "| without guidance | FID ↓" in line]
     assert rows == [
-        ["FID ↓ (inception)", "ImageNet-1k validation, 256 x 256", "2.15 [1], 2.11 [2]", "2.5 [3] |"],
+        ["FID ↓ (inception)", "ImageNet-1k 256 x 256, ADM's reference batch", "2.15 [1], 2.11 [2]", "2.5 [3] |"],
         ["FID ↓ (inception)", "emoji", "—", "2.5 [3] |"],
     ]
     of_card = ModelCard(str(card)).data.eval_results  # as the Hub parses it
@@ -246,7 +246,7 @@ def test_converted_checkpoint_carries_provenance_and_the_authors_figures(hub, cl
     assert figures["generation, without guidance", "fid"] == 2.01
     assert all("README of CVMI-Lab/VFMTok-RAR" in result.source_name for result in card.data.eval_results)
     assert (
-        "| generation | without guidance | FID ↓ (inception) | ImageNet-1k validation, 256 x 256 | 2.01 [1] | — |"
+        "| generation | without guidance | FID ↓ (inception) | ImageNet-1k 256 x 256, ADM's reference batch | 2.01 [1] | — |"
         in card.text
     )
     assert "modeling_vfmtok_rar.py" in files

@@ -42,9 +42,13 @@ class Features:
 
 
 class FeatureExtractor(Protocol):
-    """8-bit images `(batch_size, 3, height, width)` to their features, on the CPU. `name` tells networks apart."""
+    """
+    8-bit images `(batch_size, 3, height, width)` to their features, on the CPU. `name` tells networks apart, and
+    `classifies` says whether there are logits.
+    """
 
     name: str
+    classifies: bool
 
     def __call__(self, images: torch.Tensor) -> Features: ...
 
@@ -69,21 +73,29 @@ class InceptionFeatures:
         device (`torch.device` or `str`): where to compute.
 
     Raises:
-        OSError: the weights could not be downloaded, or the file cannot be read.
+        OSError: the weights could not be downloaded, or the file is not there.
+        ValueError: the file is not one of Inception's weights.
     """
 
     name = "inception"
+    classifies = True
 
     def __init__(self, weights: Path | None = None, device: torch.device | str = "cpu"):
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
         try:
+            if weights is not None:
+                # torch-fidelity unpickles whatever the file holds: look first that it is tensors alone.
+                torch.load(weights, map_location="cpu", weights_only=True)
             self.model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], weights)
         except OSError as error:
             raise OSError(
                 f"Inception's weights could not be had ({error}): fetch {URL_INCEPTION_V3} where there is a network and "
                 "give the file with --inception-weights, or choose a vision model with --features."
             ) from error
+        except Exception as error:  # what unpickling some other file raises, nobody can tell
+            file = weights or "The downloaded file"
+            raise ValueError(f"{file} does not hold Inception's weights: fetch {URL_INCEPTION_V3}.") from error
         self.model.to(device)
         self.device = device
         self.spatial: torch.Tensor
@@ -166,6 +178,8 @@ class OwnVisionFeatures:
     was trained to keep these very features.
     """
 
+    classifies = False
+
     def __init__(self, vq_model: VFMTokModel):
         self.vq_model = vq_model
         self.name = "the tokenizer's own vision model"
@@ -216,5 +230,6 @@ def extract_features(
 
 def check_finite(features: Features, whose: str) -> None:
     """Raise `ValueError` if any feature is NaN or infinite."""
-    if not (features.pooled.isfinite().all() and features.spatial.isfinite().all()):
+    columns = (features.pooled, features.spatial, features.logits)
+    if not all(column.isfinite().all() for column in columns if column is not None):
         raise ValueError(f"{whose} have features that are NaN or infinite: check the network's weights.")

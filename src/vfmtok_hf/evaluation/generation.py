@@ -8,6 +8,7 @@ missing is drawn, by any number of processes, and the result is the same.
 
 import hashlib
 import json
+import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ import torch
 from vfmtok_hf.evaluation.features import Advance, FeatureExtractor, extract_features
 from vfmtok_hf.evaluation.images import ImageSet, NpzImages, write_npz
 from vfmtok_hf.evaluation.metrics import FeatureStatistics, Reference, compare_features
+from vfmtok_hf.modeling import generation_vfmtok
+from vfmtok_hf.modeling.modeling_vfmtok_rar import VFMTokRARForImageGeneration
 from vfmtok_hf.output_files import whole_file
 from vfmtok_hf.pipelines import VFMTokPipeline
 
@@ -49,6 +52,25 @@ class SamplingSettings:
     chunk_size: int = 64
 
 
+def check_sampling(pipe: VFMTokPipeline, settings: SamplingSettings) -> None:
+    """
+    Look at the settings without drawing anything.
+
+    Raises:
+        ValueError: the generator does not take them.
+    """
+    if settings.guidance_scale_pow is not None and not isinstance(pipe.transformer, VFMTokRARForImageGeneration):
+        raise ValueError("guidance_scale_pow is a setting of RAR generators alone: leave it out.")
+    generation_vfmtok.SamplingSettings.resolve(
+        pipe.transformer.generation_config,
+        guidance_scale=settings.guidance_scale,
+        guidance_scale_pow=settings.guidance_scale_pow,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+    )
+
+
 def balanced_labels(num_samples: int, num_classes: int) -> torch.Tensor:
     """`(num_samples,)` int64: classes in turn, so that their numbers differ by one at most."""
     return torch.arange(num_samples) % num_classes
@@ -70,7 +92,7 @@ class SampleFolder:
     The samples of one setting, in chunks of `settings.chunk_size`. It is an `ImageSet` once it is complete.
 
     Args:
-        folder (`Path`): made if it is not there.
+        folder (`Path`): made when the first sample is drawn.
         settings (`SamplingSettings`): of the samples.
         num_classes (`int`): of the generator.
         fingerprint (`str`): of the model, as of `model_fingerprint`.
@@ -88,21 +110,25 @@ class SampleFolder:
             range(start, min(start + settings.chunk_size, settings.num_samples))
             for start in range(0, settings.num_samples, settings.chunk_size)
         ]
-        self._check_or_write_settings({**asdict(settings), "num_classes": num_classes, "model": fingerprint})
+        self.record = {**asdict(settings), "num_classes": num_classes, "model": fingerprint}
+        self.check_settings()
 
-    def _check_or_write_settings(self, settings: dict[str, Any]) -> None:
+    def check_settings(self) -> None:
+        """Raise `ValueError` if the folder holds samples of other settings or another model."""
         file = self.folder / "settings.json"
-        if not file.is_file():
-            with whole_file(file) as temporary:
-                temporary.write_text(json.dumps(settings, indent=1))
-            return
-        found = json.loads(file.read_text())
-        differing = [name for name in settings if settings[name] != found.get(name)]
+        found = json.loads(file.read_text()) if file.is_file() else self.record
+        differing = [name for name in self.record if self.record[name] != found.get(name)]
         if differing:
-            texts = [f"{name} {found.get(name)} instead of {settings[name]}" for name in differing]
+            texts = [f"{name} {found.get(name)} instead of {self.record[name]}" for name in differing]
             raise ValueError(
                 f"{self.folder} holds samples of other settings: {', '.join(texts)}. Name another folder."
             )
+
+    def write_settings(self) -> None:
+        """What later runs are held to. Of several processes any may write it, as all write the same."""
+        self.check_settings()
+        with whole_file(self.folder / "settings.json") as temporary:
+            temporary.write_text(json.dumps(self.record, indent=1))
 
     def file(self, chunk: int) -> Path:
         return self.folder / f"chunk_{chunk:06d}.npy"
@@ -137,6 +163,7 @@ def draw_samples(
     Args:
         advance: called with the number of samples drawn after each chunk.
     """
+    samples.write_settings()
     settings = samples.settings
     rar = {} if settings.guidance_scale_pow is None else {"guidance_scale_pow": settings.guidance_scale_pow}
     for chunk in samples.missing(process_index, num_processes):
@@ -163,7 +190,11 @@ def write_samples_npz(samples: SampleFolder, path: Path) -> None:
 
 
 def load_reference(
-    images: ImageSet | Path, extractor: FeatureExtractor, batch_size: int = 32, advance: Advance = lambda count: None
+    images: ImageSet | Path,
+    extractor: FeatureExtractor,
+    size: int | None = None,
+    batch_size: int = 32,
+    advance: Advance = lambda count: None,
 ) -> Reference:
     """
     What samples are compared with.
@@ -171,33 +202,52 @@ def load_reference(
     Args:
         images (`ImageSet` or `Path`): images, or ADM's `.npz` of a reference batch. If it holds statistics (`mu`, `sigma`,
             `mu_s`, `sigma_s`), these are used as they are, for they are of more images than the file itself holds.
+        size (`int`, *optional*): side in pixels of the samples, which the images of a `.npz` must have too.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the statistics are not of the chosen network.
+        ValueError: no `.npz`, images of another size, or statistics that are not finite or not of the chosen network.
     """
     if not isinstance(images, Path):
         return Reference.of(extract_features(images, extractor, batch_size, advance))
     if not images.is_file():
         raise FileNotFoundError(f"There is no reference file {images}.")
+    if not zipfile.is_zipfile(images):
+        raise ValueError(f"{images} is not a .npz file, or is truncated: fetch it again.")
     with np.load(images, allow_pickle=False) as archive:
         names = set(archive.files)
-        statistics = {name: archive[name] for name in names & {"mu", "sigma", "mu_s", "sigma_s"}}
-    features = None
-    if "arr_0" in names:
-        features = extract_features(NpzImages(images), extractor, batch_size, advance)
-    if len(statistics) < 4:
-        if features is None:
-            raise ValueError(f"{images} holds neither images (arr_0) nor statistics (mu, sigma, mu_s, sigma_s).")
-        return Reference.of(features)
-    if extractor.name != "inception":
+        stored = {name: archive[name].astype(np.float64) for name in names & {"mu", "sigma", "mu_s", "sigma_s"}}
+    has_statistics = len(stored) == 4
+    if not has_statistics and "arr_0" not in names:
+        raise ValueError(f"{images} holds neither images (arr_0) nor statistics (mu, sigma, mu_s, sigma_s).")
+    if has_statistics and extractor.name != "inception":
         raise ValueError(
             f"{images} holds statistics of Inception, the features are those of {extractor.name}: give reference images, "
             "or choose the features 'inception'."
         )
-    pooled = FeatureStatistics(statistics["mu"].astype(np.float64), statistics["sigma"].astype(np.float64))
-    spatial = FeatureStatistics(statistics["mu_s"].astype(np.float64), statistics["sigma_s"].astype(np.float64))
+    if has_statistics and not all(np.isfinite(values).all() for values in stored.values()):
+        raise ValueError(f"{images} holds statistics that are NaN or infinite: fetch or compute them again.")
+    features = None
+    if "arr_0" in names:
+        features = extract_features(_npz_of_size(images, size), extractor, batch_size, advance)
+    if not has_statistics:
+        return Reference.of(features)
+    pooled, spatial = (
+        FeatureStatistics(stored[mean], stored[covariance])
+        for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s"))
+    )
     return Reference(pooled, spatial, features.pooled if features is not None else None)
+
+
+def _npz_of_size(path: Path, size: int | None) -> NpzImages:
+    images = NpzImages(path)
+    height, width = images.shape[1:3]
+    if size is not None and (height, width) != (size, size):
+        raise ValueError(
+            f"{path} holds images of {width} x {height} pixels, and the samples have {size} x {size}: choose one size for "
+            "both."
+        )
+    return images
 
 
 @dataclass

@@ -31,6 +31,7 @@ from vfmtok_hf.token_files import find_images
 
 
 PIXEL_GRID = 32
+MIN_TRAINING_IMAGES = 20
 
 
 @dataclass
@@ -269,6 +270,57 @@ def _schedule(epoch: float, settings: ProbeSettings) -> float:
     return 0.5 * (1 + math.cos(math.pi * share))
 
 
+@dataclass
+class ProbeData:
+    """
+    Args:
+        train (`dict[str, torch.FloatTensor]`): each representation, `(views, images, channels)`.
+        train_labels (`torch.LongTensor` of shape `(images,)`).
+        test (`dict[str, torch.FloatTensor]`): the same of other images, `(images, channels)`.
+        test_labels (`torch.LongTensor` of shape `(images,)`).
+    """
+
+    train: dict[str, torch.Tensor]
+    train_labels: torch.Tensor
+    test: dict[str, torch.Tensor]
+    test_labels: torch.Tensor
+
+
+def represent_data(
+    model: VFMTokModel,
+    train: LabelledImages,
+    test: LabelledImages,
+    views: int,
+    batch_size: int = 32,
+    advance: Advance = lambda count: None,
+) -> ProbeData:
+    """
+    What `train_probes` needs; arguments and errors are those of `evaluate_linear_probe`.
+    """
+    if len(train) < MIN_TRAINING_IMAGES:
+        raise ValueError(
+            f"A linear probe needs at least {MIN_TRAINING_IMAGES} training images, as a tenth of them chooses the learning "
+            f"rate, got {len(train)}: add images."
+        )
+    test_labels = test.labels_as_in(train)
+    train_values = representations_of(model, train, batch_size, views, advance)
+    test_values = representations_of(model, test, batch_size, advance=advance)
+    return ProbeData(
+        train_values, train.labels, {name: values[0] for name, values in test_values.items()}, test_labels
+    )
+
+
+def train_probes(
+    data: ProbeData, settings: ProbeSettings, advance: Advance = lambda count: None
+) -> dict[str, ProbeResult]:
+    """Train and test a classifier on each representation; `advance` is called with 1 after each."""
+    results = {}
+    for name, values in data.train.items():
+        results[name] = train_linear_probe(values, data.train_labels, data.test[name], data.test_labels, settings)
+        advance(1)
+    return results
+
+
 def evaluate_linear_probe(
     model: VFMTokModel,
     train: LabelledImages,
@@ -286,13 +338,7 @@ def evaluate_linear_probe(
             testing.
 
     Raises:
-        ValueError: their classes differ, or an image cannot be read.
+        ValueError: fewer than 20 training images, classes that differ, or an image that cannot be read.
     """
     settings = settings or ProbeSettings()
-    test_labels = test.labels_as_in(train)
-    train_values = representations_of(model, train, batch_size, settings.views, advance)
-    test_values = representations_of(model, test, batch_size, advance=advance)
-    return {
-        name: train_linear_probe(values, train.labels, test_values[name][0], test_labels, settings)
-        for name, values in train_values.items()
-    }
+    return train_probes(represent_data(model, train, test, settings.views, batch_size, advance), settings)

@@ -35,7 +35,9 @@ class FeatureStatistics:
             ValueError: fewer than two images, which have no covariance.
         """
         if len(features) < 2:
-            raise ValueError(f"A Fréchet distance needs at least two images on each side, got {len(features)}.")
+            raise ValueError(
+                f"A Fréchet distance needs at least two images on each side, got {len(features)}: add images."
+            )
         values = features.double().numpy()
         return cls(values.mean(axis=0), np.atleast_2d(np.cov(values, rowvar=False)))
 
@@ -72,8 +74,7 @@ def inception_score(logits: torch.Tensor) -> float:
     """
     from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
 
-    if len(logits) < INCEPTION_SCORE_SPLITS:
-        raise ValueError(f"An inception score needs at least {INCEPTION_SCORE_SPLITS} images, got {len(logits)}.")
+    check_enough_splits(len(logits))
     return isc_features_to_metric(logits, INCEPTION_SCORE_SPLITS, shuffle=False)[KEY_METRIC_ISC_MEAN]
 
 
@@ -147,7 +148,37 @@ def check_enough_neighbours(num_images: int) -> None:
         ValueError: too few images on a side for precision and recall.
     """
     if num_images <= NEIGHBOURS:
-        raise ValueError(f"Precision and recall need more than {NEIGHBOURS} images on each side, got {num_images}.")
+        raise ValueError(
+            f"Precision and recall need more than {NEIGHBOURS} images on each side, got {num_images}: add images."
+        )
+
+
+def check_enough_splits(num_images: int) -> None:
+    """
+    Raises:
+        ValueError: too few images for an inception score.
+    """
+    if num_images < INCEPTION_SCORE_SPLITS:
+        raise ValueError(
+            f"An inception score needs at least {INCEPTION_SCORE_SPLITS} images, got {num_images}: add images, or choose "
+            "features of no classifier."
+        )
+
+
+def check_enough_images(num_images: int, reference: Reference, classifies: bool) -> None:
+    """
+    Look, before images are drawn, at whether `compare_features` will take so many.
+
+    Args:
+        classifies (`bool`): whether their features will have logits.
+
+    Raises:
+        ValueError: too few for one of the metrics.
+    """
+    if reference.pooled_features is not None:
+        check_enough_neighbours(min(num_images, len(reference.pooled_features)))
+    if classifies:
+        check_enough_splits(num_images)
 
 
 def sample_size_remarks(num_images: int, reference: Reference) -> list[str]:

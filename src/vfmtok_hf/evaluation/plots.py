@@ -104,6 +104,7 @@ def guidance_figure(scales: Sequence[float], values: Sequence[dict[str, float]],
     curve.plot(other, fid, color=BLUE, marker="o")
     for scale, x, y in zip(scales, other, fid, strict=True):
         curve.annotate(f"{scale:g}", (x, y), xytext=(4, 4), textcoords="offset points", color=GREY)
+    curve.margins(0.12)  # room for the numbers
     curve.set(xlabel=name.replace("_", " "), ylabel="FID", title="numbers: guidance scale")
     figure.suptitle(f"features: {features}")
     return figure

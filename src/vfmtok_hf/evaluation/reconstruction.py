@@ -10,7 +10,7 @@ import torch
 from vfmtok_hf.evaluation.features import Advance, FeatureExtractor, Features, check_finite
 from vfmtok_hf.evaluation.images import Picture, batches_of
 from vfmtok_hf.evaluation.metrics import Reference, compare_features
-from vfmtok_hf.evaluation.tokens import codebook_statistics
+from vfmtok_hf.evaluation.tokens import codebook_statistics, token_count_remarks
 from vfmtok_hf.pipelines import VFMTokPipeline
 
 
@@ -163,16 +163,19 @@ def evaluate_reconstruction(
         if extractor is not None:
             original_features.append(extractor(originals))
             features.append(extractor(reconstructions))
-            check_finite(features[-1], f"Reconstructions of images {num_images + 1} to {num_images + len(batch)}")
+            numbers = f"images {num_images + 1} to {num_images + len(batch)}"
+            check_finite(original_features[-1], f"Of the originals, {numbers}")
+            check_finite(features[-1], f"Of the reconstructions, {numbers}")
         num_images += len(batch)
         advance(len(batch))
     if num_images == 0:
         raise ValueError("There are no images to reconstruct.")
     values = {name: torch.cat(parts).mean().item() for name, parts in columns.items() if parts}
-    remarks: list[str] = []
+    remarks = token_count_remarks(counts)
     if extractor is not None:
         reference = Reference.of(Features.concatenate(original_features))
-        distances, remarks = compare_features(Features.concatenate(features), reference)
+        distances, more = compare_features(Features.concatenate(features), reference)
+        remarks += more
         values |= {RECONSTRUCTION_NAMES.get(name, name): value for name, value in distances.items()}
     statistics = codebook_statistics(counts)
     values |= {"codebook_usage": statistics.usage, "codebook_perplexity": statistics.perplexity}

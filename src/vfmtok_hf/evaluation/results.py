@@ -96,7 +96,7 @@ def published_results(model: str) -> list[Result]:
             metric,
             value,
             data["features"] if metric in OF_FEATURES else "",
-            data["dataset"],
+            data["datasets"][entry["task"]],
             entry["source"]["name"],
             entry["source"]["url"],
         )

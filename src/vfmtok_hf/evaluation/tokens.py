@@ -40,6 +40,20 @@ def codebook_statistics(counts: torch.Tensor) -> CodebookStatistics:
     return CodebookStatistics((counts > 0).double().mean().item(), entropy, 2**entropy)
 
 
+def token_count_remarks(counts: torch.Tensor) -> list[str]:
+    """
+    What too few tokens do to usage and perplexity: of n draws from K equally frequent codes, exp(-n / K) of the codes do
+    not occur; with ten tokens a code these are fewer than 0.01 %.
+    """
+    num_tokens, codebook_size = int(counts.sum()), len(counts)
+    if num_tokens >= 10 * codebook_size:
+        return []
+    return [
+        f"{num_tokens} tokens for {codebook_size} codes: codebook usage and perplexity are too low, and rise with the number "
+        "of images."
+    ]
+
+
 @dataclass
 class AnchorStatistics:
     """
