@@ -208,6 +208,7 @@ def generation(
     with one_line_errors():
         from accelerate import PartialState
 
+        from vfmtok_hf.environment import default_device
         from vfmtok_hf.evaluation.generation import (
             SampleFolder,
             SamplingSettings,
@@ -221,7 +222,8 @@ def generation(
 
         if features == "none":
             raise ValueError("Samples are compared by their features: name a network with --features.")
-        state = PartialState()
+        # Unless it is told so, accelerate takes each of several processes on CPUs for the only one.
+        state = PartialState(cpu=str(device or default_device()) == "cpu")
         check_output_folder(output)
         pipe = load_pipeline(model, device or str(state.device), dtype, generates=True, encodes=features == "own")
         size = size or pipe.vq_model.config.image_size
@@ -245,10 +247,11 @@ def generation(
         for setting in settings:
             check_sampling(pipe, setting)
         fingerprint, num_classes = model_fingerprint(pipe), pipe.transformer.config.num_classes
-        folders = [
-            SampleFolder(output / f"guidance_{setting.guidance_scale:g}", setting, num_classes, fingerprint)
-            for setting in settings
-        ]
+        with state.main_process_first():
+            folders = [
+                SampleFolder(output / f"guidance_{setting.guidance_scale:g}", setting, num_classes, fingerprint)
+                for setting in settings
+            ]
         if state.is_main_process:
             source = reference if reference.suffix == ".npz" else FolderImages([reference], size)
             extractor = open_features(features, pipe, feature_size, inception_weights)

@@ -16,10 +16,11 @@ from vfmtok_hf.cli import app
 
 
 NUM_SAMPLES = 80
+# Not `accelerate launch`, which on CPUs of one machine starts a single process whatever number it is given.
 LAUNCHERS = {
     1: (sys.executable, "-m"),
-    2: (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "0", "-m"),
-}  # fmt: skip
+    2: (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"),
+}
 
 
 @pytest.fixture(scope="module")
