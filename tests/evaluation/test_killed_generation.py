@@ -1,7 +1,7 @@
 """`vfmtok evaluate generation` killed with SIGKILL in the middle, and run again."""
 
 import os
-import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,11 +16,23 @@ from vfmtok_hf.cli import app
 
 
 NUM_SAMPLES = 80
-# Not `accelerate launch`, which on CPUs of one machine starts a single process whatever number it is given.
-LAUNCHERS = {
-    1: (sys.executable, "-m"),
-    2: (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"),
-}
+
+
+def start(command: list[str], num_processes: int, log) -> list[subprocess.Popen]:
+    """
+    What a launcher does, without one between us and the processes to kill. (`accelerate launch` starts a single process on
+    CPUs of one machine, whatever number it is given, and torchrun's are of sessions of their own.)
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    count = str(num_processes)
+    ranks = [
+        {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, **address}
+        for rank in map(str, range(num_processes))
+    ]
+    environments = ranks if num_processes > 1 else [{}]
+    return [subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | more) for more in environments]
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +65,15 @@ def chunks(folder):
 
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_a_killed_run_is_continued_bit_for_bit(arguments, uninterrupted, tmp_path, num_processes):
-    command = [*LAUNCHERS[num_processes], "vfmtok_hf", *arguments, str(tmp_path)]
+    command = [sys.executable, "-m", "vfmtok_hf", *arguments, str(tmp_path)]
     samples = tmp_path / "guidance_1"
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        while len(chunks(samples)) < 5 and process.poll() is None:
+        processes = start(command, num_processes, log)
+        while len(chunks(samples)) < 5 and all(process.poll() is None for process in processes):
             time.sleep(0.001)
-        os.killpg(process.pid, signal.SIGKILL)  # of the launcher and of every process it started
-        process.wait()
+        for process in processes:
+            process.kill()
+            process.wait()
     # Not yet judged, and some of the samples drawn: it died in the middle.
     assert 5 <= len(chunks(samples)) < NUM_SAMPLES, (tmp_path / "log").read_text()
     kept = {file: file.stat().st_mtime_ns for file in chunks(samples)}
@@ -68,7 +81,11 @@ def test_a_killed_run_is_continued_bit_for_bit(arguments, uninterrupted, tmp_pat
     if num_processes == 1:
         run_here(*arguments, str(tmp_path))
     else:
-        subprocess.run(command, check=True, capture_output=True)
+        with (tmp_path / "log").open("w") as log:
+            codes = [process.wait() for process in start(command, num_processes, log)]
+        assert codes == [0, 0], (tmp_path / "log").read_text()
+        # The second process leaves the judging to the first.
+        assert (tmp_path / "log").read_text().count(f"{NUM_SAMPLES} samples in") == 1
     assert [file.name for file in chunks(samples)] == [file.name for file in chunks(uninterrupted)]
     assert {file: file.stat().st_mtime_ns for file in kept} == kept
     for name in ("samples.npz", "results.json"):
