@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import DeformableDetrConfig, DeformableDetrModel, ResNetConfig
 
 from tests.pipelines.tiny_pipeline import tiny_pipeline
 from tests.testing import REFERENCE, reference_images, tiny_images, tiny_model
@@ -24,15 +25,16 @@ from vfmtok_hf.modeling.modeling_vfmtok import MultiScaleDeformableAttention
 
 
 ROOT = Path(__file__).parent.parent
+NO_KERNELS = "the kernels library is not installed: pip install 'vfmtok-hf[kernel]'"
 CASES = json.loads((REFERENCE / "deform_attn" / "cases.json").read_text())
 
 
 @pytest.fixture(scope="session")
 def kernel_build():
     """A folder with the CPU kernel built for the installed torch; built once and kept while its sources are the same."""
-    pytest.importorskip("kernels")
+    pytest.importorskip("kernels", reason=NO_KERNELS)
     if shutil.which(os.environ.get("CXX", "g++")) is None:
-        pytest.skip("the kernel needs a C++ compiler to be built")
+        pytest.skip("no C++ compiler to build the kernel: install g++ or set CXX")
     command = [sys.executable, ROOT / "kernel" / "dev_build.py", "--output", ROOT / "build" / "kernel"]
     subprocess.run(command, check=True, capture_output=True, text=True)
     return ROOT / "build" / "kernel"
@@ -66,7 +68,7 @@ def python_kernel(tmp_path):
         (folder / "metadata.json").write_text(json.dumps({**metadata, "backend": {"type": backend}}))
         return tmp_path / identifier
 
-    pytest.importorskip("kernels")
+    pytest.importorskip("kernels", reason=NO_KERNELS)
     return write
 
 
@@ -190,16 +192,26 @@ def test_autocast_gives_what_the_fallback_gives(kernel_build):
 
 @pytest.mark.kernel
 def test_deformable_detr_is_served_too(kernel_build):
-    from transformers.models.deformable_detr.modeling_deformable_detr import (
-        MultiScaleDeformableAttention as DetrLayer,
+    """A whole model, forward and backward: it hands over strided tensors and the level sizes on the device."""
+    torch.manual_seed(0)
+    backbone = ResNetConfig(embedding_size=8, hidden_sizes=[8, 12, 16, 24], depths=[1] * 4, out_indices=[2, 3, 4])
+    sizes = dict.fromkeys(("d_model", "encoder_ffn_dim", "decoder_ffn_dim"), 32)
+    layers = dict.fromkeys(("encoder_layers", "decoder_layers"), 1)
+    heads = dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4)
+    config = DeformableDetrConfig(
+        backbone_config=backbone, num_queries=7, num_feature_levels=3, **sizes, **layers, **heads
     )
+    model = DeformableDetrModel(config).eval()
+    images = torch.randn(2, 3, 64, 96, requires_grad=True)
 
-    layer_arguments = arguments()
-    module = DetrLayer()
-    expected = module(*layer_arguments)
-    enable_kernels(module, path=kernel_build)
-    assert active_implementation(module).startswith("compiled")
-    torch.testing.assert_close(module(*layer_arguments), expected, rtol=1e-5, atol=1e-5)
+    def states_and_gradient():
+        states = model(images).last_hidden_state
+        return states, *torch.autograd.grad(states.square().sum(), images)
+
+    expected = states_and_gradient()
+    enable_kernels(model, mode="training", path=kernel_build)
+    assert active_implementation(model).startswith("compiled")
+    torch.testing.assert_close(states_and_gradient(), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.kernel
@@ -254,7 +266,7 @@ def test_locked_revision_is_used_from_the_cache(python_kernel, monkeypatch, tmp_
 
 
 def test_locked_revision_that_is_not_in_the_cache_is_not_fetched(monkeypatch, tmp_path):
-    pytest.importorskip("kernels")
+    pytest.importorskip("kernels", reason=NO_KERNELS)
     lock = [{"dependency": {"repo-id": hub_kernels.KERNEL_REPO_ID, "version": 1}, "lock": {"commit": "0" * 40}}]
     (tmp_path / "kernels.lock").write_text(json.dumps(lock))
     monkeypatch.setattr(hub_kernels, "LOCK_FILE", tmp_path / "kernels.lock")

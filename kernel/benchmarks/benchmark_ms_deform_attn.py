@@ -5,9 +5,9 @@
 
 Sizes are those of the released VFMTok encoder: 256 queries, 4 levels of 24 x 24, 8 heads of 64 channels, 4 points; the
 locations are the anchors' grid with offsets of about 3 pixels. A backward is timed alone, on a kept graph. The
-implementations take turns and times are medians; allocation of the results is part of them. The
-bandwidth is compared with what a matrix-vector product streams on the same machine just before. Rows are added to those
-that the output has of other devices, dtypes, threads and batches, so that a table may be measured in slices.
+implementations take turns and times are medians; allocation of the results is part of them. With them runs a plain copy
+that moves as many bytes as the pass must: what the memory gives to a stream. Rows are added to those that the output has
+of other devices, dtypes, threads and batches, so that a table may be measured in slices.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from reference import load_kernel, ms_deform_attn_reference
 SHAPES = ((24, 24),) * 4
 QUERIES, HEADS, CHANNELS, POINTS = 256, 8, 64, 4
 MEASURED = ["device", "dtype", "threads", "batch", "pass", "implementation"]  # what a row is about
-FIELDS = [*MEASURED, "milliseconds", "times_faster", "megabytes", "gb_per_s", "percent_of_stream"]
+COPY = "copy of as many bytes"
+FIELDS = [*MEASURED, "milliseconds", "times_faster", "megabytes", "gb_per_s"]
 
 
 def released_inputs(batch: int, dtype: torch.dtype, device: str, seed: int = 0):
@@ -60,17 +61,10 @@ def least_bytes(batch: int, element_size: int, is_backward: bool) -> int:
     return element_size * (moved + value + 3 * samples if is_backward else moved)
 
 
-def streaming_gb_per_s(device: str) -> float:
-    """What the machine reads from memory at best: a float32 matrix-vector product of 268 MB, the fastest of twenty."""
-    matrix, vector = torch.ones(8192, 8192, device=device), torch.ones(8192, device=device)
-    times = []
-    for _ in range(20):
-        start = time.perf_counter()
-        matrix @ vector
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return matrix.nbytes / min(times) / 1e9
+def stream(byte_count: int, device: str):
+    """A copy between two buffers, half of the bytes read and half written."""
+    source, target = (torch.ones(byte_count // 8, device=device) for _ in range(2))
+    return partial(target.copy_, source)
 
 
 def alternate(sides: dict, device: str, seconds: float) -> dict[str, float]:
@@ -91,21 +85,24 @@ def alternate(sides: dict, device: str, seconds: float) -> dict[str, float]:
     return {name: statistics.median(turn[name] for turn in times) for name in sides}
 
 
-def time_passes(functions: dict, tensors, device: str, seconds: float) -> dict[str, dict[str, float]]:
+def time_passes(functions: dict, tensors, moved: dict[str, int], device: str, seconds: float) -> dict[str, dict]:
+    """Milliseconds of each implementation and of a copy, by pass; `moved` has the bytes of each pass."""
     leaves = [tensor.clone().requires_grad_() for tensor in tensors]
 
     def run(function):
         return function(leaves[0], SHAPES, leaves[1], leaves[2])
 
+    forwards = {name: partial(run, function) for name, function in functions.items()}
     with torch.no_grad():
-        forward = alternate({name: partial(run, function) for name, function in functions.items()}, device, seconds)
+        forward = alternate({**forwards, COPY: stream(moved["forward"], device)}, device, seconds)
     outputs = {name: run(function) for name, function in functions.items()}
     grad_output = torch.randn_like(next(iter(outputs.values())))
     backwards = {
         name: partial(torch.autograd.grad, output, leaves, grad_output, retain_graph=True)
         for name, output in outputs.items()
     }
-    return {"forward": forward, "backward": alternate(backwards, device, seconds)}
+    backward = alternate({**backwards, COPY: stream(moved["backward"], device)}, device, seconds)
+    return {"forward": forward, "backward": backward}
 
 
 def implementations(device: str, with_compiled: bool) -> dict:
@@ -119,13 +116,11 @@ def implementations(device: str, with_compiled: bool) -> dict:
     return functions
 
 
-def measure(
-    arguments: argparse.Namespace, dtype: torch.dtype, batch: int, functions: dict, stream: float
-) -> list[dict]:
+def measure(arguments: argparse.Namespace, dtype: torch.dtype, batch: int, functions: dict) -> list[dict]:
     tensors = released_inputs(batch, dtype, arguments.device)
     rows = []
-    for direction, times in time_passes(functions, tensors, arguments.device, arguments.seconds).items():
-        moved = least_bytes(batch, dtype.itemsize, direction == "backward")
+    moved = {name: least_bytes(batch, dtype.itemsize, name == "backward") for name in ("forward", "backward")}
+    for direction, times in time_passes(functions, tensors, moved, arguments.device, arguments.seconds).items():
         for name, milliseconds in times.items():
             rows.append(
                 {
@@ -137,9 +132,8 @@ def measure(
                     "implementation": name,
                     "milliseconds": f"{milliseconds:.3f}",
                     "times_faster": f"{next(iter(times.values())) / milliseconds:.1f}",
-                    "megabytes": f"{moved / 1e6:.1f}",
-                    "gb_per_s": f"{moved / milliseconds / 1e6:.1f}",
-                    "percent_of_stream": f"{100 * moved / milliseconds / 1e6 / stream:.0f}",
+                    "megabytes": f"{moved[direction] / 1e6:.1f}",
+                    "gb_per_s": f"{moved[direction] / milliseconds / 1e6:.1f}",
                 }
             )
             print("  ".join(f"{row_value:>14}" for row_value in rows[-1].values()), flush=True)
@@ -166,14 +160,20 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 
 def write_ratios(path: Path, rows: list[dict]) -> None:
-    """How many times faster, as a Markdown table: a line per pass, a column per implementation, the kernel's traffic."""
+    """
+    How many times faster, as a Markdown table: a line per pass, a column per implementation, and the kernel's traffic
+    with its share of the bandwidth that the copy reached.
+    """
     lines: dict[tuple, dict[str, str]] = {}
     for row in rows:
         line = lines.setdefault(tuple(row[field] for field in MEASURED[:-1]), {})
+        if row["implementation"] == COPY:
+            line["copy, GB/s"] = row["gb_per_s"]
+            line["kernel / copy"] = f"{float(line['kernel, GB/s']) / float(row['gb_per_s']):.0%}"
+            continue
         line[row["implementation"]] = row["times_faster"]
         if row["implementation"] == "kernel":
             line |= {"kernel, ms": row["milliseconds"], "MB": row["megabytes"], "kernel, GB/s": row["gb_per_s"]}
-            line["% of stream"] = row.get("percent_of_stream", "")  # older rows lack it
     columns = list(dict.fromkeys(column for line in lines.values() for column in line))
     table = [[*MEASURED[:-1], *columns], ["---"] * (len(MEASURED) - 1 + len(columns))]
     table += [[*key, *(line.get(column, "") for column in columns)] for key, line in lines.items()]
@@ -186,20 +186,18 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seconds", type=float, default=15.0, help="time spent on each pass, about")
+    parser.add_argument("--seconds", type=float, default=10.0, help="time spent on each pass, about")
     parser.add_argument("--no-compiled", action="store_true", help="leave torch.compile out")
     parser.add_argument("--output", type=Path, help="CSV file to write, with a Markdown table of the ratios beside it")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(f"torch {torch.__version__}, {platform.processor() or platform.machine()}, load {os.getloadavg()[0]:.1f}")
-    stream = streaming_gb_per_s(arguments.device)
-    print(f"a matrix-vector product streams {stream:.1f} GB/s")
     print("  ".join(f"{field:>14}" for field in FIELDS))
     functions = implementations(arguments.device, not arguments.no_compiled)
     rows = []
     for dtype in arguments.dtype:
         for batch in arguments.batch:
-            rows += measure(arguments, getattr(torch, dtype), batch, functions, stream)
+            rows += measure(arguments, getattr(torch, dtype), batch, functions)
     if arguments.output:
         rows = with_earlier(arguments.output, rows)
         write_csv(arguments.output, rows)

@@ -54,35 +54,42 @@ MSDA_INLINE int32_t floor_to_int(T coordinate) {
   return truncated - (coordinate < static_cast<T>(truncated));
 }
 
-// False when the sample touches no pixel of the level. Written so that NaN and infinite locations give false too, and
-// so that the conversion to integer only ever sees a coordinate in (-1, size).
+// `coordinate` moved into [-1, size], where it fits an integer; NaN becomes -1.
+template <typename T>
+MSDA_INLINE T clamp(T coordinate, int32_t size) {
+  const T at_least = coordinate > T(-1) ? coordinate : T(-1);
+  const T at_most = static_cast<T>(size);
+  return at_least < at_most ? at_least : at_most;
+}
+
+// False when the sample touches no pixel of the level, as with NaN and infinite locations. Without branches, which
+// samples near a border would take at random.
 template <typename T>
 MSDA_INLINE bool locate(T x, T y, const Level& level, Footprint<T>* footprint) {
   const T row = y * static_cast<T>(level.height) - static_cast<T>(0.5);
   const T column = x * static_cast<T>(level.width) - static_cast<T>(0.5);
-  const bool touches = row > T(-1) && column > T(-1) && row < static_cast<T>(level.height) &&
-                       column < static_cast<T>(level.width);
-  if (!touches) {
-    return false;
-  }
-  footprint->top = floor_to_int(row);
-  footprint->left = floor_to_int(column);
-  footprint->past_top = row - static_cast<T>(footprint->top);
-  footprint->past_left = column - static_cast<T>(footprint->left);
-  return true;
+  const bool touches = (row > T(-1)) & (column > T(-1)) & (row < static_cast<T>(level.height)) &
+                       (column < static_cast<T>(level.width));
+  const T safe_row = clamp(row, level.height);
+  const T safe_column = clamp(column, level.width);
+  footprint->top = floor_to_int(safe_row);
+  footprint->left = floor_to_int(safe_column);
+  footprint->past_top = safe_row - static_cast<T>(footprint->top);
+  footprint->past_left = safe_column - static_cast<T>(footprint->left);
+  return touches;
 }
 
 template <typename T>
 MSDA_INLINE bool is_interior(const Footprint<T>& footprint, const Level& level) {
-  return footprint.top >= 0 && footprint.left >= 0 && footprint.top + 1 < level.height &&
-         footprint.left + 1 < level.width;
+  return (footprint.top >= 0) & (footprint.left >= 0) & (footprint.top + 1 < level.height) &
+         (footprint.left + 1 < level.width);
 }
 
 template <typename T>
 MSDA_INLINE bool has_corner(const Footprint<T>& footprint, const Level& level, int corner) {
   const int32_t row = footprint.top + (corner >> 1);
   const int32_t column = footprint.left + (corner & 1);
-  return row >= 0 && row < level.height && column >= 0 && column < level.width;
+  return (row >= 0) & (row < level.height) & (column >= 0) & (column < level.width);
 }
 
 // Position of a corner inside its level; meaningful only where `has_corner`.

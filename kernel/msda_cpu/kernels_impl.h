@@ -129,21 +129,10 @@ void forward(const Sizes& sizes, const ForwardArguments& arguments, int64_t begi
   }
 }
 
-// Channels of a scratch row: whole vectors, so that only copying in and out meets a partial one.
+// Channels of a row of output gradients: whole vectors, so that only value and its gradient meet a partial one.
 template <typename S>
 MSDA_INLINE int64_t padded_channels(const Sizes& sizes) {
   return (sizes.channels + kLanes<S> - 1) / kLanes<S> * kLanes<S>;
-}
-
-// In the compute type: the value of the largest level, its gradient, and one row of the output gradient.
-template <typename S>
-int64_t scratch_bytes(const Sizes& sizes) {
-  int64_t positions = 0;
-  for (int level = 0; level < sizes.levels; ++level) {
-    const int64_t area = int64_t(sizes.level[level].height) * sizes.level[level].width;
-    positions = area > positions ? area : positions;
-  }
-  return (2 * positions + 1) * padded_channels<S>(sizes) * static_cast<int64_t>(sizeof(typename Storage<S>::Compute));
 }
 
 // One head's rows lie `stride` apart, too far for the hardware to foresee the next one.
@@ -168,119 +157,252 @@ MSDA_INLINE void copy_row_in(const S* source, typename Storage<S>::Compute* targ
   }
 }
 
-template <typename S>
-MSDA_INLINE void copy_row_out(const typename Storage<S>::Compute* source, S* target, int64_t channels) {
-  typedef Storage<typename Storage<S>::Compute> ComputeStorage;
-  int64_t channel = 0;
-  for (; channel + kLanes<S> <= channels; channel += kLanes<S>) {
-    Storage<S>::store(target + channel, ComputeStorage::load(source + channel));
-  }
-  if (channel < channels) {
-    store_partial(target + channel, ComputeStorage::load(source + channel), channels - channel);
-  }
-}
+// Corners are added up in fours, which share the sums over lanes.
+constexpr int kQuad = 4;
 
-// For the kCorners rows at `offsets`: dots = <grad_output, value row>, gradient row += share * grad_output.
-template <typename C, int kCorners>
-MSDA_INLINE void backward_corners(const C* value, C* gradient, const int64_t* offsets, const C* shares,
-                                  const C* grad_output, int64_t channels, C* dots) {
-  typedef typename Storage<C>::Vector Vector;
-  Vector products[4] = {};
-  for (int64_t channel = 0; channel < channels; channel += kLanes<C>) {
-    const Vector upstream = Storage<C>::load(grad_output + channel);
-    for (int corner = 0; corner < kCorners; ++corner) {
-      const int64_t offset = offsets[corner] + channel;
-      products[corner] += upstream * Storage<C>::load(value + offset);
-      Storage<C>::store(gradient + offset, Storage<C>::load(gradient + offset) + shares[corner] * upstream);
-    }
-  }
-  C sums[4];
-  sums_of_lanes(products, sums);
-  memcpy(dots, sums, kCorners * sizeof(C));
-}
+MSDA_INLINE int32_t whole_quads(int32_t count) { return (count + kQuad - 1) / kQuad * kQuad; }
 
-// One sample: adds to the value gradient of its corners and returns its own gradients.
+// Where a sample lies; its weight is zero when it touches no pixel.
 template <typename C>
-MSDA_INLINE SampleGradient<C> backward_sample(const Level& level, C x, C y, C weight, const C* grad_output,
-                                              const C* value, C* gradient, int64_t channels) {
+struct Sample {
   Footprint<C> footprint;
-  if (!locate(x, y, level, &footprint)) {
-    return SampleGradient<C>{};
+  C weight;
+};
+
+// One of the four pixels around a sample.
+template <typename C>
+struct Corner {
+  int32_t position;  // of the pixel inside its level; the level's area where there is no pixel
+  int32_t row;       // where the output gradient of the sample's query starts in `upstream`
+  C share;           // attention weight times bilinear weight
+  C dot;             // <output gradient, value at the pixel>
+};
+
+// What one thread needs for one level of one head of one image.
+template <typename C>
+struct Scratch {
+  C* upstream;         // (queries + 1, padded channels): the head's output gradient, then a row of zeros
+  Sample<C>* samples;  // (queries, points)
+  Corner<C>* corners;  // (queries, points, 4), then a filler that adds nothing
+  int32_t* order;      // indices of corners by position, each position's filled up to whole quads
+  int32_t* ends;       // (area + 1): where each position's corners end in `order`
+};
+
+// The next `count` elements of `memory`, whose first `used` bytes are taken. `memory` may be null, to measure.
+template <typename T>
+MSDA_INLINE T* take(void* memory, int64_t count, int64_t* used) {
+  T* start = reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(*used));
+  *used += (count * static_cast<int64_t>(sizeof(T)) + kCacheLine - 1) / kCacheLine * kCacheLine;
+  return start;
+}
+
+// Divides `memory` up for the largest level; returns the bytes that takes.
+template <typename S>
+MSDA_INLINE int64_t divide_scratch(const Sizes& sizes, void* memory, Scratch<typename Storage<S>::Compute>* scratch) {
+  int64_t area = 0;
+  for (int level = 0; level < sizes.levels; ++level) {
+    const int64_t level_area = int64_t(sizes.level[level].height) * sizes.level[level].width;
+    area = level_area > area ? level_area : area;
   }
-  C dots[4] = {};
-  C shares[4];
-  int64_t offsets[4];
-  for (int corner = 0; corner < 4; ++corner) {
-    shares[corner] = weight * corner_weight(footprint, corner);
-    offsets[corner] = corner_position(footprint, level, corner) * channels;
+  const int64_t samples = sizes.queries * sizes.points;
+  const int64_t positions = area + 1 < 4 * samples ? area + 1 : 4 * samples;  // with corners, at most
+  typedef typename Storage<S>::Compute Compute;
+  int64_t used = 0;
+  scratch->upstream = take<Compute>(memory, (sizes.queries + 1) * padded_channels<S>(sizes), &used);
+  scratch->samples = take<Sample<Compute>>(memory, samples, &used);
+  scratch->corners = take<Corner<Compute>>(memory, 4 * samples + 1, &used);
+  scratch->order = take<int32_t>(memory, 4 * samples + (kQuad - 1) * positions, &used);
+  scratch->ends = take<int32_t>(memory, area + 1, &used);
+  return used;
+}
+
+template <typename S>
+int64_t scratch_bytes(const Sizes& sizes) {
+  Scratch<typename Storage<S>::Compute> scratch;
+  return divide_scratch<S>(sizes, nullptr, &scratch);
+}
+
+// The head's output gradient, contiguous and in the compute type, and a row of zeros.
+template <typename S, typename C>
+MSDA_INLINE void copy_upstream(const Sizes& sizes, const S* grad_output, C* upstream) {
+  const int64_t stride = sizes.heads * sizes.channels;
+  const int64_t padded = padded_channels<S>(sizes);
+  for (int64_t query = 0; query < sizes.queries; ++query) {
+    prefetch_ahead<false>(grad_output, query, sizes.queries, stride, sizes.channels);
+    copy_row_in(grad_output + query * stride, upstream + query * padded, sizes.channels);
   }
-  if (is_interior(footprint, level)) {
-    backward_corners<C, 4>(value, gradient, offsets, shares, grad_output, channels, dots);
-  } else {
-    for (int corner = 0; corner < 4; ++corner) {
-      if (has_corner(footprint, level, corner)) {
-        backward_corners<C, 1>(value, gradient, offsets + corner, shares + corner, grad_output, channels, dots + corner);
+  memset(upstream + sizes.queries * padded, 0, static_cast<size_t>(padded) * sizeof(C));
+}
+
+// Locates every sample, lists its corners, and counts in `ends` how many lie on each position. A query's samples of this
+// level and head are `stride` samples after those of the query before.
+template <typename S, typename C>
+MSDA_INLINE void list_corners(const Sizes& sizes, const Level& level, const S* locations, const S* weights,
+                              int64_t stride, const Scratch<C>& scratch) {
+  const int32_t padded = static_cast<int32_t>(padded_channels<S>(sizes));
+  const int32_t area = level.height * level.width;
+  int32_t* const counts = scratch.ends;
+  memset(counts, 0, static_cast<size_t>(area + 1) * sizeof(*counts));
+  Sample<C>* sample = scratch.samples;
+  Corner<C>* next = scratch.corners;
+  for (int32_t query = 0; query < sizes.queries; ++query) {
+    prefetch_ahead<false>(locations, query, sizes.queries, 2 * stride, 2 * sizes.points);
+    prefetch_ahead<false>(weights, query, sizes.queries, stride, sizes.points);
+    for (int64_t index = query * stride; index < query * stride + sizes.points; ++index, ++sample) {
+      const C x = Storage<S>::load_scalar(locations + 2 * index), y = Storage<S>::load_scalar(locations + 2 * index + 1);
+      const C weight = Storage<S>::load_scalar(weights + index);
+      const bool touches = locate(x, y, level, &sample->footprint);
+      sample->weight = touches ? weight : C(0);
+      for (int corner = 0; corner < 4; ++corner) {
+        const bool has_pixel = touches & has_corner(sample->footprint, level, corner);
+        const int32_t position =
+            has_pixel ? static_cast<int32_t>(corner_position(sample->footprint, level, corner)) : area;
+        *next++ = {position, query * padded, sample->weight * corner_weight(sample->footprint, corner), C(0)};
+        ++counts[position];
       }
     }
   }
-  return sample_gradient(footprint, level, weight, dots);
+  *next = {area, static_cast<int32_t>(sizes.queries) * padded, C(0), C(0)};
 }
 
-// All samples of one level by one head of one image. The level is copied into `scratch` first: there it is contiguous,
-// in the compute type, and stays in the cache next to its gradient.
-template <typename S>
-MSDA_INLINE void backward_level(const Sizes& sizes, const BackwardArguments& arguments,
-                                typename Storage<S>::Compute* scratch, int64_t batch, int64_t head, int level_index) {
-  typedef typename Storage<S>::Compute Compute;
-  const Level& level = sizes.level[level_index];
-  const int64_t area = int64_t(level.height) * level.width;
-  const int64_t stride = sizes.heads * sizes.channels;
-  const int64_t padded = padded_channels<S>(sizes);
-  const int64_t value_offset = ((batch * sizes.positions + level.start) * sizes.heads + head) * sizes.channels;
-  const S* source = static_cast<const S*>(arguments.value) + value_offset;
-  S* target = static_cast<S*>(arguments.grad_value) + value_offset;
-  Compute* value = scratch;
-  Compute* gradient = value + area * padded;
-  Compute* upstream = gradient + area * padded;
-
-  for (int64_t position = 0; position < area; ++position) {
-    prefetch_ahead<false>(source, position, area, stride, sizes.channels);
-    copy_row_in(source + position * stride, value + position * padded, sizes.channels);
+// A counting sort by position.
+template <typename C>
+MSDA_INLINE void sort_corners(int32_t corner_count, int32_t area, const Scratch<C>& scratch) {
+  const Corner<C>* const corners = scratch.corners;
+  int32_t* const order = scratch.order;
+  int32_t* const ends = scratch.ends;
+  int32_t start = 0;
+  for (int32_t position = 0; position <= area; ++position) {
+    const int32_t count = ends[position];
+    ends[position] = start;
+    start += whole_quads(count);
   }
-  memset(gradient, 0, static_cast<size_t>(area * padded) * sizeof(Compute));
+  const int32_t filler = corner_count;
+  for (int32_t place = 0; place < start; ++place) {
+    order[place] = filler;
+  }
+  for (int32_t corner = 0; corner < corner_count; ++corner) {
+    order[ends[corners[corner].position]++] = corner;
+  }
+}
 
-  const int64_t first_row = batch * sizes.queries * sizes.heads + head;
-  const S* grad_output = static_cast<const S*>(arguments.grad_output) + first_row * sizes.channels;
-  for (int64_t query = 0; query < sizes.queries; ++query) {
-    prefetch_ahead<false>(grad_output, query, sizes.queries, stride, sizes.channels);
-    copy_row_in(grad_output + query * stride, upstream, sizes.channels);
-    const int64_t first_sample = ((first_row + query * sizes.heads) * sizes.levels + level_index) * sizes.points;
-    for (int64_t sample = first_sample; sample < first_sample + sizes.points; ++sample) {
-      const S* location = static_cast<const S*>(arguments.sampling_locations) + 2 * sample;
-      const S* weight = static_cast<const S*>(arguments.attention_weights) + sample;
-      const SampleGradient<Compute> own = backward_sample(
-          level, Storage<S>::load_scalar(location), Storage<S>::load_scalar(location + 1),
-          Storage<S>::load_scalar(weight), upstream, value, gradient, padded);
-      S* grad_location = static_cast<S*>(arguments.grad_sampling_locations) + 2 * sample;
-      Storage<S>::store_scalar(grad_location, own.x);
-      Storage<S>::store_scalar(grad_location + 1, own.y);
-      Storage<S>::store_scalar(static_cast<S*>(arguments.grad_attention_weights) + sample, own.attention_weight);
+// kBlocks vectors of one pixel's channels. Its value and its gradient stay in registers while all corners on it pass by:
+// gradient += share * upstream, dot += <upstream, value>. With kPartial the (single) vector has `count` lanes.
+template <typename S, int kBlocks, bool kPartial, typename C>
+MSDA_INLINE void backward_channels(const S* value, S* grad_value, const C* upstream, Corner<C>* corners,
+                                   const int32_t* order, const int32_t* order_end, int64_t count) {
+  typedef typename Storage<C>::Vector Vector;
+  Vector values[kBlocks];
+  Vector gradients[kBlocks] = {};
+  for (int block = 0; block < kBlocks; ++block) {
+    values[block] = kPartial ? load_partial(value, count) : Storage<S>::load(value + block * kLanes<S>);
+  }
+  for (; order < order_end; order += kQuad) {
+    Vector products[kQuad] = {};
+    for (int index = 0; index < kQuad; ++index) {
+      const Corner<C>& corner = corners[order[index]];
+      for (int block = 0; block < kBlocks; ++block) {
+        const Vector row = Storage<C>::load(upstream + corner.row + block * kLanes<S>);
+        products[index] += row * values[block];
+        gradients[block] += corner.share * row;
+      }
+    }
+    C sums[kQuad];
+    sums_of_lanes(products, sums);
+    for (int index = 0; index < kQuad; ++index) {
+      corners[order[index]].dot += sums[index];
     }
   }
-
-  for (int64_t position = 0; position < area; ++position) {
-    prefetch_ahead<true>(target, position, area, stride, sizes.channels);
-    copy_row_out(gradient + position * padded, target + position * stride, sizes.channels);
+  for (int block = 0; block < kBlocks; ++block) {
+    if (kPartial) {
+      store_partial(grad_value, gradients[block], count);
+    } else {
+      Storage<S>::store(grad_value + block * kLanes<S>, gradients[block]);
+    }
   }
 }
 
+template <typename S, typename C>
+MSDA_INLINE void backward_pixel(const Sizes& sizes, const S* value, S* grad_value, const Scratch<C>& scratch,
+                                const int32_t* order, const int32_t* order_end) {
+  constexpr int kBlocks = 4;
+  const int64_t lanes = kLanes<S>;
+  int64_t channel = 0;
+  for (; channel + kBlocks * lanes <= sizes.channels; channel += kBlocks * lanes) {
+    backward_channels<S, kBlocks, false>(value + channel, grad_value + channel, scratch.upstream + channel,
+                                         scratch.corners, order, order_end, lanes);
+  }
+  for (; channel + lanes <= sizes.channels; channel += lanes) {
+    backward_channels<S, 1, false>(value + channel, grad_value + channel, scratch.upstream + channel, scratch.corners,
+                                   order, order_end, lanes);
+  }
+  if (channel < sizes.channels) {
+    backward_channels<S, 1, true>(value + channel, grad_value + channel, scratch.upstream + channel, scratch.corners,
+                                  order, order_end, sizes.channels - channel);
+  }
+}
+
+// Every pixel of the level, in order: its value is read once and its gradient written once.
+template <typename S, typename C>
+MSDA_INLINE void backward_pixels(const Sizes& sizes, const Level& level, const S* value, S* grad_value,
+                                 const Scratch<C>& scratch) {
+  const int64_t stride = sizes.heads * sizes.channels;
+  const int32_t area = level.height * level.width;
+  const int32_t* order = scratch.order;
+  for (int32_t position = 0; position < area; ++position) {
+    const int32_t* order_end = scratch.order + whole_quads(scratch.ends[position]);
+    prefetch_ahead<false>(value, position, area, stride, sizes.channels);
+    prefetch_ahead<true>(grad_value, position, area, stride, sizes.channels);
+    backward_pixel(sizes, value + position * stride, grad_value + position * stride, scratch, order, order_end);
+    order = order_end;
+  }
+}
+
+// The samples' own gradients, from the dots of their corners.
+template <typename S, typename C>
+MSDA_INLINE void backward_samples(const Sizes& sizes, const Level& level, S* grad_locations, S* grad_weights,
+                                  int64_t stride, const Scratch<C>& scratch) {
+  const Sample<C>* sample = scratch.samples;
+  const Corner<C>* corners = scratch.corners;
+  for (int64_t query = 0; query < sizes.queries; ++query) {
+    prefetch_ahead<true>(grad_locations, query, sizes.queries, 2 * stride, 2 * sizes.points);
+    prefetch_ahead<true>(grad_weights, query, sizes.queries, stride, sizes.points);
+    for (int64_t index = query * stride; index < query * stride + sizes.points; ++index, ++sample, corners += 4) {
+      const C dots[4] = {corners[0].dot, corners[1].dot, corners[2].dot, corners[3].dot};
+      const SampleGradient<C> gradient = sample_gradient(sample->footprint, level, sample->weight, dots);
+      Storage<S>::store_scalar(grad_locations + 2 * index, gradient.x);
+      Storage<S>::store_scalar(grad_locations + 2 * index + 1, gradient.y);
+      Storage<S>::store_scalar(grad_weights + index, gradient.attention_weight);
+    }
+  }
+}
+
+// A task is one level of one head of one image. It sorts the corners of its samples by pixel and then visits the pixels,
+// so that each gradient is summed up in registers instead of in memory, and no two tasks write the same entry.
 template <typename S>
-void backward(const Sizes& sizes, const BackwardArguments& arguments, void* scratch, int64_t begin, int64_t end) {
+void backward(const Sizes& sizes, const BackwardArguments& arguments, void* memory, int64_t begin, int64_t end) {
+  Scratch<typename Storage<S>::Compute> scratch;
+  divide_scratch<S>(sizes, memory, &scratch);
+  const int64_t samples_per_query = sizes.heads * sizes.levels * sizes.points;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t batch = task / (sizes.heads * sizes.levels);
     const int64_t head = task / sizes.levels % sizes.heads;
-    backward_level<S>(sizes, arguments, static_cast<typename Storage<S>::Compute*>(scratch), batch, head,
-                      static_cast<int>(task % sizes.levels));
+    const int level_index = static_cast<int>(task % sizes.levels);
+    const Level& level = sizes.level[level_index];
+    const int64_t channel = ((batch * sizes.positions + level.start) * sizes.heads + head) * sizes.channels;
+    const int64_t sample = batch * sizes.queries * samples_per_query + (head * sizes.levels + level_index) * sizes.points;
+
+    if (task == begin || level_index == 0) {
+      const int64_t row = batch * sizes.queries * sizes.heads + head;
+      copy_upstream(sizes, static_cast<const S*>(arguments.grad_output) + row * sizes.channels, scratch.upstream);
+    }
+    list_corners(sizes, level, static_cast<const S*>(arguments.sampling_locations) + 2 * sample,
+                 static_cast<const S*>(arguments.attention_weights) + sample, samples_per_query, scratch);
+    sort_corners(static_cast<int32_t>(4 * sizes.queries * sizes.points), level.height * level.width, scratch);
+    backward_pixels(sizes, level, static_cast<const S*>(arguments.value) + channel,
+                    static_cast<S*>(arguments.grad_value) + channel, scratch);
+    backward_samples(sizes, level, static_cast<S*>(arguments.grad_sampling_locations) + 2 * sample,
+                     static_cast<S*>(arguments.grad_attention_weights) + sample, samples_per_query, scratch);
   }
 }
 

@@ -8,6 +8,7 @@
 #include <sys/mman.h>
 #endif
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <tuple>
@@ -46,6 +47,15 @@ msda::ScalarKind scalar_kind(at::ScalarType dtype) {
       TORCH_CHECK_TYPE(false, "multi-scale deformable attention needs float32, float64, float16 or bfloat16, got ",
                        dtype);
   }
+}
+
+// The backward counts in 32 bits, which halves what it keeps in the cache.
+void check_backward_sizes(const msda::Sizes& sizes) {
+  constexpr int64_t kMost = int64_t(1) << 26;
+  const int64_t per_query = std::max({sizes.channels, int64_t(sizes.points), int64_t(1)});
+  TORCH_CHECK_VALUE(sizes.queries <= kMost / per_query && sizes.positions <= kMost, "the CPU backward takes at most ",
+                    kMost, " positions and as many queries * channels and queries * points, got ", sizes.positions,
+                    " positions, ", sizes.queries, " queries, ", sizes.channels, " channels and ", sizes.points, " points");
 }
 
 // A tensor of `like`'s shape that is about to be written for the first time. Large ones come fresh from the operating
@@ -90,6 +100,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> ms_deform_attn_backward(const at:
                                                                        const at::Tensor& attention_weights) {
   const msda::Sizes sizes = msda::checked_sizes(value, spatial_shapes, sampling_locations, attention_weights);
   msda::check_grad_output(grad_output, value, sizes);
+  check_backward_sizes(sizes);
   const msda::ScalarKind kind = scalar_kind(value.scalar_type());
   const at::Tensor grad_output_ = grad_output.contiguous();
   const at::Tensor value_ = value.contiguous();

@@ -29,4 +29,4 @@ def msda(device):
     try:
         return load_kernel(device)
     except FileNotFoundError as error:
-        pytest.skip(str(error))
+        pytest.skip(f"{error} (kernel/dev_build.py builds it)")

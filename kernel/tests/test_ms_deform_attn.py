@@ -114,8 +114,24 @@ def test_pixels_outside_a_level_are_not_read_even_when_neighbours_are_infinite(m
     value, locations, weights = random_inputs(1, 4, 1, 8, shapes, 1, device=device, margin=0.4)
     value[:, 4:] = float("inf")
     locations[:, :, :, 1] = 5.0
-    output = msda.ms_deform_attn(value, shapes, locations, weights)
+    output, gradients = output_and_gradients(msda.ms_deform_attn, (value, locations, weights), shapes)
     assert torch.isfinite(output).all()
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+
+
+def test_an_infinite_pixel_reaches_only_the_samples_that_read_it(msda, device):
+    """Corners are added up side by side, and those of a pixel are filled up with others that add nothing."""
+    shapes = ((4, 6),)
+    value, locations, weights = random_inputs(1, 5, 1, 8, shapes, 1, device=device, margin=0.0)
+    locations[0, 0] = 0.5 / torch.tensor([6, 4], device=device)  # the first pixel's centre; no other sample is near
+    locations[0, 1:] = locations[0, 1:] / 2 + 0.5
+    value[:, 0] = float("inf")
+    output, gradients = output_and_gradients(msda.ms_deform_attn, (value, locations, weights), shapes)
+    assert torch.isfinite(output[0, 1:]).all()
+    assert torch.isfinite(gradients[0]).all()
+    assert torch.isfinite(gradients[1][0, 1:]).all()
+    assert torch.isfinite(gradients[2][0, 1:]).all()
+    assert not torch.isfinite(gradients[2][0, 0]).any()
 
 
 def test_mixed_dtypes_are_promoted(msda, device):
@@ -175,6 +191,18 @@ def test_a_gradient_of_another_shape_is_refused(msda, device, grad_shape):
     backward = msda.deformable_attention.ops.ms_deform_attn_backward
     with pytest.raises(ValueError, match="grad_output must be"):
         backward(torch.zeros(grad_shape, device=device), value, [4, 6, 3, 2], locations, weights)
+
+
+def test_a_backward_too_large_to_count_in_32_bits_is_refused(msda, device):
+    if device != "cpu":
+        pytest.skip("the limit is the CPU backward's; run where torch sees no GPU")
+    queries = 2**26 + 1
+    value, locations, weights = random_inputs(1, 1, 1, 1, ((1, 1),), 1)
+    locations, weights = (tensor.expand(1, queries, *tensor.shape[2:]) for tensor in (locations, weights))
+    with pytest.raises(ValueError, match="at most 67108864 positions"):
+        msda.deformable_attention.ops.ms_deform_attn_backward(
+            torch.zeros(()).expand(1, queries, 1), value, [1, 1], locations, weights
+        )
 
 
 def test_operator_registration(msda, device):
