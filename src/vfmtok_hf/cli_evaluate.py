@@ -135,7 +135,7 @@ def reconstruction(
     """rFID, rIS, PSNR, SSIM, LPIPS and codebook usage of a tokenizer."""
     with one_line_errors():
         from vfmtok_hf.cli_images import number_of, open_pictures
-        from vfmtok_hf.evaluation.reconstruction import evaluate_reconstruction, load_lpips
+        from vfmtok_hf.evaluation.reconstruction import check_ssim_window, evaluate_reconstruction, load_lpips
         from vfmtok_hf.evaluation.results import save_measurement
         from vfmtok_hf.output_files import check_output_file
 
@@ -143,6 +143,7 @@ def reconstruction(
             check_output_file(output)
         pictures = open_pictures(images, split, image_column, streaming)
         pipe = load_pipeline(model, device, dtype, encodes=True)
+        check_ssim_window(size or pipe.vq_model.config.image_size, ssim.value)
         extractor = None
         if features != "none":
             extractor = open_features(features, pipe, feature_size, inception_weights)
@@ -297,7 +298,7 @@ def judge(samples: "SampleFolder", real, extractor, dataset: str, npz: bool, bat
     save_measurement(
         samples.folder / "results.json",
         "generation",
-        "without guidance" if scale == 1 else "with guidance",
+        "without guidance" if scale <= 1 else "with guidance",
         dataset,
         result.values,
         result.protocol,

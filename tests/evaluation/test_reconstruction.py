@@ -78,6 +78,14 @@ def test_the_originals_convention_flatters():
     assert ssim(originals, originals).tolist() == [1, 1]
 
 
+def test_images_smaller_than_ssims_window_are_refused():
+    originals, copies = images_and_noisy_copies(11)
+    assert ssim(originals, copies, "standard").isfinite().all()
+    for size, convention in ((10, "standard"), (6, "original")):
+        with pytest.raises(ValueError, match=f"window of .* got {size}"):
+            ssim(*images_and_noisy_copies(size), convention)
+
+
 def test_lpips_is_that_of_its_authors(monkeypatch):
     """On one random AlexNet, as the trained one is a download; the learned channel weights come with either package."""
     network = torchvision.models.alexnet(weights=None)

@@ -16,6 +16,7 @@ from vfmtok_hf.pipelines import VFMTokPipeline
 
 ResizeMode = Literal["reconstruction", "generation"]
 SSIMConvention = Literal["original", "standard"]
+SSIM_WINDOWS = {"original": 7, "standard": 11}
 PerceptualDistance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -48,7 +49,11 @@ def ssim(
 
     Returns:
         `torch.Tensor` of shape `(batch_size,)`, float64.
+
+    Raises:
+        ValueError: images smaller than the window.
     """
+    check_ssim_window(min(originals.shape[-2:]), convention)
     from skimage.metrics import structural_similarity
 
     settings: dict[str, object] = {"data_range": 2.0}
@@ -66,6 +71,18 @@ def ssim(
         structural_similarity(ours, theirs, channel_axis=-1, **settings) for ours, theirs in zip(*pairs, strict=True)
     ]
     return torch.tensor(values, dtype=torch.float64)
+
+
+def check_ssim_window(size: int, convention: SSIMConvention) -> None:
+    """
+    Raises:
+        ValueError: images of this side are smaller than the window.
+    """
+    if size < SSIM_WINDOWS[convention]:
+        raise ValueError(
+            f"SSIM as {convention!r} looks through a window of {SSIM_WINDOWS[convention]} pixels: measure at that size or a "
+            f"larger one, got {size}."
+        )
 
 
 def load_lpips(network: Literal["alex", "vgg", "squeeze"] = "alex", device: torch.device | str = "cpu"):
@@ -140,10 +157,11 @@ def evaluate_reconstruction(
         advance: called with the number of images done after each batch.
 
     Raises:
-        ValueError: an unreadable image, which is named, or features that are not finite.
+        ValueError: an unreadable image, which is named, or features that are not finite; a size below SSIM's window.
     """
     model = pipe.vq_model
     size = size or model.config.image_size
+    check_ssim_window(size, ssim_convention)
     counts = torch.zeros(model.config.codebook_size, dtype=torch.int64)
     columns: dict[str, list[torch.Tensor]] = {"psnr": [], "ssim": [], "lpips": []}
     original_features: list[Features] = []
