@@ -169,7 +169,7 @@ def write_ratios(path: Path, rows: list[dict]) -> None:
         line = lines.setdefault(tuple(row[field] for field in MEASURED[:-1]), {})
         if row["implementation"] == COPY:
             line["copy, GB/s"] = row["gb_per_s"]
-            line["kernel / copy"] = f"{float(line['kernel, GB/s']) / float(row['gb_per_s']):.0%}"
+            line["kernel / copy"] = f"{float(row['milliseconds']) / float(line['kernel, ms']):.0%}"
             continue
         line[row["implementation"]] = row["times_faster"]
         if row["implementation"] == "kernel":
