@@ -245,7 +245,7 @@ class VFMTokImageProcessor(PilBackend):
             size (`int`, *optional*):
                 Side in pixels to resize to. Defaults to the images' own.
             resize_mode (`str`):
-                The original resizes in two ways, about 3 grey levels apart on noisy images, and numbers compare only
+                The original resizes in two ways, the further apart the finer the detail, and numbers compare only
                 within one. `"generation"`: bicubic on the floats without antialiasing, then 8 bits
                 (`decode_codes_to_img`). `"reconstruction"`: 8 bits first, then PIL's bicubic (`vqgan_test.py`).
 
