@@ -12,3 +12,15 @@ import torch
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+# Files whose tests fork processes that train.
+FORKING = ("tests/training/", "tests/benchmarks/test_plan_training.py")
+
+
+def pytest_collection_modifyitems(items):
+    """
+    They come first. Once torch has started autograd threads in a process, as a backward pass on tensors without values does, it
+    refuses backward passes in all that are forked from it; no other test's doings are to reach these.
+    """
+    items.sort(key=lambda item: not item.nodeid.startswith(FORKING))
