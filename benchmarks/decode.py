@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from measuring import alternate, machine, matrix_vector_bandwidth, seconds_of, write_table
+from measuring import alternate, machine, matrix_vector_bandwidth, seconds_of, show_table
 from original_decode import OriginalDecoder, OriginalRARDecoder
 
 from vfmtok_hf import VFMTokARConfig, VFMTokARForImageGeneration, VFMTokRARConfig, VFMTokRARForImageGeneration
@@ -138,9 +138,7 @@ def main() -> None:
                 }
                 for name, time in seconds.items()
             ]
-            for row in table:
-                print(*row.values(), sep="  ", flush=True)
-            write_table("decode", table)
+            show_table("decode", table)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from measuring import alternate, flop_counter, in_fresh_process, machine, memory, write_table
+from measuring import alternate, flop_counter, in_fresh_process, machine, memory, show_table
 from PIL import Image
 from torch import nn
 
@@ -78,7 +78,7 @@ def measure_graphs(batch_size: int, runs: int) -> None:
                 }
                 for name, time in seconds.items()
             ]
-            show("images", table)
+            show_table("images", table)
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -117,7 +117,7 @@ def measure_preprocessing(batch_size: int, runs: int, config: VFMTokConfig) -> N
         }
         for side, time in seconds.items()
     ]
-    show("preprocessing", table)
+    show_table("preprocessing", table)
 
 
 def preprocess(processor: VFMTokImageProcessor, files: list[bytes]) -> torch.Tensor:
@@ -145,7 +145,7 @@ def measure_memory(batch_size: int) -> None:
                     "MB per image": f"{result['bytes'] / 1e6 / batch_size:.0f}",
                 }
             )
-    show("image_memory", table)
+    show_table("image_memory", table)
 
 
 def print_peak(part: str, side: str, batch_size: int, config: VFMTokConfig) -> None:
@@ -165,12 +165,6 @@ def reset_peak() -> int:
     """Building a model may have needed more than running it: from here on `VmHWM` counts anew, from what is returned."""
     Path("/proc/self/clear_refs").write_text("5")
     return memory("VmHWM")
-
-
-def show(name: str, table: list[dict[str, object]]) -> None:
-    for row in table:
-        print(*row.values(), sep="  ", flush=True)
-    write_table(name, table)
 
 
 def main() -> None:

@@ -81,6 +81,13 @@ def machine() -> str:
     return f"{processor}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
+def show_table(name: str, rows: list[dict[str, object]]) -> None:
+    """Print the rows, and keep them by `write_table`."""
+    for row in rows:
+        print(*row.values(), sep="  ", flush=True)
+    write_table(name, rows)
+
+
 def write_table(name: str, rows: list[dict[str, object]]) -> None:
     """
     Add rows to results/NAME.csv, replacing those that measured the same thing, and write results/NAME.md from all.

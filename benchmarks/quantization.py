@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from decode import draw, random_generator
-from measuring import alternate, machine, write_table
+from measuring import alternate, machine, show_table
 from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
 from transformers import TorchAoConfig
 from transformers.image_utils import load_image
@@ -108,7 +108,7 @@ def measure_speed(arguments: argparse.Namespace) -> None:
             }
             for name, time in seconds.items()
         ]
-        report("quantization_speed", table)
+        show_table("quantization_speed", table)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -173,13 +173,7 @@ def measure_quality(arguments: argparse.Namespace) -> None:
                 "MB on disk": f"{bytes_on_disk(model) / 1e6:.1f}",
             }
         )
-    report("quantization_quality", table)
-
-
-def report(name: str, table: list[dict[str, object]]) -> None:
-    for row in table:
-        print(*row.values(), sep="  ", flush=True)
-    write_table(name, table)
+    show_table("quantization_quality", table)
 
 
 def main() -> None:

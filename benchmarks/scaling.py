@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from measuring import alternate, in_fresh_process, machine, memory, seconds_of, write_table
+from measuring import alternate, in_fresh_process, machine, memory, seconds_of, show_table
 from PIL import Image
 
 from vfmtok_hf import VFMTokARConfig, VFMTokARForImageGeneration
@@ -170,9 +170,7 @@ def main() -> None:
     print(machine())
     tables = {"scaling_decoding": measure_decoding(arguments.runs), "scaling_tokenize": measure_tokenizing(IMAGES)}
     for name, table in tables.items():
-        for row in table:
-            print(*row.values(), sep="  ", flush=True)
-        write_table(name, table)
+        show_table(name, table)
     save_figure(decoding_figure(tables["scaling_decoding"]), ASSETS / "scaling_decoding.png")
     save_figure(tokenizing_figure(tables["scaling_tokenize"]), ASSETS / "scaling_tokenize.png")
 

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from measuring import in_fresh_process, machine, memory, seconds_of, write_table
+from measuring import in_fresh_process, machine, memory, seconds_of, show_table
 
 from vfmtok_hf import (
     VFMTokARConfig,
@@ -169,9 +169,7 @@ def main() -> None:
             ("startup", measure_start(arguments.runs)),
             ("loading", measure_loading(folder, arguments.runs)),
         ):
-            for row in table:
-                print(*row.values(), sep="  ", flush=True)
-            write_table(name, table)
+            show_table(name, table)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from measuring import alternate, in_fresh_process, machine, memory, write_table
+from measuring import alternate, in_fresh_process, machine, memory, show_table
 from original_training import OriginalARStep, OriginalRARStep, OriginalTokenizerStep
 from safetensors.torch import save_file
 from torchvision.models import vgg16
@@ -196,9 +196,7 @@ def main() -> None:
             batch_size = arguments.batch_size or (1 if name == "tokenizer" else 4)
             sides = SIDES[name] + ((COMPILED,) if arguments.compile else ())
             table = measure(name, sides, dtype, batch_size, arguments.runs)
-            for row in table:
-                print(*row.values(), sep="  ", flush=True)
-            write_table("training_step", table)
+            show_table("training_step", table)
 
 
 if __name__ == "__main__":
