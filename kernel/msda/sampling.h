@@ -112,17 +112,17 @@ struct SampleGradient {
   T y;
 };
 
-// Gradients of one sample from `dots[corner]` = <output gradient, value at the corner> (zero where there is no corner).
+// Gradients of one sample from its corners' <output gradient, value at the corner>, zero where there is no corner, which
+// lie `stride` apart in `dots`.
 template <typename T>
 MSDA_INLINE SampleGradient<T> sample_gradient(const Footprint<T>& footprint, const Level& level, T attention_weight,
-                                              const T* dots) {
+                                              const T* dots, int64_t stride) {
+  const T dot0 = dots[0], dot1 = dots[stride], dot2 = dots[2 * stride], dot3 = dots[3 * stride];
   SampleGradient<T> gradient;
-  gradient.attention_weight = T(0);
-  for (int corner = 0; corner < 4; ++corner) {
-    gradient.attention_weight += corner_weight(footprint, corner) * dots[corner];
-  }
-  const T along_x = (T(1) - footprint.past_top) * (dots[1] - dots[0]) + footprint.past_top * (dots[3] - dots[2]);
-  const T along_y = (T(1) - footprint.past_left) * (dots[2] - dots[0]) + footprint.past_left * (dots[3] - dots[1]);
+  gradient.attention_weight = corner_weight(footprint, 0) * dot0 + corner_weight(footprint, 1) * dot1 +
+                              corner_weight(footprint, 2) * dot2 + corner_weight(footprint, 3) * dot3;
+  const T along_x = (T(1) - footprint.past_top) * (dot1 - dot0) + footprint.past_top * (dot3 - dot2);
+  const T along_y = (T(1) - footprint.past_left) * (dot2 - dot0) + footprint.past_left * (dot3 - dot1);
   gradient.x = attention_weight * static_cast<T>(level.width) * along_x;
   gradient.y = attention_weight * static_cast<T>(level.height) * along_y;
   return gradient;

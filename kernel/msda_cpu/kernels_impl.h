@@ -12,6 +12,7 @@ constexpr int kMaxBlocks = MSDA_VECTOR_BYTES == 64 ? 4 : 8;
 
 constexpr int64_t kCacheLine = 64;
 constexpr int64_t kPrefetchedRows = 8;  // how far ahead rows are prefetched
+constexpr int kSecondCache = 2;          // as __builtin_prefetch counts
 
 // One output row, or kBlocks vectors of it: `value` points at the head's first channel to process of position 0,
 // `locations` and `weights` at the samples of this query and head. With kPartial the (single) vector has `count` lanes.
@@ -135,13 +136,14 @@ MSDA_INLINE int64_t padded_channels(const Sizes& sizes) {
   return (sizes.channels + kLanes<S> - 1) / kLanes<S> * kLanes<S>;
 }
 
-// One head's rows lie `stride` apart, too far for the hardware to foresee the next one.
+// One head's rows lie `stride` apart, too far for the hardware to foresee the next one. Rows are fetched into the second
+// cache: the first is busy with output gradients, and small.
 template <bool kForWriting, typename S>
 MSDA_INLINE void prefetch_ahead(const S* rows, int64_t row, int64_t row_count, int64_t stride, int64_t channels) {
   const int64_t ahead = row + kPrefetchedRows < row_count ? row + kPrefetchedRows : row_count - 1;
   const char* bytes = reinterpret_cast<const char*>(rows + ahead * stride);
   for (int64_t offset = 0; offset < channels * static_cast<int64_t>(sizeof(S)); offset += kCacheLine) {
-    __builtin_prefetch(bytes + offset, kForWriting);
+    __builtin_prefetch(bytes + offset, kForWriting, kSecondCache);
   }
 }
 
@@ -162,38 +164,41 @@ constexpr int kQuad = 4;
 
 MSDA_INLINE int32_t whole_quads(int32_t count) { return (count + kQuad - 1) / kQuad * kQuad; }
 
-// Where a sample lies; its weight is zero when it touches no pixel.
-template <typename C>
-struct Sample {
-  Footprint<C> footprint;
-  C weight;
-};
-
-// One of the four pixels around a sample.
+// One of the four pixels around a sample, as its pixel meets it.
 template <typename C>
 struct Corner {
-  int32_t position;  // of the pixel inside its level; the level's area where there is no pixel
-  int32_t row;       // where the output gradient of the sample's query starts in `upstream`
-  C share;           // attention weight times bilinear weight
-  C dot;             // <output gradient, value at the pixel>
+  int32_t row;    // where the output gradient of the sample's query starts in `upstream`
+  int32_t index;  // of the corner in `dots`
+  C share;        // attention weight times bilinear weight
 };
 
-// What one thread needs for one level of one head of one image.
+// What one thread needs for one level of one head of one image. Each fact about samples is an array of its own, so that
+// the compiler makes vectors of them.
 template <typename C>
 struct Scratch {
-  C* upstream;         // (queries + 1, padded channels): the head's output gradient, then a row of zeros
-  Sample<C>* samples;  // (queries, points)
-  Corner<C>* corners;  // (queries, points, 4), then a filler that adds nothing
-  int32_t* order;      // indices of corners by position, each position's filled up to whole quads
-  int32_t* ends;       // (area + 1): where each position's corners end in `order`
+  C* upstream;  // (queries + 1, padded channels): the head's output gradient, then a row of zeros
+  // (queries, points):
+  C* x;
+  C* y;
+  C* weights;  // of attention; zero where a sample touches no pixel
+  C* past_top;
+  C* past_left;
+  C* grad_x;
+  C* grad_y;
+  C* grad_weights;
+  // (4 corners, queries, points):
+  int32_t* positions;  // of a corner's pixel inside the level; the level's area where there is no pixel
+  C* shares;
+  C* dots;            // <output gradient, value at the pixel>; one more entry is the fillers'
+  Corner<C>* sorted;  // by position, each position's filled up to whole quads with corners that change nothing
+  int32_t* ends;      // (area + 1): where each position's corners end in `sorted`
 };
 
-// The next `count` elements of `memory`, whose first `used` bytes are taken. `memory` may be null, to measure.
+// Gives `start` the next `count` elements of `memory`, whose first `used` bytes are taken. `memory` may be null, to measure.
 template <typename T>
-MSDA_INLINE T* take(void* memory, int64_t count, int64_t* used) {
-  T* start = reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(*used));
+MSDA_INLINE void take(void* memory, int64_t count, int64_t* used, T** start) {
+  *start = reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(*used));
   *used += (count * static_cast<int64_t>(sizeof(T)) + kCacheLine - 1) / kCacheLine * kCacheLine;
-  return start;
 }
 
 // Divides `memory` up for the largest level; returns the bytes that takes.
@@ -206,13 +211,19 @@ MSDA_INLINE int64_t divide_scratch(const Sizes& sizes, void* memory, Scratch<typ
   }
   const int64_t samples = sizes.queries * sizes.points;
   const int64_t positions = area + 1 < 4 * samples ? area + 1 : 4 * samples;  // with corners, at most
-  typedef typename Storage<S>::Compute Compute;
   int64_t used = 0;
-  scratch->upstream = take<Compute>(memory, (sizes.queries + 1) * padded_channels<S>(sizes), &used);
-  scratch->samples = take<Sample<Compute>>(memory, samples, &used);
-  scratch->corners = take<Corner<Compute>>(memory, 4 * samples + 1, &used);
-  scratch->order = take<int32_t>(memory, 4 * samples + (kQuad - 1) * positions, &used);
-  scratch->ends = take<int32_t>(memory, area + 1, &used);
+  take(memory, (sizes.queries + 1) * padded_channels<S>(sizes), &used, &scratch->upstream);
+  typedef typename Storage<S>::Compute Compute;
+  Compute** const arrays[] = {&scratch->x,         &scratch->y,      &scratch->weights, &scratch->past_top,
+                              &scratch->past_left, &scratch->grad_x, &scratch->grad_y,  &scratch->grad_weights};
+  for (Compute** array : arrays) {
+    take(memory, samples, &used, array);
+  }
+  take(memory, 4 * samples, &used, &scratch->positions);
+  take(memory, 4 * samples, &used, &scratch->shares);
+  take(memory, 4 * samples + 1, &used, &scratch->dots);
+  take(memory, 4 * samples + (kQuad - 1) * positions, &used, &scratch->sorted);
+  take(memory, area + 1, &used, &scratch->ends);
   return used;
 }
 
@@ -234,83 +245,98 @@ MSDA_INLINE void copy_upstream(const Sizes& sizes, const S* grad_output, C* upst
   memset(upstream + sizes.queries * padded, 0, static_cast<size_t>(padded) * sizeof(C));
 }
 
-// Locates every sample, lists its corners, and counts in `ends` how many lie on each position. A query's samples of this
-// level and head are `stride` samples after those of the query before.
+// A query's samples of this level and head are `stride` samples after those of the query before.
 template <typename S, typename C>
-MSDA_INLINE void list_corners(const Sizes& sizes, const Level& level, const S* locations, const S* weights,
-                              int64_t stride, const Scratch<C>& scratch) {
-  const int32_t padded = static_cast<int32_t>(padded_channels<S>(sizes));
-  const int32_t area = level.height * level.width;
-  int32_t* const counts = scratch.ends;
-  memset(counts, 0, static_cast<size_t>(area + 1) * sizeof(*counts));
-  Sample<C>* sample = scratch.samples;
-  Corner<C>* next = scratch.corners;
-  for (int32_t query = 0; query < sizes.queries; ++query) {
+MSDA_INLINE void gather_samples(const Sizes& sizes, const S* locations, const S* weights, int64_t stride,
+                                const Scratch<C>& scratch) {
+  int64_t sample = 0;
+  for (int64_t query = 0; query < sizes.queries; ++query) {
     prefetch_ahead<false>(locations, query, sizes.queries, 2 * stride, 2 * sizes.points);
     prefetch_ahead<false>(weights, query, sizes.queries, stride, sizes.points);
     for (int64_t index = query * stride; index < query * stride + sizes.points; ++index, ++sample) {
-      const C x = Storage<S>::load_scalar(locations + 2 * index), y = Storage<S>::load_scalar(locations + 2 * index + 1);
-      const C weight = Storage<S>::load_scalar(weights + index);
-      const bool touches = locate(x, y, level, &sample->footprint);
-      sample->weight = touches ? weight : C(0);
-      for (int corner = 0; corner < 4; ++corner) {
-        const bool has_pixel = touches & has_corner(sample->footprint, level, corner);
-        const int32_t position =
-            has_pixel ? static_cast<int32_t>(corner_position(sample->footprint, level, corner)) : area;
-        *next++ = {position, query * padded, sample->weight * corner_weight(sample->footprint, corner), C(0)};
-        ++counts[position];
-      }
+      scratch.x[sample] = Storage<S>::load_scalar(locations + 2 * index);
+      scratch.y[sample] = Storage<S>::load_scalar(locations + 2 * index + 1);
+      scratch.weights[sample] = Storage<S>::load_scalar(weights + index);
     }
   }
-  *next = {area, static_cast<int32_t>(sizes.queries) * padded, C(0), C(0)};
 }
 
-// A counting sort by position.
+// Where every sample lies and what its corners are. `level` and `scratch` are copies: behind a reference they might change
+// with every store, and the compiler would make no vectors.
 template <typename C>
-MSDA_INLINE void sort_corners(int32_t corner_count, int32_t area, const Scratch<C>& scratch) {
-  const Corner<C>* const corners = scratch.corners;
-  int32_t* const order = scratch.order;
+MSDA_INLINE void locate_samples(const Level level, int64_t samples, const Scratch<C> scratch) {
+  const int32_t area = level.height * level.width;
+#pragma omp simd
+  for (int64_t sample = 0; sample < samples; ++sample) {
+    Footprint<C> footprint;
+    const bool touches = locate(scratch.x[sample], scratch.y[sample], level, &footprint);
+    const C weight = touches ? scratch.weights[sample] : C(0);
+    scratch.weights[sample] = weight;
+    scratch.past_top[sample] = footprint.past_top;
+    scratch.past_left[sample] = footprint.past_left;
+    for (int corner = 0; corner < 4; ++corner) {
+      const bool has_pixel = touches & has_corner(footprint, level, corner);
+      const int32_t position = static_cast<int32_t>(corner_position(footprint, level, corner));
+      scratch.positions[corner * samples + sample] = has_pixel ? position : area;
+      scratch.shares[corner * samples + sample] = weight * corner_weight(footprint, corner);
+    }
+  }
+}
+
+// A counting sort by position. A position's last quad is full of fillers before its corners take their places.
+template <typename C>
+MSDA_INLINE void sort_corners(const Sizes& sizes, int32_t padded, int32_t area, const Scratch<C>& scratch) {
+  const int32_t queries = static_cast<int32_t>(sizes.queries);
+  const int32_t corners = 4 * queries * sizes.points;
   int32_t* const ends = scratch.ends;
+  memset(ends, 0, static_cast<size_t>(area + 1) * sizeof(*ends));
+  for (int32_t index = 0; index < corners; ++index) {
+    ++ends[scratch.positions[index]];
+  }
+  const Corner<C> filler = {queries * padded, corners, C(0)};
   int32_t start = 0;
   for (int32_t position = 0; position <= area; ++position) {
     const int32_t count = ends[position];
     ends[position] = start;
     start += whole_quads(count);
+    for (int32_t place = start - kQuad; count > 0 && place < start; ++place) {
+      scratch.sorted[place] = filler;
+    }
   }
-  const int32_t filler = corner_count;
-  for (int32_t place = 0; place < start; ++place) {
-    order[place] = filler;
-  }
-  for (int32_t corner = 0; corner < corner_count; ++corner) {
-    order[ends[corners[corner].position]++] = corner;
+  int32_t index = 0;
+  for (int corner = 0; corner < 4; ++corner) {
+    for (int32_t query = 0; query < queries; ++query) {
+      for (int32_t point = 0; point < sizes.points; ++point, ++index) {
+        scratch.sorted[ends[scratch.positions[index]]++] = {query * padded, index, scratch.shares[index]};
+      }
+    }
   }
 }
 
 // kBlocks vectors of one pixel's channels. Its value and its gradient stay in registers while all corners on it pass by:
 // gradient += share * upstream, dot += <upstream, value>. With kPartial the (single) vector has `count` lanes.
 template <typename S, int kBlocks, bool kPartial, typename C>
-MSDA_INLINE void backward_channels(const S* value, S* grad_value, const C* upstream, Corner<C>* corners,
-                                   const int32_t* order, const int32_t* order_end, int64_t count) {
+MSDA_INLINE void backward_channels(const S* value, S* grad_value, const C* upstream, const Corner<C>* corner,
+                                   const Corner<C>* end, C* dots, int64_t count) {
   typedef typename Storage<C>::Vector Vector;
   Vector values[kBlocks];
   Vector gradients[kBlocks] = {};
   for (int block = 0; block < kBlocks; ++block) {
     values[block] = kPartial ? load_partial(value, count) : Storage<S>::load(value + block * kLanes<S>);
   }
-  for (; order < order_end; order += kQuad) {
+  for (; corner < end; corner += kQuad) {
     Vector products[kQuad] = {};
     for (int index = 0; index < kQuad; ++index) {
-      const Corner<C>& corner = corners[order[index]];
       for (int block = 0; block < kBlocks; ++block) {
-        const Vector row = Storage<C>::load(upstream + corner.row + block * kLanes<S>);
+        const Vector row = Storage<C>::load(upstream + corner[index].row + block * kLanes<S>);
         products[index] += row * values[block];
-        gradients[block] += corner.share * row;
+        gradients[block] += corner[index].share * row;
       }
     }
     C sums[kQuad];
     sums_of_lanes(products, sums);
     for (int index = 0; index < kQuad; ++index) {
-      corners[order[index]].dot += sums[index];
+      dots[corner[index].index] += sums[index];
     }
   }
   for (int block = 0; block < kBlocks; ++block) {
@@ -324,21 +350,21 @@ MSDA_INLINE void backward_channels(const S* value, S* grad_value, const C* upstr
 
 template <typename S, typename C>
 MSDA_INLINE void backward_pixel(const Sizes& sizes, const S* value, S* grad_value, const Scratch<C>& scratch,
-                                const int32_t* order, const int32_t* order_end) {
+                                const Corner<C>* corners, const Corner<C>* end) {
   constexpr int kBlocks = 4;
   const int64_t lanes = kLanes<S>;
   int64_t channel = 0;
   for (; channel + kBlocks * lanes <= sizes.channels; channel += kBlocks * lanes) {
-    backward_channels<S, kBlocks, false>(value + channel, grad_value + channel, scratch.upstream + channel,
-                                         scratch.corners, order, order_end, lanes);
+    backward_channels<S, kBlocks, false>(value + channel, grad_value + channel, scratch.upstream + channel, corners, end,
+                                         scratch.dots, lanes);
   }
   for (; channel + lanes <= sizes.channels; channel += lanes) {
-    backward_channels<S, 1, false>(value + channel, grad_value + channel, scratch.upstream + channel, scratch.corners,
-                                   order, order_end, lanes);
+    backward_channels<S, 1, false>(value + channel, grad_value + channel, scratch.upstream + channel, corners, end,
+                                   scratch.dots, lanes);
   }
   if (channel < sizes.channels) {
-    backward_channels<S, 1, true>(value + channel, grad_value + channel, scratch.upstream + channel, scratch.corners,
-                                  order, order_end, sizes.channels - channel);
+    backward_channels<S, 1, true>(value + channel, grad_value + channel, scratch.upstream + channel, corners, end,
+                                  scratch.dots, sizes.channels - channel);
   }
 }
 
@@ -348,31 +374,42 @@ MSDA_INLINE void backward_pixels(const Sizes& sizes, const Level& level, const S
                                  const Scratch<C>& scratch) {
   const int64_t stride = sizes.heads * sizes.channels;
   const int32_t area = level.height * level.width;
-  const int32_t* order = scratch.order;
+  const Corner<C>* corners = scratch.sorted;
   for (int32_t position = 0; position < area; ++position) {
-    const int32_t* order_end = scratch.order + whole_quads(scratch.ends[position]);
+    const Corner<C>* end = scratch.sorted + whole_quads(scratch.ends[position]);
     prefetch_ahead<false>(value, position, area, stride, sizes.channels);
     prefetch_ahead<true>(grad_value, position, area, stride, sizes.channels);
-    backward_pixel(sizes, value + position * stride, grad_value + position * stride, scratch, order, order_end);
-    order = order_end;
+    backward_pixel(sizes, value + position * stride, grad_value + position * stride, scratch, corners, end);
+    corners = end;
   }
 }
 
 // The samples' own gradients, from the dots of their corners.
+template <typename C>
+MSDA_INLINE void differentiate_samples(const Level level, int64_t samples, const Scratch<C> scratch) {
+#pragma omp simd
+  for (int64_t sample = 0; sample < samples; ++sample) {
+    const Footprint<C> footprint = {0, 0, scratch.past_top[sample], scratch.past_left[sample]};
+    const SampleGradient<C> gradient =
+        sample_gradient(footprint, level, scratch.weights[sample], scratch.dots + sample, samples);
+    scratch.grad_x[sample] = gradient.x;
+    scratch.grad_y[sample] = gradient.y;
+    scratch.grad_weights[sample] = gradient.attention_weight;
+  }
+}
+
+// The way back of gather_samples.
 template <typename S, typename C>
-MSDA_INLINE void backward_samples(const Sizes& sizes, const Level& level, S* grad_locations, S* grad_weights,
-                                  int64_t stride, const Scratch<C>& scratch) {
-  const Sample<C>* sample = scratch.samples;
-  const Corner<C>* corners = scratch.corners;
+MSDA_INLINE void scatter_gradients(const Sizes& sizes, S* grad_locations, S* grad_weights, int64_t stride,
+                                   const Scratch<C>& scratch) {
+  int64_t sample = 0;
   for (int64_t query = 0; query < sizes.queries; ++query) {
     prefetch_ahead<true>(grad_locations, query, sizes.queries, 2 * stride, 2 * sizes.points);
     prefetch_ahead<true>(grad_weights, query, sizes.queries, stride, sizes.points);
-    for (int64_t index = query * stride; index < query * stride + sizes.points; ++index, ++sample, corners += 4) {
-      const C dots[4] = {corners[0].dot, corners[1].dot, corners[2].dot, corners[3].dot};
-      const SampleGradient<C> gradient = sample_gradient(sample->footprint, level, sample->weight, dots);
-      Storage<S>::store_scalar(grad_locations + 2 * index, gradient.x);
-      Storage<S>::store_scalar(grad_locations + 2 * index + 1, gradient.y);
-      Storage<S>::store_scalar(grad_weights + index, gradient.attention_weight);
+    for (int64_t index = query * stride; index < query * stride + sizes.points; ++index, ++sample) {
+      Storage<S>::store_scalar(grad_locations + 2 * index, scratch.grad_x[sample]);
+      Storage<S>::store_scalar(grad_locations + 2 * index + 1, scratch.grad_y[sample]);
+      Storage<S>::store_scalar(grad_weights + index, scratch.grad_weights[sample]);
     }
   }
 }
@@ -383,6 +420,8 @@ template <typename S>
 void backward(const Sizes& sizes, const BackwardArguments& arguments, void* memory, int64_t begin, int64_t end) {
   Scratch<typename Storage<S>::Compute> scratch;
   divide_scratch<S>(sizes, memory, &scratch);
+  const int32_t padded = static_cast<int32_t>(padded_channels<S>(sizes));
+  const int64_t samples = sizes.queries * sizes.points;
   const int64_t samples_per_query = sizes.heads * sizes.levels * sizes.points;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t batch = task / (sizes.heads * sizes.levels);
@@ -390,19 +429,23 @@ void backward(const Sizes& sizes, const BackwardArguments& arguments, void* memo
     const int level_index = static_cast<int>(task % sizes.levels);
     const Level& level = sizes.level[level_index];
     const int64_t channel = ((batch * sizes.positions + level.start) * sizes.heads + head) * sizes.channels;
-    const int64_t sample = batch * sizes.queries * samples_per_query + (head * sizes.levels + level_index) * sizes.points;
+    const int64_t first_sample =
+        batch * sizes.queries * samples_per_query + (head * sizes.levels + level_index) * sizes.points;
 
     if (task == begin || level_index == 0) {
       const int64_t row = batch * sizes.queries * sizes.heads + head;
       copy_upstream(sizes, static_cast<const S*>(arguments.grad_output) + row * sizes.channels, scratch.upstream);
     }
-    list_corners(sizes, level, static_cast<const S*>(arguments.sampling_locations) + 2 * sample,
-                 static_cast<const S*>(arguments.attention_weights) + sample, samples_per_query, scratch);
-    sort_corners(static_cast<int32_t>(4 * sizes.queries * sizes.points), level.height * level.width, scratch);
+    gather_samples(sizes, static_cast<const S*>(arguments.sampling_locations) + 2 * first_sample,
+                   static_cast<const S*>(arguments.attention_weights) + first_sample, samples_per_query, scratch);
+    locate_samples(level, samples, scratch);
+    sort_corners(sizes, padded, level.height * level.width, scratch);
+    memset(scratch.dots, 0, static_cast<size_t>(4 * samples + 1) * sizeof(*scratch.dots));
     backward_pixels(sizes, level, static_cast<const S*>(arguments.value) + channel,
                     static_cast<S*>(arguments.grad_value) + channel, scratch);
-    backward_samples(sizes, level, static_cast<S*>(arguments.grad_sampling_locations) + 2 * sample,
-                     static_cast<S*>(arguments.grad_attention_weights) + sample, samples_per_query, scratch);
+    differentiate_samples(level, samples, scratch);
+    scatter_gradients(sizes, static_cast<S*>(arguments.grad_sampling_locations) + 2 * first_sample,
+                      static_cast<S*>(arguments.grad_attention_weights) + first_sample, samples_per_query, scratch);
   }
 }
 

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are only passed between inlined functions
@@ -176,34 +177,33 @@ MSDA_INLINE void store_partial(S* target, typename Storage<S>::Vector vector, in
   memcpy(target, padded, static_cast<size_t>(count) * sizeof(S));
 }
 
-// Lane sums of four vectors, side by side: shuffles that serve all four at once.
-MSDA_INLINE void sums_of_lanes(const DoubleVector* vectors, double* sums) {
-  for (int index = 0; index < 4; ++index) {
-    sums[index] = 0;
-    for (unsigned lane = 0; lane < sizeof(DoubleVector) / sizeof(double); ++lane) {
-      sums[index] += vectors[index][lane];
-    }
-  }
+// Blocks of `kBlock` lanes of two vectors, every second one, added to those left out.
+template <size_t kBlock, typename Vector, size_t... kLane>
+MSDA_INLINE Vector sums_of_neighbours(Vector first, Vector second, std::index_sequence<kLane...>) {
+  return __builtin_shufflevector(first, second, (kLane / kBlock * 2 * kBlock + kLane % kBlock)...) +
+         __builtin_shufflevector(first, second, (kLane / kBlock * 2 * kBlock + kLane % kBlock + kBlock)...);
 }
-MSDA_INLINE void sums_of_lanes(const FloatVector* vectors, float* sums) {
-  typedef float Quad __attribute__((vector_size(16)));
-  constexpr int kQuads = sizeof(FloatVector) / sizeof(Quad);
-  Quad quads[4];
-  for (int index = 0; index < 4; ++index) {
-    Quad parts[kQuads];
-    memcpy(parts, &vectors[index], sizeof(parts));
-    quads[index] = parts[0];
-    for (int part = 1; part < kQuads; ++part) {
-      quads[index] += parts[part];
+
+// Lane sums of four vectors, side by side: shuffles that serve all four at once.
+template <typename Vector, typename Compute>
+MSDA_INLINE void sums_of_lanes(const Vector* vectors, Compute* sums) {
+  constexpr size_t kCount = sizeof(Vector) / sizeof(Compute);
+  constexpr std::make_index_sequence<kCount> lanes;
+  const Vector first = sums_of_neighbours<kCount / 2>(vectors[0], vectors[1], lanes);
+  const Vector second = sums_of_neighbours<kCount / 2>(vectors[2], vectors[3], lanes);
+  if constexpr (kCount == 2) {
+    memcpy(sums, &first, sizeof(first));
+    memcpy(sums + 2, &second, sizeof(second));
+  } else {
+    Vector all = sums_of_neighbours<kCount / 4>(first, second, lanes);
+    if constexpr (kCount == 16) {
+      all = sums_of_neighbours<2>(all, all, lanes);
     }
+    if constexpr (kCount >= 8) {
+      all = sums_of_neighbours<1>(all, all, lanes);
+    }
+    memcpy(sums, &all, 4 * sizeof(Compute));
   }
-  const Quad first = __builtin_shufflevector(quads[0], quads[1], 0, 4, 1, 5) +
-                     __builtin_shufflevector(quads[0], quads[1], 2, 6, 3, 7);
-  const Quad second = __builtin_shufflevector(quads[2], quads[3], 0, 4, 1, 5) +
-                      __builtin_shufflevector(quads[2], quads[3], 2, 6, 3, 7);
-  const Quad result = __builtin_shufflevector(first, second, 0, 1, 4, 5) +
-                      __builtin_shufflevector(first, second, 2, 3, 6, 7);
-  memcpy(sums, &result, sizeof(result));
 }
 
 }  // namespace

@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
             }
             dots[corner] = warp_sum(dots[corner]);
           }
-          gradient = msda::sample_gradient(footprint, level, weight, dots);
+          gradient = msda::sample_gradient(footprint, level, weight, dots, 1);
         }
         if (threadIdx.x == 0) {
           grad_weights[sample] = static_cast<S>(gradient.attention_weight);
