@@ -6,7 +6,7 @@ Decoding of image tokens: the original's loop against ours, plain and with packe
 `--compile` adds compiled layers. `--busy` spins on a second core meanwhile, as another program would. `--only` takes
 the sides that are named, so that a piece stays short. Random weights of the released sizes. `limit` is the share of the
 memory bandwidth that a plain large matrix-vector product of torch reaches in the same run: bytes of weights and of filled
-cache that a step reads, over its time.
+cache that a step has to read, over its time.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from original_decode import OriginalDecoder, OriginalRARDecoder
 
 from vfmtok_hf import VFMTokARConfig, VFMTokARForImageGeneration, VFMTokRARConfig, VFMTokRARForImageGeneration
 from vfmtok_hf.cpu_inference import AdaptiveThreads, pack_weights
+from vfmtok_hf.modeling.modeling_vfmtok_rar import ROWS_OF_MODULATIONS
 
 
 Generator = VFMTokARForImageGeneration | VFMTokRARForImageGeneration
@@ -41,8 +42,10 @@ def random_generator(name: str, dtype: torch.dtype) -> Generator:
 
 
 def bytes_per_step(model: Generator, rows: int, steps: int) -> float:
-    """Weights that every step reads, and on average the filled part of the cache."""
-    weights = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if "embed" not in name)
+    """Weights that a step has to read, those read once for several steps in part, and on average the filled part of the cache."""
+    sizes = {name: p.numel() * p.element_size() for name, p in model.named_parameters() if "embed" not in name}
+    modulations = sum(size for name, size in sizes.items() if "modulation" in name)
+    weights = sum(sizes.values()) - modulations + modulations / max(ROWS_OF_MODULATIONS // rows, 1)
     config = model.config
     position = 2 * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize
     return weights + rows * position * (steps + 1) / 2

@@ -13,7 +13,6 @@ from tests.modeling.generators import TINY_SIZES, Recorder, record_forward_rows,
 from tests.testing import reference_tensors
 from vfmtok_hf.cpu_inference import pack_weights
 from vfmtok_hf.modeling.generation_vfmtok import (
-    KeyValueCache,
     SamplingSettings,
     apply_guidance,
     constant_guidance,
@@ -200,7 +199,7 @@ def test_cached_logits_equal_the_full_forward(model):
 @torch.no_grad()
 def test_a_prefix_enters_the_cache_in_one_call_or_token_by_token(model):
     tokens = torch.randint(model.config.codebook_size, (4, 9))
-    at_once, in_steps = (KeyValueCache(2, model.num_condition_tokens + 8) for _ in range(2))
+    at_once, in_steps = (model.cache_class(2, model.num_condition_tokens + 8) for _ in range(2))
     whole = model(LABELS, tokens[:, :5], cache=at_once).logits
     for length in range(6):
         stepwise = model(LABELS, tokens[:, :length], cache=in_steps).logits
@@ -210,7 +209,7 @@ def test_a_prefix_enters_the_cache_in_one_call_or_token_by_token(model):
 
 
 def test_a_filled_cache_refuses_several_positions_at_once(model):
-    cache = KeyValueCache(2, model.num_condition_tokens + 8)
+    cache = model.cache_class(2, model.num_condition_tokens + 8)
     tokens = torch.zeros(4, 9, dtype=torch.int64)
     model(LABELS, tokens[:, :1], cache=cache)
     with pytest.raises(ValueError, match="one position at a time"):

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from tests.modeling.generators import (
     TINY_SIZES,
@@ -20,7 +21,7 @@ from tests.modeling.generators import (
 from tests.testing import REFERENCE, reference_tensors
 from vfmtok_hf.conversion import convert_rar, export_original_rar
 from vfmtok_hf.cpu_inference import pack_weights
-from vfmtok_hf.modeling import generation_vfmtok
+from vfmtok_hf.modeling import generation_vfmtok, modeling_vfmtok_rar
 from vfmtok_hf.modeling.configuration_vfmtok_rar import VFMTokRARConfig
 from vfmtok_hf.modeling.modeling_vfmtok_rar import VFMTokRARForImageGeneration, draw_orders, keep_first
 
@@ -319,6 +320,64 @@ def test_orders_that_are_no_permutations_are_refused(orders, error, message):
         model(labels, tokens, orders=orders)
     with pytest.raises(error, match=message):
         model.generate(labels, orders=orders)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Modulations of steps to come
+
+
+@pytest.mark.parametrize(
+    ("max_rows", "interval", "blocks"),
+    [
+        (128, None, [(8, 6)]),
+        (24, None, [(4, 6), (4, 6)]),
+        (18, None, [(3, 6), (3, 6), (2, 6)]),
+        (5, None, [(1, 6)] * 8),
+        (12, 0, [(2, 6), (4, 3), (2, 3)]),  # the unconditional half is dropped in the middle of the first block
+    ],
+)
+def test_modulation_weights_are_read_once_per_block_of_steps(monkeypatch, max_rows, interval, blocks):
+    monkeypatch.setattr(modeling_vfmtok_rar, "ROWS_OF_MODULATIONS", max_rows)
+    model, sizes = tiny_rar(), {}
+    for name, module in model.named_modules():
+        if name.endswith("modulation"):
+            sizes[name] = []
+            module.register_forward_hook(lambda module, args, output, name=name: sizes[name].append(output.shape[:2]))
+    model.generate(tiny_batch(model)[0], guidance_scale=2.0, guidance_interval=interval)
+    # The first pass has start token and class, 8 steps follow.
+    assert sizes == dict.fromkeys(("layers.0.modulation", "layers.1.modulation", "norm_modulation"), [(6, 2), *blocks])
+
+
+@pytest.mark.parametrize("max_rows", [1, 12, 18, 128])
+@pytest.mark.parametrize("interval", [None, 0, 3])
+@torch.no_grad()
+def test_guided_steps_of_any_block_equal_uncached_forwards_of_both_halves(monkeypatch, max_rows, interval):
+    monkeypatch.setattr(modeling_vfmtok_rar, "ROWS_OF_MODULATIONS", max_rows)
+    model, recorder, orders = tiny_rar(), Recorder(), random_orders(3)
+    labels, _ = tiny_batch(model)
+    settings = {"guidance_scale": 3.0, "guidance_interval": interval, "do_sample": False}
+    tokens = model.generate(labels, orders=orders, logits_processor=recorder, **settings)
+    null_class = torch.full_like(labels, model.config.num_classes)
+    conditional, unconditional = (model(classes, tokens, orders=orders).logits for classes in (labels, null_class))
+    scales = torch.tensor(generation_vfmtok.power_cosine_guidance(9, 3.0, 1.0, interval))
+    expected = unconditional.lerp(conditional, scales[orders.argsort(dim=1)][..., None])
+    in_sequence = expected.take_along_dim(orders[..., None], dim=1)
+    torch.testing.assert_close(recorder.step_logits, in_sequence, atol=1e-4, rtol=0)
+    assert torch.equal(tokens, expected.argmax(dim=-1))
+
+
+def test_one_graph_of_a_layer_serves_every_block(monkeypatch):
+    monkeypatch.setattr(modeling_vfmtok_rar, "ROWS_OF_MODULATIONS", 12)
+    model, counter = tiny_rar(), CompileCounter()
+    labels, _ = tiny_batch(model)
+    settings = {"guidance_scale": 3.0, "guidance_interval": 0, "do_sample": False}
+    plain = model.generate(labels, **settings)
+    torch._dynamo.reset()
+    model.compile_decoding(backend=counter)
+    assert torch.equal(model.generate(labels, **settings), plain)
+    assert counter.frame_count == 2  # the output head has the other one
+    model.generate(labels[:1], **settings)
+    assert counter.frame_count == 4
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -270,6 +270,7 @@ class VFMTokGenerationMixin(GenerationMixin):
     output_modalities = ("image",)
     # Positions of the sequence before the first image token.
     num_condition_tokens = 1
+    cache_class: type[KeyValueCache] = KeyValueCache
     _decode_layer = staticmethod(call_layer)
 
     def compile_decoding(self, **options) -> None:
@@ -398,7 +399,7 @@ class VFMTokGenerationMixin(GenerationMixin):
         if known_tokens is not None:
             tokens[:, :first_step] = known_tokens.repeat(num_passes, 1)
         model_kwargs = {} if orders is None else {"orders": orders.repeat(num_passes, 1)}
-        cache = KeyValueCache(self.config.num_hidden_layers, self.num_condition_tokens + num_tokens - 1)
+        cache = self.cache_class(self.config.num_hidden_layers, self.num_condition_tokens + num_tokens - 1)
         largest_logits = torch.zeros(batch_size, num_tokens, device=labels.device)
 
         for step in range(first_step, num_tokens):

@@ -48,6 +48,36 @@ def keep_first(orders: torch.Tensor, keep_mask: torch.Tensor) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Modulations of steps to come
+
+
+# Rows, of images times steps, in one product of a modulation while decoding. With so many, arithmetic takes the time and
+# no longer the reading of the weight, and the results, 6 * hidden_size numbers a row and layer, are still small.
+ROWS_OF_MODULATIONS = 128
+
+
+class VFMTokRARCache(KeyValueCache):
+    """
+    A key/value cache that also holds the modulations of a block of positions: they depend on class and position alone, so
+    that one product computes those of many steps.
+
+    `modulations` has `(positions, batch_size, 6 * hidden_size)` for each layer, and at last `(positions, batch_size,
+    2 * hidden_size)` for the final norm. Positions come first, so that those of a step lie together.
+    """
+
+    def __init__(self, num_layers: int, max_length: int):
+        super().__init__(num_layers, max_length)
+        self.max_length = max_length
+        self.modulated_positions = range(0)
+        self.modulations: list[torch.Tensor] = []
+
+    def keep_rows(self, batch_size: int) -> None:
+        """Forget all rows but the first `batch_size`."""
+        super().keep_rows(batch_size)
+        self.modulations = [modulations[:, :batch_size] for modulations in self.modulations]
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Transformer
 
 
@@ -107,7 +137,12 @@ class VFMTokRARMLP(nn.Module):
 
 
 class VFMTokRARDecoderLayer(GradientCheckpointingLayer):
-    """Attention and MLP, each on a modulated layer norm and added to its input through a gate."""
+    """
+    Attention and MLP, each on a modulated layer norm and added to its input through a gate.
+
+    The modulation comes from the condition `(batch_size, length, hidden_size)`, inside the layer, so that gradient
+    checkpointing need not keep it: it is 6 times as large. A decode step, which has it already, gives it instead.
+    """
 
     def __init__(self, config: VFMTokRARConfig):
         super().__init__()
@@ -118,9 +153,14 @@ class VFMTokRARDecoderLayer(GradientCheckpointingLayer):
         self.modulation = VFMTokRARModulation(config.hidden_size, 6 * config.hidden_size)
 
     def forward(
-        self, hidden_states: torch.Tensor, condition: torch.Tensor, cache: LayerCache | None = None
+        self,
+        hidden_states: torch.Tensor,
+        condition: torch.Tensor | None,
+        cache: LayerCache | None = None,
+        modulation: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=-1)
+        modulation = self.modulation(condition) if modulation is None else modulation
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
         attended = self.self_attn(modulate(self.norm1(hidden_states), shift1, scale1), cache)
         hidden_states = hidden_states + gate1 * attended
         return hidden_states + gate2 * self.mlp(modulate(self.norm2(hidden_states), shift2, scale2))
@@ -142,6 +182,7 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
     _supports_sdpa = True
     _no_split_modules = ["VFMTokRARDecoderLayer"]
     num_condition_tokens = 2
+    cache_class = VFMTokRARCache
 
     def __init__(self, config: VFMTokRARConfig):
         super().__init__(config)
@@ -192,12 +233,40 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
         rows = rows.expand(batch_size, -1)
         return rows if orders is None else torch.cat([rows[:, :2], orders + 2], dim=1)
 
+    def step_modulations(self, class_embeds: torch.Tensor, cache: VFMTokRARCache) -> list[torch.Tensor]:
+        """
+        Modulations of the position after those that `cache` holds, with which it is given those of a block of positions
+        where its last block ends.
+
+        Args:
+            class_embeds (`torch.Tensor` of shape `(batch_size, 1, hidden_size)`): embeddings of the classes.
+            cache (`VFMTokRARCache`): holds one position at least.
+
+        Returns:
+            `list[torch.Tensor]`: `(batch_size, 1, 6 * hidden_size)` of each layer, and at last `(batch_size, 1, 2 *
+            hidden_size)` of the final norm.
+        """
+        position = cache.length
+        if position not in cache.modulated_positions:
+            end = min(position + max(ROWS_OF_MODULATIONS // len(class_embeds), 1), cache.max_length)
+            cache.modulated_positions = range(position, end)
+            condition = F.silu(class_embeds.transpose(0, 1) + self.timestep_embeddings[0, position:end, None])
+            # A device map may have put a layer elsewhere; its keys are where it is.
+            cache.modulations = [
+                layer.modulation(condition.to(layer_cache.keys.device))  # type: ignore[operator]
+                for layer, layer_cache in zip(self.layers, cache.layers, strict=True)
+            ]
+            cache.modulations.append(self.norm_modulation(condition))
+        step = cache.modulated_positions.index(position)
+        # Copies: for the first view of a block, whose offset is 0, torch.compile would translate the layer once more.
+        return [modulations[step].clone()[:, None] for modulations in cache.modulations]
+
     def decode_sequence(
         self,
         class_labels: torch.Tensor,
         sequence: torch.Tensor,
         orders: torch.Tensor | None = None,
-        cache: KeyValueCache | None = None,
+        cache: VFMTokRARCache | None = None,
     ) -> torch.Tensor:
         """
         Hidden states after the final norm.
@@ -208,7 +277,7 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
                 0 up.
             orders (`torch.LongTensor` of shape `(batch_size, num_image_tokens)`, *optional*): raster position of every
                 token of the sequence, those to come included. Raster order if unset.
-            cache (`KeyValueCache`, *optional*): holds the sequence's earlier positions, which are skipped.
+            cache (`VFMTokRARCache`, *optional*): holds the sequence's earlier positions, which are skipped.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, new positions, hidden_size)`: all of [class, sequence] but those that
@@ -229,12 +298,18 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
         is_last = end - start - is_start - targets.shape[1]
         hidden_states = hidden_states + F.pad(targets, (0, 0, is_start, is_last))
 
-        condition = F.silu(class_embeds + self.timestep_embeddings[:, start:end])
+        modulations: Sequence[torch.Tensor | None]
+        if cache is None or start == 0:
+            condition = F.silu(class_embeds + self.timestep_embeddings[:, :end])
+            modulations = [None] * (len(self.layers) + 1)
+        else:
+            condition, modulations = None, self.step_modulations(class_embeds, cache)
         run_layer = self._layer_function(cache)
         layer_caches = [None] * len(self.layers) if cache is None else cache.layers
-        for layer, layer_cache in zip(self.layers, layer_caches, strict=True):
-            hidden_states = run_layer(layer, hidden_states, condition, layer_cache)
-        scale, shift = self.norm_modulation(condition).chunk(2, dim=-1)
+        for layer, layer_cache, modulation in zip(self.layers, layer_caches, modulations[:-1], strict=True):
+            hidden_states = run_layer(layer, hidden_states, condition, layer_cache, modulation)
+        norm_modulation = self.norm_modulation(condition) if modulations[-1] is None else modulations[-1]
+        scale, shift = norm_modulation.chunk(2, dim=-1)
         hidden_states = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=self.config.layer_norm_eps)
         return modulate(hidden_states, shift, scale)[:, is_start:]
 
@@ -246,7 +321,7 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
         return_loss: bool = False,
         orders: torch.Tensor | None = None,
         random_ratio: float = 0.0,
-        cache: KeyValueCache | None = None,
+        cache: VFMTokRARCache | None = None,
     ) -> VFMTokAROutput:
         """
         Args:
@@ -264,7 +339,7 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
             random_ratio (`float`, defaults to 0.0):
                 Without `orders`: probability of a random order, per image; else raster. RAR trains at 1 first and
                 lowers it to 0.
-            cache (`KeyValueCache`, *optional*):
+            cache (`VFMTokRARCache`, *optional*):
                 For decoding: only positions that it does not hold are computed, and the output has a single position,
                 the prediction of the token after `image_tokens`. After the first call one token comes at a time.
         """
