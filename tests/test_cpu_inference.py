@@ -1,7 +1,10 @@
 """Packed weights: equal results, and every use that a plain layer has either works or says what to do."""
 
 import copy
+import ctypes
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -163,3 +166,31 @@ def test_threads_serve_as_callback(four_threads):
     with AdaptiveThreads() as threads:
         tokens = model.generate(labels, do_sample=False, callback=threads)
     assert tokens.equal(model.generate(labels, do_sample=False))
+
+
+# Blocks of 64 and 48 MB, which glibc by itself takes from the system and returns to it.
+FRESH_PAGES = """
+import resource, torch
+from vfmtok_hf.cpu_inference import keep_freed_memory
+{call}
+def page_faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(64 * 2**18), torch.ones(48 * 2**18)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(*(page_faults() for _ in range(5)))
+"""
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"),
+    reason="runs with glibc, whose settings these are",
+)
+def test_freed_memory_is_used_again():
+    def faults(call: str) -> list[int]:
+        command = [sys.executable, "-c", FRESH_PAGES.format(call=call)]
+        return list(map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()))
+
+    kept = faults("assert keep_freed_memory()")
+    assert kept[0] > 1000
+    assert kept[-1] < 100
+    assert min(faults("")) > 1000

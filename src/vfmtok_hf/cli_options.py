@@ -93,7 +93,7 @@ def load_pipeline(
     from transformers.utils.hub import has_file
 
     from vfmtok_hf import VFMTokPipeline
-    from vfmtok_hf.cpu_inference import pack_weights
+    from vfmtok_hf.cpu_inference import keep_freed_memory, pack_weights
     from vfmtok_hf.environment import default_device
 
     name_or_path, torch_dtype = resolve_model(model), getattr(torch, dtype.value)
@@ -110,6 +110,7 @@ def load_pipeline(
     pipe.set_progress_bar_config(disable=True)
     pipe.to(device or default_device())
     if pipe.device.type == "cpu":
+        keep_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:
             use_one_thread_for_small_models(pipe)
         for model in (pipe.vq_model, pipe.transformer):

@@ -1,11 +1,14 @@
 """
-Faster inference on CPUs, with equal results: linear layers by oneDNN on weights in its own memory layout.
+Faster inference on CPUs, with equal results: linear layers by oneDNN on weights in its own memory layout, as many threads
+as are awake, and no memory given away that is needed again.
 
 torch gives float32 products to the BLAS library it was built with, which need not know the machine: MKL, for one, runs
 AVX2 code on AMD processors that have AVX-512. oneDNN, which is part of torch too, knows them, and reads weights that lie
 in blocks at nearly the speed of memory (docs/performance.md has the measurements).
 """
 
+import ctypes
+import sys
 import time
 from collections.abc import Generator, Sequence
 from typing import Any, TypeVar
@@ -202,6 +205,30 @@ def unpack_weights(model: ModuleT) -> ModuleT:
     return model
 
 
+# Of glibc's malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
+
+
+def keep_freed_memory() -> bool:
+    """
+    Have this process keep the memory of tensors that are freed for those that come.
+
+    By default glibc returns large blocks to the system at once. The next tensor then gets fresh pages, which the system
+    has to clear one by one: a fifth of an image decoder's time (docs/performance.md). The process does not shrink again,
+    which is why programs call this and the library does not; the `vfmtok` commands and training do.
+
+    Returns:
+        `bool`: whether the C library is one that can, as on Linux with glibc.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if set_option is None:
+        return False
+    # No blocks straight from the system, no return of free ones at the end of the heap, one heap for all threads.
+    options = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_ARENA_MAX, 1))
+    accepted = [set_option(option, value) for option, value in options]
+    return all(accepted)
+
+
 class AdaptiveThreads:
     """
     Keeps torch on the number of threads that is fastest at the moment.
@@ -258,4 +285,12 @@ class AdaptiveThreads:
                 yield fastest
 
 
-__all__ = ["AdaptiveThreads", "JointProduct", "PackedLinear", "PackedPart", "pack_weights", "unpack_weights"]
+__all__ = [
+    "AdaptiveThreads",
+    "JointProduct",
+    "PackedLinear",
+    "PackedPart",
+    "keep_freed_memory",
+    "pack_weights",
+    "unpack_weights",
+]

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModel
 
 from tests.testing import tiny_config, tiny_images, tiny_model
 from vfmtok_hf import VFMTokConfig, VFMTokModel
-from vfmtok_hf.modeling.modeling_vfmtok import MultiScaleDeformableAttention
+from vfmtok_hf.modeling.modeling_vfmtok import MultiScaleDeformableAttention, VFMTokPixelUpsample
 
 
 def assert_frozen(model):
@@ -400,3 +400,21 @@ def test_half_precision_samples_what_float32_samples(dtype):
     output = sampler(value, None, [(24, 24)], None, locations, weights, 1)
     assert output.dtype == dtype
     torch.testing.assert_close(output.float(), expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+# -- pixel decoder
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_upsampling_is_a_convolution_of_repeated_pixels(memory_format):
+    layer = VFMTokPixelUpsample(6).double()
+    hidden_states = torch.randn(2, 6, 5, 7, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
+    inputs = [hidden_states, layer.weight, layer.bias]
+    result = layer(hidden_states)
+    repeated = F.interpolate(hidden_states, scale_factor=2.0, mode="nearest")
+    expected = F.conv2d(repeated, layer.weight, layer.bias, padding=1)
+    torch.testing.assert_close(result, expected)
+    upstream = torch.randn_like(expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(result, inputs, upstream), torch.autograd.grad(expected, inputs, upstream)
+    )

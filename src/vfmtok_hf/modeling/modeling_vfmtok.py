@@ -697,6 +697,35 @@ class VFMTokPixelMidBlock(nn.Module):
         return self.resnet_out(self.attention(self.resnet_in(hidden_states)))
 
 
+class VFMTokPixelUpsample(nn.Conv2d):
+    """
+    Repeats each pixel 2 x 2 times and convolves by 3 x 3, in 4/9 of the multiplications.
+
+    Of the nine pixels that an output pixel sees only 2 x 2 differ. Weights of equal ones are added up first, which leaves
+    a 2 x 2 convolution of the small image for each of the four places within a repeated pixel.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, 3, padding=1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        # place in the row, place in the column, output channel, input channel, 2, 2
+        weight = add_equal_taps(add_equal_taps(self.weight, dim=-2), dim=-1)
+        weight = weight.permute(2, 1, 0, 3, 4, 5).flatten(0, 2)
+        bias = None if self.bias is None else self.bias.repeat_interleave(4)
+        # Every 2 x 2 places lie around a corner between pixels; the outermost ones reach out of the image.
+        return F.pixel_shuffle(F.conv2d(hidden_states, weight, bias, padding=1), 2)[..., 1:-1, 1:-1]
+
+
+def add_equal_taps(weight: torch.Tensor, dim: int) -> torch.Tensor:
+    """
+    Three taps along a negative `dim` made two, for the last place of a repeated pixel and the first of the next: what is
+    returned has these two as its first dimension.
+    """
+    before, middle, after = weight.unbind(dim)
+    return torch.stack([torch.stack([before + middle, after], dim), torch.stack([before, middle + after], dim)])
+
+
 class VFMTokPixelUpBlock(GradientCheckpointingLayer):
     """Residual blocks of one resolution and, except at the last, the step to twice the resolution."""
 
@@ -706,14 +735,12 @@ class VFMTokPixelUpBlock(GradientCheckpointingLayer):
         self.resnets = nn.ModuleList(
             VFMTokResnetBlock(config, before, after) for before, after in zip(channels[:-1], channels[1:], strict=True)
         )
-        self.upsample = None if is_last else nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.upsample = nn.Identity() if is_last else VFMTokPixelUpsample(out_channels)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         for resnet in self.resnets:
             hidden_states = resnet(hidden_states)
-        if self.upsample is None:
-            return hidden_states
-        return self.upsample(F.interpolate(hidden_states, scale_factor=2.0, mode="nearest"))
+        return self.upsample(hidden_states)
 
 
 class VFMTokPixelDecoder(nn.Module):

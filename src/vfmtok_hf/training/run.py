@@ -21,6 +21,7 @@ from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 from torchvision.utils import make_grid
 
+from vfmtok_hf.cpu_inference import keep_freed_memory
 from vfmtok_hf.output_files import whole_file
 from vfmtok_hf.training.arguments import check_resumed_arguments, save_arguments
 from vfmtok_hf.training.log_file import LOG_FILE, drop_lines_after
@@ -177,6 +178,8 @@ def start_accelerator(arguments: Any, output: Path, can_shard: bool = False) -> 
         project_dir=output,
     )
     set_up_sharding(accelerator, can_shard)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     set_seed(arguments.seed, device_specific=True)
     return accelerator
 
