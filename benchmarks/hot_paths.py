@@ -18,7 +18,7 @@ from measuring import machine, seconds_of, write_table
 from torch.profiler import ProfilerActivity, profile
 
 from vfmtok_hf import VFMTokConfig, VFMTokModel
-from vfmtok_hf.cpu_inference import pack_weights
+from vfmtok_hf.cpu_inference import keep_freed_memory, pack_weights
 
 
 # The first kind one of whose words an operation's name holds.
@@ -28,7 +28,7 @@ KINDS = {
     "convolutions": ("conv",),
     "norms": ("norm",),
     "deformable sampling": ("grid_sampler", "msda"),
-    "resizing": ("upsample",),
+    "resizing": ("upsample", "pixel_shuffle"),
     "drawing": ("softmax", "cumsum", "searchsorted", "amax", "uniform"),
     "copies": ("copy", "cat", "stack", "clone", "fill", "empty", "zero"),
 }
@@ -62,6 +62,7 @@ def main() -> None:
     dtype = getattr(torch, arguments.dtype)
     print(machine())
 
+    keep_freed_memory()
     for name in arguments.models:
         generator = pack_weights(random_generator(name, dtype))
         for rows in (1, 8):

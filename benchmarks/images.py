@@ -5,8 +5,9 @@ Images to tokens and back: the straightforward float32 graph against ours; prepr
     python benchmarks/images.py --measure preprocessing memory --batch-size 8
 
 Random weights of the released tokenizer (DINOv2-L, 336 x 336). The straightforward side runs the same modules as torch
-has them, without a compiled kernel. `limit` is the share of the arithmetic that a large matrix product in the same
-dtype reaches in the same run, oneDNN's if that is the faster one.
+has them, upsampling as the original does, without a compiled kernel. Each side has a process of its own, in which ours
+keeps freed memory. `limit` is the share of the arithmetic that a large matrix product in the same dtype reaches in the
+same run, oneDNN's if that is the faster one; all sides are counted the straightforward one's operations.
 
 `preprocessing` compares the image processor, in one thread, to `encode` in the fastest form: images per second of each.
 `memory` is what a process of its own holds at most while it encodes or decodes, less what it held before: the activations.
@@ -15,18 +16,21 @@ dtype reaches in the same run, oneDNN's if that is the faster one.
 import argparse
 import io
 import json
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from measuring import alternate, flop_counter, in_fresh_process, machine, memory, show_table
+from measuring import SideProcess, alternate, flop_counter, in_fresh_process, machine, memory, show_table
+from original_upsampling import original_upsampling
 from PIL import Image
 from torch import nn
 
 from vfmtok_hf import VFMTokConfig, VFMTokImageProcessor, VFMTokModel, disable_kernels, enable_kernels
-from vfmtok_hf.cpu_inference import PackedLinear, pack_weights
+from vfmtok_hf.cpu_inference import PackedLinear, keep_freed_memory, pack_weights
 from vfmtok_hf.hub_kernels import active_implementation
 
 
@@ -39,46 +43,79 @@ def arithmetic_limit(dtype: torch.dtype) -> float:
     return 2 * 2048**3 / min(seconds.values())
 
 
-def measure_graphs(batch_size: int, runs: int) -> None:
+def graph_sides() -> dict[str, tuple[torch.dtype, bool]]:
+    """Names of our sides; dtype, and whether the compiled kernel is on."""
+    return {
+        f"packed {str(dtype).removeprefix('torch.')}{', kernel' if with_kernel else ''}": (dtype, with_kernel)
+        for dtype in (torch.float32, torch.bfloat16)
+        for with_kernel in (False, True)
+    }
+
+
+def random_tokenizer() -> VFMTokModel:
     torch.manual_seed(0)
-    plain = disable_kernels(VFMTokModel(VFMTokConfig()).eval())
-    models = {"straightforward float32": plain}
-    for dtype in (torch.float32, torch.bfloat16):
-        for with_kernel in (False, True):
-            model = VFMTokModel(plain.config).eval()
-            model.load_state_dict(plain.state_dict())
-            (enable_kernels if with_kernel else disable_kernels)(model.to(dtype))
-            name = f"packed {str(dtype).removeprefix('torch.')}{', kernel' if with_kernel else ''}"
-            models[name] = pack_weights(model)
+    return VFMTokModel(VFMTokConfig()).eval()
+
+
+def build_graph(side: str, batch_size: int, threads: int) -> Callable[[str], None]:
+    """Runs a part of the tokenizer by its name."""
+    torch.set_num_threads(threads)
+    model = disable_kernels(random_tokenizer())
+    if side in graph_sides():
+        keep_freed_memory()
+        dtype, with_kernel = graph_sides()[side]
+        pack_weights((enable_kernels if with_kernel else disable_kernels)(model.to(dtype)))
+        print(f"{side}: {active_implementation(model)}", flush=True)
+    parts = graph_parts(model, batch_size)
+
+    def run(part: str) -> None:
+        with nullcontext() if side in graph_sides() else original_upsampling():
+            parts[part]()
+
+    return torch.no_grad()(run)
+
+
+def graph_parts(model: VFMTokModel, batch_size: int) -> dict[str, Callable[[], object]]:
+    images = torch.randn(batch_size, 3, model.config.image_size, model.config.image_size).clamp(-1, 1)
+    image_tokens = torch.randint(model.config.codebook_size, (batch_size, model.config.num_anchors))
+    return {
+        "vision model": lambda: model.extract_vision_features(images),
+        "encode": lambda: model.encode(images),
+        "decode": lambda: model.decode(image_tokens=image_tokens),
+    }
+
+
+def count_operations(batch_size: int) -> dict[str, int]:
+    counts = {}
+    with torch.no_grad(), original_upsampling():
+        for part, run in graph_parts(disable_kernels(random_tokenizer()), batch_size).items():
+            with flop_counter() as counter:
+                run()
+            counts[part] = counter.get_total_flops()
+    return counts
+
+
+def measure_graphs(batch_size: int, runs: int) -> None:
     limits = {torch.float32: arithmetic_limit(torch.float32), torch.bfloat16: arithmetic_limit(torch.bfloat16)}
     print({str(dtype): f"{limit / 1e9:.0f} GFLOP/s" for dtype, limit in limits.items()})
-    print("kernel:", active_implementation(models["packed float32, kernel"]))
-
-    images = torch.randn(batch_size, 3, plain.config.image_size, plain.config.image_size).clamp(-1, 1)
-    with torch.no_grad():
-        image_tokens = plain.encode(images).image_tokens
-        parts = {
-            "vision model": lambda model: model.extract_vision_features(images),
-            "encode": lambda model: model.encode(images),
-            "decode": lambda model: model.decode(image_tokens=image_tokens),
-        }
-        for part, run in parts.items():
-            with flop_counter() as counter:
-                run(plain)
-            seconds = alternate({name: partial(run, model) for name, model in models.items()}, runs)
-            table = [
-                {
-                    "part": part,
-                    "threads": torch.get_num_threads(),
-                    "batch": batch_size,
-                    "side": name,
-                    "seconds per image": f"{time / batch_size:.3f}",
-                    "limit": f"{counter.get_total_flops() / time / limits[dtype_of(name)]:.0%}",
-                    "times straightforward": f"{seconds['straightforward float32'] / time:.2f}",
-                }
-                for name, time in seconds.items()
-            ]
-            show_table("images", table)
+    operations, threads = count_operations(batch_size), torch.get_num_threads()
+    names = ["straightforward float32", *graph_sides()]
+    sides = {name: SideProcess(build_graph, name, batch_size, threads) for name in names}
+    for part, count in operations.items():
+        seconds = alternate({name: partial(side, part) for name, side in sides.items()}, runs)
+        table = [
+            {
+                "part": part,
+                "threads": threads,
+                "batch": batch_size,
+                "side": name,
+                "seconds per image": f"{time / batch_size:.3f}",
+                "limit": f"{count / time / limits[dtype_of(name)]:.0%}",
+                "times straightforward": f"{seconds['straightforward float32'] / time:.2f}",
+            }
+            for name, time in seconds.items()
+        ]
+        show_table("images", table)
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -152,6 +189,7 @@ def print_peak(part: str, side: str, batch_size: int, config: VFMTokConfig) -> N
     dtype, packed = MEMORY_SIDES[side]
     model = VFMTokModel(config).eval().to(dtype)
     if packed:
+        keep_freed_memory()
         pack_weights(model)
     images = torch.zeros(batch_size, 3, config.image_size, config.image_size)
     image_tokens = torch.zeros(batch_size, config.num_anchors, dtype=torch.int64)

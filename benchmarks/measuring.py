@@ -2,6 +2,7 @@
 
 import csv
 import json
+import multiprocessing
 import platform
 import re
 import statistics
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -31,6 +33,40 @@ def alternate(sides: dict[str, Callable[[], object]], runs: int) -> dict[str, fl
         function()
     rounds = [{name: seconds_of(function) for name, function in sides.items()} for _ in range(runs)]
     return {name: statistics.median(times[name] for times in rounds) for name in sides}
+
+
+class SideProcess:
+    """
+    A side in a process of its own, whose memory no other side has had in its hands: what `build(*arguments)` returns
+    there is called, with the same arguments, when this object is. Only one of several works at a time.
+    """
+
+    def __init__(self, build: Callable[..., Callable[..., object]], *arguments: object):
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, build, arguments), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.connection.recv()
+
+    def __call__(self, *arguments: object) -> None:
+        self.connection.send(arguments)
+        self.connection.recv()
+
+    def close(self) -> None:
+        self.connection.close()
+        self.process.join()
+
+
+def serve(connection: Connection, build: Callable[..., Callable[..., object]], arguments: tuple) -> None:
+    """The other end of a [`SideProcess`]: answers once it is built, and each time that it has run."""
+    side = build(*arguments)
+    try:
+        while True:
+            connection.send(None)
+            side(*connection.recv())
+    except EOFError:
+        pass
 
 
 def memory(field: str) -> int:

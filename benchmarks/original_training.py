@@ -12,6 +12,7 @@ import copy
 import torch
 import torch.nn.functional as F
 from original_decode import rms_norm
+from original_upsampling import original_upsampling
 from torch import nn
 
 from vfmtok_hf import VFMTokARForImageGeneration, VFMTokModel, VFMTokRARForImageGeneration
@@ -81,7 +82,8 @@ class OriginalTokenizerStep:
             vision_features = self.model.extract_vision_features(pixel_values)
         quantized, quantizer_loss = self.quantize(self.model.encode_features(vision_features))
         memory = self.model.post_quant_proj(quantized)
-        reconstruction = self.model.pixel_decoder(self.decode_image(memory)).float()
+        with original_upsampling():
+            reconstruction = self.model.pixel_decoder(self.decode_image(memory)).float()
         feature_loss = self.model.feature_loss(self.decode_features(memory), vision_features[-1])
         pixel_loss = 2 * F.mse_loss(reconstruction, pixel_values) + self.lpips(reconstruction, pixel_values).mean()
         return pixel_loss + quantizer_loss + feature_loss, reconstruction

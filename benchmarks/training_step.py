@@ -7,8 +7,9 @@ Training steps: the original's against ours, time and peak memory.
 weights of the released tokenizer with DINOv2-L and of AR-B, and a RAR of AR-B's width and depth; VGG-16 and the
 discriminator's vision model have random weights too. The original's next-token training encodes its images anew in
 every step, ours reads tokens that were computed once (`--variants`); the row `tokens at hand` leaves the encoding out.
-Peak memory is a whole process's, of two steps in a process of their own. Ours has the scripts' defaults, but `--attention eager` for generators in bfloat16,
-which is faster on CPUs. `--compile` adds a side under torch.compile, which takes minutes.
+Each side has a process of its own, in which ours keeps freed memory as the scripts do; peak memory is that of the whole
+process. Ours has the scripts' defaults, but `--attention eager` for generators in bfloat16, which is faster on CPUs.
+`--compile` adds a side under torch.compile, which takes minutes.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from measuring import alternate, in_fresh_process, machine, memory, show_table
+from measuring import SideProcess, alternate, in_fresh_process, machine, memory, show_table
 from original_training import OriginalARStep, OriginalRARStep, OriginalTokenizerStep
 from safetensors.torch import save_file
 from torchvision.models import vgg16
@@ -33,6 +34,7 @@ from vfmtok_hf import (
     VFMTokRARConfig,
     VFMTokRARForImageGeneration,
 )
+from vfmtok_hf.cpu_inference import keep_freed_memory
 from vfmtok_hf.training.codebook import CodebookUsage
 from vfmtok_hf.training.discriminator import DinoDiscriminator, DiscriminatorObjective
 from vfmtok_hf.training.ema import EMA
@@ -136,8 +138,11 @@ def generator_step(
     return encode_and_step
 
 
-def build_step(name: str, side: str, autocast: bool, batch_size: int) -> Step:
+def build_step(name: str, side: str, autocast: bool, batch_size: int, threads: int) -> Step:
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
+    if side.startswith("ours"):
+        keep_freed_memory()
     if name == "tokenizer":
         # ViT-S/16 of DINO
         judge_config = ViTConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536)
@@ -149,9 +154,10 @@ def build_step(name: str, side: str, autocast: bool, batch_size: int) -> Step:
 def measure(name: str, names: Sequence[str], dtype: str, batch_size: int, runs: int) -> list[dict[str, object]]:
     """Rows of the sides `names` of the model `name`."""
     threads = torch.get_num_threads()
-    sides = {side: build_step(name, side, dtype == "bfloat16", batch_size) for side in names}
+    sides = {side: SideProcess(build_step, name, side, dtype == "bfloat16", batch_size, threads) for side in names}
     seconds = alternate(sides, runs)
-    sides.clear()
+    for process in sides.values():
+        process.close()
     peaks = {side: in_fresh_process(__file__, "--peak-of", name, side, dtype, batch_size, threads) for side in seconds}
     return [
         {
@@ -169,8 +175,7 @@ def measure(name: str, names: Sequence[str], dtype: str, batch_size: int, runs: 
 
 
 def print_peak(name: str, side: str, dtype: str, batch_size: str, threads: str) -> None:
-    torch.set_num_threads(int(threads))
-    step = build_step(name, side, dtype == "bfloat16", int(batch_size))
+    step = build_step(name, side, dtype == "bfloat16", int(batch_size), int(threads))
     for _ in range(2):
         step()
     print(json.dumps({"bytes": memory("VmHWM")}))

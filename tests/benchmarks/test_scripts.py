@@ -1,6 +1,9 @@
 """The benchmark scripts run, at sizes that take no time. What they measure is not looked at."""
 
 import json
+import os
+import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,6 +34,18 @@ def test_memory_of_a_process_counts_what_it_holds():
     block = bytearray(64 * 2**20)
     assert memory("RssAnon") - before > 0.9 * len(block)
     assert memory("VmHWM") >= memory("RssAnon")
+
+
+def test_a_side_runs_in_its_own_process(tmp_path):
+    from measuring import SideProcess
+
+    side = SideProcess(partial, shutil.copyfile, "/proc/self/stat")
+    for name in ("first", "second"):
+        side(tmp_path / name)
+    side.close()
+    assert not side.process.is_alive()
+    processes = {int((tmp_path / name).read_text().split()[0]) for name in ("first", "second")}
+    assert processes == {side.process.pid} != {os.getpid()}
 
 
 def test_preprocessing_and_peaks_of_images(tmp_path, capsys):
