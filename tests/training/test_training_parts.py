@@ -184,6 +184,7 @@ def test_every_argument_is_read(modules, arguments_class):
         ("generator", train_generator, "GeneratorArguments"),
         ("generator_continued", train_generator, "GeneratorArguments"),
         ("generator_balanced", train_generator, "GeneratorArguments"),
+        ("generator_variants", train_generator, "GeneratorArguments"),
         ("generator_rar", train_generator, "GeneratorArguments"),
     ],
 )
