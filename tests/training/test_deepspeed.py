@@ -33,6 +33,9 @@ def test_equals_training_by_ddp(generator, train, tmp_path):
         options |= {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}
     sharded = train(tmp_path / "sharded", options, configuration=ZERO2)
     assert_equal_runs(sharded, train(tmp_path / "whole", options))
+    parts = {file.name for file in (finished_checkpoints(sharded)[-1] / "pytorch_model").iterdir()}
+    ranks = {f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (0, 1)}
+    assert parts == ranks | {"mp_rank_00_model_states.pt"}
     picture = "samples/step_00000004.png"
     assert (sharded / picture).read_bytes() == (tmp_path / "whole" / picture).read_bytes()
     VFMTokPipeline.from_pretrained(sharded / "pipeline")
@@ -138,7 +141,7 @@ def test_what_is_not_finite_on_one_process_changes_nothing(term, train, tmp_path
             main(argv)
         model, weights = steps[-1]
         assert len(steps) == 2
-        assert differences(dict(model.state_dict()), dict(weights)) == []
+        assert differences(model.state_dict(), weights) == []
 
     monkeypatch.setattr(train_generator, "main", failing)
     output = train(tmp_path / "run", {"checkpoint_every": 1, "validate_every": 1}, configuration=ZERO2)
