@@ -10,20 +10,8 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from tests.testing import tiny_model
-from tests.training.sharded import CONFIGURATIONS, launch_sharded
-from tests.training.tiny_runs import (
-    DROPOUTS,
-    copy_until,
-    differences,
-    generator_options,
-    is_rank,
-    log_of,
-    run,
-    state_of,
-    terminate_self,
-    write_images,
-)
+from tests.training.sharded import CONFIGURATIONS, assert_equal_runs, expect, trainer, without_randomness
+from tests.training.tiny_runs import copy_until, differences, is_rank, log_of, state_of, terminate_self
 from vfmtok_hf import VFMTokPipeline
 from vfmtok_hf.training import train_generator
 from vfmtok_hf.training.run import StopRequest, finished_checkpoints
@@ -36,44 +24,7 @@ SHARDED_PARTS = ("pytorch_model_fsdp_0", "optimizer_0", "ema")
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory):
-    """`train(output, options, processes, configuration, **variables)`: under FSDP2, or DDP without configuration."""
-    root = tmp_path_factory.mktemp("sources")
-    data, validation_data = write_images(root / "data"), write_images(root / "validation", images_per_class=3)
-    # 5 images in batches of 2: of two processes one has a batch more than the other.
-    (validation_data / "disc" / "disc_0.png").unlink()
-    tiny_model().save_pretrained(root / "tokenizer")
-
-    def train(output, options, num_processes=2, configuration=None, **variables):
-        options = {"max_steps": 4, "checkpoint_every": 4, "validate_every": 2, "sample_every": 4, **options}
-        options = {"validation_data": validation_data, "batch_size": 4 // num_processes, **options}
-        argv = generator_options(data, root / "tokenizer", output, **options)
-
-        def process():
-            if configuration:
-                launch_sharded(configuration, **variables)
-            train_generator.main(argv)
-
-        run(process, num_processes)
-        return output
-
-    return train
-
-
-def without_randomness(generator):
-    """What is random by process is off."""
-    plain = {"rar_random_until": 0.0, "rar_raster_from": 0.0} | {f"model.{name}": 0.0 for name in DROPOUTS[generator]}
-    return {"generator": generator, **plain}
-
-
-def assert_equal_runs(sharded, whole):
-    """Losses, norms and averaged weights, up to sums that are taken in another order."""
-    for kind in ("train", "validation"):
-        for lines in zip(log_of(sharded, kind), log_of(whole, kind), strict=True):
-            assert lines[0] == pytest.approx(lines[1], rel=1e-5)
-    weights, expected = (load_file(output / "model" / "model.safetensors") for output in (sharded, whole))
-    torch.testing.assert_close(weights, expected, atol=1e-5, rtol=0)
-    for file in ("config.json", "generation_config.json"):
-        assert (sharded / "model" / file).read_text() == (whole / "model" / file).read_text()
+    return trainer(tmp_path_factory.mktemp("sources"))
 
 
 @pytest.mark.parametrize("generator", ["ar", "rar"])
@@ -144,21 +95,10 @@ def test_resumed_it_is_bit_identical(run_with_dropout, train, tmp_path):
     assert differences(*states) == []
 
 
-def expect(error, message):
-    """A replacement of `main` for runs that fail so on every process."""
-    main = train_generator.main
-
-    def failing(argv):
-        with pytest.raises(error, match=message):
-            main(argv)
-
-    return failing
-
-
 def test_it_is_not_resumed_without_sharding(run_with_dropout, train, tmp_path, monkeypatch):
     whole, options = run_with_dropout
     resumed = copy_until(whole, 2, tmp_path / "resumed")
-    monkeypatch.setattr(train_generator, "main", expect(ValueError, "was written with FSDP2, this run is .* without"))
+    monkeypatch.setattr(train_generator, "main", expect(ValueError, "was written with FSDP, this run is .* with none"))
     train(resumed, options | {"resume": True})
 
 
@@ -220,9 +160,9 @@ def launched(**options):
 )
 def test_settings_that_training_does_not_support_are_named(setting, options, monkeypatch):
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # which the plugin sets
-    set_up_sharding(launched(), can_shard=True)
+    set_up_sharding(launched(), None, can_shard=True)
     with pytest.raises(ValueError, match=f"needs {setting}.*fsdp2_one_node.yaml"):
-        set_up_sharding(launched(**options), can_shard=True)
+        set_up_sharding(launched(**options), None, can_shard=True)
 
 
 @pytest.mark.parametrize("option", [{"lora_rank": 2}, {"compile": True}])

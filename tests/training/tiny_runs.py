@@ -174,10 +174,10 @@ def log_of(output: Path, kind: str) -> list[dict[str, Any]]:
 def state_of(checkpoint: Path) -> dict[str, Any]:
     """All that a checkpoint holds, by file."""
     state = {}
-    for file in sorted(checkpoint.iterdir()):
+    for file in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
         if file.suffix == ".safetensors":
             state[file.name] = load_file(file)
-        elif file.suffix in (".bin", ".pkl"):
+        elif file.suffix in (".bin", ".pkl", ".pt"):
             state[file.name] = torch.load(file, weights_only=False)
         else:
             state[file.name] = file.read_text()
@@ -186,8 +186,10 @@ def state_of(checkpoint: Path) -> dict[str, Any]:
 
 def differences(one: Any, other: Any, path: str = "") -> list[str]:
     """Where two nested structures are not equal bit for bit."""
-    if isinstance(one, torch.Tensor | np.ndarray):
-        return [] if (np.asarray(one) == np.asarray(other)).all() else [path]
+    if isinstance(one, torch.Tensor):
+        return [] if torch.equal(one, other) else [path]
+    if isinstance(one, np.ndarray):
+        return [] if (one == other).all() else [path]
     if isinstance(one, dict):
         if one.keys() != other.keys():
             return [f"{path}: {one.keys() ^ other.keys()}"]

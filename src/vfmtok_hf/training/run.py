@@ -25,7 +25,7 @@ from vfmtok_hf.cpu_inference import keep_freed_memory
 from vfmtok_hf.output_files import whole_file
 from vfmtok_hf.training.arguments import check_resumed_arguments, save_arguments
 from vfmtok_hf.training.log_file import LOG_FILE, drop_lines_after
-from vfmtok_hf.training.sharding import set_up_sharding
+from vfmtok_hf.training.sharding import set_up_sharding, sharding_of
 from vfmtok_hf.training.tracking import check_trackers, start_trackers
 
 
@@ -177,7 +177,7 @@ def start_accelerator(arguments: Any, output: Path, can_shard: bool = False) -> 
         log_with=check_trackers(arguments.tracker) or None,
         project_dir=output,
     )
-    set_up_sharding(accelerator, can_shard)
+    set_up_sharding(accelerator, arguments, can_shard)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     set_seed(arguments.seed, device_specific=True)
@@ -227,7 +227,7 @@ def save_checkpoint(accelerator: Accelerator, output: Path, step: int, keep: int
     try:
         accelerator.save_state(str(temporary))
         if accelerator.is_main_process:
-            launch = {"num_processes": accelerator.num_processes, "sharded": accelerator.is_fsdp2}
+            launch = {"num_processes": accelerator.num_processes, "sharding": sharding_of(accelerator)}
             (temporary / "run.json").write_text(json.dumps(launch))
     # A full disk is an OSError, a RuntimeError or a SafetensorError, by file.
     except (Exception, CheckpointException) as caught:
@@ -259,28 +259,31 @@ def reason_of(error: BaseException) -> str:
 def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
     """
     Raises:
-        ValueError: the checkpoint is damaged or was written by another number of processes, or sharded and these
-            processes do not shard, or the reverse.
+        ValueError: the checkpoint is damaged, or was written by another number of processes or another kind of
+            sharding.
     """
+    error = None
     try:
         launch = json.loads((checkpoint / "run.json").read_text())
-        num_processes, sharded = launch["num_processes"], launch.get("sharded", False)
-        if (num_processes, sharded) == (accelerator.num_processes, accelerator.is_fsdp2):
+        num_processes, sharding = launch["num_processes"], launch.get("sharding")
+        if (num_processes, sharding) == (accelerator.num_processes, sharding_of(accelerator)):
             accelerator.load_state(str(checkpoint))
-    except (Exception, CheckpointException) as error:
+    except (Exception, CheckpointException) as caught:
+        error = caught
+    if any_process(accelerator, error is not None):
+        reason = reason_of(error) if error else "another process failed"
         raise ValueError(
-            f"{checkpoint} cannot be read: {reason_of(error)}. If it is damaged, delete it to continue from the one "
-            "before."
+            f"{checkpoint} cannot be read: {reason}. If it is damaged, delete it to continue from the one before."
         ) from error
     if num_processes != accelerator.num_processes:
         raise ValueError(
             f"{checkpoint} was written by {num_processes} process(es), this run has {accelerator.num_processes}: their "
             "random numbers and shares of the data would differ. Start as many, or a new run with --init_from."
         )
-    if sharded != accelerator.is_fsdp2:
+    if sharding != sharding_of(accelerator):
         raise ValueError(
-            f"{checkpoint} was written {'with' if sharded else 'without'} FSDP2, this run is launched "
-            f"{'without' if sharded else 'with'} it. Launch it as before, or a new run with --init_from."
+            f"{checkpoint} was written with {sharding or 'no sharding'}, this run is launched with "
+            f"{sharding_of(accelerator) or 'none'}. Launch it as before, or a new run with --init_from."
         )
 
 

@@ -1,6 +1,11 @@
-"""Models split over the processes by FSDP2: what differs from whole ones when they start, are clipped and are saved."""
+"""
+Training split over the processes, by FSDP2 or DeepSpeed's ZeRO-2: what differs from whole copies when a run starts, clips
+and saves.
+"""
 
+import os
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -14,30 +19,39 @@ from transformers import PreTrainedModel
 from vfmtok_hf.training.ema import EMA
 
 
-def set_up_sharding(accelerator: Accelerator, can_shard: bool) -> None:
-    """
-    Check what the launcher configured, and set the precision of FSDP2.
+def sharding_of(accelerator: Accelerator) -> str | None:
+    """What splits the training over the processes: "FSDP", "DEEPSPEED" or nothing."""
+    kind = accelerator.distributed_type
+    return kind.value if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) else None
 
-    In mixed precision the weights are gathered as bfloat16, all layers compute in it, and gradients are summed in
-    float32. The rotary tables stay float32, which a cast of the layers' inputs would round.
+
+def set_up_sharding(accelerator: Accelerator, arguments: Any, can_shard: bool) -> None:
+    """
+    Check what the launcher configured, and hand the run's settings on to what shards.
 
     Raises:
-        ValueError: the launcher shards by other means or in a way that training does not support, or shards a model
-            that is not to be sharded.
+        ValueError: the launcher shards in a way that training does not support, or shards a model that is not to be
+            sharded.
     """
-    kind = accelerator.distributed_type
-    if kind not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+    kind = sharding_of(accelerator)
+    if kind is None:
         return
     if not can_shard:
         raise ValueError(
-            f"{kind.value} is supported neither by the training of image tokenizers nor with --lora_rank or --compile. "
+            f"{kind} is supported neither by the training of image tokenizers nor with --lora_rank or --compile. "
             "Launch with configs/accelerate/one_node_8_gpus.yaml; docs/scaling.md tells what fits."
         )
-    if kind == DistributedType.DEEPSPEED:
-        raise ValueError(
-            "DEEPSPEED is not supported. Launch with configs/accelerate/fsdp2_one_node.yaml, which shards as ZeRO-3 "
-            "does, and with fsdp_reshard_after_forward: false as ZeRO-2 does. docs/scaling.md tells why."
-        )
+    if kind == "FSDP":
+        set_up_fsdp(accelerator)
+    else:
+        set_up_deepspeed(accelerator, arguments)
+
+
+def set_up_fsdp(accelerator: Accelerator) -> None:
+    """
+    In mixed precision the weights are gathered as bfloat16, all layers compute in it, and gradients are summed in
+    float32. The rotary tables stay float32, which a cast of the layers' inputs would round.
+    """
     plugin = accelerator.state.fsdp_plugin
     supported = {
         "fsdp_version: 2": plugin.fsdp_version == 2,
@@ -47,26 +61,60 @@ def set_up_sharding(accelerator: Accelerator, can_shard: bool) -> None:
         "fsdp_offload_params: false": not isinstance(plugin.cpu_offload, CPUOffloadPolicy),
         "fsdp_activation_checkpointing: false (the run has gradient_checkpointing)": not plugin.activation_checkpointing,
     }
-    missing = [setting for setting, is_given in supported.items() if not is_given]
-    if missing:
-        raise ValueError(
-            f"Training under FSDP needs {'; '.join(missing)}. Launch with configs/accelerate/fsdp2_one_node.yaml."
-        )
+    require(supported, "fsdp2_one_node.yaml")
     if accelerator.mixed_precision == "bf16":
         plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
 
 
-def broadcast_weights(model: nn.Module) -> None:
-    """Before sharding: fresh weights are random by process, and each would keep its own part of its own."""
-    broadcast([tensor.data for tensor in model.state_dict().values()])
+def set_up_deepspeed(accelerator: Accelerator, arguments: Any) -> None:
+    """
+    The weights stay float32, since the moving average is of them: DeepSpeed's bfloat16 would replace them.
+    [`prepare_model`] sees to mixed precision.
+    """
+    plugin = accelerator.state.deepspeed_plugin
+    supported = {
+        "zero_stage: 2 (fsdp2_one_node.yaml shards as ZeRO-3 does)": plugin.zero_stage == 2,
+        "offload_optimizer_device: none": plugin.offload_optimizer_device == "none",
+        "offload_param_device: none": plugin.offload_param_device == "none",
+        "no deepspeed_config_file": "ACCELERATE_DEEPSPEED_CONFIG_FILE" not in os.environ,
+    }
+    require(supported, "deepspeed_zero2.yaml")
+    plugin.deepspeed_config |= {
+        "bf16": {"enabled": False},
+        "train_micro_batch_size_per_gpu": arguments.batch_size,
+        "gradient_accumulation_steps": arguments.gradient_accumulation_steps,
+        "gradient_clipping": arguments.max_gradient_norm,
+    }
+
+
+def require(supported: dict[str, bool], file: str) -> None:
+    """
+    Raises:
+        ValueError: names the settings that are false, and the configuration that has them all.
+    """
+    missing = [setting for setting, is_given in supported.items() if not is_given]
+    if missing:
+        raise ValueError(f"Sharded training needs {'; '.join(missing)}. Launch with configs/accelerate/{file}.")
+
+
+def prepare_model(accelerator: Accelerator, model: nn.Module, mixed_precision: str) -> None:
+    """What Accelerate does to whole models, and leaves undone for those that it hands to FSDP2 or DeepSpeed."""
+    if accelerator.is_fsdp2:
+        # Fresh weights are random by process, and each would keep its own part of its own.
+        broadcast([tensor.data for tensor in model.state_dict().values()])
+    if accelerator.distributed_type == DistributedType.DEEPSPEED and mixed_precision == "bf16":
+        model.forward = torch.autocast(accelerator.device.type, torch.bfloat16)(model.forward)
 
 
 def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float) -> torch.Tensor:
-    """Scale the gradients to the norm `max_norm` if theirs is larger, and return theirs, the same on all processes."""
+    """
+    Scale the gradients to the norm `max_norm` if theirs is larger, and return theirs, the same on all processes.
+    DeepSpeed has done so, and its step, in the backward pass; of a norm that is not finite it does no step.
+    """
     norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return torch.as_tensor(norm.full_tensor() if isinstance(norm, DTensor) else norm, device=accelerator.device)
 
 
 def gathered(accelerator: Accelerator, model: PreTrainedModel) -> PreTrainedModel | None:
@@ -88,8 +136,30 @@ def gathered(accelerator: Accelerator, model: PreTrainedModel) -> PreTrainedMode
     return whole
 
 
+def save_together(accelerator: Accelerator) -> None:
+    """
+    DeepSpeed's processes wait for each other once they have written their parts. Let one that cannot write wait with
+    them before it raises: else they would wait for ever.
+    """
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return
+    from deepspeed import comm
+
+    engine = accelerator.deepspeed_engine_wrapped.engine
+    save_checkpoint = engine.save_checkpoint
+
+    def save(*arguments: Any) -> None:
+        try:
+            save_checkpoint(*arguments)
+        except Exception:
+            comm.barrier()
+            raise
+
+    engine.save_checkpoint = save
+
+
 def checkpoint_averages(accelerator: Accelerator, ema: EMA) -> None:
-    """Have the moving average saved and loaded with the rest of a checkpoint; of a sharded one, each process its part."""
+    """Have the moving average saved and loaded with the rest of a checkpoint; under FSDP2, each process its part."""
     if not accelerator.is_fsdp2:
         accelerator.register_for_checkpointing(ema)
         return

@@ -54,7 +54,7 @@ from vfmtok_hf.training.run import (
     start_accelerator,
     start_run,
 )
-from vfmtok_hf.training.sharding import broadcast_weights, checkpoint_averages, clip_gradients, gathered
+from vfmtok_hf.training.sharding import checkpoint_averages, clip_gradients, gathered, prepare_model, save_together
 from vfmtok_hf.training.tokens import TokenShards
 
 
@@ -241,14 +241,14 @@ def main(argv: list[str] | None = None) -> None:
     groups = parameter_groups(model, arguments)
     optimizer = torch.optim.AdamW(groups, lr=arguments.learning_rate, betas=betas, fused=True)
     progress = Progress()
-    if accelerator.is_fsdp2:
-        broadcast_weights(model)
+    prepare_model(accelerator, model, arguments.mixed_precision)
     step_function = torch.compile(model) if arguments.compile else model
     step_function, optimizer = accelerator.prepare(step_function, optimizer)
     # Once all processes have the first one's random weights, or their parts of them.
     ema = EMA(model, arguments.ema_decay)
     accelerator.register_for_checkpointing(progress)
     checkpoint_averages(accelerator, ema)
+    save_together(accelerator)
     log = start_run(accelerator, output, checkpoint, arguments, progress)
 
     # Loop
