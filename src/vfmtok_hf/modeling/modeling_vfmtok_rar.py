@@ -180,7 +180,8 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
     main_input_name = "class_labels"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules = ["VFMTokRARDecoderLayer"]
+    # The modulation too: a decode step calls it from outside its layer.
+    _no_split_modules = ["VFMTokRARDecoderLayer", "VFMTokRARModulation"]
     num_condition_tokens = 2
     cache_class = VFMTokRARCache
 
