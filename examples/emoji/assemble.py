@@ -8,6 +8,7 @@ was measured on it.
 """
 
 import argparse
+import json
 import os
 import shutil
 from pathlib import Path
@@ -19,6 +20,7 @@ from PIL import Image
 from vfmtok_hf import VFMTokARForImageGeneration, VFMTokImageProcessor, VFMTokModel, VFMTokPipeline
 from vfmtok_hf.evaluation.reconstruction import psnr
 from vfmtok_hf.image_grid import image_grid
+from vfmtok_hf.pipelines.portable_vfmtok import INDEX_FILE, use_this_code
 
 
 # Chosen by looking at grids of all classes at several values.
@@ -113,8 +115,19 @@ def save_pipeline(tokenizer: Path, generator: Path, folder: Path) -> None:
     size = vq_model.config.image_size
     processor = VFMTokImageProcessor(size={"height": size, "width": size})
     VFMTokPipeline(vq_model, transformer, processor).save_pretrained(folder)
-    for code in folder.rglob("*.py"):  # the package that the checkpoint is a part of has it
+    leave_code_out(folder)
+
+
+def leave_code_out(folder: Path) -> None:
+    """The package that the checkpoint is a part of has it."""
+    for code in folder.rglob("*.py"):
         code.unlink()
+    for file in folder.rglob("*.json"):
+        settings = json.loads(file.read_text())
+        settings.pop("auto_map", None)
+        if file.name == INDEX_FILE:
+            use_this_code(settings)
+        file.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def write_card(folder: Path, data: Path, comparison: str, samples_per_class: int = 4) -> None:
