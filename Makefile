@@ -66,7 +66,7 @@ emoji-checkpoint: data/emoji64 data/efficientnet_lite0 data/efficientnet_lite0_c
 	$(BIN)/python -m vfmtok_hf.training.train_generator --config configs/emoji/generator_variants.yaml
 	$(BIN)/python examples/emoji/assemble.py --tokenizer runs/emoji/decoder/model --generator runs/emoji/generator_variants/model \
 		--data data/emoji64 --vision-model data/efficientnet_lite0 --classifier data/efficientnet_lite0_classifier \
-		--before src/vfmtok_hf/checkpoints/emoji --output src/vfmtok_hf/checkpoints/emoji
+		--output src/vfmtok_hf/checkpoints/emoji
 
 clean:
 	rm -rf $(VENV) outputs site .pytest_cache .ruff_cache .mypy_cache

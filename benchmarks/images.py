@@ -61,15 +61,17 @@ def build_graph(side: str, batch_size: int, threads: int) -> Callable[[str], Non
     """Runs a part of the tokenizer by its name."""
     torch.set_num_threads(threads)
     model = disable_kernels(random_tokenizer())
-    if side in graph_sides():
+    is_ours = side in graph_sides()
+    if is_ours:
         keep_freed_memory()
         dtype, with_kernel = graph_sides()[side]
         pack_weights((enable_kernels if with_kernel else disable_kernels)(model.to(dtype)))
         print(f"{side}: {active_implementation(model)}", flush=True)
     parts = graph_parts(model, batch_size)
+    upsampling = nullcontext if is_ours else original_upsampling
 
     def run(part: str) -> None:
-        with nullcontext() if side in graph_sides() else original_upsampling():
+        with upsampling():
             parts[part]()
 
     return torch.no_grad()(run)
@@ -116,6 +118,8 @@ def measure_graphs(batch_size: int, runs: int) -> None:
             for name, time in seconds.items()
         ]
         show_table("images", table)
+    for process in sides.values():
+        process.close()
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -189,8 +193,8 @@ def print_peak(part: str, side: str, batch_size: int, config: VFMTokConfig) -> N
     dtype, packed = MEMORY_SIDES[side]
     model = VFMTokModel(config).eval().to(dtype)
     if packed:
-        keep_freed_memory()
         pack_weights(model)
+        keep_freed_memory()
     images = torch.zeros(batch_size, 3, config.image_size, config.image_size)
     image_tokens = torch.zeros(batch_size, config.num_anchors, dtype=torch.int64)
     before = reset_peak()

@@ -165,11 +165,8 @@ def main() -> None:
         folder = arguments.pipeline or Path(temporary)
         if arguments.pipeline is None:
             write_pipeline(folder)
-        for name, table in (
-            ("startup", measure_start(arguments.runs)),
-            ("loading", measure_loading(folder, arguments.runs)),
-        ):
-            show_table(name, table)
+        show_table("startup", measure_start(arguments.runs))
+        show_table("loading", measure_loading(folder, arguments.runs))
 
 
 if __name__ == "__main__":

@@ -190,7 +190,7 @@ def test_freed_memory_is_used_again():
         command = [sys.executable, "-c", FRESH_PAGES.format(call=call)]
         return list(map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()))
 
-    kept = faults("assert keep_freed_memory()")
+    kept = faults("keep_freed_memory()")
     assert kept[0] > 1000
     assert kept[-1] < 100
     assert min(faults("")) > 1000

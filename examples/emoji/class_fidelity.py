@@ -1,13 +1,14 @@
 """
-How often pipelines draw the class that they were asked for, in the eyes of a classifier that they never met.
+How often pipelines draw the class that they were asked for, as a classifier sees it.
 
     python examples/emoji/class_fidelity.py --data data/emoji64 --classifier data/efficientnet_lite0_classifier \\
         --pipelines src/vfmtok_hf/checkpoints/emoji
 
-The judge is a logistic regression on EfficientNet-Lite0's pooled features of the training images. Prints a Markdown table:
-the share that it puts into the right class, of held-out images, of their reconstructions and of samples; precision and
-recall (Kynkäänniemi et al. 2019) of the samples against training images in the same features, which tell good drawings
-from few different ones; and the loss on held-out images.
+The judge is a logistic regression on EfficientNet-Lite0's pooled features of the training images. The emoji tokenizer sees
+through the same network, which may favour what it draws. Prints a Markdown table: the share that the judge puts into the
+right class, of held-out images, of their reconstructions and of samples; precision and recall (Kynkäänniemi et al. 2019)
+of the samples against training images in the same features, which tell good drawings from few different ones; and the
+loss on held-out images.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from vfmtok_hf.evaluation.metrics import precision_recall
 
 INPUT_SIZE = 128  # of the judge, in pixels: twice that of the emoji
 BATCH_SIZE = 28
+SAMPLES = 40  # of each class; the smallest one has 47 training images
 
 
 def image_files(folder: Path) -> list[list[Path]]:
@@ -35,8 +37,8 @@ def image_files(folder: Path) -> list[list[Path]]:
 
 
 def features_of(pictures: Iterable[Image.Image], extractor: VisionModelFeatures) -> torch.Tensor:
-    processed = torch.stack([to_tensor(picture) for picture in pictures])
-    return torch.cat([extractor(batch).pooled for batch in processed.split(BATCH_SIZE)])
+    images = torch.stack([to_tensor(picture) for picture in pictures])
+    return torch.cat([extractor(batch).pooled for batch in images.split(BATCH_SIZE)])
 
 
 def to_tensor(picture: Image.Image) -> torch.Tensor:
@@ -54,6 +56,12 @@ def train_judge(features: list[torch.Tensor]) -> Pipeline:
 def shares_right(judge: Pipeline, features: list[torch.Tensor]) -> list[float]:
     """By class."""
     return [float((judge.predict(rows.numpy()) == label).mean()) for label, rows in enumerate(features)]
+
+
+def load(folder: Path) -> VFMTokPipeline:
+    pipe = VFMTokPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def draw(pipe: VFMTokPipeline, count: int) -> list[list[Image.Image]]:
@@ -84,51 +92,48 @@ def held_out_loss(pipe: VFMTokPipeline, files: list[list[Path]]) -> float:
     return sum(losses) / len(losses)
 
 
-def compare(pipes: dict[str, VFMTokPipeline], data: Path, classifier: str, samples: int) -> str:
-    """The table of pipelines with the same image tokenizer, by name; `samples` of each class."""
+def compare(pipes: dict[str, VFMTokPipeline], data: Path, classifier: str, samples: int = SAMPLES) -> str:
+    """The table of pipelines by name; `samples` of each class, and reconstructions by the last one's tokenizer."""
     extractor = VisionModelFeatures(classifier, INPUT_SIZE)
     train = [features_of(map(Image.open, files), extractor) for files in image_files(data / "train")]
     judge, reference = train_judge(train), spread_evenly(train, samples)
 
     files = image_files(data / "validation")
-    any_pipe = next(iter(pipes.values()))
-    features = {
+    *_, last = pipes.values()
+    columns = {
         "held-out images": [features_of(map(Image.open, of_class), extractor) for of_class in files],
-        "reconstructions": [features_of(any_pipe.reconstruct(of_class).images, extractor) for of_class in files],
+        "reconstructions": [features_of(last.reconstruct(of_class).images, extractor) for of_class in files],
     }
-    others = dict.fromkeys(features, ("", "", ""))
+    cells = {name: class_cells(judge, features) + ["", "", ""] for name, features in columns.items()}
     for name, pipe in pipes.items():
-        features[name] = [features_of(images, extractor) for images in draw(pipe, samples)]
-        precision, recall = precision_recall(torch.cat(features[name]), reference)
-        others[name] = (f"{precision:.0%}", f"{recall:.0%}", f"{held_out_loss(pipe, files):.3f}")
+        features = [features_of(images, extractor) for images in draw(pipe, samples)]
+        precision, recall = precision_recall(torch.cat(features), reference)
+        others = [f"{precision:.0%}", f"{recall:.0%}", f"{held_out_loss(pipe, files):.3f}"]
+        cells[name] = class_cells(judge, features) + others
 
-    shares = {name: shares_right(judge, by_class) for name, by_class in features.items()}
-    labels = [any_pipe.id2label[label].split(",")[0] for label in sorted(any_pipe.id2label)]
-    rows = [[label, *(f"{of[index]:.0%}" for of in shares.values())] for index, label in enumerate(labels)]
-    rows.append(["**mean of classes**", *(f"**{sum(of) / len(of):.0%}**" for of in shares.values())])
-    for index, name in enumerate(("precision", "recall", "loss, nats a token")):
-        rows.append([name, *(of[index] for of in others.values())])
-    rows = [["judged right", *features], ["---"] * (1 + len(features)), *rows]
+    labels = [last.id2label[label].split(",")[0] for label in sorted(last.id2label)]
+    names = [*labels, "**mean of classes**", "precision", "recall", "loss, nats a token"]
+    rows = [["judged right", *cells], ["---"] * (1 + len(cells)), *zip(names, *cells.values(), strict=True)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def class_cells(judge: Pipeline, features: list[torch.Tensor]) -> list[str]:
+    """Share that is judged right, of each class and in the mean over classes."""
+    shares = shares_right(judge, features)
+    return [*(f"{share:.0%}" for share in shares), f"**{sum(shares) / len(shares):.0%}**"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder that prepare_data.py wrote")
     parser.add_argument("--classifier", required=True, help="folder that vision_model.py --classifier wrote")
-    parser.add_argument("--pipelines", type=Path, nargs="+", required=True, help="pipeline folders with one tokenizer")
+    parser.add_argument("--pipelines", type=Path, nargs="+", required=True, help="pipeline folders")
     parser.add_argument(
-        "--samples", type=int, default=40, help="of each class; at most as many as it has training images"
+        "--samples", type=int, default=SAMPLES, help="of each class; at most as many as it has training images"
     )
     arguments = parser.parse_args()
-    pipes = {folder.name: load(folder) for folder in arguments.pipelines}
+    pipes = {str(folder): load(folder) for folder in arguments.pipelines}
     print(compare(pipes, arguments.data, arguments.classifier, arguments.samples))
-
-
-def load(folder: Path) -> VFMTokPipeline:
-    pipe = VFMTokPipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ constexpr int kMaxBlocks = MSDA_VECTOR_BYTES == 64 ? 4 : 8;
 
 constexpr int64_t kCacheLine = 64;
 constexpr int64_t kPrefetchedRows = 8;  // how far ahead rows are prefetched
-constexpr int kSecondCache = 2;          // as __builtin_prefetch counts
+constexpr int kSecondCache = 2;         // as __builtin_prefetch counts
 
 // One output row, or kBlocks vectors of it: `value` points at the head's first channel to process of position 0,
 // `locations` and `weights` at the samples of this query and head. With kPartial the (single) vector has `count` lanes.

@@ -209,24 +209,20 @@ def unpack_weights(model: ModuleT) -> ModuleT:
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 
-def keep_freed_memory() -> bool:
+def keep_freed_memory() -> None:
     """
     Have this process keep the memory of tensors that are freed for those that come.
 
     By default glibc returns large blocks to the system at once. The next tensor then gets fresh pages, which the system
-    has to clear one by one: a fifth of an image decoder's time (docs/performance.md). The process does not shrink again,
-    which is why programs call this and the library does not; the `vfmtok` commands and training do.
-
-    Returns:
-        `bool`: whether the C library is one that can, as on Linux with glibc.
+    has to clear one by one. The process does not shrink again, which is why programs call this and the library does not;
+    the `vfmtok` commands and training do. Other C libraries than glibc stay as they are.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if set_option is None:
-        return False
+        return
     # No blocks straight from the system, no return of free ones at the end of the heap, one heap for all threads.
-    options = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_ARENA_MAX, 1))
-    accepted = [set_option(option, value) for option, value in options]
-    return all(accepted)
+    for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_ARENA_MAX, 1)):
+        set_option(option, value)
 
 
 class AdaptiveThreads:

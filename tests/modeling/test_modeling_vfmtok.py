@@ -418,3 +418,13 @@ def test_upsampling_is_a_convolution_of_repeated_pixels(memory_format):
     torch.testing.assert_close(
         torch.autograd.grad(result, inputs, upstream), torch.autograd.grad(expected, inputs, upstream)
     )
+
+
+def test_upsampling_in_bfloat16():
+    torch.manual_seed(0)
+    layer = VFMTokPixelUpsample(6)
+    hidden_states = torch.randn(2, 6, 5, 7)
+    expected = layer(hidden_states)
+    result = layer.bfloat16()(hidden_states.bfloat16()).float()
+    # Weights, sums of weights and inputs are each rounded to 8 bits: 3 x 2^-9 of the largest terms.
+    torch.testing.assert_close(result, expected, rtol=0, atol=0.02)

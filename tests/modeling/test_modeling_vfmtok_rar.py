@@ -529,6 +529,7 @@ def test_saved_and_loaded_models_compute_the_same(tmp_path, dtype):
     assert torch.equal(loaded(*batch).logits, model(*batch).logits)
 
 
-def test_transformer_layers_are_what_device_maps_keep_whole():
+def test_layers_and_modulations_are_what_device_maps_and_fsdp_keep_whole():
     model = tiny_rar()
-    assert {type(layer).__name__ for layer in model.layers} == set(model._no_split_modules)
+    whole = {type(module).__name__ for module in (*model.layers, model.norm_modulation)}
+    assert whole == set(model._no_split_modules)

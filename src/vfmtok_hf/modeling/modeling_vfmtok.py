@@ -712,7 +712,7 @@ class VFMTokPixelUpsample(nn.Conv2d):
         # place in the row, place in the column, output channel, input channel, 2, 2
         weight = add_equal_taps(add_equal_taps(self.weight, dim=-2), dim=-1)
         weight = weight.permute(2, 1, 0, 3, 4, 5).flatten(0, 2)
-        bias = None if self.bias is None else self.bias.repeat_interleave(4)
+        bias = self.bias.repeat_interleave(4)  # type: ignore[union-attr]
         # Every 2 x 2 places lie around a corner between pixels; the outermost ones reach out of the image.
         return F.pixel_shuffle(F.conv2d(hidden_states, weight, bias, padding=1), 2)[..., 1:-1, 1:-1]
 

@@ -236,8 +236,8 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
 
     def step_modulations(self, class_embeds: torch.Tensor, cache: VFMTokRARCache) -> list[torch.Tensor]:
         """
-        Modulations of the position after those that `cache` holds, with which it is given those of a block of positions
-        where its last block ends.
+        Modulations of the position that follows those in `cache`. Where the cache's block of them has ended, it gets
+        those of the next positions.
 
         Args:
             class_embeds (`torch.Tensor` of shape `(batch_size, 1, hidden_size)`): embeddings of the classes.
@@ -451,4 +451,4 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
             )
 
 
-__all__ = ["VFMTokRARForImageGeneration"]
+__all__ = ["VFMTokRARCache", "VFMTokRARForImageGeneration"]

@@ -265,7 +265,7 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
     error = None
     try:
         launch = json.loads((checkpoint / "run.json").read_text())
-        num_processes, sharding = launch["num_processes"], launch.get("sharding")
+        num_processes, sharding = launch["num_processes"], launch["sharding"]
         if (num_processes, sharding) == (accelerator.num_processes, sharding_of(accelerator)):
             accelerator.load_state(str(checkpoint))
     except (Exception, CheckpointException) as caught:
@@ -365,7 +365,8 @@ def check_finite(
     indices: torch.Tensor,
 ) -> None:
     """
-    Stop all processes if a number of any of them is not finite. Called by all, before weights change.
+    Stop all processes if a number of any of them is not finite. Called by all, before weights change (under DeepSpeed
+    after it, see [`clip_gradients`]).
 
     Args:
         step (`int`): steps done before this one.

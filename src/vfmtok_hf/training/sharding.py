@@ -49,6 +49,8 @@ def set_up_sharding(accelerator: Accelerator, arguments: Any, can_shard: bool) -
 
 def set_up_fsdp(accelerator: Accelerator) -> None:
     """
+    Check the plugin, and set its precision.
+
     In mixed precision the weights are gathered as bfloat16, all layers compute in it, and gradients are summed in
     float32. The rotary tables stay float32, which a cast of the layers' inputs would round.
     """
@@ -70,6 +72,8 @@ def set_up_fsdp(accelerator: Accelerator) -> None:
 
 def set_up_deepspeed(accelerator: Accelerator, arguments: Any) -> None:
     """
+    Check the plugin, and give it the run's batch size, accumulation and clipping.
+
     The weights stay float32, since the moving average is of them: DeepSpeed's bfloat16 would replace them.
     [`prepare_model`] sees to mixed precision.
     """
@@ -111,7 +115,7 @@ def prepare_model(accelerator: Accelerator, model: nn.Module, mixed_precision: s
 def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float) -> torch.Tensor:
     """
     Scale the gradients to the norm `max_norm` if theirs is larger, and return theirs, the same on all processes.
-    DeepSpeed has done so, and its step, in the backward pass; of a norm that is not finite it does no step.
+    DeepSpeed has done so, and its step, in the backward pass; where the norm is not finite it takes no step.
     """
     norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
     return torch.as_tensor(norm.full_tensor() if isinstance(norm, DTensor) else norm, device=accelerator.device)
