@@ -63,6 +63,10 @@ class VFMTokRARCache(KeyValueCache):
 
     `modulations` has `(positions, batch_size, 6 * hidden_size)` for each layer, and at last `(positions, batch_size,
     2 * hidden_size)` for the final norm. Positions come first, so that those of a step lie together.
+
+    Args:
+        num_layers (`int`): of the generator.
+        max_length (`int`): positions of the whole sequence, that of its last token left out.
     """
 
     def __init__(self, num_layers: int, max_length: int):
