@@ -8,11 +8,11 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from tests.training.sharded import CONFIGURATIONS, assert_equal_runs, expect, trainer, without_randomness
-from tests.training.tiny_runs import copy_until, differences, is_rank, log_of, state_of, terminate_self
+from tests.training.tiny_runs import copy_until, differences, is_rank, log_of, state_of, terminate_the_second_process
 from vfmtok_hf import VFMTokARForImageGeneration, VFMTokPipeline
 from vfmtok_hf.training import train_generator
 from vfmtok_hf.training.ema import EMA
-from vfmtok_hf.training.run import StopRequest, finished_checkpoints
+from vfmtok_hf.training.run import finished_checkpoints
 
 
 pytest.importorskip("deepspeed", reason='needs pip install "vfmtok-hf[deepspeed]"')
@@ -151,14 +151,7 @@ def test_what_is_not_finite_on_one_process_changes_nothing(term, train, tmp_path
 
 
 def test_sigterm_to_one_process_stops_both_after_the_same_step(train, tmp_path, monkeypatch):
-    agree = StopRequest.agree
-
-    def signal_before_agreeing(stop):
-        if is_rank(1):
-            terminate_self()
-        agree(stop)
-
-    monkeypatch.setattr(StopRequest, "agree", signal_before_agreeing)
+    terminate_the_second_process(monkeypatch)
     output = train(tmp_path / "run", {}, configuration=ZERO2)
     assert [line["step"] for line in log_of(output, "stopped")] == [1]
     assert [folder.name for folder in finished_checkpoints(output)] == ["step_00000001"]

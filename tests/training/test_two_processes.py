@@ -14,7 +14,7 @@ from tests.training.tiny_runs import (
     log_of,
     run,
     state_of,
-    terminate_self,
+    terminate_the_second_process,
     tokenizer_options,
     write_images,
     write_vision_model,
@@ -108,14 +108,7 @@ def test_nan_on_one_process_stops_both(sources, tmp_path, monkeypatch):
 
 def test_sigterm_to_one_process_stops_both_after_the_same_step(sources, tmp_path, monkeypatch):
     output = tmp_path / "run"
-    agree = run_module.StopRequest.agree
-
-    def signal_before_agreeing(stop):
-        if is_rank(1):
-            terminate_self()
-        agree(stop)
-
-    monkeypatch.setattr(run_module.StopRequest, "agree", signal_before_agreeing)
+    terminate_the_second_process(monkeypatch)
     run(lambda: train_tokenizer.main(tokenizer_options(*sources, output, batch_size=2)), num_processes=2)
     assert [line["step"] for line in log_of(output, "stopped")] == [1]
     assert [folder.name for folder in (output / "checkpoints").iterdir()] == ["step_00000001"]

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
 from tests.testing import tiny_config, tiny_model
+from vfmtok_hf.training.run import StopRequest
 
 
 # Forked: the imports of a training script take ten seconds, its tiny runs one.
@@ -148,8 +150,16 @@ def is_rank(rank: int) -> bool:
     return os.environ.get("RANK", "0") == str(rank)
 
 
-def terminate_self() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
+def terminate_the_second_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each time that the processes are about to agree on whether to stop."""
+    agree = StopRequest.agree
+
+    def signal_before_agreeing(stop: StopRequest) -> None:
+        if is_rank(1):
+            os.kill(os.getpid(), signal.SIGTERM)
+        agree(stop)
+
+    monkeypatch.setattr(StopRequest, "agree", signal_before_agreeing)
 
 
 def copy_until(run_folder: Path, step: int, to: Path) -> Path:
