@@ -43,13 +43,12 @@ def arithmetic_limit(dtype: torch.dtype) -> float:
     return 2 * 2048**3 / min(seconds.values())
 
 
-def graph_sides() -> dict[str, tuple[torch.dtype, bool]]:
-    """Names of our sides; dtype, and whether the compiled kernel is on."""
-    return {
-        f"packed {str(dtype).removeprefix('torch.')}{', kernel' if with_kernel else ''}": (dtype, with_kernel)
-        for dtype in (torch.float32, torch.bfloat16)
-        for with_kernel in (False, True)
-    }
+# Names of our sides; dtype, and whether the compiled kernel is on.
+GRAPH_SIDES = {
+    f"packed {str(dtype).removeprefix('torch.')}{', kernel' if with_kernel else ''}": (dtype, with_kernel)
+    for dtype in (torch.float32, torch.bfloat16)
+    for with_kernel in (False, True)
+}
 
 
 def random_tokenizer() -> VFMTokModel:
@@ -61,11 +60,14 @@ def build_graph(side: str, batch_size: int, threads: int) -> Callable[[str], Non
     """Runs a part of the tokenizer by its name."""
     torch.set_num_threads(threads)
     model = disable_kernels(random_tokenizer())
-    is_ours = side in graph_sides()
+    is_ours = side in GRAPH_SIDES
     if is_ours:
         keep_freed_memory()
-        dtype, with_kernel = graph_sides()[side]
-        pack_weights((enable_kernels if with_kernel else disable_kernels)(model.to(dtype)))
+        dtype, with_kernel = GRAPH_SIDES[side]
+        model.to(dtype)
+        if with_kernel:
+            enable_kernels(model)
+        pack_weights(model)
         print(f"{side}: {active_implementation(model)}", flush=True)
     parts = graph_parts(model, batch_size)
     upsampling = nullcontext if is_ours else original_upsampling
@@ -101,7 +103,7 @@ def measure_graphs(batch_size: int, runs: int) -> None:
     limits = {torch.float32: arithmetic_limit(torch.float32), torch.bfloat16: arithmetic_limit(torch.bfloat16)}
     print({str(dtype): f"{limit / 1e9:.0f} GFLOP/s" for dtype, limit in limits.items()})
     operations, threads = count_operations(batch_size), torch.get_num_threads()
-    names = ["straightforward float32", *graph_sides()]
+    names = ["straightforward float32", *GRAPH_SIDES]
     sides = {name: SideProcess(build_graph, name, batch_size, threads) for name in names}
     for part, count in operations.items():
         seconds = alternate({name: partial(side, part) for name, side in sides.items()}, runs)
@@ -198,7 +200,7 @@ def print_peak(part: str, side: str, batch_size: int, config: VFMTokConfig) -> N
     images = torch.zeros(batch_size, 3, config.image_size, config.image_size)
     image_tokens = torch.zeros(batch_size, config.num_anchors, dtype=torch.int64)
     before = reset_peak()
-    with torch.no_grad():
+    with torch.no_grad(), nullcontext() if packed else original_upsampling():
         model.encode(images) if part == "encode" else model.decode(image_tokens=image_tokens)
     print(json.dumps({"bytes": memory("VmHWM") - before}))
 
