@@ -37,13 +37,15 @@ from vfmtok_hf.cpu_inference import pack_weights
 SPACE = Path(__file__).parents[1] / "spaces" / "vfmtok"
 START = {
     "import torch": ["-c", "import torch"],
-    # What the package's modules import of transformers.
-    "import what we need of transformers": [
-        "-c",
-        "from transformers import AutoImageProcessor, AutoModel, GenerationMixin, PilBackend, Pipeline, PreTrainedModel",
-    ],
     "import vfmtok_hf": ["-c", "import vfmtok_hf"],
     "vfmtok --help": ["-m", "vfmtok_hf", "--help"],
+    # What the package's modules import of both, and then those modules themselves.
+    "import what we need of transformers and diffusers": [
+        "-c",
+        "from transformers import AutoImageProcessor, AutoModel, GenerationMixin, PilBackend, Pipeline, PreTrainedModel\n"
+        "from diffusers import DiffusionPipeline",
+    ],
+    "from vfmtok_hf import VFMTokPipeline": ["-c", "from vfmtok_hf import VFMTokPipeline"],
 }
 # The page as `python app.py` builds it, and what its button does until a picture is drawn, without a browser.
 DEMO = """

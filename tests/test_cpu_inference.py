@@ -70,6 +70,18 @@ def test_generators_draw_the_same_tokens(tiny_generator):
     assert draw().equal(expected)
 
 
+def test_kinds_of_linear_layers():
+    """A class that only has a name of its own is packed and comes back; one whose weight others read stays."""
+    modulation = type(tiny_rar().norm_modulation)
+    model = nn.Sequential(modulation(20, 20), nn.MultiheadAttention(20, 2))
+    inputs = torch.randn(3, 1, 20)
+    expected = model[1](inputs, inputs, inputs)[0]
+    pack_weights(model)
+    assert type(model[0]) is PackedLinear
+    assert model[1](inputs, inputs, inputs)[0].equal(expected)
+    assert type(unpack_weights(model)[0]) is modulation
+
+
 def test_save_and_load(tmp_path):
     model = tiny_ar().eval()
     class_labels, image_tokens = tiny_batch(model)

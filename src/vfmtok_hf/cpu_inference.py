@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from vfmtok_hf.cpu_quantization import PackedQuantizedLinear, packed_class
 
@@ -34,6 +35,7 @@ class PackedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
+        self.linear_class = type(linear)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         # Not a parameter: a blocked tensor has no storage that code written for parameters could touch.
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
@@ -52,7 +54,8 @@ class PackedLinear(nn.Module):
 
     def to_linear(self) -> nn.Linear:
         """The layer with a plain weight, equal to the last bit."""
-        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        has_bias = self.bias is not None
+        linear = self.linear_class(self.in_features, self.out_features, bias=has_bias, device="meta")
         linear.weight = nn.Parameter(self.weight.to_dense())
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias)
@@ -148,9 +151,11 @@ class PackedPart(nn.Module):
 
 
 def can_pack(module: nn.Module) -> bool:
-    """Whether oneDNN has a product for this layer: an `nn.Linear` in float32 or bfloat16 on the CPU."""
+    """Whether oneDNN has a product for this layer: what an `nn.Linear` does, in float32 or bfloat16 on the CPU."""
     return (
-        type(module) is nn.Linear
+        isinstance(module, nn.Linear)
+        and type(module).forward is nn.Linear.forward
+        and not isinstance(module, NonDynamicallyQuantizableLinear)  # nn.MultiheadAttention reads its weight
         and type(module.weight) is nn.Parameter  # quantized ones are of other classes
         and torch.backends.mkldnn.is_available()
         and module.weight.device.type == "cpu"

@@ -27,10 +27,9 @@ from vfmtok_hf.evaluation.results import (
     results_table,
 )
 from vfmtok_hf.image_grid import image_grid
-from vfmtok_hf.modeling.auto_vfmtok import MODEL_CLASSES
 from vfmtok_hf.modeling.image_processing_vfmtok import VFMTokImageProcessor
 from vfmtok_hf.pipelines import VFMTokPipeline
-from vfmtok_hf.pipelines.portable_vfmtok import portable_code, portable_pipeline, saved_components
+from vfmtok_hf.pipelines.portable_vfmtok import MODEL_CLASSES, portable_code, portable_pipeline, saved_components
 from vfmtok_hf.released_checkpoints import ORIGINAL_REPOSITORY, Kind, find_released
 
 
@@ -38,7 +37,7 @@ CARD_TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 PAPER = "https://arxiv.org/abs/2507.08441"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 GENERATOR_CONVERTERS = {"ar": convert_ar, "rar": convert_rar}
-MODELS_BY_TYPE = {config_class.model_type: model_class for config_class, model_class in MODEL_CLASSES.items()}
+MODELS_BY_TYPE = {model_class.config_class.model_type: model_class for model_class in MODEL_CLASSES}
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -1,37 +1,47 @@
-"""Makes the VFMTok classes known to transformers' Auto classes."""
+"""
+Makes the VFMTok classes known to transformers.
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel
+Two directions: Auto classes load VFMTok checkpoints with this code, and whatever `save_pretrained` writes carries the code
+along, for `trust_remote_code=True` where it is not installed.
 
-from .configuration_vfmtok import VFMTokConfig
-from .configuration_vfmtok_ar import VFMTokARConfig
-from .configuration_vfmtok_rar import VFMTokRARConfig
-from .image_processing_vfmtok import VFMTokImageProcessor
-from .modeling_vfmtok import VFMTokModel
-from .modeling_vfmtok_ar import VFMTokARForImageGeneration
-from .modeling_vfmtok_rar import VFMTokRARForImageGeneration
+Each function imports no more of transformers than its own registry, as it may run in the middle of transformers' imports.
+"""
 
 
-MODEL_CLASSES = {
-    VFMTokConfig: VFMTokModel,
-    VFMTokARConfig: VFMTokARForImageGeneration,
-    VFMTokRARConfig: VFMTokRARForImageGeneration,
-}
+def register_config(config_class: type) -> None:
+    """Have `AutoConfig` give `config_class` for its `model_type`."""
+    from transformers import AutoConfig
+
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    config_class.register_for_auto_class()
 
 
-def register_auto_classes() -> None:
-    """
-    Two directions: Auto classes load VFMTok checkpoints with this code, and whatever `save_pretrained` writes carries
-    the code along, for `trust_remote_code=True` where it is not installed.
-    """
-    for config_class, model_class in MODEL_CLASSES.items():
-        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-        AutoModel.register(config_class, model_class, exist_ok=True)
-        config_class.register_for_auto_class()
-        model_class.register_for_auto_class("AutoModel")
+def register_model(model_class: type) -> None:
+    """Have `AutoModel` give `model_class` for its configuration's class."""
+    from transformers import AutoModel
+
+    AutoModel.register(model_class.config_class, model_class, exist_ok=True)
+    model_class.register_for_auto_class("AutoModel")
+
+
+def register_image_processor(image_processor_class: type) -> None:
+    """Have `AutoImageProcessor` give `image_processor_class` for image tokenizers."""
+    from transformers import AutoImageProcessor
+
+    from .configuration_vfmtok import VFMTokConfig
+
     # Its arithmetic is PIL's under either name; without the second, Auto classes warn about a missing backend.
-    backends = {"pil": VFMTokImageProcessor, "torchvision": VFMTokImageProcessor}
+    backends = {"pil": image_processor_class, "torchvision": image_processor_class}
     AutoImageProcessor.register(VFMTokConfig, image_processor_classes=backends, exist_ok=True)
-    VFMTokImageProcessor.register_for_auto_class()
+    image_processor_class.register_for_auto_class()
 
 
-__all__ = ["MODEL_CLASSES", "register_auto_classes"]
+def register_task(pipeline_class: type) -> None:
+    """Have transformers' `pipeline` run the task `image-tokens` by `pipeline_class`."""
+    from transformers import AutoModel
+    from transformers.pipelines import PIPELINE_REGISTRY
+
+    PIPELINE_REGISTRY.register_pipeline("image-tokens", pipeline_class, pt_model=AutoModel, type="image")
+
+
+__all__ = ["register_config", "register_image_processor", "register_model", "register_task"]

@@ -13,21 +13,25 @@ import importlib.util
 if importlib.util.find_spec("vfmtok_hf") is not None:
     VFMTokPipeline = importlib.import_module("vfmtok_hf").VFMTokPipeline
 else:
-    from .auto_vfmtok import register_auto_classes
+    from .auto_vfmtok import register_config, register_image_processor, register_model
     from .class_embeddings_vfmtok import ClassEmbeddingsMixin  # noqa: F401
-    from .configuration_vfmtok import VFMTokConfig  # noqa: F401
-    from .configuration_vfmtok_ar import VFMTokARConfig  # noqa: F401
-    from .configuration_vfmtok_rar import VFMTokRARConfig  # noqa: F401
+    from .configuration_vfmtok import VFMTokConfig
+    from .configuration_vfmtok_ar import VFMTokARConfig
+    from .configuration_vfmtok_rar import VFMTokRARConfig
     from .generation_vfmtok import VFMTokGenerationMixin  # noqa: F401
-    from .image_processing_vfmtok import VFMTokImageProcessor  # noqa: F401
+    from .image_processing_vfmtok import VFMTokImageProcessor
     from .loading_vfmtok import one_line_errors  # noqa: F401
-    from .modeling_vfmtok import VFMTokModel  # noqa: F401
-    from .modeling_vfmtok_ar import VFMTokARForImageGeneration  # noqa: F401
-    from .modeling_vfmtok_rar import VFMTokRARForImageGeneration  # noqa: F401
+    from .modeling_vfmtok import VFMTokModel
+    from .modeling_vfmtok_ar import VFMTokARForImageGeneration
+    from .modeling_vfmtok_rar import VFMTokRARForImageGeneration
     from .pipeline_vfmtok import VFMTokPipeline
     from .portable_vfmtok import write_portable_code  # noqa: F401
 
-    register_auto_classes()
+    for config_class in (VFMTokConfig, VFMTokARConfig, VFMTokRARConfig):
+        register_config(config_class)
+    for model_class in (VFMTokModel, VFMTokARForImageGeneration, VFMTokRARForImageGeneration):
+        register_model(model_class)
+    register_image_processor(VFMTokImageProcessor)
 
     from .component_vfmtok import VFMTokModel as RegisteredVFMTokModel  # noqa: F401
 

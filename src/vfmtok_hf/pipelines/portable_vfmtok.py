@@ -7,11 +7,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-from vfmtok_hf.modeling.auto_vfmtok import MODEL_CLASSES
 from vfmtok_hf.modeling.image_processing_vfmtok import VFMTokImageProcessor
+from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
+from vfmtok_hf.modeling.modeling_vfmtok_ar import VFMTokARForImageGeneration
+from vfmtok_hf.modeling.modeling_vfmtok_rar import VFMTokRARForImageGeneration
 
 
-COMPONENT_CLASSES = (*MODEL_CLASSES.values(), VFMTokImageProcessor)
+MODEL_CLASSES = (VFMTokModel, VFMTokARForImageGeneration, VFMTokRARForImageGeneration)
+COMPONENT_CLASSES = (*MODEL_CLASSES, VFMTokImageProcessor)
 
 INDEX_FILE = "model_index.json"
 ENTRY_MODULE = "pipeline"

@@ -1,0 +1,58 @@
+"""Importing the package imports nothing heavy, and whatever is imported next, transformers' registries have its classes."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+# Ways into transformers and into this package that meet in the middle of one another's imports.
+FIRST_IMPORTS = (
+    "from transformers import AutoModel, pipeline; import vfmtok_hf",
+    "import vfmtok_hf; from transformers import PreTrainedModel",
+    "import vfmtok_hf; import transformers.modeling_layers",
+    "import vfmtok_hf; from transformers import Trainer",
+    "import vfmtok_hf; from diffusers import DiffusionPipeline",
+    "import vfmtok_hf.modeling.modeling_vfmtok_ar",
+    "import vfmtok_hf.modeling.modeling_vfmtok_rar",
+    "import vfmtok_hf.modeling.image_tokens_vfmtok",
+    "import vfmtok_hf.pipelines",
+)
+REGISTERED = """
+from transformers import CONFIG_MAPPING, IMAGE_PROCESSOR_MAPPING, MODEL_MAPPING
+from transformers.pipelines import PIPELINE_REGISTRY
+import vfmtok_hf as v
+
+for config, model in (
+    (v.VFMTokConfig, v.VFMTokModel),
+    (v.VFMTokARConfig, v.VFMTokARForImageGeneration),
+    (v.VFMTokRARConfig, v.VFMTokRARForImageGeneration),
+):
+    assert CONFIG_MAPPING[config.model_type] is config
+    assert MODEL_MAPPING[config] is model
+    assert (config._auto_class, model._auto_class) == ("AutoConfig", "AutoModel")
+assert IMAGE_PROCESSOR_MAPPING[v.VFMTokConfig]["pil"] is v.VFMTokImageProcessor
+assert PIPELINE_REGISTRY.check_task("image-tokens")[1]["impl"] is v.VFMTokImageTokensPipeline
+"""
+
+
+def output_of(code: str) -> str:
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("first", FIRST_IMPORTS)
+def test_classes_are_registered_whatever_is_imported_first(first):
+    output_of(first + REGISTERED)
+
+
+def test_one_registry_alone_is_enough():
+    code = "import vfmtok_hf; from transformers import AutoConfig; print(type(AutoConfig.for_model('vfmtok_rar')))"
+    assert "vfmtok_hf.modeling.configuration_vfmtok_rar" in output_of(code)
+
+
+@pytest.mark.parametrize("start", ["import vfmtok_hf", "import vfmtok_hf.cli"])
+def test_neither_import_nor_command_line_wait_for_torch(start):
+    heavy = "torch", "transformers", "diffusers", "accelerate", "gradio", "kernels", "timm", "torchvision", "numpy"
+    assert output_of(f"{start}\nimport sys\nprint(*(set({heavy!r}) & set(sys.modules)))").split() == []
