@@ -8,8 +8,7 @@ weights of the released tokenizer with DINOv2-L and of AR-B, and a RAR of AR-B's
 discriminator's vision model have random weights too. The original's next-token training encodes its images anew in
 every step, ours reads tokens that were computed once (`--variants`); the row `tokens at hand` leaves the encoding out.
 Each side has a process of its own, in which ours keeps freed memory as the scripts do; peak memory is that of the whole
-process. Ours has the scripts' defaults, but `--attention eager` for generators in bfloat16, which is faster on CPUs.
-`--compile` adds a side under torch.compile, which takes minutes.
+process. Ours has the scripts' defaults. `--compile` adds a side under torch.compile, which takes minutes.
 """
 
 import argparse
@@ -40,6 +39,8 @@ from vfmtok_hf.training.discriminator import DinoDiscriminator, DiscriminatorObj
 from vfmtok_hf.training.ema import EMA
 from vfmtok_hf.training.objective import TokenizerObjective
 from vfmtok_hf.training.perceptual import LPIPS
+from vfmtok_hf.training.run import choose_attention
+from vfmtok_hf.training.train_tokenizer import set_attention
 
 
 Step = Callable[[], None]
@@ -94,6 +95,7 @@ def tokenizer_step(side: str, autocast: bool, batch_size: int, config: VFMTokCon
     if side == "straightforward":
         judge = random_discriminator(judge_config)
         return partial(OriginalTokenizerStep(model, random_lpips(dropout=0.5), judge, autocast), images)
+    set_attention(model, "auto", model.device, "bf16" if autocast else "no")
     objective = TokenizerObjective(model, WEIGHTS, lpips=random_lpips(dropout=0.0)).train()
     run = torch.compile(objective) if side == COMPILED else objective
     usage = CodebookUsage(config.codebook_size)
@@ -114,9 +116,10 @@ def generator_step(
     labels = torch.randint(config.num_classes, (batch_size,))
     tokens = torch.randint(config.codebook_size, (batch_size, config.num_image_tokens))
     order = {"random_ratio": 1.0} if is_rar else {}
+    precision = "bf16" if autocast else "no"
     if side.startswith("ours"):
         run = torch.compile(model) if side == COMPILED else model
-        model.set_attn_implementation("eager" if autocast else "sdpa")
+        model.set_attn_implementation(choose_attention("auto", model.device, precision, config.attention_dropout))
         return our_step(
             model,
             lambda: run(labels, tokens, return_loss=True, **order).loss,

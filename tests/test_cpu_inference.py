@@ -13,7 +13,13 @@ from torch import nn
 from tests.modeling.generators import tiny_ar, tiny_batch, tiny_rar
 from tests.testing import tiny_images, tiny_model
 from vfmtok_hf import VFMTokARForImageGeneration, cpu_inference
-from vfmtok_hf.cpu_inference import AdaptiveThreads, PackedLinear, pack_weights, unpack_weights
+from vfmtok_hf.cpu_inference import (
+    AdaptiveThreads,
+    PackedLinear,
+    attention_implementations,
+    pack_weights,
+    unpack_weights,
+)
 
 
 @pytest.fixture
@@ -68,6 +74,18 @@ def test_generators_draw_the_same_tokens(tiny_generator):
     expected = draw()
     pack_weights(model)
     assert draw().equal(expected)
+
+
+@pytest.mark.parametrize("tiny", [tiny_model, tiny_ar, tiny_rar])
+def test_attention_of_bfloat16(tiny):
+    model = tiny()
+    before = {"": "sdpa"} if tiny is not tiny_model else {"": "eager", "vision_config": "sdpa"}
+    model.set_attn_implementation(before)
+    pack_weights(model)
+    assert attention_implementations(model) == before
+    pack_weights(pack_weights(unpack_weights(model).to(torch.bfloat16)))
+    assert set(attention_implementations(model).values()) == {"eager"}
+    assert attention_implementations(unpack_weights(model)) == before
 
 
 def test_kinds_of_linear_layers():

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers import PreTrainedModel
 
 from vfmtok_hf.cpu_quantization import PackedQuantizedLinear, packed_class
 
@@ -173,8 +174,8 @@ def pack_weights(model: ModuleT) -> ModuleT:
     Linear layers change places with [`PackedLinear`], one at a time, so that memory grows by one layer; those that a
     module names in `joint_layers` (query, key and value; gate and up) become one [`JointProduct`]. Convolutions
     get channels-last weights, which their activations follow. Results change by rounding only, of layers that torchao
-    quantized to 8 or 4 bits (they go to torch's kernels for such weights) by bfloat16's. Training needs
-    [`unpack_weights`] first; `torch.compile` packs weights itself and wants the model as it was.
+    quantized to 8 or 4 bits (they go to torch's kernels for such weights) by bfloat16's. Models in bfloat16 get the
+    `eager` attention, as torch's fused one is slow in bfloat16. Training needs [`unpack_weights`] first; `torch.compile` packs weights itself and wants the model as it was.
 
     Args:
         model (`torch.nn.Module`): a tokenizer or generator, in float32 or bfloat16.
@@ -196,11 +197,22 @@ def pack_weights(model: ModuleT) -> ModuleT:
                 setattr(parent, name, quantized_layer(child))
             elif isinstance(child, nn.Conv2d) and child.weight.is_cpu:
                 child.to(memory_format=torch.channels_last)
+    if isinstance(model, PreTrainedModel) and (model.device.type, model.dtype) == ("cpu", torch.bfloat16):
+        vars(model).setdefault("_unpacked_attention", attention_implementations(model))
+        model.set_attn_implementation("eager")
     return model
+
+
+def attention_implementations(model: PreTrainedModel) -> dict[str, str]:
+    """Names for `set_attn_implementation`, of a model and the models inside."""
+    configs = {"": model.config, **{name: getattr(model.config, name) for name in model.config.sub_configs}}
+    return {name: config._attn_implementation for name, config in configs.items()}
 
 
 def unpack_weights(model: ModuleT) -> ModuleT:
     """Undo [`pack_weights`] of `model` in place, to the last bit; returns the argument."""
+    if attention := vars(model).pop("_unpacked_attention", None):
+        model.set_attn_implementation(attention)
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, (PackedLinear, PackedPart, PackedQuantizedLinear)):

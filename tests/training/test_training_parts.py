@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tests.testing import tiny_model
 from vfmtok_hf import VFMTokARConfig, VFMTokRARConfig
 from vfmtok_hf.training import (
     extract_tokens,
@@ -21,10 +22,37 @@ from vfmtok_hf.training.arguments import parse_arguments
 from vfmtok_hf.training.codebook import CodebookUsage, perplexity, restart_dead_rows, spherical_kmeans
 from vfmtok_hf.training.data import EpochSampler
 from vfmtok_hf.training.ema import EMA
-from vfmtok_hf.training.run import learning_rate_at
+from vfmtok_hf.training.run import choose_attention, learning_rate_at
 
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+# -- attention
+
+
+@pytest.mark.parametrize(
+    ("device", "mixed_precision", "dropout", "expected"),
+    [
+        ("cpu", "no", 0.0, "sdpa"),
+        ("cpu", "no", 0.1, "eager"),
+        ("cpu", "bf16", 0.0, "eager"),
+        ("cuda", "bf16", 0.1, "sdpa"),
+    ],
+)
+def test_attention_that_is_fastest_where_it_runs(device, mixed_precision, dropout, expected):
+    setting = torch.device(device), mixed_precision, dropout
+    assert choose_attention("auto", *setting) == expected
+    assert {choose_attention(named, *setting) for named in ("sdpa", "eager")} == {"sdpa", "eager"}
+
+
+def test_attention_of_a_tokenizer_and_of_its_vision_model():
+    """Nothing is dropped in the frozen vision model."""
+    model = tiny_model(decoder_dropout=0.1)
+    for precision, vision in (("no", "sdpa"), ("bf16", "eager")):
+        train_tokenizer.set_attention(model, "auto", torch.device("cpu"), precision)
+        assert model.config._attn_implementation == "eager"
+        assert model.vision_model.config._attn_implementation == vision
 
 
 # -- codebook

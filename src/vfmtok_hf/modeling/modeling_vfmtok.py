@@ -26,6 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
+from .attention_vfmtok import eager_attention_forward
 from .configuration_vfmtok import VFMTokConfig
 from .loading_vfmtok import CheckedModelMixin, one_line_errors
 
@@ -273,26 +274,6 @@ class VFMTokDeformableAttention(nn.Module):
             batch_size,
         )
         return self.output_proj(output), sampling_locations, weights
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Explicit causal softmax attention. Heads come back behind the sequence, as in `sdpa`."""
-    length = query.shape[-2]
-    allowed = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
-    scores = query @ key.transpose(-1, -2) * scaling
-    scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
-    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-    weights = F.dropout(weights, dropout, module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
 class VFMTokAttention(nn.Module):

@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
+from .attention_vfmtok import eager_attention_forward
 from .class_embeddings_vfmtok import ClassEmbeddingsMixin
 from .configuration_vfmtok_ar import VFMTokARConfig
 from .generation_vfmtok import KeyValueCache, LayerCache, VFMTokGenerationMixin, apply_jointly
@@ -77,32 +78,6 @@ def apply_rotary(states: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     first, second = states.float().unflatten(-1, (-1, 2)).unbind(-1)
     rotated = torch.stack([first * cosines - second * sines, second * cosines + first * sines], dim=-1)
     return rotated.flatten(-2).to(states.dtype)
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Causal attention; a single query, the newest of a cached sequence, sees all keys, or those for which
-    `attention_mask` is True.
-    """
-    scores = query @ key.transpose(-1, -2) * scaling
-    length = query.shape[2]
-    if length > 1:
-        future = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
-        scores = scores.masked_fill(future, -torch.inf)
-    if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask, -torch.inf)
-    probabilities = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    probabilities = F.dropout(probabilities, p=dropout, training=module.training)
-    return (probabilities @ value).transpose(1, 2).contiguous(), probabilities
 
 
 class VFMTokARAttention(nn.Module):

@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple
 
+from .attention_vfmtok import eager_attention_forward
 from .class_embeddings_vfmtok import ClassEmbeddingsMixin
 from .configuration_vfmtok_rar import VFMTokRARConfig
 from .generation_vfmtok import (
@@ -32,7 +33,7 @@ from .generation_vfmtok import (
     power_cosine_guidance,
 )
 from .loading_vfmtok import CheckedModelMixin
-from .modeling_vfmtok_ar import VFMTokAROutput, drop_labels, eager_attention_forward
+from .modeling_vfmtok_ar import VFMTokAROutput, drop_labels
 
 
 def draw_orders(batch_size: int, num_tokens: int, random_ratio: float, device: torch.device) -> torch.Tensor:

@@ -13,6 +13,7 @@ import importlib.util
 if importlib.util.find_spec("vfmtok_hf") is not None:
     VFMTokPipeline = importlib.import_module("vfmtok_hf").VFMTokPipeline
 else:
+    from .attention_vfmtok import eager_attention_forward  # noqa: F401
     from .auto_vfmtok import register_config, register_image_processor, register_model
     from .class_embeddings_vfmtok import ClassEmbeddingsMixin  # noqa: F401
     from .configuration_vfmtok import VFMTokConfig

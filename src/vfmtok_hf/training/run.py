@@ -184,6 +184,17 @@ def start_accelerator(arguments: Any, output: Path, can_shard: bool = False) -> 
     return accelerator
 
 
+def choose_attention(attention: str, device: torch.device, mixed_precision: str, dropout: float) -> str:
+    """
+    What `auto` stands for: `sdpa`, torch's fused attention, but on CPUs where that is slow. In bfloat16 it is, and with
+    dropout it falls back to computing all pairs, hidden ones too.
+    """
+    if attention != "auto":
+        return attention
+    is_slow = device.type == "cpu" and (mixed_precision == "bf16" or dropout > 0)
+    return "eager" if is_slow else "sdpa"
+
+
 def start_run(
     accelerator: Accelerator, output: Path, checkpoint: Path | None, arguments: Any, progress: Progress
 ) -> RunLog:

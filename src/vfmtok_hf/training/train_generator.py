@@ -43,6 +43,7 @@ from vfmtok_hf.training.run import (
     StopRequest,
     WindowMeans,
     check_finite,
+    choose_attention,
     configure_logging,
     learning_rate_at,
     logger,
@@ -110,7 +111,7 @@ class GeneratorArguments(DataArguments):
     temperature: float | None = None  # also of the saved model's generation config; None: as that says
     top_k: int | None = None
     # System
-    attention: Literal["sdpa", "eager"] = "sdpa"  # on CPUs "eager" is several times faster in bf16
+    attention: Literal["auto", "sdpa", "eager"] = "auto"  # auto: eager on CPUs, in bf16 or with dropout, else sdpa
     mixed_precision: Literal["no", "bf16"] = "no"
     gradient_checkpointing: bool = False
     compile: bool = False
@@ -231,7 +232,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # Model and optimizer
     model = build_generator(arguments, tokenizer, train_data.class_names).to(accelerator.device).train()
-    model.set_attn_implementation(arguments.attention)
+    precision, dropout = arguments.mixed_precision, model.config.attention_dropout
+    model.set_attn_implementation(choose_attention(arguments.attention, accelerator.device, precision, dropout))
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     adapted = None

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -56,6 +57,7 @@ from vfmtok_hf.training.run import (
     StopRequest,
     WindowMeans,
     check_finite,
+    choose_attention,
     configure_logging,
     learning_rate_at,
     open_output,
@@ -115,7 +117,7 @@ class TokenizerArguments(DataArguments):
     max_gradient_norm: float = 1.0
     ema_decay: float = 0.9999
     # System
-    attention: Literal["sdpa", "eager"] = "sdpa"  # on CPUs "eager" is several times faster in bf16
+    attention: Literal["auto", "sdpa", "eager"] = "auto"  # auto: eager on CPUs, in bf16 or with dropout, else sdpa
     mixed_precision: Literal["no", "bf16"] = "no"
     channels_last: bool = False
     compile: bool = False
@@ -142,6 +144,12 @@ def build_model(arguments: TokenizerArguments) -> VFMTokModel:
     model = VFMTokModel(VFMTokConfig(vision_config=vision_config, **arguments.model))
     model.load_vision_model(arguments.vision_model)
     return model
+
+
+def set_attention(model: VFMTokModel, attention: str, device: torch.device, mixed_precision: str) -> None:
+    """`--attention` for the model's own layers and for the vision model, where nothing is dropped."""
+    choose = partial(choose_attention, attention, device, mixed_precision)
+    model.set_attn_implementation({"": choose(model.config.decoder_dropout), "vision_config": choose(0.0)})
 
 
 def build_objective(model: VFMTokModel, arguments: TokenizerArguments) -> TokenizerObjective:
@@ -257,7 +265,7 @@ def main(argv: list[str] | None = None) -> None:
     train_loader = training_loader(train_data, arguments, accelerator)
 
     # Model, losses, optimizers
-    model.set_attn_implementation(arguments.attention)
+    set_attention(model, arguments.attention, accelerator.device, arguments.mixed_precision)
     if arguments.gradient_checkpointing:
         model.activation_checkpointing_enable()
     objective = build_objective(model, arguments).to(accelerator.device)

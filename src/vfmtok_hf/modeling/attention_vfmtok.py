@@ -1,0 +1,56 @@
+"""Explicit causal attention of the tokenizer's and the generators' layers."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+BLOCK_LENGTH = 128
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """
+    Causal softmax attention in blocks of queries, each over the keys up to its end: most of what is hidden is never
+    computed. A single query, the newest of a cached sequence, sees all keys, or those for which `attention_mask` is
+    True. Heads come back behind the sequence, as in `sdpa`.
+    """
+    length = query.shape[2]
+    if length == 1:
+        attended = _attend(module, query, key, value, attention_mask, scaling, dropout)
+    else:
+        blocks = []
+        for start in range(0, length, BLOCK_LENGTH):
+            end = min(start + BLOCK_LENGTH, length)
+            visible = torch.ones(end - start, end, dtype=torch.bool, device=query.device).tril(start)
+            parts = query[:, :, start:end], key[:, :, :end], value[:, :, :end]
+            blocks.append(_attend(module, *parts, visible, scaling, dropout))
+        attended = torch.cat(blocks, dim=2)
+    return attended.transpose(1, 2).contiguous(), None
+
+
+def _attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: torch.Tensor | None,
+    scaling: float,
+    dropout: float,
+) -> torch.Tensor:
+    scores = query @ key.transpose(-1, -2) * scaling
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -torch.inf)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    return F.dropout(weights, p=dropout, training=module.training) @ value
+
+
+__all__ = ["eager_attention_forward"]
