@@ -1,10 +1,10 @@
 """
-Where the time of each hot path goes: drawing tokens, encoding and decoding images.
+Where the time of each hot path goes: drawing tokens, encoding and decoding images, training steps.
 
     python benchmarks/hot_paths.py --dtype float32
 
 Shares of the wall time by kind of operation, from torch's profiler, packed weights, random weights of the released
-sizes. What no operation accounts for is Python, and the profiler itself.
+sizes. Training steps are those of training_step.py. What no operation accounts for is Python, and the profiler itself.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import torch
 from decode import draw, random_generator
 from measuring import machine, seconds_of, write_table
 from torch.profiler import ProfilerActivity, profile
+from training_step import BATCH_SIZES, build_step
 
 from vfmtok_hf import VFMTokConfig, VFMTokModel
 from vfmtok_hf.cpu_inference import keep_freed_memory, pack_weights
@@ -23,13 +24,15 @@ from vfmtok_hf.cpu_inference import keep_freed_memory, pack_weights
 
 # The first kind one of whose words an operation's name holds.
 KINDS = {
-    "attention": ("scaled_dot_product", "flash_attention"),
+    "attention": ("scaled_dot_product", "flash_attention", "bmm"),
     "linear layers": ("linear", "mm"),
     "convolutions": ("conv",),
     "norms": ("norm",),
     "deformable sampling": ("grid_sampler", "msda"),
     "resizing": ("upsample", "pixel_shuffle"),
-    "drawing": ("softmax", "cumsum", "searchsorted", "amax", "uniform"),
+    "dropout": ("bernoulli",),
+    "optimizer": ("adam",),
+    "softmax and drawing": ("softmax", "cumsum", "searchsorted", "amax", "uniform"),
     "copies": ("copy", "cat", "stack", "clone", "fill", "empty", "zero"),
 }
 ELEMENTWISE, PYTHON = "elementwise and the rest", "Python"
@@ -54,7 +57,8 @@ def shares(run: Callable[[], object]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--models", nargs="+", default=["AR-B", "RAR-L"])
+    parser.add_argument("--models", nargs="*", default=["AR-B", "RAR-L"], help="that draw")
+    parser.add_argument("--training", nargs="*", default=["tokenizer", "AR-B", "RAR-B"], help="steps of these")
     parser.add_argument("--steps", type=int, default=24, help="tokens to draw")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
@@ -69,12 +73,20 @@ def main() -> None:
             report(
                 f"{name}, batch {rows}", arguments, partial(draw, generator, torch.arange(rows), arguments.steps, 1.0)
             )
+    report_images(arguments, dtype)
+    for name in arguments.training:
+        batch_size = BATCH_SIZES[name]
+        step = build_step(name, "ours", dtype is torch.bfloat16, batch_size, arguments.threads)
+        report(f"training step, {name}, batch {batch_size}", arguments, step)
+
+
+@torch.no_grad()
+def report_images(arguments: argparse.Namespace, dtype: torch.dtype) -> None:
     tokenizer = pack_weights(VFMTokModel(VFMTokConfig()).eval().to(dtype))
     images = torch.randn(1, 3, 336, 336).clamp(-1, 1)
-    with torch.no_grad():
-        image_tokens = tokenizer.encode(images).image_tokens
-        report("encode", arguments, lambda: tokenizer.encode(images))
-        report("decode", arguments, lambda: tokenizer.decode(image_tokens=image_tokens))
+    image_tokens = tokenizer.encode(images).image_tokens
+    report("encode", arguments, partial(tokenizer.encode, images))
+    report("decode", arguments, partial(tokenizer.decode, image_tokens=image_tokens))
 
 
 def report(path: str, arguments: argparse.Namespace, run: Callable[[], object]) -> None:

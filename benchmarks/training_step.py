@@ -40,7 +40,7 @@ from vfmtok_hf.training.ema import EMA
 from vfmtok_hf.training.objective import TokenizerObjective
 from vfmtok_hf.training.perceptual import LPIPS
 from vfmtok_hf.training.run import choose_attention
-from vfmtok_hf.training.train_tokenizer import set_attention
+from vfmtok_hf.training.train_tokenizer import TokenizerArguments, use_fast_layers
 
 
 Step = Callable[[], None]
@@ -51,6 +51,7 @@ SIDES = {
     "AR-B": ("straightforward", "straightforward, tokens at hand", "ours"),
     "RAR-B": ("straightforward", "ours"),
 }
+BATCH_SIZES = {"tokenizer": 1, "AR-B": 4, "RAR-B": 4}
 COMPILED = "ours, compiled"
 RAR_B = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
 
@@ -95,7 +96,9 @@ def tokenizer_step(side: str, autocast: bool, batch_size: int, config: VFMTokCon
     if side == "straightforward":
         judge = random_discriminator(judge_config)
         return partial(OriginalTokenizerStep(model, random_lpips(dropout=0.5), judge, autocast), images)
-    set_attention(model, "auto", model.device, "bf16" if autocast else "no")
+    precision = "bf16" if autocast else "no"
+    arguments = TokenizerArguments("", "", perceptual_weight=0, mixed_precision=precision, compile=side == COMPILED)
+    use_fast_layers(model, arguments, model.device)
     objective = TokenizerObjective(model, WEIGHTS, lpips=random_lpips(dropout=0.0)).train()
     run = torch.compile(objective) if side == COMPILED else objective
     usage = CodebookUsage(config.codebook_size)
@@ -201,7 +204,7 @@ def main() -> None:
     print(machine())
     for name in arguments.models:
         for dtype in arguments.dtypes:
-            batch_size = arguments.batch_size or (1 if name == "tokenizer" else 4)
+            batch_size = arguments.batch_size or BATCH_SIZES[name]
             sides = SIDES[name] + ((COMPILED,) if arguments.compile else ())
             table = measure(name, sides, dtype, batch_size, arguments.runs)
             show_table("training_step", table)

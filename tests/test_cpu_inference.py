@@ -178,17 +178,28 @@ def four_threads():
 def test_threads_follow_what_is_fastest_and_come_back(monkeypatch, four_threads):
     steps = SimulatedSteps(monkeypatch, {4: 1.0, 3: 1.3, 2: 1.9})
     with AdaptiveThreads() as threads:
-        idle = steps.run(threads, 256)
-        assert idle.count(4) > 0.7 * 256
+        one_look = 2 * (threads.timed_steps + 1)  # steps with other numbers of threads
+        assert steps.run(threads, 512).count(4) == 512 - one_look
         steps.seconds = {4: 5.0, 3: 1.4, 2: 2.0}  # a core is taken
-        steps.run(threads, threads.pauses[1])
-        busy = steps.run(threads, 256)
-        assert busy.count(3) > 0.7 * 256
-        assert busy.count(4) < 0.1 * 256
+        steps.run(threads, 24)
+        busy = steps.run(threads, 512)
+        assert busy.count(3) > 0.8 * 512
+        assert busy.count(4) < 0.1 * 512
         steps.seconds = {4: 1.0, 3: 1.3, 2: 1.9}
-        steps.run(threads, threads.pauses[1])
-        assert steps.run(threads, 256).count(4) > 0.7 * 256
+        steps.run(threads, threads.pauses[1] + 16)
+        assert set(steps.run(threads, 512)) == {4}
     assert torch.get_num_threads() == 4
+
+
+def test_a_slow_step_and_slowly_growing_ones_are_no_reason_to_look(monkeypatch, four_threads):
+    steps = SimulatedSteps(monkeypatch, {4: 1.0, 3: 1.3, 2: 1.9})
+    with AdaptiveThreads() as threads:
+        steps.run(threads, 64)
+        for seconds in (5.0, 1.0, 1.1, 1.2):
+            steps.seconds[4] = seconds
+            assert set(steps.run(threads, 1)) == {4}
+            steps.seconds[4] = 1.0
+            assert set(steps.run(threads, 16)) == {4}
 
 
 def test_threads_serve_as_callback(four_threads):

@@ -7,13 +7,17 @@ AVX2 code on AMD processors that have AVX-512. oneDNN, which is part of torch to
 in blocks at nearly the speed of memory (docs/performance.md has the measurements).
 """
 
+import copy
 import ctypes
 import sys
 import time
+from collections import deque
 from collections.abc import Generator, Sequence
+from statistics import median
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
@@ -222,6 +226,43 @@ def unpack_weights(model: ModuleT) -> ModuleT:
     return model
 
 
+class FrozenProduct:
+    """
+    What an `nn.Linear` that is not trained computes, from a packed copy of its weights where the precision is the copy's.
+
+    Args:
+        linear (`torch.nn.Linear`): in float32 on the CPU.
+        dtype (`torch.dtype`): of the copy: float32, or bfloat16 for use under autocast, which converts weights each time.
+    """
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype):
+        self.linear, self.dtype = linear, dtype
+        self.packed = PackedLinear(copy.deepcopy(linear).to(dtype))
+
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`hidden_states` `(..., in_features)` to `(..., out_features)`."""
+        wanted = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden_states.dtype
+        if wanted == self.dtype:
+            return self.packed(hidden_states.to(wanted))
+        return F.linear(hidden_states, self.linear.weight, self.linear.bias)
+
+
+def pack_frozen_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """
+    Have the linear layers of a frozen part of a model that is trained compute as [`FrozenProduct`].
+
+    Unlike after [`pack_weights`] the parameters stay where they are, for saving, and their memory is needed twice. No
+    gradient can be asked of the part.
+
+    Args:
+        model (`torch.nn.Module`): in float32 on the CPU.
+        dtype (`torch.dtype`): as in [`FrozenProduct`].
+    """
+    for layer in model.modules():
+        if can_pack(layer):
+            layer.forward = FrozenProduct(layer, dtype)
+
+
 # Of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
@@ -248,8 +289,9 @@ class AdaptiveThreads:
 
     All threads wait for the last one many times in a step. While another program uses one of the cores, that is a wait for
     its turn on it, and fewer threads are faster. This object, called after each step, times a few steps with all threads,
-    with one less and with half of them, stays with the fastest for a while, and looks again. The while doubles as long as
-    the answer stays the same. Results change by rounding, since attention sums in parts, one a thread.
+    with one less and with half of them, and stays with the fastest: with all of them until steps become slower, with fewer
+    for a while, which doubles as long as the answer stays the same. Results change by rounding, since attention sums in
+    parts, one a thread.
 
     It serves as `callback` of `generate` and as `callback_on_step_end` of the pipeline. Leaving its `with` block restores
     the number of threads:
@@ -261,7 +303,8 @@ class AdaptiveThreads:
     """
 
     timed_steps = 4
-    pauses = (16, 128)  # steps between two looks: the first ones, and the most
+    slower = 1.25  # times the fastest that all threads were
+    pauses = (16, 128)  # steps with fewer threads between two looks: the first ones, and the most
 
     def __init__(self):
         self.all_threads = torch.get_num_threads()
@@ -284,7 +327,7 @@ class AdaptiveThreads:
 
     def _threads_of_steps(self) -> Generator[int, float, None]:
         """Threads for one step after the other, each answered by the seconds that it took."""
-        fastest, pause = self.all_threads, self.pauses[0]
+        pause = self.pauses[0]
         while True:
             seconds = {}
             for choice in self.choices:
@@ -292,18 +335,34 @@ class AdaptiveThreads:
                 seconds[choice] = 0.0
                 for _ in range(self.timed_steps):
                     seconds[choice] += yield choice
-            fastest, before = min(seconds, key=lambda choice: seconds[choice]), fastest
-            pause = min(2 * pause, self.pauses[1]) if fastest == before else self.pauses[0]
-            for _ in range(pause):
-                yield fastest
+            fastest = min(seconds, key=lambda choice: seconds[choice])
+            if fastest == self.all_threads:
+                pause = self.pauses[0]
+                yield from self._until_slower(seconds[fastest] / self.timed_steps)
+            else:
+                for _ in range(pause):
+                    yield fastest
+                pause = min(2 * pause, self.pauses[1])
+
+    def _until_slower(self, usual: float) -> Generator[int, float, None]:
+        """All threads, as long as the median of the last few steps is not much above the least so far."""
+        recent: deque[float] = deque(maxlen=self.timed_steps)
+        while True:
+            recent.append((yield self.all_threads))
+            if len(recent) == self.timed_steps:
+                if median(recent) > self.slower * usual:
+                    return
+                usual = min(usual, median(recent))
 
 
 __all__ = [
     "AdaptiveThreads",
+    "FrozenProduct",
     "JointProduct",
     "PackedLinear",
     "PackedPart",
     "keep_freed_memory",
+    "pack_frozen_weights",
     "pack_weights",
     "unpack_weights",
 ]

@@ -14,5 +14,5 @@ def test_shares_name_what_takes_the_time_and_add_up_to_it(monkeypatch):
     images, weight = torch.randn(4, 64, 64, 64), torch.randn(64, 64, 3, 3)
     found = shares(lambda: F.conv2d(images, weight).softmax(-1))
     assert next(iter(found)) == "convolutions"
-    assert found["drawing"] > 0
+    assert found["softmax and drawing"] > 0
     assert sum(found.values()) == pytest.approx(1, abs=0.1)

@@ -91,7 +91,7 @@ def test_distances_are_float32_under_autocast(metric, images):
     expected = 0.0
     for theirs, ours, weights in zip(stages[:5], stages[5:], metric.channel_weights, strict=True):
         units = [stage.double() / stage.double().norm(dim=1, keepdim=True) for stage in (ours, theirs)]
-        expected += ((units[0] - units[1]).square() * weights).sum(1).mean((1, 2))
+        expected += ((units[0] - units[1]).square() * weights[:, None, None]).sum(1).mean((1, 2))
     torch.testing.assert_close(distance.double(), expected, atol=0, rtol=1e-5)
 
 
@@ -109,7 +109,7 @@ def test_dropout_acts_in_training_only_and_keeps_the_mean(vgg_file, metric, imag
 
 def test_features_of_zeros_have_a_finite_gradient():
     dead = torch.zeros(1, 4, 2, 2, requires_grad=True)
-    unit_difference(dead, torch.ones(1, 4, 2, 2)).sum().backward()
+    unit_difference(dead, torch.ones(1, 4, 2, 2), dim=1).sum().backward()
     assert dead.grad.isfinite().all()
 
 

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.testing import tiny_model
+from tests.testing import tiny_images, tiny_model
 from vfmtok_hf import VFMTokARConfig, VFMTokRARConfig
+from vfmtok_hf.cpu_inference import FrozenProduct
 from vfmtok_hf.training import (
     extract_tokens,
     generator_data,
@@ -23,6 +24,7 @@ from vfmtok_hf.training.codebook import CodebookUsage, perplexity, restart_dead_
 from vfmtok_hf.training.data import EpochSampler
 from vfmtok_hf.training.ema import EMA
 from vfmtok_hf.training.run import choose_attention, learning_rate_at
+from vfmtok_hf.training.train_tokenizer import TokenizerArguments
 
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -46,13 +48,34 @@ def test_attention_that_is_fastest_where_it_runs(device, mixed_precision, dropou
     assert {choose_attention(named, *setting) for named in ("sdpa", "eager")} == {"sdpa", "eager"}
 
 
-def test_attention_of_a_tokenizer_and_of_its_vision_model():
-    """Nothing is dropped in the frozen vision model."""
-    model = tiny_model(decoder_dropout=0.1)
-    for precision, vision in (("no", "sdpa"), ("bf16", "eager")):
-        train_tokenizer.set_attention(model, "auto", torch.device("cpu"), precision)
-        assert model.config._attn_implementation == "eager"
-        assert model.vision_model.config._attn_implementation == vision
+@pytest.mark.parametrize(("precision", "vision"), [("no", "sdpa"), ("bf16", "eager")])
+def test_fast_layers_of_a_tokenizer(precision, vision):
+    """Nothing is dropped in the frozen vision model, and its features are those that autocast alone gives."""
+    model, images = tiny_model(decoder_dropout=0.1), tiny_images()
+    model.set_attn_implementation({"": "sdpa", "vision_config": vision})
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def features(enabled: bool) -> list[torch.Tensor]:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            return model.extract_vision_features(images)
+
+    expected = {enabled: features(enabled) for enabled in (False, True)}
+    arguments = TokenizerArguments("", "", perceptual_weight=0, mixed_precision=precision)
+    train_tokenizer.use_fast_layers(model, arguments, torch.device("cpu"))
+    assert model.config._attn_implementation == "eager"
+    assert model.vision_model.config._attn_implementation == vision
+    assert any(isinstance(vars(module).get("forward"), FrozenProduct) for module in model.vision_model.modules())
+    for enabled in (False, True):
+        torch.testing.assert_close(features(enabled), expected[enabled])
+    assert model.state_dict().keys() == weights.keys()
+    assert all(tensor.equal(weights[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_vision_model_that_passes_gradients_on_is_not_packed():
+    model, images = tiny_model(), tiny_images()[:1].requires_grad_()
+    train_tokenizer.use_fast_layers(model, TokenizerArguments("", "", perceptual_weight=1), torch.device("cpu"))
+    model.extract_vision_features(images)[-1].sum().backward()
+    assert images.grad.abs().sum() > 0
 
 
 # -- codebook

@@ -16,23 +16,32 @@ def eager_attention_forward(
     attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
-    **kwargs,
+    **others,
 ) -> tuple[torch.Tensor, None]:
     """
     Causal softmax attention in blocks of queries, each over the keys up to its end: most of what is hidden is never
-    computed. A single query, the newest of a cached sequence, sees all keys, or those for which `attention_mask` is
-    True. Heads come back behind the sequence, as in `sdpa`.
+    computed. A single query, the newest of a cached sequence, sees all keys.
+
+    Args:
+        module (`torch.nn.Module`): whose training mode decides on dropout.
+        query, key, value (`torch.Tensor` of shape `(batch_size, heads, length, head_dim)`).
+        attention_mask (`torch.BoolTensor`, *optional*): which keys a single query sees, instead of all.
+        scaling (`float`): factor of the scores.
+        dropout (`float`): share of the weights that is dropped.
+
+    Returns:
+        `(torch.Tensor, None)`: `(batch_size, length, heads, head_dim)`, as from `sdpa`, and no weights.
     """
-    length = query.shape[2]
+    query, length = query * scaling, query.shape[2]
     if length == 1:
-        attended = _attend(module, query, key, value, attention_mask, scaling, dropout)
+        attended = _attend(module, query, key, value, attention_mask, dropout)
     else:
         blocks = []
         for start in range(0, length, BLOCK_LENGTH):
             end = min(start + BLOCK_LENGTH, length)
             visible = torch.ones(end - start, end, dtype=torch.bool, device=query.device).tril(start)
             parts = query[:, :, start:end], key[:, :, :end], value[:, :, :end]
-            blocks.append(_attend(module, *parts, visible, scaling, dropout))
+            blocks.append(_attend(module, *parts, visible, dropout))
         attended = torch.cat(blocks, dim=2)
     return attended.transpose(1, 2).contiguous(), None
 
@@ -43,10 +52,9 @@ def _attend(
     key: torch.Tensor,
     value: torch.Tensor,
     visible: torch.Tensor | None,
-    scaling: float,
     dropout: float,
 ) -> torch.Tensor:
-    scores = query @ key.transpose(-1, -2) * scaling
+    scores = query @ key.transpose(-1, -2)
     if visible is not None:
         scores = scores.masked_fill(~visible, -torch.inf)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)

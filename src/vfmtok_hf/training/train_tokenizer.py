@@ -25,6 +25,8 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from transformers import AutoConfig
 
+from vfmtok_hf.cpu_inference import pack_frozen_weights
+from vfmtok_hf.hub_kernels import use_found_kernels
 from vfmtok_hf.modeling.configuration_vfmtok import VFMTokConfig
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 from vfmtok_hf.training.arguments import parse_arguments
@@ -146,10 +148,17 @@ def build_model(arguments: TokenizerArguments) -> VFMTokModel:
     return model
 
 
-def set_attention(model: VFMTokModel, attention: str, device: torch.device, mixed_precision: str) -> None:
-    """`--attention` for the model's own layers and for the vision model, where nothing is dropped."""
-    choose = partial(choose_attention, attention, device, mixed_precision)
+def use_fast_layers(model: VFMTokModel, arguments: TokenizerArguments, device: torch.device) -> None:
+    """
+    `--attention`, which drops nothing in the vision model, and the compiled kernel where there is one. On CPUs packed
+    weights of the vision model, unless gradients pass through it.
+    """
+    choose = partial(choose_attention, arguments.attention, device, arguments.mixed_precision)
     model.set_attn_implementation({"": choose(model.config.decoder_dropout), "vision_config": choose(0.0)})
+    use_found_kernels(model, device)
+    if device.type == "cpu" and arguments.perceptual_weight == 0 and not arguments.compile:
+        is_half = arguments.mixed_precision == "bf16"
+        pack_frozen_weights(model.vision_model, torch.bfloat16 if is_half else torch.float32)
 
 
 def build_objective(model: VFMTokModel, arguments: TokenizerArguments) -> TokenizerObjective:
@@ -265,7 +274,6 @@ def main(argv: list[str] | None = None) -> None:
     train_loader = training_loader(train_data, arguments, accelerator)
 
     # Model, losses, optimizers
-    set_attention(model, arguments.attention, accelerator.device, arguments.mixed_precision)
     if arguments.gradient_checkpointing:
         model.activation_checkpointing_enable()
     objective = build_objective(model, arguments).to(accelerator.device)
@@ -280,7 +288,8 @@ def main(argv: list[str] | None = None) -> None:
     progress = Progress()
     step_function = compile_objective(objective) if arguments.compile else objective
     step_function, optimizer = accelerator.prepare(step_function, optimizer)
-    # Once all processes have the first one's random weights.
+    # Once all processes have the first one's weights.
+    use_fast_layers(model, arguments, accelerator.device)
     ema = EMA(model, arguments.ema_decay)
     wrapped = [step_function]
     discriminator_objective = build_discriminator(arguments)
