@@ -41,17 +41,44 @@ def attend(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: tor
     return F.scaled_dot_product_attention(*heads, **options).transpose(1, 2).flatten(2)
 
 
+class OriginalLPIPS(nn.Module):
+    """
+    taming-transformers' lpips.py on the layers of ours, in torch's usual memory layout. It is always in training mode.
+
+    Args:
+        lpips (`LPIPS`): changed in place.
+    """
+
+    def __init__(self, lpips: LPIPS):
+        super().__init__()
+        self.lpips = lpips
+        lpips.layers.to(memory_format=torch.contiguous_format)
+
+    def forward(self, reconstruction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        distances = 0.0
+        stages = self.lpips._stages(reconstruction), self.lpips._stages(target)
+        for ours, theirs, weights in zip(*stages, self.lpips.channel_weights, strict=True):
+            difference = (self.unit(ours) - self.unit(theirs)).square()
+            dropped = F.dropout(difference, self.lpips.dropout)
+            distances = distances + F.conv2d(dropped, weights.view(1, -1, 1, 1)).mean((1, 2, 3))
+        return distances
+
+    @staticmethod
+    def unit(features: torch.Tensor) -> torch.Tensor:
+        return features / (features.square().sum(1, keepdim=True).sqrt() + 1e-10)
+
+
 class OriginalTokenizerStep:
     """
     One training step on `pixel_values` `(batch_size, 3, height, width)` in [-1, 1], below step 20,000.
 
     Args:
         model (`VFMTokModel`): in training mode; its weights are trained.
-        lpips (`LPIPS`), discriminator (`DiscriminatorObjective`): the other networks.
+        lpips (`torch.nn.Module`), discriminator (`DiscriminatorObjective`): the other networks.
         autocast (`bool`): compute in bfloat16 where autocast does.
     """
 
-    def __init__(self, model: VFMTokModel, lpips: LPIPS, discriminator: DiscriminatorObjective, autocast: bool):
+    def __init__(self, model: VFMTokModel, lpips: nn.Module, discriminator: DiscriminatorObjective, autocast: bool):
         self.model, self.lpips, self.discriminator, self.autocast = model, lpips, discriminator, autocast
         self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.judge = [parameter for parameter in discriminator.parameters() if parameter.requires_grad]
@@ -126,6 +153,19 @@ class OriginalTokenizerStep:
             states = states + attention.o_proj(attended)
             states = states + layer.mlp(layer.mlp_norm(states))
         return states[:, memory.shape[1] :]
+
+
+@torch.no_grad()
+def nearest_two_tokens(model: VFMTokModel, pixel_values: torch.Tensor) -> torch.Tensor:
+    """
+    `(batch_size, 3, height, width)` images to `(2 * batch_size, num_anchors)` tokens, the nearest and the second-nearest
+    rows of each image, by sorting all distances: what VFMTok-RAR's training encodes in every step.
+    """
+    latents = F.normalize(model.encode(pixel_values).latents.float(), dim=-1).flatten(0, 1)
+    codebook = model.quantizer.normalized_codebook()
+    distances = latents.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * latents @ codebook.T
+    two = distances.argsort(1)[:, :2]
+    return two.view(len(pixel_values), -1, 2).transpose(1, 2).flatten(0, 1)
 
 
 class OriginalARStep:

@@ -5,8 +5,9 @@ Training steps: the original's against ours, time and peak memory.
 
 `original_training.py` says what the original's steps compute. Ours are made of what the training scripts call. Random
 weights of the released tokenizer with DINOv2-L and of AR-B, and a RAR of AR-B's width and depth; VGG-16 and the
-discriminator's vision model have random weights too. The original's next-token training encodes its images anew in
-every step, ours reads tokens that were computed once (`--variants`); the row `tokens at hand` leaves the encoding out.
+discriminator's vision model have random weights too. The original's generators encode their images anew in every step,
+RAR's with the second-nearest tokens of each as a sequence of its own; ours reads tokens that were computed once
+(`--variants`, `--neighbours`). The row `tokens at hand` leaves the encoding out.
 Each side has a process of its own, in which ours keeps freed memory as the scripts do; peak memory is that of the whole
 process. Ours has the scripts' defaults. `--compile` adds a side under torch.compile, which takes minutes.
 """
@@ -20,7 +21,13 @@ from pathlib import Path
 
 import torch
 from measuring import SideProcess, alternate, in_fresh_process, machine, memory, show_table
-from original_training import OriginalARStep, OriginalRARStep, OriginalTokenizerStep
+from original_training import (
+    OriginalARStep,
+    OriginalLPIPS,
+    OriginalRARStep,
+    OriginalTokenizerStep,
+    nearest_two_tokens,
+)
 from safetensors.torch import save_file
 from torchvision.models import vgg16
 from transformers import ViTConfig, ViTModel
@@ -49,7 +56,7 @@ WEIGHTS = {"l1": 0, "mse": 2, "lpips": 1, "perceptual": 0, "feature": 1, "codebo
 SIDES = {
     "tokenizer": ("straightforward", "ours"),
     "AR-B": ("straightforward", "straightforward, tokens at hand", "ours"),
-    "RAR-B": ("straightforward", "ours"),
+    "RAR-B": ("straightforward", "straightforward, tokens at hand", "ours"),
 }
 BATCH_SIZES = {"tokenizer": 1, "AR-B": 4, "RAR-B": 4}
 COMPILED = "ours, compiled"
@@ -95,7 +102,8 @@ def tokenizer_step(side: str, autocast: bool, batch_size: int, config: VFMTokCon
     images = torch.randn(batch_size, 3, config.image_size, config.image_size).clamp(-1, 1)
     if side == "straightforward":
         judge = random_discriminator(judge_config)
-        return partial(OriginalTokenizerStep(model, random_lpips(dropout=0.5), judge, autocast), images)
+        lpips = OriginalLPIPS(random_lpips(dropout=0.5))
+        return partial(OriginalTokenizerStep(model, lpips, judge, autocast), images)
     precision = "bf16" if autocast else "no"
     arguments = TokenizerArguments("", "", perceptual_weight=0, mixed_precision=precision, compile=side == COMPILED)
     use_fast_layers(model, arguments, model.device)
@@ -131,14 +139,16 @@ def generator_step(
             average=not is_rar,  # as the original, which averages the one and not the other
         )
     step = OriginalRARStep(model, autocast) if is_rar else OriginalARStep(model, autocast)
-    if is_rar or side.endswith("tokens at hand"):
+    if side.endswith("tokens at hand"):
         return partial(step, labels, tokens)
     encoder = VFMTokModel(tokenizer).eval()
-    images = torch.randn(batch_size, 3, tokenizer.image_size, tokenizer.image_size).clamp(-1, 1)
+    # RAR gets two sequences of each image.
+    num_images = batch_size // 2 if is_rar else batch_size
+    images = torch.randn(num_images, 3, tokenizer.image_size, tokenizer.image_size).clamp(-1, 1)
 
     def encode_and_step() -> None:
         with torch.no_grad():
-            image_tokens = encoder.encode(images).image_tokens
+            image_tokens = nearest_two_tokens(encoder, images) if is_rar else encoder.encode(images).image_tokens
         step(labels, image_tokens)
 
     return encode_and_step

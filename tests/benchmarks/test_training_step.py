@@ -9,6 +9,7 @@ from transformers import ViTConfig
 from tests.modeling.generators import tiny_ar, tiny_batch, tiny_rar
 from tests.testing import tiny_config, tiny_images, tiny_model
 from vfmtok_hf.training.objective import TokenizerObjective
+from vfmtok_hf.training.tokens import encode_sequences
 
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -48,6 +49,23 @@ def test_tokenizer_losses_and_gradients_are_equal():
     for name, gradient in gradients.items():
         # The term of weight 0 adds exact zeros; the passes sum in another order.
         torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_distances_are_equal():
+    from original_training import OriginalLPIPS
+    from training_step import random_lpips
+
+    metric, (reconstruction, target) = random_lpips(dropout=0.0), torch.rand(2, 1, 3, 32, 32) * 2 - 1
+    expected = metric(reconstruction, target)
+    torch.testing.assert_close(OriginalLPIPS(metric)(reconstruction, target), expected)
+
+
+def test_second_nearest_tokens_are_equal():
+    from original_training import nearest_two_tokens
+
+    model, images = tiny_model(), tiny_images()
+    expected = encode_sequences(model, images, neighbours=2).flatten(0, 1)
+    assert nearest_two_tokens(model, images).equal(expected)
 
 
 def test_next_token_losses_are_equal():
