@@ -43,16 +43,12 @@ def attend(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: tor
 
 class OriginalLPIPS(nn.Module):
     """
-    taming-transformers' lpips.py on the layers of ours, in torch's usual memory layout. It is always in training mode.
-
-    Args:
-        lpips (`LPIPS`): changed in place.
+    taming-transformers' lpips.py on our LPIPS's layers. It is always in training mode.
     """
 
     def __init__(self, lpips: LPIPS):
         super().__init__()
         self.lpips = lpips
-        lpips.layers.to(memory_format=torch.contiguous_format)
 
     def forward(self, reconstruction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         distances = 0.0
@@ -60,7 +56,7 @@ class OriginalLPIPS(nn.Module):
         for ours, theirs, weights in zip(*stages, self.lpips.channel_weights, strict=True):
             difference = (self.unit(ours) - self.unit(theirs)).square()
             dropped = F.dropout(difference, self.lpips.dropout)
-            distances = distances + F.conv2d(dropped, weights.view(1, -1, 1, 1)).mean((1, 2, 3))
+            distances = distances + F.conv2d(dropped, weights[None]).mean((1, 2, 3))
         return distances
 
     @staticmethod

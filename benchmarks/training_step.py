@@ -9,7 +9,7 @@ discriminator's vision model have random weights too. The original's generators 
 RAR's with the second-nearest tokens of each as a sequence of its own; ours reads tokens that were computed once
 (`--variants`, `--neighbours`). The row `tokens at hand` leaves the encoding out.
 Each side has a process of its own, in which ours keeps freed memory as the scripts do; peak memory is that of the whole
-process. Ours has the scripts' defaults. `--compile` adds a side under torch.compile, which takes minutes.
+process. Ours has the scripts' defaults, and the original's weights of the losses. `--compile` adds a side under torch.compile, which takes minutes.
 """
 
 import argparse
@@ -47,7 +47,7 @@ from vfmtok_hf.training.ema import EMA
 from vfmtok_hf.training.objective import TokenizerObjective
 from vfmtok_hf.training.perceptual import LPIPS
 from vfmtok_hf.training.run import choose_attention
-from vfmtok_hf.training.train_tokenizer import TokenizerArguments, use_fast_layers
+from vfmtok_hf.training.train_tokenizer import TokenizerArguments, set_up_layers
 
 
 Step = Callable[[], None]
@@ -104,10 +104,10 @@ def tokenizer_step(side: str, autocast: bool, batch_size: int, config: VFMTokCon
         judge = random_discriminator(judge_config)
         lpips = OriginalLPIPS(random_lpips(dropout=0.5))
         return partial(OriginalTokenizerStep(model, lpips, judge, autocast), images)
-    precision = "bf16" if autocast else "no"
-    arguments = TokenizerArguments("", "", perceptual_weight=0, mixed_precision=precision, compile=side == COMPILED)
-    use_fast_layers(model, arguments, model.device)
     objective = TokenizerObjective(model, WEIGHTS, lpips=random_lpips(dropout=0.0)).train()
+    precision = "bf16" if autocast else "no"
+    arguments = TokenizerArguments(train_data="", output="", mixed_precision=precision, compile=side == COMPILED)
+    set_up_layers(objective, arguments, model.device)
     run = torch.compile(objective) if side == COMPILED else objective
     usage = CodebookUsage(config.codebook_size)
 
@@ -201,7 +201,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
     parser.add_argument("--models", choices=SIDES, nargs="+", default=list(SIDES))
     parser.add_argument("--dtypes", choices=["float32", "bfloat16"], nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--batch-size", type=int, help="default: 1 for the tokenizer, 4 for the generators")
+    parser.add_argument(
+        "--batch-size", type=int, help="default: 1 for the tokenizer, 4 sequences for the generators; even for RAR"
+    )
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--compile", action="store_true", help="measure the scripts' --compile true as well")

@@ -8,18 +8,21 @@ import sys
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from tests.modeling.generators import tiny_ar, tiny_batch, tiny_rar
 from tests.testing import tiny_images, tiny_model
-from vfmtok_hf import VFMTokARForImageGeneration, cpu_inference
+from vfmtok_hf import VFMTokARForImageGeneration, VFMTokModel, cpu_inference
 from vfmtok_hf.cpu_inference import (
     AdaptiveThreads,
     PackedLinear,
-    attention_implementations,
+    pack_frozen_weights,
     pack_weights,
+    pretrained_parts,
     unpack_weights,
 )
+from vfmtok_hf.modeling.modeling_vfmtok_rar import VFMTokRARModulation
 
 
 @pytest.fixture
@@ -76,28 +79,70 @@ def test_generators_draw_the_same_tokens(tiny_generator):
     assert draw().equal(expected)
 
 
+def attentions(model):
+    return [part.config._attn_implementation for part in pretrained_parts(model)]
+
+
 @pytest.mark.parametrize("tiny", [tiny_model, tiny_ar, tiny_rar])
 def test_attention_of_bfloat16(tiny):
+    """As packing changes nothing else that counts, results stay those of bfloat16."""
     model = tiny()
-    before = {"": "sdpa"} if tiny is not tiny_model else {"": "eager", "vision_config": "sdpa"}
-    model.set_attn_implementation(before)
     pack_weights(model)
-    assert attention_implementations(model) == before
+    assert set(attentions(model)) == {"sdpa"}
     pack_weights(pack_weights(unpack_weights(model).to(torch.bfloat16)))
-    assert set(attention_implementations(model).values()) == {"eager"}
-    assert attention_implementations(unpack_weights(model)) == before
+    assert set(attentions(model)) == {"eager"}
+    assert set(attentions(unpack_weights(model))) == {"sdpa"}
+
+
+def test_each_part_gets_its_own_attention_back():
+    model = tiny_model().to(torch.bfloat16)
+    model.set_attn_implementation({"": "eager", "vision_config": "sdpa"})
+    before = attentions(model)
+    assert set(before) == {"eager", "sdpa"}
+    assert attentions(unpack_weights(pack_weights(model))) == before
+
+
+def test_packing_without_a_vision_model_warns_of_nothing(tmp_path, caplog):
+    tiny_model(save_vision_model=False).save_pretrained(tmp_path)
+    model = VFMTokModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert model.vision_model is None
+    transformers.logging.enable_propagation()
+    unpack_weights(pack_weights(model))
+    transformers.logging.disable_propagation()
+    assert caplog.records == []
+
+
+def test_frozen_products(linear, monkeypatch):
+    inputs = torch.randn(2, 20)
+    expected = linear(inputs)
+    model = nn.Sequential(linear)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected_half = model(inputs)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    pack_frozen_weights(model, torch.bfloat16)
+    assert "forward" not in vars(linear)
+    monkeypatch.undo()
+    pack_frozen_weights(model, torch.bfloat16)
+    twin = copy.deepcopy(model)
+    for module in (model, twin, pickle.loads(pickle.dumps(model))):  # noqa: S301
+        torch.testing.assert_close(module(inputs), expected, rtol=0, atol=0)
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            torch.testing.assert_close(module(inputs), expected_half)
+        assert module.state_dict().keys() == {"0.weight", "0.bias"}
+    passing = inputs.clone().requires_grad_()
+    model(passing).sum().backward()
+    torch.testing.assert_close(passing.grad, linear.weight.sum(0).expand(2, -1))
 
 
 def test_kinds_of_linear_layers():
     """A class that only has a name of its own is packed and comes back; one whose weight others read stays."""
-    modulation = type(tiny_rar().norm_modulation)
-    model = nn.Sequential(modulation(20, 20), nn.MultiheadAttention(20, 2))
+    model = nn.Sequential(VFMTokRARModulation(20, 20), nn.MultiheadAttention(20, 2))
     inputs = torch.randn(3, 1, 20)
     expected = model[1](inputs, inputs, inputs)[0]
     pack_weights(model)
     assert type(model[0]) is PackedLinear
     assert model[1](inputs, inputs, inputs)[0].equal(expected)
-    assert type(unpack_weights(model)[0]) is modulation
+    assert type(unpack_weights(model)[0]) is VFMTokRARModulation
 
 
 def test_save_and_load(tmp_path):
@@ -195,11 +240,9 @@ def test_a_slow_step_and_slowly_growing_ones_are_no_reason_to_look(monkeypatch, 
     steps = SimulatedSteps(monkeypatch, {4: 1.0, 3: 1.3, 2: 1.9})
     with AdaptiveThreads() as threads:
         steps.run(threads, 64)
-        for seconds in (5.0, 1.0, 1.1, 1.2):
+        for seconds, number in ((5.0, 1), (1.0, 16), (1.1, 16), (1.2, 16)):
             steps.seconds[4] = seconds
-            assert set(steps.run(threads, 1)) == {4}
-            steps.seconds[4] = 1.0
-            assert set(steps.run(threads, 16)) == {4}
+            assert set(steps.run(threads, number)) == {4}
 
 
 def test_threads_serve_as_callback(four_threads):

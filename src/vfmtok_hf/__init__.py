@@ -3,8 +3,7 @@ VFMTok for the Hugging Face ecosystem: image tokens from frozen vision foundatio
 that turn class labels into those tokens without classifier-free guidance (arXiv 2507.08441).
 
 Importing the package makes its models known to transformers' Auto classes and `image-tokens` to its `pipeline`.
-Names are imported when they are first used, so that the import itself costs nothing: torch, transformers and diffusers
-come with the first name that needs them.
+Names are imported when they are first used: torch, transformers and diffusers come with the first one that needs them.
 """
 
 from importlib import import_module

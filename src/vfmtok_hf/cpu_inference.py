@@ -155,19 +155,22 @@ class PackedPart(nn.Module):
         return self
 
 
+def has_product(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies matrices of this type on this machine: float32, and mostly bfloat16."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def can_pack(module: nn.Module) -> bool:
-    """Whether oneDNN has a product for this layer: what an `nn.Linear` does, in float32 or bfloat16 on the CPU."""
+    """Whether a layer computes what an `nn.Linear` does, on the CPU and in a type that oneDNN multiplies."""
     return (
         isinstance(module, nn.Linear)
         and type(module).forward is nn.Linear.forward
         and not isinstance(module, NonDynamicallyQuantizableLinear)  # nn.MultiheadAttention reads its weight
         and type(module.weight) is nn.Parameter  # quantized ones are of other classes
-        and torch.backends.mkldnn.is_available()
         and module.weight.device.type == "cpu"
-        and (
-            module.weight.dtype == torch.float32
-            or (module.weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        )
+        and has_product(module.weight.dtype)
     )
 
 
@@ -202,21 +205,25 @@ def pack_weights(model: ModuleT) -> ModuleT:
             elif isinstance(child, nn.Conv2d) and child.weight.is_cpu:
                 child.to(memory_format=torch.channels_last)
     if isinstance(model, PreTrainedModel) and (model.device.type, model.dtype) == ("cpu", torch.bfloat16):
-        vars(model).setdefault("_unpacked_attention", attention_implementations(model))
-        model.set_attn_implementation("eager")
+        parts = pretrained_parts(model)
+        if not hasattr(model, "_unpacked_attention"):
+            model._unpacked_attention = [part.config._attn_implementation for part in parts]
+        for part in parts:
+            part.set_attn_implementation({"": "eager"})
     return model
 
 
-def attention_implementations(model: PreTrainedModel) -> dict[str, str]:
-    """Names for `set_attn_implementation`, of a model and the models inside."""
-    configs = {"": model.config, **{name: getattr(model.config, name) for name in model.config.sub_configs}}
-    return {name: config._attn_implementation for name, config in configs.items()}
+def pretrained_parts(model: nn.Module) -> list[PreTrainedModel]:
+    """A model of transformers and those inside."""
+    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
 
 
 def unpack_weights(model: ModuleT) -> ModuleT:
     """Undo [`pack_weights`] of `model` in place, to the last bit; returns the argument."""
-    if attention := vars(model).pop("_unpacked_attention", None):
-        model.set_attn_implementation(attention)
+    if hasattr(model, "_unpacked_attention"):
+        for part, attention in zip(pretrained_parts(model), model._unpacked_attention, strict=True):
+            part.set_attn_implementation({"": attention})
+        del model._unpacked_attention
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, (PackedLinear, PackedPart, PackedQuantizedLinear)):
@@ -228,7 +235,8 @@ def unpack_weights(model: ModuleT) -> ModuleT:
 
 class FrozenProduct:
     """
-    What an `nn.Linear` that is not trained computes, from a packed copy of its weights where the precision is the copy's.
+    What an `nn.Linear` that is not trained computes: from a packed copy of its weights where no gradient is wanted and the
+    precision is the copy's.
 
     Args:
         linear (`torch.nn.Linear`): in float32 on the CPU.
@@ -242,24 +250,24 @@ class FrozenProduct:
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`hidden_states` `(..., in_features)` to `(..., out_features)`."""
         wanted = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden_states.dtype
-        if wanted == self.dtype:
-            return self.packed(hidden_states.to(wanted))
-        return F.linear(hidden_states, self.linear.weight, self.linear.bias)
+        if wanted != self.dtype or (torch.is_grad_enabled() and hidden_states.requires_grad):
+            return F.linear(hidden_states, self.linear.weight, self.linear.bias)
+        return self.packed(hidden_states.to(wanted))
 
 
 def pack_frozen_weights(model: nn.Module, dtype: torch.dtype) -> None:
     """
     Have the linear layers of a frozen part of a model that is trained compute as [`FrozenProduct`].
 
-    Unlike after [`pack_weights`] the parameters stay where they are, for saving, and their memory is needed twice. No
-    gradient can be asked of the part.
+    Unlike after [`pack_weights`] the parameters stay where they are, for saving and for gradients that pass through, and
+    their memory is needed twice. The part must not be moved, converted or given other weights afterwards.
 
     Args:
         model (`torch.nn.Module`): in float32 on the CPU.
-        dtype (`torch.dtype`): as in [`FrozenProduct`].
+        dtype (`torch.dtype`): as in [`FrozenProduct`]. Where oneDNN cannot multiply it nothing changes.
     """
     for layer in model.modules():
-        if can_pack(layer):
+        if can_pack(layer) and has_product(dtype):
             layer.forward = FrozenProduct(layer, dtype)
 
 
@@ -290,7 +298,7 @@ class AdaptiveThreads:
     All threads wait for the last one many times in a step. While another program uses one of the cores, that is a wait for
     its turn on it, and fewer threads are faster. This object, called after each step, times a few steps with all threads,
     with one less and with half of them, and stays with the fastest: with all of them until steps become slower, with fewer
-    for a while, which doubles as long as the answer stays the same. Results change by rounding, since attention sums in
+    for a while, which doubles as long as fewer stay faster. Results change by rounding, since attention sums in
     parts, one a thread.
 
     It serves as `callback` of `generate` and as `callback_on_step_end` of the pipeline. Leaving its `with` block restores
@@ -357,12 +365,10 @@ class AdaptiveThreads:
 
 __all__ = [
     "AdaptiveThreads",
-    "FrozenProduct",
     "JointProduct",
     "PackedLinear",
     "PackedPart",
     "keep_freed_memory",
-    "pack_frozen_weights",
     "pack_weights",
     "unpack_weights",
 ]

@@ -13,7 +13,15 @@ from types import ModuleType
 
 from wrapt import when_imported
 
-from .modeling.auto_vfmtok import register_config, register_image_processor, register_model, register_task
+from .modeling.auto_vfmtok import register_config, register_image_processor, register_model
+
+
+def register_task(pipeline_class: type) -> None:
+    """Have transformers' `pipeline` run the task `image-tokens` by `pipeline_class`."""
+    from transformers import AutoModel
+    from transformers.pipelines import PIPELINE_REGISTRY
+
+    PIPELINE_REGISTRY.register_pipeline("image-tokens", pipeline_class, pt_model=AutoModel, type="image")
 
 
 REGISTER: dict[str, Callable[[type], None]] = {

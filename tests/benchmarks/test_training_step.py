@@ -96,6 +96,7 @@ def test_tokenizer_steps_train(side, monkeypatch):
     import training_step
 
     monkeypatch.setattr(training_step, "random_lpips", lambda dropout: Distance())
+    monkeypatch.setattr(training_step, "OriginalLPIPS", lambda distance: distance)
     step = training_step.tokenizer_step(side, True, 2, tiny_config(), JUDGE)
     step()
     step()

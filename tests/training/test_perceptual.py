@@ -91,7 +91,7 @@ def test_distances_are_float32_under_autocast(metric, images):
     expected = 0.0
     for theirs, ours, weights in zip(stages[:5], stages[5:], metric.channel_weights, strict=True):
         units = [stage.double() / stage.double().norm(dim=1, keepdim=True) for stage in (ours, theirs)]
-        expected += ((units[0] - units[1]).square() * weights[:, None, None]).sum(1).mean((1, 2))
+        expected += ((units[0] - units[1]).square() * weights).sum(1).mean((1, 2))
     torch.testing.assert_close(distance.double(), expected, atol=0, rtol=1e-5)
 
 

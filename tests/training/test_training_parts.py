@@ -48,8 +48,16 @@ def test_attention_that_is_fastest_where_it_runs(device, mixed_precision, dropou
     assert {choose_attention(named, *setting) for named in ("sdpa", "eager")} == {"sdpa", "eager"}
 
 
+def set_up(model, trainable="all", **settings):
+    arguments = TokenizerArguments(train_data="", output="", perceptual_weight=0, trainable=trainable, **settings)
+    objective = train_tokenizer.build_objective(model, arguments)
+    train_tokenizer.set_up_layers(objective, arguments, torch.device("cpu"))
+    layers = [vars(module).get("forward") for module in model.vision_model.modules()]
+    return {layer.dtype for layer in layers if isinstance(layer, FrozenProduct)}
+
+
 @pytest.mark.parametrize(("precision", "vision"), [("no", "sdpa"), ("bf16", "eager")])
-def test_fast_layers_of_a_tokenizer(precision, vision):
+def test_layers_of_a_tokenizer(precision, vision):
     """Nothing is dropped in the frozen vision model, and its features are those that autocast alone gives."""
     model, images = tiny_model(decoder_dropout=0.1), tiny_images()
     model.set_attn_implementation({"": "sdpa", "vision_config": vision})
@@ -60,22 +68,23 @@ def test_fast_layers_of_a_tokenizer(precision, vision):
             return model.extract_vision_features(images)
 
     expected = {enabled: features(enabled) for enabled in (False, True)}
-    arguments = TokenizerArguments("", "", perceptual_weight=0, mixed_precision=precision)
-    train_tokenizer.use_fast_layers(model, arguments, torch.device("cpu"))
+    assert set_up(model, mixed_precision=precision) == {torch.bfloat16 if precision == "bf16" else torch.float32}
     assert model.config._attn_implementation == "eager"
     assert model.vision_model.config._attn_implementation == vision
-    assert any(isinstance(vars(module).get("forward"), FrozenProduct) for module in model.vision_model.modules())
     for enabled in (False, True):
         torch.testing.assert_close(features(enabled), expected[enabled])
     assert model.state_dict().keys() == weights.keys()
     assert all(tensor.equal(weights[name]) for name, tensor in model.state_dict().items())
 
 
-def test_a_vision_model_that_passes_gradients_on_is_not_packed():
-    model, images = tiny_model(), tiny_images()[:1].requires_grad_()
-    train_tokenizer.use_fast_layers(model, TokenizerArguments("", "", perceptual_weight=1), torch.device("cpu"))
-    model.extract_vision_features(images)[-1].sum().backward()
-    assert images.grad.abs().sum() > 0
+def test_a_frozen_encoder_is_set_up_for_the_precision_it_computes_in():
+    model = tiny_model()
+    assert set_up(model, trainable="decoder", mixed_precision="bf16") == {torch.float32}
+    assert model.vision_model.config._attn_implementation == "sdpa"
+
+
+def test_a_compiled_tokenizer_keeps_its_layers():
+    assert set_up(tiny_model(), compile=True) == set()
 
 
 # -- codebook

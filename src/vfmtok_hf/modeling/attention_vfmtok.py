@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 
-BLOCK_LENGTH = 128
+BLOCK_LENGTH = 128  # queries: shorter blocks compute fewer hidden pairs, in more and smaller products
 
 
 def eager_attention_forward(
@@ -25,14 +25,15 @@ def eager_attention_forward(
     Args:
         module (`torch.nn.Module`): whose training mode decides on dropout.
         query, key, value (`torch.Tensor` of shape `(batch_size, heads, length, head_dim)`).
-        attention_mask (`torch.BoolTensor`, *optional*): which keys a single query sees, instead of all.
+        attention_mask (`torch.BoolTensor` of shape `(1, keys)`, *optional*): which keys a single query sees, instead of all.
         scaling (`float`): factor of the scores.
         dropout (`float`): share of the weights that is dropped.
 
     Returns:
         `(torch.Tensor, None)`: `(batch_size, length, heads, head_dim)`, as from `sdpa`, and no weights.
     """
-    query, length = query * scaling, query.shape[2]
+    query = query * scaling
+    length = query.shape[2]
     if length == 1:
         attended = _attend(module, query, key, value, attention_mask, dropout)
     else:

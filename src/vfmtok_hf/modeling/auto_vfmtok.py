@@ -36,12 +36,4 @@ def register_image_processor(image_processor_class: type) -> None:
     image_processor_class.register_for_auto_class()
 
 
-def register_task(pipeline_class: type) -> None:
-    """Have transformers' `pipeline` run the task `image-tokens` by `pipeline_class`."""
-    from transformers import AutoModel
-    from transformers.pipelines import PIPELINE_REGISTRY
-
-    PIPELINE_REGISTRY.register_pipeline("image-tokens", pipeline_class, pt_model=AutoModel, type="image")
-
-
-__all__ = ["register_config", "register_image_processor", "register_model", "register_task"]
+__all__ = ["register_config", "register_image_processor", "register_model"]

@@ -40,7 +40,6 @@ class LPIPS(nn.Module):
         with torch.device("meta"):
             self.layers = vgg16().features[: STAGE_ENDS[-1] + 1]
         self.layers.load_state_dict(_vgg_layers(vgg_weights, self.layers), assign=True)
-        self.layers.to(memory_format=torch.channels_last)  # the faster layout, on CPUs too
         self.channel_weights = nn.ParameterList(_channel_weights())
         # ImageNet's mean and deviation, moved from [0, 1] to images in [-1, 1].
         self.register_buffer("mean", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1), persistent=False)
@@ -62,10 +61,10 @@ class LPIPS(nn.Module):
         for ours, theirs, weights in zip(
             self._stages(reconstruction), target_stages, self.channel_weights, strict=True
         ):
-            # Behind the sequence of pixels, where the layers' layout has the channels.
+            # Channels come last: there they lie in memory when the layers' weights are channels-last.
             difference = unit_difference(ours.movedim(1, -1), theirs.movedim(1, -1), dim=-1)
             difference = F.dropout(difference, self.dropout, self.training)
-            distances.append((difference * weights).sum(-1).mean((1, 2)))
+            distances.append((difference * weights.flatten()).sum(-1).mean((1, 2)))
         return torch.stack(distances).sum(0)
 
     def _stages(self, images: torch.Tensor) -> list[torch.Tensor]:
@@ -137,9 +136,9 @@ def _read(file: Path) -> dict[str, torch.Tensor]:
 
 
 def _channel_weights() -> list[torch.Tensor]:
-    """`(channels,)` for each stage, from the file inside the `lpips` package (version 0.1)."""
+    """`(channels, 1, 1)` for each stage, from the file inside the `lpips` package (version 0.1)."""
     package = importlib.util.find_spec("lpips")
     if package is None:
         raise ImportError('The LPIPS term needs the lpips package: pip install "vfmtok-hf[train]".')
     state = _read(Path(package.submodule_search_locations[0]) / "weights" / "v0.1" / "vgg.pth")
-    return [state[f"lin{stage}.model.1.weight"].flatten() for stage in range(len(STAGE_ENDS))]
+    return [state[f"lin{stage}.model.1.weight"][0] for stage in range(len(STAGE_ENDS))]

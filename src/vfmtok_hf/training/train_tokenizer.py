@@ -15,7 +15,6 @@ import sys
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -140,25 +139,12 @@ def build_model(arguments: TokenizerArguments) -> VFMTokModel:
     if arguments.init_from is not None:
         if arguments.model:
             raise ValueError("--model describes a new tokenizer; --init_from brings its own configuration.")
-        return VFMTokModel.from_pretrained(arguments.init_from)
+        return VFMTokModel.from_pretrained(arguments.init_from, load_vision_model=True)
     vision_config = AutoConfig.from_pretrained(arguments.vision_model)
     vision_config.name_or_path = ""  # often a folder of this machine
     model = VFMTokModel(VFMTokConfig(vision_config=vision_config, **arguments.model))
     model.load_vision_model(arguments.vision_model)
     return model
-
-
-def use_fast_layers(model: VFMTokModel, arguments: TokenizerArguments, device: torch.device) -> None:
-    """
-    `--attention`, which drops nothing in the vision model, and the compiled kernel where there is one. On CPUs packed
-    weights of the vision model, unless gradients pass through it.
-    """
-    choose = partial(choose_attention, arguments.attention, device, arguments.mixed_precision)
-    model.set_attn_implementation({"": choose(model.config.decoder_dropout), "vision_config": choose(0.0)})
-    use_found_kernels(model, device)
-    if device.type == "cpu" and arguments.perceptual_weight == 0 and not arguments.compile:
-        is_half = arguments.mixed_precision == "bf16"
-        pack_frozen_weights(model.vision_model, torch.bfloat16 if is_half else torch.float32)
 
 
 def build_objective(model: VFMTokModel, arguments: TokenizerArguments) -> TokenizerObjective:
@@ -174,6 +160,21 @@ def build_objective(model: VFMTokModel, arguments: TokenizerArguments) -> Tokeni
     }
     lpips = LPIPS(arguments.vgg_weights, arguments.lpips_dropout) if arguments.lpips_weight > 0 else None
     return TokenizerObjective(model, weights, arguments.trainable == "all", lpips).train()
+
+
+def set_up_layers(objective: TokenizerObjective, arguments: TokenizerArguments, device: torch.device) -> None:
+    """Set attention as `--attention` says; on CPUs also what is faster there, with equal results."""
+    model = objective.model
+    # Frozen, the encoder and the vision model in front of it compute in float32, and nothing is dropped in either.
+    precision = arguments.mixed_precision if objective.train_encoder else "no"
+    own = choose_attention(arguments.attention, device, arguments.mixed_precision, model.config.decoder_dropout)
+    vision = choose_attention(arguments.attention, device, precision, dropout=0.0)
+    model.set_attn_implementation({"": own, "vision_config": vision})
+    if device.type == "cpu" and not arguments.compile:  # torch.compile packs weights and chooses layouts itself
+        use_found_kernels(model, device)
+        pack_frozen_weights(model.vision_model, torch.bfloat16 if precision == "bf16" else torch.float32)
+        if objective.lpips is not None:
+            objective.lpips.to(memory_format=torch.channels_last)
 
 
 def build_discriminator(arguments: TokenizerArguments) -> DiscriminatorObjective | None:
@@ -289,7 +290,6 @@ def main(argv: list[str] | None = None) -> None:
     step_function = compile_objective(objective) if arguments.compile else objective
     step_function, optimizer = accelerator.prepare(step_function, optimizer)
     # Once all processes have the first one's weights.
-    use_fast_layers(model, arguments, accelerator.device)
     ema = EMA(model, arguments.ema_decay)
     wrapped = [step_function]
     discriminator_objective = build_discriminator(arguments)
@@ -306,6 +306,8 @@ def main(argv: list[str] | None = None) -> None:
         wrapped.append(discriminator_step_function)
     accelerator.register_for_checkpointing(progress, ema, usage)
     log = start_run(accelerator, output, checkpoint, arguments, progress)
+    # Once the weights are those of the run.
+    set_up_layers(objective, arguments, accelerator.device)
 
     # Loop
     stop = StopRequest(accelerator)
