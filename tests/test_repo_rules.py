@@ -18,7 +18,7 @@ ALLOWED = {
     "pipelines": {"modeling", "hub_kernels"},
     "conversion": {"modeling", "pipelines"},
     "hub_kernels": {"modeling"},
-    "training": {"modeling", "pipelines"},
+    "training": {"modeling", "pipelines", "hub_kernels"},
     "evaluation": {"modeling", "pipelines"},
     "export": {"modeling", "pipelines", "conversion", "hub_kernels", "cpu_inference"},
 }

@@ -117,5 +117,8 @@ def expect(error: type[Exception], message: str) -> Callable[[list[str]], None]:
     def failing(argv: list[str]) -> None:
         with pytest.raises(error, match=message):
             main(argv)
+        if torch.distributed.is_initialized():
+            # The first process is where the others look each other up, which they may still be about to.
+            torch.distributed.barrier()
 
     return failing
