@@ -41,10 +41,13 @@ def attend(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: tor
     return F.scaled_dot_product_attention(*heads, **options).transpose(1, 2).flatten(2)
 
 
+def squared_distances(latents: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """`(latents, codebook_size)`: of every latent to every row."""
+    return latents.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * latents @ codebook.T
+
+
 class OriginalLPIPS(nn.Module):
-    """
-    taming-transformers' lpips.py on our LPIPS's layers. It is always in training mode.
-    """
+    """taming-transformers' lpips.py on our LPIPS's layers. It is always in training mode."""
 
     def __init__(self, lpips: LPIPS):
         super().__init__()
@@ -115,8 +118,7 @@ class OriginalTokenizerStep:
         """All of the distances and the term of weight 0; the history of used rows moves along."""
         latents = F.normalize(latents.float(), dim=-1)
         codebook = self.model.quantizer.normalized_codebook()
-        flat = latents.flatten(0, 1)
-        distances = flat.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * flat @ codebook.T
+        distances = squared_distances(latents.flatten(0, 1), codebook)
         image_tokens = distances.argmin(1)
         quantized = codebook[image_tokens].view_as(latents)
         self.used[: -len(image_tokens)] = self.used[len(image_tokens) :].clone()
@@ -158,9 +160,7 @@ def nearest_two_tokens(model: VFMTokModel, pixel_values: torch.Tensor) -> torch.
     rows of each image, by sorting all distances: what VFMTok-RAR's training encodes in every step.
     """
     latents = F.normalize(model.encode(pixel_values).latents.float(), dim=-1).flatten(0, 1)
-    codebook = model.quantizer.normalized_codebook()
-    distances = latents.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * latents @ codebook.T
-    two = distances.argsort(1)[:, :2]
+    two = squared_distances(latents, model.quantizer.normalized_codebook()).argsort(1)[:, :2]
     return two.view(len(pixel_values), -1, 2).transpose(1, 2).flatten(0, 1)
 
 

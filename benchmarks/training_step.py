@@ -9,7 +9,8 @@ discriminator's vision model have random weights too. The original's generators 
 RAR's with the second-nearest tokens of each as a sequence of its own; ours reads tokens that were computed once
 (`--variants`, `--neighbours`). The row `tokens at hand` leaves the encoding out.
 Each side has a process of its own, in which ours keeps freed memory as the scripts do; peak memory is that of the whole
-process. Ours has the scripts' defaults, and the original's weights of the losses. `--compile` adds a side under torch.compile, which takes minutes.
+process. Ours has the scripts' defaults, and the original's weights of the losses. `--compile` adds a side under
+torch.compile, which takes minutes.
 """
 
 import argparse

@@ -182,7 +182,8 @@ def pack_weights(model: ModuleT) -> ModuleT:
     module names in `joint_layers` (query, key and value; gate and up) become one [`JointProduct`]. Convolutions
     get channels-last weights, which their activations follow. Results change by rounding only, of layers that torchao
     quantized to 8 or 4 bits (they go to torch's kernels for such weights) by bfloat16's. Models in bfloat16 get the
-    `eager` attention, as torch's fused one is slow in bfloat16. Training needs [`unpack_weights`] first; `torch.compile` packs weights itself and wants the model as it was.
+    `eager` attention, as torch's fused one is slow in bfloat16. Training needs [`unpack_weights`] first; `torch.compile`
+    packs weights itself and wants the model as it was.
 
     Args:
         model (`torch.nn.Module`): a tokenizer or generator, in float32 or bfloat16.
@@ -266,8 +267,10 @@ def pack_frozen_weights(model: nn.Module, dtype: torch.dtype) -> None:
         model (`torch.nn.Module`): in float32 on the CPU.
         dtype (`torch.dtype`): as in [`FrozenProduct`]. Where oneDNN cannot multiply it nothing changes.
     """
+    if not has_product(dtype):
+        return
     for layer in model.modules():
-        if can_pack(layer) and has_product(dtype):
+        if can_pack(layer):
             layer.forward = FrozenProduct(layer, dtype)
 
 

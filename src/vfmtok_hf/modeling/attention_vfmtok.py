@@ -16,7 +16,6 @@ def eager_attention_forward(
     attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
-    **others,
 ) -> tuple[torch.Tensor, None]:
     """
     Causal softmax attention in blocks of queries, each over the keys up to its end: most of what is hidden is never
