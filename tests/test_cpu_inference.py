@@ -17,7 +17,6 @@ from vfmtok_hf import VFMTokARForImageGeneration, VFMTokModel, cpu_inference
 from vfmtok_hf.cpu_inference import (
     AdaptiveThreads,
     PackedLinear,
-    pack_frozen_weights,
     pack_weights,
     pretrained_parts,
     unpack_weights,
@@ -110,28 +109,6 @@ def test_packing_without_a_vision_model_warns_of_nothing(tmp_path, caplog):
     unpack_weights(pack_weights(model))
     transformers.logging.disable_propagation()
     assert caplog.records == []
-
-
-def test_frozen_products(linear, monkeypatch):
-    inputs = torch.randn(2, 20)
-    expected = linear(inputs)
-    model = nn.Sequential(linear)
-    with torch.autocast("cpu", torch.bfloat16):
-        expected_half = model(inputs)
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    pack_frozen_weights(model, torch.bfloat16)
-    assert "forward" not in vars(linear)
-    monkeypatch.undo()
-    pack_frozen_weights(model, torch.bfloat16)
-    twin = copy.deepcopy(model)
-    for module in (model, twin, pickle.loads(pickle.dumps(model))):  # noqa: S301
-        torch.testing.assert_close(module(inputs), expected, rtol=0, atol=0)
-        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-            torch.testing.assert_close(module(inputs), expected_half)
-        assert module.state_dict().keys() == {"0.weight", "0.bias"}
-    passing = inputs.clone().requires_grad_()
-    model(passing).sum().backward()
-    torch.testing.assert_close(passing.grad, linear.weight.sum(0).expand(2, -1))
 
 
 def test_kinds_of_linear_layers():

@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.testing import REFERENCE, reference_images, reference_tensors
-from vfmtok_hf import VFMTokImageProcessor, VFMTokModel
+from vfmtok_hf import VFMTokImageProcessor, VFMTokModel, cpu_training
 from vfmtok_hf.conversion import convert_tokenizer, export_original_tokenizer
 from vfmtok_hf.cpu_inference import PackedLinear, pack_weights
 from vfmtok_hf.modeling.modeling_vfmtok import resize_for_vision_model
 from vfmtok_hf.training.codebook import CodebookUsage
 from vfmtok_hf.training.objective import TokenizerObjective
+from vfmtok_hf.training.train_tokenizer import TokenizerArguments, set_up_layers
 
 
 BATCHES = {"b336": ("b336_0", "b336_1"), "b256": ("b256_0", "b256_1")}
@@ -276,14 +277,20 @@ def test_training_losses_and_gradients(entropy_ratio, folders, tensors):
     assert_original_gradients(model, entropy_ratio)
 
 
+@pytest.mark.parametrize("layers", ["plain", "set up"])
 @pytest.mark.parametrize("entropy_ratio", [0.0, 0.1])
-def test_objective_of_the_training_script(entropy_ratio, folders, tensors):
+def test_objective_of_the_training_script(entropy_ratio, layers, folders, tensors, monkeypatch):
     """The same numbers from the module that trains, with the original's weights; its pixel loss counts twice."""
     model = VFMTokModel.from_pretrained(folders["model"])
     model.config.entropy_loss_ratio = entropy_ratio
     weights = {"l1": 0.0, "mse": 2.0, "lpips": 0.0, "perceptual": 0.0, "feature": 1.0}
     weights |= dict.fromkeys(("codebook", "commitment", "entropy"), 1.0)
     objective = TokenizerObjective(model, weights).train()
+    if layers == "set up":
+        monkeypatch.setattr(cpu_training, "MIN_CHANNELS", 1)
+        monkeypatch.setattr(cpu_training, "MIN_WORK", 1)
+        arguments = TokenizerArguments(train_data="", output="", attention="eager")
+        set_up_layers(objective, arguments, torch.device("cpu"))
     images = reference_images(*BATCHES["b336"])
     out = objective(images)
     terms = out["terms"]

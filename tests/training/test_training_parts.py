@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.testing import tiny_images, tiny_model
-from vfmtok_hf import VFMTokARConfig, VFMTokRARConfig
-from vfmtok_hf.cpu_inference import FrozenProduct
+from vfmtok_hf import VFMTokARConfig, VFMTokRARConfig, cpu_training
+from vfmtok_hf.cpu_training import FrozenProduct, WinogradConvolution
 from vfmtok_hf.training import (
     extract_tokens,
     generator_data,
@@ -85,6 +85,20 @@ def test_a_frozen_encoder_is_set_up_for_the_precision_it_computes_in():
 
 def test_a_compiled_tokenizer_keeps_its_layers():
     assert set_up(tiny_model(), compile=True) == set()
+
+
+@pytest.mark.skipif(
+    not torch.backends.nnpack.is_available(), reason="torch has no NNPACK here: x86 with AVX2 runs this"
+)
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [({}, True), ({"mixed_precision": "bf16"}, False), ({"channels_last": True}, False), ({"compile": True}, False)],
+)
+def test_convolutions_of_a_tokenizer(settings, expected, monkeypatch):
+    monkeypatch.setattr(cpu_training, "MIN_CHANNELS", 1)
+    model = tiny_model()
+    set_up(model, **settings)
+    assert isinstance(vars(model.pixel_decoder.conv_in).get("forward"), WinogradConvolution) is expected
 
 
 # -- codebook

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from transformers import AutoConfig
 
-from vfmtok_hf.cpu_inference import pack_frozen_weights
+from vfmtok_hf.cpu_training import pack_frozen_weights, use_winograd
 from vfmtok_hf.hub_kernels import use_found_kernels
 from vfmtok_hf.modeling.configuration_vfmtok import VFMTokConfig
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
@@ -163,7 +163,7 @@ def build_objective(model: VFMTokModel, arguments: TokenizerArguments) -> Tokeni
 
 
 def set_up_layers(objective: TokenizerObjective, arguments: TokenizerArguments, device: torch.device) -> None:
-    """Set attention as `--attention` says; on CPUs also what is faster there, with equal results."""
+    """Set attention as `--attention` says; on CPUs also what is faster there."""
     model = objective.model
     # Frozen, the encoder and the vision model in front of it compute in float32, and nothing is dropped in either.
     precision = arguments.mixed_precision if objective.train_encoder else "no"
@@ -173,8 +173,14 @@ def set_up_layers(objective: TokenizerObjective, arguments: TokenizerArguments, 
     if device.type == "cpu" and not arguments.compile:  # torch.compile packs weights and chooses layouts itself
         use_found_kernels(model, device)
         pack_frozen_weights(model.vision_model, torch.bfloat16 if precision == "bf16" else torch.float32)
+        is_winograd = arguments.mixed_precision == "no" and not arguments.channels_last
+        if is_winograd:
+            use_winograd(model.pixel_decoder)
         if objective.lpips is not None:
-            objective.lpips.to(memory_format=torch.channels_last)
+            if is_winograd:
+                use_winograd(objective.lpips)
+            else:
+                objective.lpips.to(memory_format=torch.channels_last)
 
 
 def build_discriminator(arguments: TokenizerArguments) -> DiscriminatorObjective | None:
