@@ -162,7 +162,8 @@ class LayerCache:
     Keys and values of one attention layer in memory that is allocated once.
 
     The allocation waits for the first keys and takes batch, heads, dtype and device from them, so that autocast and
-    offloading need no word here.
+    offloading need no word here. On CPUs it is float32 at least: of half precision torch's products want dense operands
+    there, and copy the filled part of the cache in every step.
     """
 
     keys: torch.Tensor
@@ -175,10 +176,11 @@ class LayerCache:
         self.length = 0
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store `(batch_size, heads, new_length, head_dim)` keys and values; returns views of all stored so far."""
+        """Store `(batch_size, heads, new_length, head_dim)` keys and values; returns views of all so far, in its own dtype."""
         if self.length == 0:
             batch_size, num_heads, _, head_dim = keys.shape
-            self.keys = keys.new_empty(batch_size, num_heads, self.max_length, head_dim)
+            dtype = torch.promote_types(keys.dtype, torch.float32) if keys.is_cpu else keys.dtype
+            self.keys = keys.new_empty(batch_size, num_heads, self.max_length, head_dim, dtype=dtype)
             self.values = torch.empty_like(self.keys)
         start, self.length = self.length, self.length + keys.shape[2]
         if start > 0 and keys.shape[2] > 1:

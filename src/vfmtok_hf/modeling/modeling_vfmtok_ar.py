@@ -104,15 +104,16 @@ class VFMTokARAttention(nn.Module):
         head_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         projected = apply_jointly((self.q_proj, self.k_proj, self.v_proj), hidden_states)
         query, key, value = (states.view(head_shape).transpose(1, 2) for states in projected)
-        query, key = apply_rotary(query, position_embeddings), apply_rotary(key, position_embeddings)
-        attention_mask = None
+        # Both in one go: a decode step takes as long as its operations are many.
+        query, key = apply_rotary(torch.cat([query, key], dim=1), position_embeddings).chunk(2, dim=1)
+        dtype, attention_mask = query.dtype, None
         if cache is not None:
             key, value = cache.append(key, value)
-            attention_mask = cache.attention_mask
+            query, attention_mask = query.to(key.dtype), cache.attention_mask
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
         attended, _ = attention(self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout)
-        return self.residual_dropout(self.o_proj(attended.flatten(-2)))
+        return self.residual_dropout(self.o_proj(attended.flatten(-2).to(dtype)))
 
 
 # ---------------------------------------------------------------------------------------------------------------

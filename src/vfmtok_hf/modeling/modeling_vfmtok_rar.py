@@ -120,14 +120,14 @@ class VFMTokRARAttention(nn.Module):
         query, key, value = (states.view(head_shape) for states in projected)
         query, key = self.q_norm(query).transpose(1, 2), self.k_norm(key).transpose(1, 2)
         value = value.transpose(1, 2)
-        attention_mask = None
+        dtype, attention_mask = query.dtype, None
         if cache is not None:
             key, value = cache.append(key, value)
-            attention_mask = cache.attention_mask
+            query, attention_mask = query.to(key.dtype), cache.attention_mask
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
         attended, _ = attention(self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout)
-        return self.dropout(self.o_proj(attended.flatten(-2)))
+        return self.dropout(self.o_proj(attended.flatten(-2).to(dtype)))
 
 
 class VFMTokRARMLP(nn.Module):
