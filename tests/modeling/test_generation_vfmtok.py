@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
 
-from tests.modeling.generators import TINY_SIZES, Recorder, record_forward_rows, tiny_ar, tiny_rar
+from tests.modeling.generators import TINY_SIZES, Recorder, record_forward_rows, tiny_ar, tiny_batch, tiny_rar
 from tests.testing import reference_tensors
 from vfmtok_hf.cpu_inference import pack_weights
 from vfmtok_hf.modeling.generation_vfmtok import (
@@ -206,6 +206,20 @@ def test_a_prefix_enters_the_cache_in_one_call_or_token_by_token(model):
     assert at_once.length == in_steps.length == model.num_condition_tokens + 5
     assert whole.shape == (4, 1, model.config.codebook_size)
     torch.testing.assert_close(whole, stepwise, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
+def test_the_cache_is_float32_at_least_on_cpus(model, dtype, expected):
+    model.to(dtype)
+    labels, tokens = tiny_batch(model)
+    cache = model.cache_class(model.config.num_hidden_layers, model.num_condition_tokens + tokens.shape[1] - 1)
+    for step in range(tokens.shape[1]):
+        logits = model(labels, tokens[:, :step], cache=cache).logits[:, -1]
+    assert {layer.keys.dtype for layer in cache.layers} | {layer.values.dtype for layer in cache.layers} == {expected}
+    # bfloat16 has 8 bits: the sums of a few hidden units differ by that much from one order to the other.
+    whole = model(labels, tokens).logits[:, -1]
+    torch.testing.assert_close(logits, whole, atol=0.05 if dtype == torch.bfloat16 else 1e-5, rtol=0)
 
 
 def test_a_filled_cache_refuses_several_positions_at_once(model):
