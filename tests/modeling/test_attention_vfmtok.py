@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vfmtok_hf.modeling import attention_vfmtok
 from vfmtok_hf.modeling.attention_vfmtok import BLOCK_LENGTH, eager_attention_forward
 
 
@@ -45,3 +46,15 @@ def test_dropout_takes_its_share_of_the_weights_and_only_in_training():
     torch.testing.assert_close(shown.sum(-1)[..., 100:].mean().item(), 1.0, atol=0.02, rtol=0)
     whole = eager_attention_forward(module.eval(), query, key, value, None, scaling=1.0, dropout=0.25)[0]
     torch.testing.assert_close(whole.sum(-1), torch.ones(whole.shape[:-1]))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_gradients_are_those_of_the_weights_that_were_kept(dropout, monkeypatch):
+    monkeypatch.setattr(attention_vfmtok, "BLOCK_LENGTH", 3)
+    states = [torch.randn(1, 2, 7, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+
+    def attend(*states: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(5)  # the same weights each time
+        return eager_attention_forward(nn.Identity(), *states, None, scaling=0.7, dropout=dropout)[0]
+
+    assert torch.autograd.gradcheck(attend, states)
