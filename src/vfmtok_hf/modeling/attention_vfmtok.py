@@ -62,11 +62,9 @@ class CausalAttention(torch.autograd.Function):
             scores = torch.bmm(query[:, start:end], key[:, :end].mT)
             scores[..., start:] += future[: end - start, : end - start]
             weights = scores.softmax(dim=-1)
-            saved.append(weights)
-            if dropout > 0:
-                saved.append(random_ones(weights, 1 - dropout))
-                weights = weights * saved[-1]
-            attended[:, start:end] = torch.bmm(weights, value[:, :end])
+            kept = random_ones(weights, 1 - dropout) if dropout > 0 else None
+            saved += [weights, kept]
+            attended[:, start:end] = torch.bmm(weights if kept is None else weights * kept, value[:, :end])
         ctx.save_for_backward(query, key, value, *saved)
         ctx.dropout = dropout
         return attended.div_(1 - dropout)
@@ -77,10 +75,8 @@ class CausalAttention(torch.autograd.Function):
         query, key, value, *saved = ctx.saved_tensors
         of_query, of_key, of_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
         gradient = gradient / (1 - ctx.dropout)
-        saved = iter(saved)
-        for start, end in blocks(query.shape[1]):
-            weights, block = next(saved), gradient[:, start:end]
-            kept = next(saved) if ctx.dropout > 0 else None
+        for (start, end), weights, kept in zip(blocks(query.shape[1]), saved[::2], saved[1::2], strict=True):
+            block = gradient[:, start:end]
             of_weights = torch.bmm(block, value[:, :end].mT)
             if kept is not None:
                 of_weights *= kept

@@ -173,14 +173,11 @@ def set_up_layers(objective: TokenizerObjective, arguments: TokenizerArguments, 
     if device.type == "cpu" and not arguments.compile:  # torch.compile packs weights and chooses layouts itself
         use_found_kernels(model, device)
         pack_frozen_weights(model.vision_model, torch.bfloat16 if precision == "bf16" else torch.float32)
-        is_winograd = arguments.mixed_precision == "no" and not arguments.channels_last
-        if is_winograd:
-            use_winograd(model.pixel_decoder)
-        if objective.lpips is not None:
-            if is_winograd:
-                use_winograd(objective.lpips)
-            else:
-                objective.lpips.to(memory_format=torch.channels_last)
+        if arguments.mixed_precision == "no" and not arguments.channels_last:
+            for network in filter(None, (model.pixel_decoder, objective.lpips)):
+                use_winograd(network)
+        elif objective.lpips is not None:
+            objective.lpips.to(memory_format=torch.channels_last)
 
 
 def build_discriminator(arguments: TokenizerArguments) -> DiscriminatorObjective | None:
