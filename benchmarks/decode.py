@@ -20,7 +20,7 @@ from measuring import alternate, machine, matrix_vector_bandwidth, seconds_of, s
 from original_decode import OriginalDecoder, OriginalRARDecoder
 
 from vfmtok_hf import VFMTokARConfig, VFMTokARForImageGeneration, VFMTokRARConfig, VFMTokRARForImageGeneration
-from vfmtok_hf.cpu_inference import AdaptiveThreads, pack_weights
+from vfmtok_hf.cpu.packing import AdaptiveThreads, pack_weights
 from vfmtok_hf.modeling.modeling_vfmtok_rar import ROWS_OF_MODULATIONS
 
 

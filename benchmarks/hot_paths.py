@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from training_step import BATCH_SIZES, build_step
 
 from vfmtok_hf import VFMTokConfig, VFMTokModel
-from vfmtok_hf.cpu_inference import keep_freed_memory, pack_weights
+from vfmtok_hf.cpu.packing import keep_freed_memory, pack_weights
 
 
 # The first kind one of whose words an operation's name holds.

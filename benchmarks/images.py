@@ -30,7 +30,7 @@ from PIL import Image
 from torch import nn
 
 from vfmtok_hf import VFMTokConfig, VFMTokImageProcessor, VFMTokModel, disable_kernels, enable_kernels
-from vfmtok_hf.cpu_inference import PackedLinear, keep_freed_memory, pack_weights
+from vfmtok_hf.cpu.packing import PackedLinear, keep_freed_memory, pack_weights
 from vfmtok_hf.hub_kernels import active_implementation
 
 

@@ -24,8 +24,8 @@ from transformers import TorchAoConfig
 from transformers.image_utils import load_image
 
 from vfmtok_hf import DEFAULT_CHECKPOINT, VFMTokARForImageGeneration
-from vfmtok_hf.cpu_inference import pack_weights
-from vfmtok_hf.cpu_quantization import PackedQuantizedLinear
+from vfmtok_hf.cpu.packing import pack_weights
+from vfmtok_hf.cpu.quantization import PackedQuantizedLinear
 from vfmtok_hf.evaluation.features import OwnVisionFeatures
 from vfmtok_hf.evaluation.metrics import FeatureStatistics, frechet_distance
 from vfmtok_hf.pipelines import VFMTokPipeline

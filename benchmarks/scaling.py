@@ -23,7 +23,7 @@ from measuring import alternate, in_fresh_process, machine, memory, seconds_of, 
 from PIL import Image
 
 from vfmtok_hf import VFMTokARConfig, VFMTokARForImageGeneration
-from vfmtok_hf.cpu_inference import pack_weights
+from vfmtok_hf.cpu.packing import pack_weights
 from vfmtok_hf.evaluation.plots import BLUE, ORANGE, save_figure
 
 

@@ -31,7 +31,7 @@ from vfmtok_hf import (
     VFMTokModel,
     VFMTokPipeline,
 )
-from vfmtok_hf.cpu_inference import pack_weights
+from vfmtok_hf.cpu.packing import pack_weights
 
 
 SPACE = Path(__file__).parents[1] / "spaces" / "vfmtok"

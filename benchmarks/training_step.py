@@ -41,7 +41,7 @@ from vfmtok_hf import (
     VFMTokRARConfig,
     VFMTokRARForImageGeneration,
 )
-from vfmtok_hf.cpu_inference import keep_freed_memory
+from vfmtok_hf.cpu.packing import keep_freed_memory
 from vfmtok_hf.training.codebook import CodebookUsage
 from vfmtok_hf.training.discriminator import DinoDiscriminator, DiscriminatorObjective
 from vfmtok_hf.training.ema import EMA

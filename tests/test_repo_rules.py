@@ -20,7 +20,7 @@ ALLOWED = {
     "hub_kernels": {"modeling"},
     "training": {"modeling", "pipelines", "hub_kernels"},
     "evaluation": {"modeling", "pipelines"},
-    "export": {"modeling", "pipelines", "conversion", "hub_kernels", "cpu_inference"},
+    "export": {"modeling", "pipelines", "conversion", "hub_kernels", "cpu", "data"},
 }
 
 

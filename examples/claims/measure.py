@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from train import is_finished
 
 from vfmtok_hf import VFMTokARForImageGeneration, VFMTokImageProcessor, VFMTokModel, VFMTokPipeline
+from vfmtok_hf.data.token_files import find_images
 from vfmtok_hf.evaluation.features import VisionModelFeatures, extract_features
 from vfmtok_hf.evaluation.generation import SampleFolder, SamplingSettings, draw_samples, model_fingerprint
 from vfmtok_hf.evaluation.images import FolderImages
@@ -29,7 +30,6 @@ from vfmtok_hf.evaluation.metrics import FeatureStatistics, frechet_distance, in
 from vfmtok_hf.evaluation.plots import guidance_figure, save_figure
 from vfmtok_hf.evaluation.reconstruction import evaluate_reconstruction
 from vfmtok_hf.evaluation.tokens import evaluate_tokens
-from vfmtok_hf.token_files import find_images
 
 
 COLOURS = {

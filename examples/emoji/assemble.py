@@ -19,8 +19,8 @@ from PIL import Image
 
 from vfmtok_hf import VFMTokARForImageGeneration, VFMTokImageProcessor, VFMTokModel, VFMTokPipeline
 from vfmtok_hf.evaluation.reconstruction import psnr
-from vfmtok_hf.image_grid import image_grid
 from vfmtok_hf.pipelines.portable_vfmtok import INDEX_FILE, use_this_code
+from vfmtok_hf.plotting import image_grid
 
 
 # Chosen by looking at grids of all classes at several values.

@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from vfmtok_hf import VFMTokARForImageGeneration, VFMTokPipeline, VFMTokRARForImageGeneration
-from vfmtok_hf.image_grid import image_grid
+from vfmtok_hf.plotting import image_grid
 
 
 SAMPLING = {"temperature": 0.9, "top_k": 100}

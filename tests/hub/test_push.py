@@ -18,7 +18,7 @@ from vfmtok_hf import DEFAULT_CHECKPOINT
 from vfmtok_hf.cli import app
 from vfmtok_hf.evaluation.results import measured_results, published_results, save_measurement
 from vfmtok_hf.hub import model_card, push, push_checkpoint
-from vfmtok_hf.released_checkpoints import RELEASED_CHECKPOINTS, publish_plan
+from vfmtok_hf.hub.released_checkpoints import RELEASED_CHECKPOINTS, publish_plan
 
 from .conftest import Client
 from .fake_hub import Repository
@@ -218,7 +218,7 @@ def test_everything_pushed_is_portable_even_if_the_folder_is_not():
 
 
 def test_portable_code_of_a_push_is_what_save_pretrained_writes(folder):
-    from vfmtok_hf.hub import _contents, read_saved_model
+    from vfmtok_hf.hub.publishing import _contents, read_saved_model
 
     written = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*.py")}
     contents = _contents(read_saved_model(folder))
@@ -352,7 +352,7 @@ def test_sizes_of_the_originals_come_from_the_hub(hub, client, faults):
     repository.commit("release", {RELEASED_CHECKPOINTS[1].source: bytes(1234)})
     client(
         """
-        from vfmtok_hf.released_checkpoints import publish_plan
+        from vfmtok_hf.hub.released_checkpoints import publish_plan
         sizes = [row.source_bytes for row in publish_plan("org", ask_hub=True)]
         assert sizes == [None, 1234] + [None] * 12, sizes
         """
@@ -360,7 +360,7 @@ def test_sizes_of_the_originals_come_from_the_hub(hub, client, faults):
     faults["paths-info"] = "cut"
     client(
         """
-        from vfmtok_hf.released_checkpoints import publish_plan
+        from vfmtok_hf.hub.released_checkpoints import publish_plan
         try:
             publish_plan("org", ask_hub=True)
         except OSError as error:

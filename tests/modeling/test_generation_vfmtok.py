@@ -11,7 +11,7 @@ from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
 
 from tests.modeling.generators import TINY_SIZES, Recorder, record_forward_rows, tiny_ar, tiny_batch, tiny_rar
 from tests.testing import reference_tensors
-from vfmtok_hf.cpu_inference import pack_weights
+from vfmtok_hf.cpu.packing import pack_weights
 from vfmtok_hf.modeling.generation_vfmtok import (
     SamplingSettings,
     apply_guidance,

@@ -19,7 +19,7 @@ from tests.modeling.generators import (
 )
 from tests.testing import REFERENCE, reference_tensors
 from vfmtok_hf.conversion import convert_ar, export_original_ar
-from vfmtok_hf.cpu_inference import pack_weights
+from vfmtok_hf.cpu.packing import pack_weights
 from vfmtok_hf.modeling import generation_vfmtok
 from vfmtok_hf.modeling.configuration_vfmtok_ar import VFMTokARConfig
 from vfmtok_hf.modeling.modeling_vfmtok_ar import VFMTokARForImageGeneration, apply_rotary, rotary_table

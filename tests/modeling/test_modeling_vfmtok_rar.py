@@ -20,7 +20,7 @@ from tests.modeling.generators import (
 )
 from tests.testing import REFERENCE, reference_tensors
 from vfmtok_hf.conversion import convert_rar, export_original_rar
-from vfmtok_hf.cpu_inference import pack_weights
+from vfmtok_hf.cpu.packing import pack_weights
 from vfmtok_hf.modeling import generation_vfmtok, modeling_vfmtok_rar
 from vfmtok_hf.modeling.configuration_vfmtok_rar import VFMTokRARConfig
 from vfmtok_hf.modeling.modeling_vfmtok_rar import VFMTokRARForImageGeneration, draw_orders, keep_first

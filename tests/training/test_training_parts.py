@@ -9,7 +9,7 @@ from torch import nn
 
 from tests.testing import tiny_images, tiny_model
 from vfmtok_hf import VFMTokARConfig, VFMTokRARConfig, cpu_training
-from vfmtok_hf.cpu_training import FrozenProduct, WinogradConvolution
+from vfmtok_hf.cpu.training import FrozenProduct, WinogradConvolution
 from vfmtok_hf.training import (
     extract_tokens,
     generator_data,

@@ -17,12 +17,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from vfmtok_hf.data.output_files import whole_file
 from vfmtok_hf.evaluation.features import Advance, FeatureExtractor, extract_features
 from vfmtok_hf.evaluation.images import ImageSet, NpzImages, write_npz
 from vfmtok_hf.evaluation.metrics import FeatureStatistics, Reference, compare_features
 from vfmtok_hf.modeling import generation_vfmtok
 from vfmtok_hf.modeling.modeling_vfmtok_rar import VFMTokRARForImageGeneration
-from vfmtok_hf.output_files import whole_file
 from vfmtok_hf.pipelines import VFMTokPipeline
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import PIL.Image
 import torch
 
+from vfmtok_hf.data.output_files import whole_file
+from vfmtok_hf.data.token_files import find_images
 from vfmtok_hf.modeling.image_processing_vfmtok import VFMTokImageProcessor, open_image
-from vfmtok_hf.output_files import whole_file
-from vfmtok_hf.token_files import find_images
 
 
 # What the image processor reads: a file, or an image that is already decoded.

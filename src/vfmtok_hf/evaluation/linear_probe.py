@@ -23,11 +23,11 @@ from timm.optim import Lars
 from torch import nn
 from torchvision.transforms import v2
 
+from vfmtok_hf.data.token_files import find_images
 from vfmtok_hf.evaluation.features import Advance
 from vfmtok_hf.evaluation.images import Picture
 from vfmtok_hf.modeling.image_processing_vfmtok import VFMTokImageProcessor, open_image
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
-from vfmtok_hf.token_files import find_images
 
 
 PIXEL_GRID = 32

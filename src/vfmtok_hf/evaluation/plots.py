@@ -7,8 +7,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from vfmtok_hf.data.output_files import whole_file
 from vfmtok_hf.evaluation.tokens import Looks, TokenResult
-from vfmtok_hf.output_files import whole_file
 
 
 BLUE, ORANGE, GREY = "#2f6fb0", "#d9822b", "#8a8a8a"

@@ -18,7 +18,7 @@ from typing import Any
 
 from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index
 
-from vfmtok_hf.output_files import whole_file
+from vfmtok_hf.data.output_files import whole_file
 
 
 METRIC_NAMES = {

@@ -23,8 +23,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch.utils.data import DataLoader, Dataset
 
+from vfmtok_hf.data.output_files import whole_file
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
-from vfmtok_hf.output_files import whole_file
 from vfmtok_hf.training.arguments import parse_arguments
 from vfmtok_hf.training.finetuning import load_tokenizer
 from vfmtok_hf.training.images import UnreadableImage, Variants, decode_image

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vfmtok_hf.output_files import whole_file
+from vfmtok_hf.data.output_files import whole_file
 
 
 LOG_FILE = "log.jsonl"

@@ -4,7 +4,7 @@ import math
 from collections import defaultdict
 from pathlib import Path
 
-from vfmtok_hf.output_files import whole_file
+from vfmtok_hf.data.output_files import whole_file
 from vfmtok_hf.training.log_file import LOG_FILE, read_log
 
 

@@ -21,8 +21,8 @@ from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 from torchvision.utils import make_grid
 
-from vfmtok_hf.cpu_inference import keep_freed_memory
-from vfmtok_hf.output_files import whole_file
+from vfmtok_hf.cpu.packing import keep_freed_memory
+from vfmtok_hf.data.output_files import whole_file
 from vfmtok_hf.training.arguments import check_resumed_arguments, save_arguments
 from vfmtok_hf.training.log_file import LOG_FILE, drop_lines_after
 from vfmtok_hf.training.sharding import set_up_sharding, sharding_of

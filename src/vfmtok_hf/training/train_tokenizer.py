@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from transformers import AutoConfig
 
-from vfmtok_hf.cpu_training import pack_frozen_weights, use_winograd
+from vfmtok_hf.cpu.training import pack_frozen_weights, use_winograd
 from vfmtok_hf.hub_kernels import use_found_kernels
 from vfmtok_hf.modeling.configuration_vfmtok import VFMTokConfig
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel

@@ -11,8 +11,8 @@ from transformers import TorchAoConfig
 from tests.modeling.generators import tiny_ar, tiny_batch, tiny_rar
 from tests.testing import tiny_model
 from vfmtok_hf import VFMTokModel
-from vfmtok_hf.cpu_inference import pack_weights, unpack_weights
-from vfmtok_hf.cpu_quantization import PackedInt4Linear, PackedInt8Linear, PackedQuantizedLinear
+from vfmtok_hf.cpu.packing import pack_weights, unpack_weights
+from vfmtok_hf.cpu.quantization import PackedInt4Linear, PackedInt8Linear, PackedQuantizedLinear
 
 
 torchao = pytest.importorskip("torchao.quantization", reason="needs torchao: pip install vfmtok-hf[quantization]")

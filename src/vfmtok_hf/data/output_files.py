@@ -8,7 +8,7 @@ from pathlib import Path
 
 import PIL.Image
 
-from vfmtok_hf.image_grid import image_grid
+from vfmtok_hf.plotting import image_grid
 
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")

@@ -7,9 +7,9 @@ from typing import Any
 
 import PIL.Image
 
+from vfmtok_hf.data.token_files import find_images
 from vfmtok_hf.evaluation.images import Picture
 from vfmtok_hf.evaluation.linear_probe import LabelledImages
-from vfmtok_hf.token_files import find_images
 from vfmtok_hf.training.images import IMAGE_SUFFIXES
 from vfmtok_hf.training.sources import (
     DATA_FILES,

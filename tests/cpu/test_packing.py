@@ -13,8 +13,9 @@ from torch import nn
 
 from tests.modeling.generators import tiny_ar, tiny_batch, tiny_rar
 from tests.testing import tiny_images, tiny_model
-from vfmtok_hf import VFMTokARForImageGeneration, VFMTokModel, cpu_inference
-from vfmtok_hf.cpu_inference import (
+from vfmtok_hf import VFMTokARForImageGeneration, VFMTokModel
+from vfmtok_hf.cpu import packing as cpu_inference
+from vfmtok_hf.cpu.packing import (
     AdaptiveThreads,
     PackedLinear,
     pack_weights,
@@ -232,7 +233,7 @@ def test_threads_serve_as_callback(four_threads):
 # Blocks of 64 and 48 MB, which glibc by itself takes from the system and returns to it.
 FRESH_PAGES = """
 import resource, torch
-from vfmtok_hf.cpu_inference import keep_freed_memory
+from vfmtok_hf.cpu.packing import keep_freed_memory
 {call}
 def page_faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -16,8 +16,9 @@ from typer.testing import CliRunner
 
 import vfmtok_hf
 from tests.pipelines.tiny_pipeline import ID2LABEL, tiny_pipeline
-from vfmtok_hf import cli, cli_options, conversion
-from vfmtok_hf.token_files import load_tokens
+from vfmtok_hf import cli, conversion
+from vfmtok_hf.cli import options as cli_options
+from vfmtok_hf.data.token_files import load_tokens
 from vfmtok_hf.training.tokens import TokenShards
 
 
@@ -319,7 +320,7 @@ def test_help_names_every_command():
 
 def test_the_command_module_itself_imports_nothing_heavy():
     """`--help` and usage errors wait for none of the libraries that the commands use."""
-    commands = {"vfmtok_hf.cli", "vfmtok_hf.cli_evaluate", "vfmtok_hf.cli_options"}
+    commands = {"vfmtok_hf.cli.main", "vfmtok_hf.cli.evaluate", "vfmtok_hf.cli.options"}
     for module in commands:
         tree = ast.parse(Path(importlib.import_module(module).__file__).read_text())
         imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from vfmtok_hf.output_files import whole_file
+from vfmtok_hf.data.output_files import whole_file
 from vfmtok_hf.pipelines import VFMTokPipeline
 
 

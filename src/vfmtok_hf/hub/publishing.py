@@ -26,11 +26,11 @@ from vfmtok_hf.evaluation.results import (
     published_results,
     results_table,
 )
-from vfmtok_hf.image_grid import image_grid
+from vfmtok_hf.hub.released_checkpoints import ORIGINAL_REPOSITORY, Kind, find_released
 from vfmtok_hf.modeling.image_processing_vfmtok import VFMTokImageProcessor
 from vfmtok_hf.pipelines import VFMTokPipeline
 from vfmtok_hf.pipelines.portable_vfmtok import MODEL_CLASSES, portable_code, portable_pipeline, saved_components
-from vfmtok_hf.released_checkpoints import ORIGINAL_REPOSITORY, Kind, find_released
+from vfmtok_hf.plotting import image_grid
 
 
 CARD_TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"

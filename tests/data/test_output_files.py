@@ -6,8 +6,14 @@ from pathlib import Path
 import PIL.Image
 import pytest
 
-from vfmtok_hf.image_grid import GAP, image_grid
-from vfmtok_hf.output_files import check_output_file, check_picture_output, picture_output, save_picture, whole_file
+from vfmtok_hf.data.output_files import (
+    check_output_file,
+    check_picture_output,
+    picture_output,
+    save_picture,
+    whole_file,
+)
+from vfmtok_hf.plotting import GAP, image_grid
 
 
 def picture(color, side=8):

@@ -15,8 +15,8 @@ import typer.core
 from rich.markup import escape
 from rich.table import Table
 
-from vfmtok_hf.cli_evaluate import evaluate_app
-from vfmtok_hf.cli_options import (
+from vfmtok_hf.cli.evaluate import evaluate_app
+from vfmtok_hf.cli.options import (
     BatchSizeOption,
     DeviceOption,
     Dtype,
@@ -135,8 +135,8 @@ def generate(
     with one_line_errors():
         from torch import Generator
 
-        from vfmtok_hf.cpu_inference import AdaptiveThreads
-        from vfmtok_hf.output_files import check_picture_output, picture_output
+        from vfmtok_hf.cpu.packing import AdaptiveThreads
+        from vfmtok_hf.data.output_files import check_picture_output, picture_output
 
         check_picture_output(output)
         pipe = load_pipeline(model, device, dtype, generates=True)
@@ -188,8 +188,8 @@ def tokenize(
     with one_line_errors():
         import torch
 
-        from vfmtok_hf.output_files import check_output_file
-        from vfmtok_hf.token_files import check_suffix, find_images, save_tokens, tokenize_files
+        from vfmtok_hf.data.output_files import check_output_file
+        from vfmtok_hf.data.token_files import check_suffix, find_images, save_tokens, tokenize_files
 
         check_suffix(output)
         check_output_file(output)
@@ -220,8 +220,8 @@ def detokenize(
 ) -> None:
     """Image tokens to images."""
     with one_line_errors():
-        from vfmtok_hf.output_files import check_picture_output, picture_output
-        from vfmtok_hf.token_files import load_tokens, picture_name
+        from vfmtok_hf.data.output_files import check_picture_output, picture_output
+        from vfmtok_hf.data.token_files import load_tokens, picture_name
 
         check_picture_output(output)
         names, image_tokens = load_tokens(tokens)
@@ -249,10 +249,10 @@ def reconstruct(
     with one_line_errors():
         from torchvision.transforms.functional import to_pil_image
 
+        from vfmtok_hf.data.output_files import check_picture_output, picture_output
+        from vfmtok_hf.data.token_files import find_images, picture_name, tokenize_files
         from vfmtok_hf.evaluation.reconstruction import psnr
-        from vfmtok_hf.image_grid import image_grid
-        from vfmtok_hf.output_files import check_picture_output, picture_output
-        from vfmtok_hf.token_files import find_images, picture_name, tokenize_files
+        from vfmtok_hf.plotting import image_grid
 
         check_picture_output(output)
         files = find_images(images)
@@ -320,7 +320,7 @@ def extract_tokens(
     Several processes: `torchrun --nproc_per_node N -m vfmtok_hf.training.extract_tokens`.
     """
     with one_line_errors():
-        from vfmtok_hf.environment import default_device
+        from vfmtok_hf.cli.environment import default_device
         from vfmtok_hf.training.extract_tokens import extract_tokens
         from vfmtok_hf.training.finetuning import load_tokenizer
         from vfmtok_hf.training.images import Variants
@@ -365,7 +365,7 @@ def export(
     with one_line_errors():
         from transformers.utils.hub import has_file
 
-        from vfmtok_hf.export import check_export, export_pipeline
+        from vfmtok_hf.export.pipeline import check_export, export_pipeline
 
         check_export(output, format.value)
         names = parts and [part.value for part in parts]
@@ -388,7 +388,7 @@ def export(
 def info(model: ModelOption = None) -> None:
     """Versions, device, kernel, and what the checkpoint holds."""
     with one_line_errors():
-        from vfmtok_hf.environment import checkpoint_facts, environment_facts
+        from vfmtok_hf.cli.environment import checkpoint_facts, environment_facts
 
         print_facts(environment_facts())
         print_facts(checkpoint_facts(resolve_model(model)))
@@ -409,7 +409,7 @@ def plot(
 ) -> None:
     """Curves of losses and metrics over the steps of training runs, those of several runs in one picture."""
     with one_line_errors():
-        from vfmtok_hf.output_files import check_output_file
+        from vfmtok_hf.data.output_files import check_output_file
         from vfmtok_hf.training.plot import plot_runs
 
         picture = output or runs[0] / "curves.png"
@@ -487,7 +487,7 @@ def publish_plan(
 ) -> None:
     """What publishing every checkpoint that the authors released takes: sizes, and the commands to type."""
     with one_line_errors():
-        from vfmtok_hf.released_checkpoints import publish_plan
+        from vfmtok_hf.hub.released_checkpoints import publish_plan
 
         for row in publish_plan(namespace, ask_hub):
             size = (

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 
-from vfmtok_hf.cpu_quantization import PackedQuantizedLinear, packed_class
+from vfmtok_hf.cpu.quantization import PackedQuantizedLinear, packed_class
 
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)

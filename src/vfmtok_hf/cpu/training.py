@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from vfmtok_hf.cpu_inference import PackedLinear, can_pack, has_product
+from vfmtok_hf.cpu.packing import PackedLinear, can_pack, has_product
 
 
 class FrozenProduct:

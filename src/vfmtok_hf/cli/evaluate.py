@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from vfmtok_hf.cli_options import (
+from vfmtok_hf.cli.options import (
     BatchSizeOption,
     DeviceOption,
     Dtype,
@@ -134,10 +134,10 @@ def reconstruction(
 ) -> None:
     """rFID, rIS, PSNR, SSIM, LPIPS and codebook usage of a tokenizer."""
     with one_line_errors():
-        from vfmtok_hf.cli_images import number_of, open_pictures
+        from vfmtok_hf.cli.images import number_of, open_pictures
+        from vfmtok_hf.data.output_files import check_output_file
         from vfmtok_hf.evaluation.reconstruction import check_ssim_window, evaluate_reconstruction, load_lpips
         from vfmtok_hf.evaluation.results import save_measurement
-        from vfmtok_hf.output_files import check_output_file
 
         if output is not None:
             check_output_file(output)
@@ -209,7 +209,8 @@ def generation(
     with one_line_errors():
         from accelerate import PartialState
 
-        from vfmtok_hf.environment import default_device
+        from vfmtok_hf.cli.environment import default_device
+        from vfmtok_hf.data.output_files import check_output_folder
         from vfmtok_hf.evaluation.generation import (
             SampleFolder,
             SamplingSettings,
@@ -219,7 +220,6 @@ def generation(
         )
         from vfmtok_hf.evaluation.images import FolderImages
         from vfmtok_hf.evaluation.metrics import check_enough_images
-        from vfmtok_hf.output_files import check_output_folder
 
         if features == "none":
             raise ValueError("Samples are compared by their features: name a network with --features.")
@@ -312,8 +312,8 @@ def draw_sweep(scales: list[float], results: list["GenerationResult"], output: P
     """The curve of all scales as a picture, and its points as CSV."""
     import csv
 
+    from vfmtok_hf.data.output_files import whole_file
     from vfmtok_hf.evaluation.plots import guidance_figure, save_figure
-    from vfmtok_hf.output_files import whole_file
 
     values = [result.values for result in results]
     save_figure(guidance_figure(scales, values, results[0].protocol["features"]), output / "guidance.png")
@@ -349,10 +349,10 @@ def linear_probe(
 ) -> None:
     """Linear classifiers on the tokenizer's embedding, its tokens, its vision model, and raw pixels."""
     with one_line_errors():
-        from vfmtok_hf.cli_images import open_labelled
+        from vfmtok_hf.cli.images import open_labelled
+        from vfmtok_hf.data.output_files import check_output_file
         from vfmtok_hf.evaluation.linear_probe import ProbeSettings, represent_data, train_probes
         from vfmtok_hf.evaluation.results import save_measurement
-        from vfmtok_hf.output_files import check_output_file
 
         if output is not None:
             check_output_file(output)
@@ -402,10 +402,10 @@ def tokens(
         import json
         from itertools import islice
 
-        from vfmtok_hf.cli_images import number_of, open_pictures
+        from vfmtok_hf.cli.images import number_of, open_pictures
+        from vfmtok_hf.data.output_files import check_output_folder, whole_file
         from vfmtok_hf.evaluation.plots import anchor_figure, codebook_usage_figure, sampling_figure, save_figure
         from vfmtok_hf.evaluation.tokens import evaluate_tokens, looks_of, token_count_remarks
-        from vfmtok_hf.output_files import check_output_folder, whole_file
 
         check_output_folder(output)
         pictures = open_pictures(images, split, image_column, streaming)

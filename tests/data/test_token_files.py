@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.pipelines.tiny_pipeline import tiny_pipeline
-from vfmtok_hf.token_files import find_images, load_tokens, picture_name, save_tokens, tokenize_files
+from vfmtok_hf.data.token_files import find_images, load_tokens, picture_name, save_tokens, tokenize_files
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vfmtok_hf import cpu_training
-from vfmtok_hf.cpu_training import WinogradConvolution, can_transform, pack_frozen_weights, use_winograd
+from vfmtok_hf.cpu import training as cpu_training
+from vfmtok_hf.cpu.training import WinogradConvolution, can_transform, pack_frozen_weights, use_winograd
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vfmtok_hf.conversion.write_folder import check_output, whole_folder
-from vfmtok_hf.cpu_inference import unpack_weights
+from vfmtok_hf.cpu.packing import unpack_weights
 from vfmtok_hf.hub_kernels import disable_kernels
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 from vfmtok_hf.modeling.modeling_vfmtok_ar import VFMTokARForImageGeneration, rotary_table

@@ -93,8 +93,8 @@ def load_pipeline(
     from transformers.utils.hub import has_file
 
     from vfmtok_hf import VFMTokPipeline
-    from vfmtok_hf.cpu_inference import keep_freed_memory, pack_weights
-    from vfmtok_hf.environment import default_device
+    from vfmtok_hf.cli.environment import default_device
+    from vfmtok_hf.cpu.packing import keep_freed_memory, pack_weights
 
     name_or_path, torch_dtype = resolve_model(model), getattr(torch, dtype.value)
     transformers.utils.logging.disable_progress_bar()

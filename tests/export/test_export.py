@@ -10,12 +10,14 @@ import torch
 from typer.testing import CliRunner
 
 from tests.pipelines.tiny_pipeline import tiny_pipeline
-from vfmtok_hf import DEFAULT_CHECKPOINT, VFMTokPipeline, export
+from vfmtok_hf import DEFAULT_CHECKPOINT, VFMTokPipeline
 from vfmtok_hf.cli import app
-from vfmtok_hf.export import export_pipeline, onnx_graph, pipeline_parts
+from vfmtok_hf.export import export_pipeline
+from vfmtok_hf.export import pipeline as export
+from vfmtok_hf.export.pipeline import onnx_graph, pipeline_parts
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 EXAMPLE_IMAGES = sorted((ROOT / "examples" / "images").glob("*.png"))
 
 

@@ -1,0 +1,1 @@
+"""What makes CPUs fast, bound to models from outside: packed and quantized weights, attention, memory."""

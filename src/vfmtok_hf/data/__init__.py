@@ -1,0 +1,1 @@
+"""Images and tokens outside of memory: readers, folders, datasets, loaders, token sets, output files."""
