@@ -41,6 +41,9 @@ DeviceOption = Annotated[
 ]
 DtypeOption = Annotated[Dtype, typer.Option(help="Precision of the models.")]
 BatchSizeOption = Annotated[int, typer.Option(min=1, help="Images at once. It bounds memory and changes no result.")]
+PicturesOption = Annotated[
+    Path, typer.Option("--output", "-o", help="A picture for one grid, or a folder for single files.")
+]
 ImagesArgument = Annotated[list[Path], typer.Argument(help="Image files, and folders of them.", show_default=False)]
 
 

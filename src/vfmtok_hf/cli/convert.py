@@ -1,0 +1,96 @@
+"""`vfmtok convert`: one command for each kind of checkpoint."""
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vfmtok_hf.cli.options import one_line_errors, output_console
+
+
+if TYPE_CHECKING:
+    from vfmtok_hf.conversion import ConversionReport
+
+
+convert_app = typer.Typer(
+    help="Convert checkpoints of the original code to Hugging Face folders.", no_args_is_help=True
+)
+
+
+class Weights(str, Enum):
+    """Which weights of a training checkpoint."""
+
+    ema = "ema"
+    model = "model"
+
+
+CheckpointOption = Annotated[
+    Path, typer.Option("--checkpoint", help="The original's file: `.pt`, `.bin` or `.safetensors`.")
+]
+FolderOption = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
+WeightsOption = Annotated[Weights, typer.Option(help="Moving averages, or the last step's weights.")]
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", help="JSON object of configuration fields that shapes cannot tell.")
+]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print what would happen, and write nothing.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an existing model folder.")]
+
+
+@convert_app.command("tokenizer")
+def convert_tokenizer(
+    checkpoint: CheckpointOption,
+    output: FolderOption,
+    vision_checkpoint: Annotated[Path | None, typer.Option(help="Original DINOv2 file to include.")] = None,
+    vision_model: Annotated[
+        str | None, typer.Option(help="Instead: repository or folder of a transformers vision model.")
+    ] = None,
+    weights: WeightsOption = Weights.ema,
+    config: ConfigOption = None,
+    dry_run: DryRunOption = False,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """The image tokenizer. Without a vision model the result decodes, and encodes once it is given one."""
+    with one_line_errors():
+        from vfmtok_hf import conversion
+
+        report = conversion.convert_tokenizer(
+            checkpoint, output, vision_checkpoint, vision_model, weights.value, config, dry_run, overwrite
+        )
+        print_report(report)
+
+
+@convert_app.command("ar")
+def convert_ar(
+    checkpoint: CheckpointOption,
+    output: FolderOption,
+    weights: WeightsOption = Weights.ema,
+    config: ConfigOption = None,
+    dry_run: DryRunOption = False,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """A next-token generator (GPT-B to GPT-3B)."""
+    with one_line_errors():
+        from vfmtok_hf import conversion
+
+        print_report(conversion.convert_ar(checkpoint, output, weights.value, config, dry_run, overwrite))
+
+
+@convert_app.command("rar")
+def convert_rar(
+    checkpoint: CheckpointOption,
+    output: FolderOption,
+    weights: WeightsOption = Weights.ema,
+    config: ConfigOption = None,
+    dry_run: DryRunOption = False,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """A randomized-order generator (RAR-L to RAR-XXL)."""
+    with one_line_errors():
+        from vfmtok_hf import conversion
+
+        print_report(conversion.convert_rar(checkpoint, output, weights.value, config, dry_run, overwrite))
+
+
+def print_report(report: "ConversionReport") -> None:
+    output_console.print(report.summary(), markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,92 @@
+"""`vfmtok push` and `vfmtok publish-plan`."""
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vfmtok_hf.cli.options import one_line_errors, output_console
+
+
+class CheckpointKind(str, Enum):
+    """What an original checkpoint holds."""
+
+    tokenizer = "tokenizer"
+    ar = "ar"
+    rar = "rar"
+
+
+def push(
+    source: Annotated[Path, typer.Argument(help="Folder of a saved model; with `--convert` a file of the original.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPOSITORY", help="Such as `you/vfmtok-ar-b`.")],
+    convert: Annotated[CheckpointKind | None, typer.Option(help="Convert the original checkpoint first.")] = None,
+    vision_model: Annotated[
+        str | None, typer.Option(help="With `--convert tokenizer`: vision model to include, a repository or folder.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="With a generator: image tokenizer to publish along, as a pipeline.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="With `--convert`: JSON object of fields that shapes cannot tell.")
+    ] = None,
+    license: Annotated[str, typer.Option(help="Of the weights, as the Hub abbreviates it.")] = "apache-2.0",
+    base_model: Annotated[str | None, typer.Option(help="Repository that the weights come from.")] = None,
+    metrics: Annotated[
+        Path | None, typer.Option(help="JSON list of figures for the card, in the fields of the Hub's `model-index`.")
+    ] = None,
+    results: Annotated[
+        list[Path] | None, typer.Option(help="Result of `vfmtok evaluate` for the card. *May be repeated.*")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=0, help="Images to draw for the card of a pipeline.")] = 0,
+    private: Annotated[bool, typer.Option("--private", help="Make a private repository.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Do everything, show files and card, and send nothing.")
+    ] = False,
+) -> None:
+    """
+    Publish a model with its card and code, in one commit.
+
+    `vfmtok push runs/mine/model you/mine --dry-run`
+    """
+    with one_line_errors():
+        from vfmtok_hf import hub
+        from vfmtok_hf.evaluation.results import measured_results
+
+        # What is not given on the command line is left to what is known of the checkpoint.
+        given = {"license": license, "base_model": base_model, "metrics": metrics and hub.read_metrics(metrics)}
+        options = {name: value for name, value in given.items() if value is not None}
+        options["results"] = [figure for file in results or [] for figure in measured_results(file)]
+        options |= {"samples": samples, "private": private, "dry_run": dry_run}
+        if convert is not None:
+            report = hub.push_checkpoint(source, repo_id, convert.value, vision_model, tokenizer, config, **options)
+        elif (vision_model, tokenizer, config) == (None, None, None):
+            report = hub.push(source, repo_id, **options)
+        else:
+            raise ValueError("--vision-model, --tokenizer and --config go with --convert.")
+        output_console.print(report.summary(), markup=False, highlight=False, soft_wrap=True)
+
+
+def publish_plan(
+    namespace: Annotated[str, typer.Argument(help="User or organization to publish under.")],
+    ask_hub: Annotated[bool, typer.Option("--ask-hub", help="Ask the Hub for the sizes of the originals.")] = False,
+) -> None:
+    """What publishing every checkpoint that the authors released takes: sizes, and the commands to type."""
+    with one_line_errors():
+        from vfmtok_hf.hub.released_checkpoints import publish_plan
+
+        for row in publish_plan(namespace, ask_hub):
+            size = (
+                "size not asked"
+                if not ask_hub
+                else "not found"
+                if row.source_bytes is None
+                else gigabytes(row.source_bytes)
+            )
+            target = f"{row.target} ({gigabytes(row.target_bytes)})" if row.target else "no model of this package"
+            lines = [f"{row.source} ({size}) -> {target}", *(f"    {command}" for command in row.commands)]
+            output_console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
+def gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"

@@ -1,0 +1,137 @@
+"""`vfmtok tokenize`, `detokenize` and `reconstruct`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from vfmtok_hf.cli.options import (
+    BatchSizeOption,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    ImagesArgument,
+    ModelOption,
+    PicturesOption,
+    load_pipeline,
+    one_line_errors,
+    output_console,
+    progress,
+    report_skipped,
+    report_written,
+)
+
+
+def tokenize(
+    images: ImagesArgument,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="`.safetensors`, or `.npy` with the names in a file beside it.")
+    ] = Path("tokens.safetensors"),
+    skip_errors: Annotated[bool, typer.Option(help="Report images that cannot be used, and go on.")] = False,
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = Dtype.float32,
+    batch_size: BatchSizeOption = 16,
+) -> None:
+    """Images to image tokens. Folders are read batch by batch."""
+    with one_line_errors():
+        import torch
+
+        from vfmtok_hf.data.output_files import check_output_file
+        from vfmtok_hf.data.token_files import check_suffix, find_images, save_tokens, tokenize_files
+
+        check_suffix(output)
+        check_output_file(output)
+        files = find_images(images)
+        pipe = load_pipeline(model, device, dtype, encodes=True)
+        names, parts = [], []
+        with progress("Tokenizing", len(files)) as advance:
+            on_error = report_skipped if skip_errors else None
+            for batch_names, image_tokens in tokenize_files(pipe, files, batch_size, on_error):
+                names += batch_names
+                parts.append(image_tokens.cpu())
+                advance(batch_size)
+        if not names:
+            raise ValueError("None of the images can be used.")
+        save_tokens(output, names, torch.cat(parts))
+        report_written(len(names), "tokenized image", output)
+
+
+def detokenize(
+    tokens: Annotated[Path, typer.Argument(help="File of image tokens, as of `vfmtok tokenize`.", show_default=False)],
+    output: PicturesOption = Path("images"),
+    size: Annotated[int | None, typer.Option(min=1, help="Side in pixels. *Default: the model's.*")] = None,
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = Dtype.float32,
+    batch_size: BatchSizeOption = 16,
+) -> None:
+    """Image tokens to images."""
+    with one_line_errors():
+        from vfmtok_hf.data.output_files import check_picture_output, picture_output
+        from vfmtok_hf.data.token_files import load_tokens, picture_name
+
+        check_picture_output(output)
+        names, image_tokens = load_tokens(tokens)
+        file_names = [picture_name(name) for name in names]
+        pipe = load_pipeline(model, device, dtype)
+        with picture_output(output) as add, progress("Decoding", len(names)) as advance:
+            for start in range(0, len(names), batch_size):
+                images = pipe.detokenize(image_tokens[start : start + batch_size], size=size)
+                for index, image in enumerate(images, start):
+                    add(image, file_names[index], names[index])
+                advance(len(images))
+        report_written(len(names), "image", output)
+
+
+def reconstruct(
+    images: ImagesArgument,
+    output: PicturesOption = Path("reconstructions.png"),
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = Dtype.float32,
+    batch_size: BatchSizeOption = 16,
+) -> None:
+    """Images through their image tokens and back: originals beside reconstructions, and the PSNR of each."""
+    with one_line_errors():
+        from torchvision.transforms.functional import to_pil_image
+
+        from vfmtok_hf.data.output_files import check_picture_output, picture_output
+        from vfmtok_hf.data.token_files import find_images, picture_name, tokenize_files
+        from vfmtok_hf.evaluation.reconstruction import psnr
+        from vfmtok_hf.plotting import image_grid
+
+        check_picture_output(output)
+        files = find_images(images)
+        pipe = load_pipeline(model, device, dtype, encodes=True)
+        decibels = {}
+        with picture_output(output) as add, progress("Reconstructing", len(files)) as advance:
+            for names, image_tokens in tokenize_files(pipe, files, batch_size):
+                crops = pipe.image_processor(
+                    [files[name] for name in names],
+                    size=pipe.vq_model.config.image_size,
+                    do_rescale=False,
+                    do_normalize=False,
+                    return_tensors="pt",
+                )["pixel_values"]
+                reconstructions = pipe.detokenize(image_tokens, "uint8", batch_size=batch_size).cpu()
+                for name, value, crop, reconstruction in zip(
+                    names, psnr(crops, reconstructions).tolist(), crops, reconstructions, strict=True
+                ):
+                    decibels[name] = value
+                    pair = [to_pil_image(crop), to_pil_image(reconstruction)]
+                    add(image_grid(pair, 2, [name, f"{value:.1f} dB"]), picture_name(name), "")
+                advance(len(names))
+        print_psnr(decibels)
+        report_written(len(decibels), "pair", output)
+
+
+def print_psnr(decibels: dict[str, float]) -> None:
+    table = Table("image", "PSNR (dB)", show_footer=len(decibels) > 1)
+    table.columns[0].footer, table.columns[1].footer = "mean", f"{sum(decibels.values()) / len(decibels):.2f}"
+    table.columns[1].justify = "right"
+    for name, value in decibels.items():
+        table.add_row(escape(name), f"{value:.2f}")
+    output_console.print(table)

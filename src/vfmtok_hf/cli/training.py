@@ -1,0 +1,98 @@
+"""`vfmtok extract-tokens` and `vfmtok plot`: what is done before and after a training run."""
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vfmtok_hf.cli.options import (
+    BatchSizeOption,
+    DeviceOption,
+    ModelOption,
+    one_line_errors,
+    progress,
+    report_skipped,
+    report_written,
+    resolve_model,
+)
+
+
+class Crops(str, Enum):
+    """Views of a training image."""
+
+    random = "random"
+    ten = "ten"
+    center = "center"
+
+
+def extract_tokens(
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="Folder of class folders, or what the `datasets` library reads: parquet, arrow, `.tar`, a repository.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the shards. An unfinished one goes on.")],
+    crops: Annotated[Crops, typer.Option(help="Views of each image.")] = Crops.random,
+    variants: Annotated[int, typer.Option(min=1, help="Random crops of each image.")] = 4,
+    crop_scale: Annotated[
+        tuple[float, float], typer.Option(help="Range of their side, as a share of the image's shorter side.")
+    ] = (0.8, 1.0),
+    horizontal_flip: Annotated[
+        bool, typer.Option(help="Mirror half of them, or add the central one's mirror image.")
+    ] = True,
+    neighbours: Annotated[int, typer.Option(min=1, help="2 adds the second-nearest codebook rows (VFMTok-RAR).")] = 1,
+    split: Annotated[str, typer.Option(help="Of what the `datasets` library reads.")] = "train",
+    shard_size: Annotated[int, typer.Option(min=1, help="Images in a file.")] = 4096,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    batch_size: BatchSizeOption = 32,
+) -> None:
+    """
+    Labelled images to token shards for the training of generators.
+
+    Several processes: `torchrun --nproc_per_node N -m vfmtok_hf.training.extract_tokens`.
+    """
+    with one_line_errors():
+        from vfmtok_hf.cli.environment import default_device
+        from vfmtok_hf.training.extract_tokens import extract_tokens
+        from vfmtok_hf.training.finetuning import load_tokenizer
+        from vfmtok_hf.training.images import Variants
+        from vfmtok_hf.training.sources import open_records
+
+        records = open_records(data, split)
+        tokenizer = load_tokenizer(resolve_model(model)).to(device or default_device())
+        views = Variants(
+            tokenizer.config.image_size,
+            crops.value,
+            variants,
+            crop_scale,
+            horizontal_flip=horizontal_flip,
+            seed=seed,
+        )
+        with progress("Tokenizing", len(records)) as advance:
+            index = extract_tokens(
+                tokenizer, records, output, views, neighbours, shard_size, batch_size, on_progress=advance
+            )
+        for name in index["unreadable"]:
+            report_skipped(name)
+        report_written(index["num_images"], "tokenized image", output)
+
+
+def plot(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of training runs.", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Picture. *Default: `curves.png` in the first run.*")
+    ] = None,
+) -> None:
+    """Curves of losses and metrics over the steps of training runs, those of several runs in one picture."""
+    with one_line_errors():
+        from vfmtok_hf.data.output_files import check_output_file
+        from vfmtok_hf.training.plot import plot_runs
+
+        picture = output or runs[0] / "curves.png"
+        check_output_file(picture)
+        report_written(plot_runs(runs, picture), "curve", picture)
