@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.testing import REFERENCE, reference_images, reference_tensors
-from vfmtok_hf import VFMTokImageProcessor, VFMTokModel, cpu_training
+from vfmtok_hf import VFMTokImageProcessor, VFMTokModel
 from vfmtok_hf.conversion import convert_tokenizer, export_original_tokenizer
+from vfmtok_hf.cpu import training as cpu_training
 from vfmtok_hf.cpu.packing import PackedLinear, pack_weights
 from vfmtok_hf.modeling.modeling_vfmtok import resize_for_vision_model
 from vfmtok_hf.training.codebook import CodebookUsage

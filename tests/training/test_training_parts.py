@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.testing import tiny_images, tiny_model
-from vfmtok_hf import VFMTokARConfig, VFMTokRARConfig, cpu_training
+from vfmtok_hf import VFMTokARConfig, VFMTokRARConfig
+from vfmtok_hf.cpu import training as cpu_training
 from vfmtok_hf.cpu.training import FrozenProduct, WinogradConvolution
 from vfmtok_hf.training import (
     extract_tokens,
