@@ -30,7 +30,7 @@ class Encoded:
 def encode(pixel_values: torch.Tensor) -> Encoded:
     """Tokens, and the embedding that the model computes of these tokens alone."""
     image_tokens = PIPE.vq_model.encode(pixel_values).image_tokens
-    image_embeds = PIPE.vq_model.decode(image_tokens=image_tokens, output_features=True).image_embeds
+    image_embeds = PIPE.vq_model.get_image_features(image_tokens=image_tokens)
     return Encoded(image_tokens, F.normalize(image_embeds, dim=-1))
 
 

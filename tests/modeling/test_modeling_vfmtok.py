@@ -132,8 +132,13 @@ def test_branches_share_one_pass_of_the_memory(attention):
 @torch.no_grad()
 def test_image_features_are_those_of_the_tokens():
     model, images = tiny_model(), tiny_images()
-    decoded = model.decode(image_tokens=model.encode(images).image_tokens, output_features=True)
+    image_tokens = model.encode(images).image_tokens
+    decoded = model.decode(image_tokens=image_tokens, output_features=True)
     torch.testing.assert_close(model.get_image_features(images), decoded.image_embeds, atol=1e-5, rtol=1e-5)
+    assert torch.equal(model.get_image_features(image_tokens=image_tokens), model.get_image_features(images))
+    for arguments in ({}, {"pixel_values": images, "image_tokens": image_tokens}):
+        with pytest.raises(ValueError, match="exactly one of pixel_values and image_tokens"):
+            model.get_image_features(**arguments)
 
 
 @torch.no_grad()
@@ -159,12 +164,13 @@ def test_straight_through_gradient_is_the_identity():
     torch.testing.assert_close(unit.grad, tangential, atol=1e-5, rtol=1e-5)
 
 
-def test_quantizer_picks_the_nearest_row():
+def test_quantizer_picks_the_nearest_rows():
     model = tiny_model()
     latents = torch.randn(3, 9, 4)
     distances = torch.cdist(F.normalize(latents, dim=-1), F.normalize(model.quantizer.codebook.weight, dim=-1))
     assert torch.equal(model.quantizer.nearest(latents), distances.argmin(-1))
     assert torch.equal(model.quantizer(latents).image_tokens, distances.argmin(-1))
+    assert torch.equal(model.quantizer.top_k(latents, 3), distances.topk(3, largest=False).indices)
 
 
 def test_loss_is_the_sum_of_its_terms():

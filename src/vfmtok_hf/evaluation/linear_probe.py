@@ -154,12 +154,11 @@ def represent(model: VFMTokModel, pixel_values: torch.Tensor) -> dict[str, torch
     - `pixels`: the image itself, at 32 x 32.
     """
     vision_features = model.extract_vision_features(pixel_values)
-    rows = model.quantizer.lookup(model.quantizer.nearest(model.encode_features(vision_features)))
-    memory = model.post_quant_proj(rows.to(model.post_quant_proj.weight.dtype))
+    image_tokens = model.quantizer.nearest(model.encode_features(vision_features))
     pixels = F.interpolate(pixel_values, (PIXEL_GRID, PIXEL_GRID), mode="bilinear", antialias=True)
     return {
-        "image_embeds": model.vit_decoder.decode_image_embeds(memory),
-        "token_embeddings": rows.flatten(1),
+        "image_embeds": model.get_image_features(image_tokens=image_tokens),
+        "token_embeddings": model.quantizer.lookup(image_tokens).flatten(1),
         "vision_model": vision_features[-1].mean(dim=(2, 3)),
         "pixels": pixels.flatten(1),
     }

@@ -487,10 +487,18 @@ class VFMTokVectorQuantizer(nn.Module):
         """`(..., )` indices -> `(..., codebook_dim)` l2-normalised rows."""
         return F.normalize(self.codebook(image_tokens).float(), dim=-1)
 
-    def nearest(self, latents: torch.Tensor) -> torch.Tensor:
-        """`(..., codebook_dim)` -> `(...)` indices. Between unit vectors the nearest is the most similar."""
+    def similarities(self, latents: torch.Tensor) -> torch.Tensor:
+        """`(..., codebook_dim)` -> `(..., codebook_size)` cosines: between unit vectors the nearest is the most similar."""
         with torch.autocast(latents.device.type, enabled=False):
-            return (F.normalize(latents.float(), dim=-1) @ self.normalized_codebook().T).argmax(-1)
+            return F.normalize(latents.float(), dim=-1) @ self.normalized_codebook().T
+
+    def nearest(self, latents: torch.Tensor) -> torch.Tensor:
+        """`(..., codebook_dim)` -> `(...)` indices."""
+        return self.similarities(latents).argmax(-1)
+
+    def top_k(self, latents: torch.Tensor, k: int) -> torch.Tensor:
+        """`(..., codebook_dim)` -> `(..., k)` indices of the `k` nearest rows, nearest first."""
+        return self.similarities(latents).topk(k).indices
 
     def forward(self, latents: torch.Tensor) -> VFMTokQuantizerOutput:
         """`(batch_size, num_anchors, codebook_dim)` latents, not normalised, to codes and loss terms."""
@@ -1140,21 +1148,28 @@ class VFMTokModel(VFMTokPreTrainedModel):
                     f"image_tokens must be in [0, {self.config.codebook_size}), got values from {low} to {high}."
                 )
 
-    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    @runs_offload_hook
+    def get_image_features(
+        self, pixel_values: torch.Tensor | None = None, image_tokens: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """
         One embedding per image, computed from its image tokens alone: the feature branch's CLS state, which the
         paper's linear probe reads.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(batch_size, 3, height, width)`): in [-1, 1], any size.
+            image_tokens (`torch.LongTensor` of shape `(batch_size, num_anchors)`): instead of the images.
 
         Returns:
             `torch.FloatTensor` of shape `(batch_size, hidden_size)`.
 
         Raises:
-            ValueError: as `encode`.
+            ValueError: not exactly one of the two is given; otherwise as `encode` and `decode`.
         """
-        image_tokens = self.encode(pixel_values).image_tokens
+        if (pixel_values is None) == (image_tokens is None):
+            raise ValueError("Give exactly one of pixel_values and image_tokens.")
+        if image_tokens is None:
+            image_tokens = self.encode(pixel_values).image_tokens
         return self.vit_decoder.decode_image_embeds(self._memory(image_tokens, None))
 
     # -- round trip and losses

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
 
@@ -66,8 +65,7 @@ def encode_sequences(tokenizer: VFMTokModel, pixel_values: torch.Tensor, neighbo
     VFMTok-RAR (`encode_topk_indices` and `get_neighboring_codes` of the original's `vq_model.py`).
     """
     latents = tokenizer.encode(pixel_values).latents
-    nearest = (F.normalize(latents.float(), dim=-1) @ tokenizer.quantizer.normalized_codebook().T).topk(neighbours)
-    return nearest.indices.movedim(-1, 1)
+    return tokenizer.quantizer.top_k(latents, neighbours).movedim(-1, 1)
 
 
 def is_token_folder(path: str | Path) -> bool:
