@@ -24,7 +24,7 @@ from PIL import Image
 
 from vfmtok_hf import VFMTokARConfig, VFMTokARForImageGeneration
 from vfmtok_hf.cpu.packing import pack_weights
-from vfmtok_hf.evaluation.plots import BLUE, ORANGE, save_figure
+from vfmtok_hf.plotting import BLUE, ORANGE, save_figure
 
 
 ASSETS = Path(__file__).parents[1] / "docs" / "assets"

@@ -1,5 +1,5 @@
 """
-Measure what `train.py` trained, and draw the figures of docs/claims.md.
+Measure what `train.py` trained, and plot the figures of docs/claims.md.
 
     python examples/emoji/vision_model.py --output data/efficientnet_lite0_classifier --classifier
     python examples/claims/measure.py --runs runs/claims --data data/emoji64 --features data/efficientnet_lite0_classifier \\
@@ -23,16 +23,16 @@ from train import is_finished
 from vfmtok_hf import VFMTokARForImageGeneration, VFMTokImageProcessor, VFMTokModel, VFMTokPipeline
 from vfmtok_hf.data.token_files import find_images
 from vfmtok_hf.evaluation.features import VisionModelFeatures, extract_features
-from vfmtok_hf.evaluation.generation import SampleFolder, SamplingSettings, draw_samples, model_fingerprint
+from vfmtok_hf.evaluation.generation import SampleFolder, SamplingSettings, generate_samples, model_fingerprint
 from vfmtok_hf.evaluation.images import FolderImages
-from vfmtok_hf.evaluation.linear_probe import LabelledImages, ProbeSettings, evaluate_linear_probe
+from vfmtok_hf.evaluation.linear_probe import LabeledImages, ProbeSettings, evaluate_linear_probe
 from vfmtok_hf.evaluation.metrics import FeatureStatistics, frechet_distance, inception_score, precision_recall
-from vfmtok_hf.evaluation.plots import guidance_figure, save_figure
 from vfmtok_hf.evaluation.reconstruction import evaluate_reconstruction
 from vfmtok_hf.evaluation.tokens import evaluate_tokens
+from vfmtok_hf.plotting import plot_guidance, save_figure
 
 
-COLOURS = {
+COLORS = {
     "region_adaptive": "#2f6fb0",
     "fixed_grid": "#d9822b",
     "no_feature_reconstruction": "#4a9d5b",
@@ -71,7 +71,7 @@ def measure_tokenizer(run: Path, data: Path, extractor: VisionModelFeatures) -> 
     pixels = pipe.detokenize(pipe.tokenize(files), "uint8")
     reconstructions = torch.cat([extractor(batch).pooled for batch in pixels.split(32)])
     anchors = evaluate_tokens(pipe, held_out).summary()["anchors_by_layer"]
-    probe_images = (LabelledImages.of_folder(data / part) for part in ("train", "validation"))
+    probe_images = (LabeledImages.of_folder(data / part) for part in ("train", "validation"))
     probes = evaluate_linear_probe(model, *probe_images, PROBE)
     return {
         **{name: of_held_out[name] for name in ("psnr", "ssim", "codebook_usage", "codebook_perplexity")},
@@ -97,7 +97,7 @@ def measure_generator(
         settings = SamplingSettings(NUM_IMAGES, seed=draw * NUM_IMAGES, guidance_scale=guidance_scale)
         folder = run / "evaluation" / f"guidance_{guidance_scale:g}_seed_{settings.seed}"
         samples = SampleFolder(folder, settings, num_classes, model_fingerprint(pipe))
-        draw_samples(pipe, samples)
+        generate_samples(pipe, samples)
         drawn = extract_features(samples, extractor)
         measured = (
             frechet_distance(FeatureStatistics.of(drawn.pooled), FeatureStatistics.of(real)),
@@ -114,10 +114,10 @@ def convergence_figure(runs: Path, measurements: dict[str, dict]) -> Figure:
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     panels = dict(zip(("tokenizer", "generator"), figure.subplots(1, 2), strict=True))
     for job, quantity in (("tokenizer", "psnr"), ("generator", "loss")):
-        for variant, colour in COLOURS.items():
+        for variant, color in COLORS.items():
             if variant in measurements[job]:
                 curve = log_of(runs / variant / job, "validation", quantity)
-                panels[job].plot(*curve, color=colour, marker=".", label=variant.replace("_", " "))
+                panels[job].plot(*curve, color=color, marker=".", label=variant.replace("_", " "))
         panels[job].legend(frameon=False)
     panels["tokenizer"].set(xlabel="step", ylabel="PSNR (dB)", title="tokenizer, held-out images")
     panels["generator"].set(xlabel="step", ylabel="nats per token", title="generator on its tokens, held-out images")
@@ -133,14 +133,14 @@ def probe_figure(tokenizers: dict[str, dict]) -> Figure:
     for number, (variant, values) in enumerate(tokenizers.items()):
         places = [place + (number - (len(tokenizers) - 1) / 2) * width for place in range(len(names))]
         heights = [100 * values["probe_mean_class_accuracy"][name] for name in names]
-        axes.bar(places, heights, width, color=COLOURS[variant], label=variant.replace("_", " "))
+        axes.bar(places, heights, width, color=COLORS[variant], label=variant.replace("_", " "))
     axes.set_xticks(range(len(names)), [name.replace("_", " ") for name in names])
     axes.set(ylabel="accuracy, mean over classes (%)", ylim=(0, 100), title="linear probes, 214 held-out images")
     axes.legend(frameon=False, ncols=2)
     return figure
 
 
-def draw_figures(runs: Path, measurements: dict[str, dict], features: str, output: Path) -> None:
+def plot_figures(runs: Path, measurements: dict[str, dict], features: str, output: Path) -> None:
     save_figure(convergence_figure(runs, measurements), output / "claims_convergence.png")
     save_figure(probe_figure(measurements["tokenizer"]), output / "claims_probes.png")
     means = {
@@ -148,7 +148,7 @@ def draw_figures(runs: Path, measurements: dict[str, dict], features: str, outpu
         for scale, values in measurements["guidance"].items()
     }
     if means:
-        save_figure(guidance_figure(list(means), list(means.values()), features), output / "claims_guidance.png")
+        save_figure(plot_guidance(list(means), list(means.values()), features), output / "claims_guidance.png")
 
 
 def with_range(values: list[float], digits: int) -> str:
@@ -209,11 +209,11 @@ def main() -> None:
         measurements[part][name] = values
         file.write_text(json.dumps(measurements, indent=1))
 
-    for variant in COLOURS:
+    for variant in COLORS:
         run = arguments.runs / variant / "tokenizer"
         if is_finished(run) and variant not in measurements["tokenizer"]:
             keep("tokenizer", variant, measure_tokenizer(run, arguments.data, extractor))
-    for variant in COLOURS:
+    for variant in COLORS:
         folder = arguments.runs / variant
         if is_finished(folder / "generator") and variant not in measurements["generator"]:
             values = measure_generator(folder / "generator", folder / "tokenizer", arguments.data, extractor)
@@ -223,7 +223,7 @@ def main() -> None:
         if is_finished(first / "generator") and str(scale) not in measurements["guidance"]:
             values = measure_generator(first / "generator", first / "tokenizer", arguments.data, extractor, scale)
             keep("guidance", str(scale), values)
-    draw_figures(arguments.runs, measurements, extractor.name, arguments.output)
+    plot_figures(arguments.runs, measurements, extractor.name, arguments.output)
     shutil.copyfile(file, arguments.output / "claims.json")
     print(*tables(measurements), sep="\n\n")
 

@@ -49,7 +49,7 @@ def randomized_vision_model(vision_model: Path, data: Path, image_size: int, fol
 
 
 def fix_sampling_to_the_grid(model: VFMTokModel) -> VFMTokModel:
-    """Sampling offsets of zero that training leaves at zero: each anchor reads the centre of its own cell alone."""
+    """Sampling offsets of zero that training leaves at zero: each anchor reads the center of its own cell alone."""
     for layer in model.anchor_encoder.layers:
         for parameter in layer.cross_attn.sampling_offsets.parameters():
             nn.init.zeros_(parameter)

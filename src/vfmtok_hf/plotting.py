@@ -1,21 +1,44 @@
-"""Pictures of many pictures."""
+"""
+Images arranged in a grid, and figures of measurements, tokens and training runs.
+
+Figures are matplotlib's, which is imported when the first one is plotted; `save_figure` writes them.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 
+from vfmtok_hf.data.output_files import is_picture, save_picture, whole_file
+
+
+if TYPE_CHECKING:
+    import torch
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from vfmtok_hf.evaluation.tokens import AnchorAttention, TokenResult
+
 
 GAP = 4
+BLUE, ORANGE, GRAY = "#2f6fb0", "#d9822b", "#8a8a8a"
+CURVE_COLUMNS = 3
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Grids of images
 
 
 def image_grid(
     images: Sequence[PIL.Image.Image], columns: int | None = None, captions: Sequence[str] | None = None
 ) -> PIL.Image.Image:
     """
-    Images of one size, row by row on white.
+    Arrange images of one size in a grid, row by row on white.
 
     Args:
         columns (`int`, *optional*): images in a row; by default the grid is about as wide as high.
@@ -54,3 +77,174 @@ def shorten(text: str, font: PIL.ImageFont.FreeTypeFont | PIL.ImageFont.ImageFon
     while text and font.getlength(text + "…") > width:
         text = text[:-1]
     return text + "…"
+
+
+@contextmanager
+def picture_output(path: Path, columns: int | None = None) -> Iterator[Callable[[PIL.Image.Image, str, str], None]]:
+    """
+    Where pictures go: into one grid if `path` is a picture, else into single files in the folder `path`.
+
+    Yields `add(picture, file_name, caption)`. Single files are written at once and without caption; the grid, of
+    `columns` pictures in a row, is written when the block ends. Captions may be empty.
+    """
+    pictures: list[PIL.Image.Image] = []
+    captions: list[str] = []
+
+    def add(picture: PIL.Image.Image, file_name: str, caption: str) -> None:
+        if is_picture(path):
+            pictures.append(picture)
+            captions.append(caption)
+        else:
+            save_picture(picture, path / file_name)
+
+    yield add
+    if pictures:
+        save_picture(image_grid(pictures, columns, captions if any(captions) else None), path)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Figures
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """
+    An empty figure of a size in inches.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('Plotting needs matplotlib: pip install "vfmtok-hf[plot]"') from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Write a figure whole; the suffix decides on the format."""
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+def plot_codebook_usage(result: "TokenResult") -> "Figure":
+    """Codes by rank beside the uniform share, and the entropy at each position of the anchor grid."""
+    figure = new_figure(9, 3.6)
+    ranks, positions = figure.subplots(1, 2, width_ratios=(1.5, 1))
+    shares = result.token_counts.sort(descending=True).values.double() / result.token_counts.sum()
+    ranks.fill_between(range(1, len(shares) + 1), shares.numpy(), color=BLUE, linewidth=0)
+    ranks.axhline(1 / len(shares), color=ORANGE, label="all codes equally often")
+    ranks.set(xlabel="code, by rank", ylabel="share of all tokens", xlim=(1, len(shares)), ylim=(0, None))
+    ranks.set_title(
+        f"{result.codebook.usage:.1%} of {len(shares)} codes used, perplexity {result.codebook.perplexity:.0f}"
+    )
+    ranks.legend(frameon=False)
+    plot_anchor_grid(positions, result.position_entropy, "entropy of the codes at each position", unit="bits")
+    return figure
+
+
+def plot_anchor_statistics(result: "TokenResult") -> "Figure":
+    """How far the sampling locations of anchors lie from their cells: by layer, and over the grid for the last layer."""
+    anchors = result.anchors
+    figure = new_figure(11, 3.6)
+    by_layer, displacement, outside = figure.subplots(1, 3, width_ratios=(1.3, 1, 1))
+    layers = range(1, len(anchors.spread) + 1)
+    for name, color in (("spread", BLUE), ("displacement", ORANGE)):
+        values = getattr(anchors, name)
+        by_layer.errorbar(
+            layers, values.mean(1).numpy(), values.std(1).numpy(), color=color, marker="o", capsize=3, label=name
+        )
+    by_layer.axhline(0.5, color=GRAY, linestyle="--", linewidth=1, label="edge of the own cell")
+    by_layer.set(xlabel="layer", ylabel="cells of the anchor grid", xticks=layers, ylim=(0, None))
+    by_layer.set_title("mean and deviation over anchors")
+    by_layer.legend(frameon=False)
+    plot_anchor_grid(displacement, anchors.displacement[-1], "displacement, last layer (cells)", minimum=0)
+    plot_anchor_grid(outside, anchors.outside_cell[-1], "attention outside of the own cell", minimum=0, maximum=1)
+    return figure
+
+
+def plot_anchor_grid(
+    axes: "Axes",
+    values: "torch.Tensor",
+    title: str,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    unit: str = "",
+) -> None:
+    """One value `(num_anchors,)` an anchor as colors of the anchor grid, with a color bar."""
+    side = math.isqrt(len(values))
+    image = axes.imshow(values.reshape(side, side).numpy(), cmap="viridis", vmin=minimum, vmax=maximum)
+    axes.set(title=title, xticks=[], yticks=[])
+    axes.figure.colorbar(image, label=unit)
+
+
+def plot_sampling_locations(attention: "AnchorAttention", anchors: Sequence[int]) -> "Figure":
+    """
+    Sampling locations of some anchors, images down and anchors across: the orange square is the anchor's own cell, dots
+    are its sampling locations, larger the more weight they have.
+    """
+    figure = new_figure(1.7 * len(anchors), 1.75 * len(attention.images))
+    from matplotlib.patches import Rectangle
+
+    side = math.isqrt(attention.sampling_locations.shape[1])
+    grid = figure.subplots(len(attention.images), len(anchors), squeeze=False)
+    columns = (attention.images, attention.sampling_locations, attention.attention_weights, grid)
+    for image, locations, weights, row in zip(*columns, strict=True):
+        for anchor, axes in zip(anchors, row, strict=True):
+            axes.imshow(image.permute(1, 2, 0).numpy(), extent=(0, 1, 1, 0), alpha=0.55)
+            left, top = anchor % side / side, anchor // side / side
+            x, y = locations[anchor].reshape(-1, 2).T.numpy()
+            strength = weights[anchor].flatten()
+            sizes = 90 * (strength / strength.max()).numpy()
+            axes.scatter(x, y, s=sizes, color=BLUE, alpha=0.5, linewidths=0)
+            axes.add_patch(
+                Rectangle((left, top), 1 / side, 1 / side, fill=False, edgecolor=ORANGE, linewidth=2, zorder=3)
+            )
+            axes.set(xlim=(-0.15, 1.15), ylim=(1.15, -0.15), xticks=[], yticks=[])
+    return figure
+
+
+def plot_guidance(scales: Sequence[float], values: Sequence[dict[str, float]], features: str) -> "Figure":
+    """
+    FID over the guidance scale, and the curve of FID against inception score, or against recall where there is no
+    classifier.
+    """
+    figure = new_figure(9, 3.6)
+    over_scale, curve = figure.subplots(1, 2)
+    fid = [point["fid"] for point in values]
+    over_scale.plot(scales, fid, color=BLUE, marker="o")
+    over_scale.set(xlabel="guidance scale (1: none)", ylabel="FID")
+    name = "inception_score" if "inception_score" in values[0] else "recall"
+    other = [point[name] for point in values]
+    curve.plot(other, fid, color=BLUE, marker="o")
+    for scale, x, y in zip(scales, other, fid, strict=True):
+        curve.annotate(f"{scale:g}", (x, y), xytext=(4, 4), textcoords="offset points", color=GRAY)
+    curve.margins(0.12)  # room for the numbers
+    curve.set(xlabel=name.replace("_", " "), ylabel="FID", title="numbers: guidance scale")
+    figure.suptitle(f"features: {features}")
+    return figure
+
+
+# Name of a quantity -> kind of log line ("train" or "validation") -> step -> value.
+Curves = Mapping[str, Mapping[str, Mapping[int, float]]]
+
+
+def plot_training_curves(runs: Sequence[tuple[str, Curves]]) -> "Figure":
+    """One panel for each quantity, one color for each run, which come with their names; validation is dashed."""
+    names = sorted({name for _, curves in runs for name in curves})
+    rows = math.ceil(len(names) / CURVE_COLUMNS)
+    figure = new_figure(5 * CURVE_COLUMNS, 3 * rows + 0.5)
+    for panel, name in enumerate(names, start=1):
+        axes = figure.add_subplot(rows, CURVE_COLUMNS, panel, title=name, xlabel="step")
+        for number, (_, curves) in enumerate(runs):
+            for kind, values in curves.get(name, {}).items():
+                style = "-" if kind == "train" else "--"
+                marker = "o" if kind != "train" or len(values) == 1 else None
+                steps = sorted(values)
+                heights = [values[step] for step in steps]
+                axes.plot(steps, heights, style, marker=marker, markersize=3, linewidth=1, color=f"C{number % 10}")
+        axes.grid(alpha=0.3)
+    for number, (run, _) in enumerate(runs):
+        figure.axes[0].plot([], [], color=f"C{number % 10}", label=run)
+    figure.axes[0].plot([], [], "--o", color=GRAY, markersize=3, linewidth=1, label="validation")
+    figure.legend(loc="outside upper center", ncols=len(runs) + 1)
+    return figure

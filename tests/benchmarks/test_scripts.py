@@ -67,7 +67,7 @@ def test_preprocessing_and_peaks_of_images(tmp_path, capsys):
 def test_scaling(tmp_path, monkeypatch):
     import scaling
 
-    from vfmtok_hf.evaluation.plots import save_figure
+    from vfmtok_hf.plotting import save_figure
 
     tiny = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
     sizes = {**tiny, "codebook_size": 32, "num_classes": 64}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from tests.evaluation.folders import write_colour_classes, write_images
+from tests.evaluation.folders import write_color_classes, write_images
 from tests.pipelines.tiny_pipeline import tiny_pipeline
 from vfmtok_hf import cli
 from vfmtok_hf.evaluation.results import measured_results
@@ -67,7 +67,7 @@ def test_generation_sweep_and_its_continuation(model, tmp_path):
 
 
 def test_linear_probe(model, tmp_path):
-    train, test = (write_colour_classes(tmp_path / name, 12, seed) for seed, name in enumerate(("train", "test")))
+    train, test = (write_color_classes(tmp_path / name, 12, seed) for seed, name in enumerate(("train", "test")))
     options = ("--epochs", 4, "--views", 1, "-m", model, "-o", tmp_path / "probe.json")
     stdout, _ = evaluate("linear-probe", "--train", train, "--test", test, *options)
     assert "image_embeds" in stdout

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and grids."""
+"""Files that appear whole or not at all."""
 
 import os
 from pathlib import Path
@@ -9,11 +9,9 @@ import pytest
 from vfmtok_hf.data.output_files import (
     check_output_file,
     check_picture_output,
-    picture_output,
     save_picture,
     whole_file,
 )
-from vfmtok_hf.plotting import GAP, image_grid
 
 
 def picture(color, side=8):
@@ -63,44 +61,7 @@ def test_permission_is_asked_of_the_file_system():
         check_output_file(Path("/proc/grid.png"))
 
 
-def test_pictures_go_to_a_grid_or_to_single_files(tmp_path):
-    for output in (tmp_path / "grid.png", tmp_path / "folder"):
-        with picture_output(output, columns=2) as add:
-            for index, color in enumerate(("red", "blue", "green")):
-                add(picture(color), f"{index}.png", "")
-    assert PIL.Image.open(tmp_path / "grid.png").size == (2 * 8 + 3 * GAP, 2 * 8 + 3 * GAP)
-    assert sorted(os.listdir(tmp_path / "folder")) == ["0.png", "1.png", "2.png"]
-    assert PIL.Image.open(tmp_path / "folder" / "1.png").getpixel((0, 0)) == (0, 0, 255)
-
-
 def test_save_picture_knows_its_formats(tmp_path):
     for suffix, name in (("png", "PNG"), ("jpg", "JPEG"), ("webp", "WEBP")):
         save_picture(picture("red"), tmp_path / f"picture.{suffix}")
         assert PIL.Image.open(tmp_path / f"picture.{suffix}").format == name
-
-
-def test_grid_lays_out_row_by_row():
-    colors = ["red", "blue", "green", "black", "yellow"]
-    grid = image_grid([picture(color) for color in colors])
-    assert grid.size == (3 * 8 + 4 * GAP, 2 * 8 + 3 * GAP)
-    for index, color in enumerate(colors):
-        row, column = divmod(index, 3)
-        center = (GAP + 4 + column * (8 + GAP), GAP + 4 + row * (8 + GAP))
-        assert grid.getpixel(center) == picture(color).getpixel((0, 0))
-
-
-def test_captions_stay_in_their_cells():
-    images = [picture("white", 40)] * 2
-    plain = image_grid(images, columns=2)
-    captioned = image_grid(images, columns=2, captions=["a caption that is far too long", ""])
-    assert captioned.height > plain.height
-    ink = PIL.Image.eval(captioned.convert("L"), lambda level: 255 - level).getbbox()
-    assert GAP <= ink[0] <= ink[2] <= GAP + 40
-    assert ink[1] > GAP + 40
-
-
-def test_grids_of_nothing_are_refused():
-    with pytest.raises(ValueError, match="no images"):
-        image_grid([])
-    with pytest.raises(ValueError, match="1 captions for 2 images"):
-        image_grid([picture("red")] * 2, captions=["one"])

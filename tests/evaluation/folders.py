@@ -17,8 +17,8 @@ def write_images(folder: Path, count: int, size: int | tuple[int, int] = 32, see
     return files
 
 
-def write_colour_classes(root: Path, count: int, seed: int) -> Path:
-    """Classes `blue`, `green`, `red`: noisy images of that colour."""
+def write_color_classes(root: Path, count: int, seed: int) -> Path:
+    """Classes `blue`, `green`, `red`: noisy images of that color."""
     random = np.random.default_rng(seed)
     for channel, name in enumerate(("red", "green", "blue")):
         (root / name).mkdir(parents=True)

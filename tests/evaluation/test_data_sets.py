@@ -8,7 +8,7 @@ import datasets
 import pytest
 from typer.testing import CliRunner
 
-from tests.evaluation.folders import write_colour_classes, write_images
+from tests.evaluation.folders import write_color_classes, write_images
 from tests.pipelines.tiny_pipeline import tiny_pipeline
 from vfmtok_hf.cli import app
 
@@ -68,7 +68,7 @@ def test_tokens_of_a_stream_are_those_of_its_files(data, tmp_path):
 
 def test_linear_probe_of_data_sets_is_that_of_their_folders(data, tmp_path):
     """Also where a data set numbers its classes in another order."""
-    folders = {name: write_colour_classes(tmp_path / name, count, 0) for name, count in (("train", 8), ("test", 3))}
+    folders = {name: write_color_classes(tmp_path / name, count, 0) for name, count in (("train", 8), ("test", 3))}
     for name, folder in folders.items():
         files = sorted(folder.glob("*/*.png"))
         class_names = ["red", "green", "blue"] if name == "test" else ["blue", "green", "red"]

@@ -14,8 +14,8 @@ from vfmtok_hf.evaluation.generation import (
     SamplingSettings,
     balanced_labels,
     check_sampling,
-    draw_samples,
     evaluate_generation,
+    generate_samples,
     load_reference,
     model_fingerprint,
     write_samples_npz,
@@ -53,28 +53,28 @@ def test_labels_are_balanced():
 
 def test_a_run_cut_off_anywhere_is_continued_to_the_same_samples(pipe, tmp_path):
     whole = sample_folder(tmp_path / "whole", pipe)
-    draw_samples(pipe, whole)
+    generate_samples(pipe, whole)
 
     def die(count):
         raise KeyboardInterrupt
 
     cut = sample_folder(tmp_path / "cut", pipe)
     with pytest.raises(KeyboardInterrupt):
-        draw_samples(pipe, cut, advance=die)
+        generate_samples(pipe, cut, progress_callback=die)
     assert cut.missing() == [1, 2]
     drawn = []
     continued = sample_folder(tmp_path / "cut", pipe)
-    draw_samples(pipe, continued, advance=drawn.append)
+    generate_samples(pipe, continued, progress_callback=drawn.append)
     assert drawn == [4, 3]
     assert torch.equal(pixels(continued), pixels(whole))
 
 
 def test_processes_share_the_work_without_overlap(pipe, tmp_path):
     alone, shared = (sample_folder(tmp_path / name, pipe) for name in ("alone", "shared"))
-    draw_samples(pipe, alone)
+    generate_samples(pipe, alone)
     counts = []
     for process_index in range(2):  # the second looks at the folder when the first is done
-        draw_samples(pipe, shared, process_index, 2, advance=counts.append)
+        generate_samples(pipe, shared, process_index, 2, progress_callback=counts.append)
     assert counts == [4, 3, 4]
     assert torch.equal(pixels(shared), pixels(alone))
 
@@ -83,7 +83,7 @@ def test_sample_i_is_drawn_from_its_own_seed(pipe, tmp_path):
     """Two chunk sizes give the same tokens, so that pixels differ by rounding at most."""
     folders = [sample_folder(tmp_path / str(size), pipe, chunk_size=size) for size in (3, 11)]
     for folder in folders:
-        draw_samples(pipe, folder)
+        generate_samples(pipe, folder)
     first, second = map(pixels, folders)
     assert (first.int() - second.int()).abs().max() <= 1
     assert len({image.numpy().tobytes() for image in first}) == 11
@@ -97,7 +97,7 @@ def test_samples_of_other_settings_are_not_mixed(pipe, tmp_path):
     with pytest.raises(ValueError, match=r"guidance_scale 1\.0 instead of 2\.0"):
         sample_folder(folder, pipe, guidance_scale=2.0)
     with pytest.raises(ValueError, match=r"guidance_scale 1\.0 instead of 2\.0"):
-        draw_samples(pipe, late)
+        generate_samples(pipe, late)
     other = tiny_pipeline()
     with torch.no_grad():
         other.transformer.lm_head.weight.add_(1)
@@ -124,7 +124,7 @@ def test_settings_that_the_generator_does_not_take_are_refused_without_drawing(p
 
 def test_npz_of_samples(pipe, tmp_path):
     samples = sample_folder(tmp_path / "samples", pipe, num_samples=6, size=16)
-    draw_samples(pipe, samples)
+    generate_samples(pipe, samples)
     write_samples_npz(samples, tmp_path / "samples.npz")
     with np.load(tmp_path / "samples.npz") as archive:
         assert archive["arr_0"].shape == (6, 16, 16, 3)
@@ -134,7 +134,7 @@ def test_npz_of_samples(pipe, tmp_path):
 
 def test_evaluate_generation(pipe, tmp_path):
     samples = sample_folder(tmp_path / "samples", pipe)
-    draw_samples(pipe, samples)
+    generate_samples(pipe, samples)
     write_images(tmp_path / "real", 12)
     extractor = OwnVisionFeatures(pipe.vq_model)
     reference = load_reference(FolderImages([tmp_path / "real"]), extractor)
@@ -148,7 +148,7 @@ def test_evaluate_generation(pipe, tmp_path):
 
 
 class NamedExtractor:
-    """Mean colours, under any name."""
+    """Mean colors, under any name."""
 
     def __init__(self, name):
         self.name = name

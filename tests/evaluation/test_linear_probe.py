@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from tests.evaluation.folders import write_colour_classes, write_images
+from tests.evaluation.folders import write_color_classes, write_images
 from tests.testing import tiny_model
 from vfmtok_hf.evaluation.linear_probe import (
-    LabelledImages,
+    LabeledImages,
     ProbeSettings,
     evaluate_linear_probe,
     represent,
@@ -16,9 +16,9 @@ from vfmtok_hf.evaluation.linear_probe import (
 
 def test_classes_far_apart_are_told_apart():
     labels = torch.arange(200) % 4
-    centres = torch.randn(4, 16) * 5
-    values = centres[labels] + torch.randn(2, 200, 16)
-    result = train_linear_probe(values, labels, centres[labels] + torch.randn(200, 16), labels, ProbeSettings())
+    centers = torch.randn(4, 16) * 5
+    values = centers[labels] + torch.randn(2, 200, 16)
+    result = train_linear_probe(values, labels, centers[labels] + torch.randn(200, 16), labels, ProbeSettings())
     assert result.top1 > 0.95
     assert result.channels == 16
 
@@ -44,12 +44,12 @@ def test_probes_of_a_tokenizer_on_folders(tmp_path):
     """Raw pixels tell red, green and blue apart."""
     model = tiny_model()
     train, test = (
-        LabelledImages.of_folder(write_colour_classes(tmp_path / name, count, seed))
+        LabeledImages.of_folder(write_color_classes(tmp_path / name, count, seed))
         for name, count, seed in (("a", 40, 0), ("b", 4, 1))
     )
     done = []
     settings = ProbeSettings(epochs=20, warmup_epochs=2, views=2)
-    results = evaluate_linear_probe(model, train, test, settings, batch_size=32, advance=done.append)
+    results = evaluate_linear_probe(model, train, test, settings, batch_size=32, progress_callback=done.append)
     assert set(results) == {"image_embeds", "token_embeddings", "vision_model", "pixels"}
     assert results["pixels"].top1 == 1
     assert results["image_embeds"].channels == 32
@@ -67,7 +67,7 @@ def test_what_is_probed_is_what_the_model_gives():
 
 
 def test_views_are_augmentations_that_repeat(tmp_path):
-    images = LabelledImages.of_folder(write_colour_classes(tmp_path / "train", 2, 0))
+    images = LabeledImages.of_folder(write_color_classes(tmp_path / "train", 2, 0))
     first, again, other = (next(images.batches(16, 6, view)) for view in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -75,16 +75,16 @@ def test_views_are_augmentations_that_repeat(tmp_path):
 
 
 def test_folders_that_do_not_fit_are_refused(tmp_path):
-    train = LabelledImages.of_folder(write_colour_classes(tmp_path / "train", 2, 0))
+    train = LabeledImages.of_folder(write_color_classes(tmp_path / "train", 2, 0))
     write_images(tmp_path / "test" / "cat", 2)
     write_images(tmp_path / "test" / "dog", 2)
     with pytest.raises(ValueError, match="different classes: blue, cat, dog, green, red"):
-        LabelledImages.of_folder(tmp_path / "test").labels_as_in(train)
+        LabeledImages.of_folder(tmp_path / "test").labels_as_in(train)
     with pytest.raises(ValueError, match="at least 20 training images.*got 6"):
         evaluate_linear_probe(tiny_model(), train, train)
     write_images(tmp_path / "flat", 2)
     with pytest.raises(ValueError, match="one folder of images per class"):
-        LabelledImages.of_folder(tmp_path / "flat")
+        LabeledImages.of_folder(tmp_path / "flat")
     write_images(tmp_path / "one" / "cat", 1)
     with pytest.raises(ValueError, match="one class only"):
-        LabelledImages.of_folder(tmp_path / "one")
+        LabeledImages.of_folder(tmp_path / "one")

@@ -72,10 +72,10 @@ def test_inception_score_takes_tenths_in_order():
 
 
 def brute_force_coverage(points: torch.Tensor, manifold: torch.Tensor) -> float:
-    """Share of points within the distance of some manifold point's third neighbour, by loops."""
+    """Share of points within the distance of some manifold point's third neighbor, by loops."""
     radii = [sorted(math.dist(a, b) for b in manifold.tolist())[3] for a in manifold.tolist()]
     inside = [
-        any(math.dist(point, centre) <= radius for centre, radius in zip(manifold.tolist(), radii, strict=True))
+        any(math.dist(point, center) <= radius for center, radius in zip(manifold.tolist(), radii, strict=True))
         for point in points.tolist()
     ]
     return sum(inside) / len(inside)

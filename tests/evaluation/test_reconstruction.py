@@ -115,7 +115,7 @@ def test_evaluate_reconstruction_follows_the_protocol(tmp_path):
     files = write_images(tmp_path, 5, size=(40, 36))
     done = []
     result = evaluate_reconstruction(
-        pipe, files, OwnVisionFeatures(pipe.vq_model), size=24, batch_size=2, advance=done.append
+        pipe, files, OwnVisionFeatures(pipe.vq_model), size=24, batch_size=2, progress_callback=done.append
     )
     assert done == [2, 2, 1]
     assert set(result.values) == {

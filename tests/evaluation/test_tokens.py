@@ -15,8 +15,8 @@ from vfmtok_hf.evaluation.tokens import (
 
 
 SIDE = 3
-CENTRES = (torch.arange(SIDE) + 0.5) / SIDE
-REFERENCE_POINTS = torch.cartesian_prod(CENTRES, CENTRES).flip(-1)
+CENTERS = (torch.arange(SIDE) + 0.5) / SIDE
+REFERENCE_POINTS = torch.cartesian_prod(CENTERS, CENTERS).flip(-1)
 
 
 def tracked(offsets: torch.Tensor):
@@ -80,7 +80,7 @@ def test_evaluate_tokens_of_files(tmp_path):
     pipe = tiny_pipeline()
     files = write_images(tmp_path, 5)
     done = []
-    result = evaluate_tokens(pipe, files, batch_size=2, advance=done.append)
+    result = evaluate_tokens(pipe, files, batch_size=2, progress_callback=done.append)
     tokens = pipe.tokenize(files)
     assert torch.equal(result.token_counts, tokens.flatten().bincount(minlength=64))
     assert result.position_entropy[4].item() == pytest.approx(entropy_bits(tokens[:, 4].bincount(minlength=64)).item())

@@ -148,9 +148,9 @@ def reconstruction(
         if features != "none":
             extractor = open_features(features, pipe, feature_size, inception_weights)
         distance = load_lpips(lpips.value, pipe.device) if lpips is not None else None
-        with progress("Reconstructing", number_of(pictures)) as advance:
+        with progress("Reconstructing", number_of(pictures)) as progress_callback:
             result = evaluate_reconstruction(
-                pipe, pictures, extractor, distance, size, resize.value, ssim.value, batch_size, advance
+                pipe, pictures, extractor, distance, size, resize.value, ssim.value, batch_size, progress_callback
             )
         print_values(result.values, result.protocol["features"], result.remarks)
         if output is not None:
@@ -185,7 +185,7 @@ def generation(
     temperature: Annotated[float | None, typer.Option(help="*Default: the checkpoint's.*")] = None,
     top_k: Annotated[int | None, typer.Option(help="0 is off. *Default: the checkpoint's.*")] = None,
     top_p: Annotated[float | None, typer.Option(help="1 is off. *Default: the checkpoint's.*")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Sample i is drawn from seed + i.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Sample i is generated from seed + i.")] = 0,
     size: Annotated[
         int | None,
         typer.Option(min=8, help="Side of samples and reference; the paper's is 256. *Default: the model's.*"),
@@ -199,12 +199,12 @@ def generation(
     model: ModelOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = Dtype.float32,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples drawn at once, and in one file.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples generated at once, and in one file.")] = 64,
 ) -> None:
     """
     FID, sFID, IS, precision and recall of a generator, on samples of all classes equally often.
 
-    Several processes share the drawing: `accelerate launch -m vfmtok_hf evaluate generation ...`
+    Several processes share the work: `accelerate launch -m vfmtok_hf evaluate generation ...`
     """
     with one_line_errors():
         from accelerate import PartialState
@@ -256,42 +256,49 @@ def generation(
         if state.is_main_process:
             source = reference if reference.suffix == ".npz" else FolderImages([reference], size)
             extractor = open_features(features, pipe, feature_size, inception_weights)
-            with progress("Reference", len(source) if isinstance(source, FolderImages) else None) as advance:
-                real = load_reference(source, extractor, size, batch_size, advance)
+            with progress("Reference", len(source) if isinstance(source, FolderImages) else None) as progress_callback:
+                real = load_reference(source, extractor, size, batch_size, progress_callback)
             check_enough_images(num_samples, real, extractor.classifies)
         state.wait_for_everyone()
         for samples in folders:
-            draw(pipe, samples, state.process_index, state.num_processes)
+            generate_missing(pipe, samples, state.process_index, state.num_processes)
         state.wait_for_everyone()
         if state.is_main_process:
             results = [
-                judge(samples, real, extractor, dataset or str(reference), npz, batch_size) for samples in folders
+                measure_samples(samples, real, extractor, dataset or str(reference), npz, batch_size)
+                for samples in folders
             ]
             if len(scales) > 1:
-                draw_sweep(scales, results, output)
+                write_sweep(scales, results, output)
             report_written(num_samples * len(scales), "sample", output)
 
 
-def draw(pipe: "VFMTokPipeline", samples: "SampleFolder", process_index: int, num_processes: int) -> None:
-    """Draw this process's share of what is missing, with a bar for the first process."""
-    from vfmtok_hf.evaluation.generation import draw_samples
+def generate_missing(pipe: "VFMTokPipeline", samples: "SampleFolder", process_index: int, num_processes: int) -> None:
+    """Generate this process's share of the missing samples, with a bar for the first process."""
+    from vfmtok_hf.evaluation.generation import generate_samples
 
     total = sum(len(samples.chunks[chunk]) for chunk in samples.missing(process_index, num_processes))
-    with progress(f"Drawing {Path(samples.name).name}", total) as advance:
-        draw_samples(
-            pipe, samples, process_index, num_processes, advance if process_index == 0 else lambda count: None
+    with progress(f"Generating {Path(samples.name).name}", total) as progress_callback:
+        generate_samples(
+            pipe,
+            samples,
+            process_index,
+            num_processes,
+            progress_callback if process_index == 0 else lambda count: None,
         )
 
 
-def judge(samples: "SampleFolder", real, extractor, dataset: str, npz: bool, batch_size: int) -> "GenerationResult":
+def measure_samples(
+    samples: "SampleFolder", real, extractor, dataset: str, npz: bool, batch_size: int
+) -> "GenerationResult":
     """Measure one folder of samples, show and write the result."""
     from vfmtok_hf.evaluation.generation import evaluate_generation, write_samples_npz
     from vfmtok_hf.evaluation.results import save_measurement
 
     if npz:
         write_samples_npz(samples, samples.folder / "samples.npz")
-    with progress("Features", len(samples)) as advance:
-        result = evaluate_generation(samples, real, extractor, vars(samples.settings), batch_size, advance)
+    with progress("Features", len(samples)) as progress_callback:
+        result = evaluate_generation(samples, real, extractor, vars(samples.settings), batch_size, progress_callback)
     scale = samples.settings.guidance_scale
     output_console.print(f"guidance scale {scale:g}", markup=False, highlight=False)
     print_values(result.values, result.protocol["features"], result.remarks)
@@ -308,15 +315,15 @@ def judge(samples: "SampleFolder", real, extractor, dataset: str, npz: bool, bat
     return result
 
 
-def draw_sweep(scales: list[float], results: list["GenerationResult"], output: Path) -> None:
-    """The curve of all scales as a picture, and its points as CSV."""
+def write_sweep(scales: list[float], results: list["GenerationResult"], output: Path) -> None:
+    """The curve over all scales as a figure, and its points as CSV."""
     import csv
 
     from vfmtok_hf.data.output_files import whole_file
-    from vfmtok_hf.evaluation.plots import guidance_figure, save_figure
+    from vfmtok_hf.plotting import plot_guidance, save_figure
 
     values = [result.values for result in results]
-    save_figure(guidance_figure(scales, values, results[0].protocol["features"]), output / "guidance.png")
+    save_figure(plot_guidance(scales, values, results[0].protocol["features"]), output / "guidance.png")
     with whole_file(output / "guidance.csv") as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, ["guidance_scale", *values[0]])
         writer.writeheader()
@@ -349,21 +356,21 @@ def linear_probe(
 ) -> None:
     """Linear classifiers on the tokenizer's embedding, its tokens, its vision model, and raw pixels."""
     with one_line_errors():
-        from vfmtok_hf.cli.images import open_labelled
+        from vfmtok_hf.cli.images import open_labeled
         from vfmtok_hf.data.output_files import check_output_file
         from vfmtok_hf.evaluation.linear_probe import ProbeSettings, represent_data, train_probes
         from vfmtok_hf.evaluation.results import save_measurement
 
         if output is not None:
             check_output_file(output)
-        train_images = open_labelled(train, train_split, "train", image_column, label_column)
-        test_images = open_labelled(test, test_split, "test", image_column, label_column)
+        train_images = open_labeled(train, train_split, "train", image_column, label_column)
+        test_images = open_labeled(test, test_split, "test", image_column, label_column)
         pipe = load_pipeline(model, device, dtype, encodes=True)
         settings = ProbeSettings(epochs=epochs, warmup_epochs=min(10, epochs // 2), views=views, seed=seed)
-        with progress("Encoding", views * len(train_images) + len(test_images)) as advance:
-            data = represent_data(pipe.vq_model, train_images, test_images, views, batch_size, advance)
-        with progress("Training", len(data.train)) as advance:
-            results = train_probes(data, settings, advance)
+        with progress("Encoding", views * len(train_images) + len(test_images)) as progress_callback:
+            data = represent_data(pipe.vq_model, train_images, test_images, views, batch_size, progress_callback)
+        with progress("Training", len(data.train)) as progress_callback:
+            results = train_probes(data, settings, progress_callback)
         table = Table("representation", "channels", "top-1", "mean over classes")
         for name, result in results.items():
             table.add_row(name, str(result.channels), f"{result.top1:.1%}", f"{result.mean_class_accuracy:.1%}")
@@ -404,27 +411,32 @@ def tokens(
 
         from vfmtok_hf.cli.images import number_of, open_pictures
         from vfmtok_hf.data.output_files import check_output_folder, whole_file
-        from vfmtok_hf.evaluation.plots import anchor_figure, codebook_usage_figure, sampling_figure, save_figure
-        from vfmtok_hf.evaluation.tokens import evaluate_tokens, looks_of, token_count_remarks
+        from vfmtok_hf.evaluation.tokens import anchor_attention, evaluate_tokens, token_count_remarks
+        from vfmtok_hf.plotting import (
+            plot_anchor_statistics,
+            plot_codebook_usage,
+            plot_sampling_locations,
+            save_figure,
+        )
 
         check_output_folder(output)
         pictures = open_pictures(images, split, image_column, streaming)
         pipe = load_pipeline(model, device, dtype, encodes=True)
-        with progress("Encoding", number_of(pictures)) as advance:
-            result = evaluate_tokens(pipe, pictures, batch_size, advance)
+        with progress("Encoding", number_of(pictures)) as progress_callback:
+            result = evaluate_tokens(pipe, pictures, batch_size, progress_callback)
         summary = result.summary()
         with whole_file(output / "tokens.json") as temporary:
             temporary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
         step = max(result.num_images // 4, 1)
         examples = list(islice(pictures, 0, 4 * step, step))
         side = pipe.vq_model.config.anchor_grid_size
-        # The corners and the centre of the inner half of the grid.
+        # The corners and the center of the inner half of the grid.
         near, middle, far = side // 4, side // 2, side - 1 - side // 4
         places = [(near, near), (near, far), (middle, middle), (far, near), (far, far)]
         anchors = [row * side + column for row, column in places]
-        save_figure(codebook_usage_figure(result), output / "codebook.png")
-        save_figure(anchor_figure(result), output / "anchors.png")
-        save_figure(sampling_figure(looks_of(pipe, examples), anchors), output / "sampling.png")
+        save_figure(plot_codebook_usage(result), output / "codebook.png")
+        save_figure(plot_anchor_statistics(result), output / "anchors.png")
+        save_figure(plot_sampling_locations(anchor_attention(pipe, examples), anchors), output / "sampling.png")
         table = Table("layer", *summary["anchors_by_layer"])
         for layer, row in enumerate(zip(*summary["anchors_by_layer"].values(), strict=True), start=1):
             table.add_row(str(layer), *(f"{value:.3f}" for value in row))

@@ -62,7 +62,8 @@ def generate(
         from torch import Generator
 
         from vfmtok_hf.cpu.packing import AdaptiveThreads
-        from vfmtok_hf.data.output_files import check_picture_output, picture_output
+        from vfmtok_hf.data.output_files import check_picture_output
+        from vfmtok_hf.plotting import picture_output
 
         check_picture_output(output)
         pipe = load_pipeline(model, device, dtype, generates=True)
@@ -72,13 +73,13 @@ def generate(
         columns = num_images_per_label if num_images_per_label > 1 else None
         with (
             picture_output(output, columns) as add,
-            progress("Drawing", num_steps) as advance,
+            progress("Drawing", num_steps) as progress_callback,
             AdaptiveThreads() as threads,
         ):
 
             def after_step(*_) -> None:
                 threads()
-                advance(1)
+                progress_callback(1)
 
             for start in range(0, len(class_ids), batch_size):
                 batch = class_ids[start : start + batch_size]

@@ -9,7 +9,7 @@ import PIL.Image
 
 from vfmtok_hf.data.token_files import find_images
 from vfmtok_hf.evaluation.images import Picture
-from vfmtok_hf.evaluation.linear_probe import LabelledImages
+from vfmtok_hf.evaluation.linear_probe import LabeledImages
 from vfmtok_hf.training.images import IMAGE_SUFFIXES
 from vfmtok_hf.training.sources import (
     DATA_FILES,
@@ -104,7 +104,7 @@ def number_of(pictures: Sequence[Path] | DatasetPictures) -> int | None:
 
 
 class RecordPictures(Sequence[Picture]):
-    """Pictures of labelled records, in any order, decoded as they are read."""
+    """Pictures of labeled records, in any order, decoded as they are read."""
 
     def __init__(self, records: ImageRecords):
         self.records = records
@@ -116,11 +116,11 @@ class RecordPictures(Sequence[Picture]):
         return decode_picture(self.records.images[number], self.records.name(number))
 
 
-def open_labelled(
+def open_labeled(
     source: str, split: str | None, default_split: str, image_column: str | None, label_column: str | None
-) -> LabelledImages:
+) -> LabeledImages:
     """Images with classes: a folder of class folders, or a data set."""
     if not is_data_set(source, split):
-        return LabelledImages.of_folder(Path(source))
+        return LabeledImages.of_folder(Path(source))
     records = open_records(source, split or default_split, image_column, label_column)
-    return LabelledImages(RecordPictures(records), records.labels, records.class_names, source)
+    return LabeledImages(RecordPictures(records), records.labels, records.class_names, source)

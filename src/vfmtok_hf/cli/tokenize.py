@@ -47,12 +47,12 @@ def tokenize(
         files = find_images(images)
         pipe = load_pipeline(model, device, dtype, encodes=True)
         names, parts = [], []
-        with progress("Tokenizing", len(files)) as advance:
+        with progress("Tokenizing", len(files)) as progress_callback:
             on_error = report_skipped if skip_errors else None
             for batch_names, image_tokens in tokenize_files(pipe, files, batch_size, on_error):
                 names += batch_names
                 parts.append(image_tokens.cpu())
-                advance(batch_size)
+                progress_callback(batch_size)
         if not names:
             raise ValueError("None of the images can be used.")
         save_tokens(output, names, torch.cat(parts))
@@ -70,19 +70,20 @@ def detokenize(
 ) -> None:
     """Image tokens to images."""
     with one_line_errors():
-        from vfmtok_hf.data.output_files import check_picture_output, picture_output
+        from vfmtok_hf.data.output_files import check_picture_output
         from vfmtok_hf.data.token_files import load_tokens, picture_name
+        from vfmtok_hf.plotting import picture_output
 
         check_picture_output(output)
         names, image_tokens = load_tokens(tokens)
         file_names = [picture_name(name) for name in names]
         pipe = load_pipeline(model, device, dtype)
-        with picture_output(output) as add, progress("Decoding", len(names)) as advance:
+        with picture_output(output) as add, progress("Decoding", len(names)) as progress_callback:
             for start in range(0, len(names), batch_size):
                 images = pipe.detokenize(image_tokens[start : start + batch_size], size=size)
                 for index, image in enumerate(images, start):
                     add(image, file_names[index], names[index])
-                advance(len(images))
+                progress_callback(len(images))
         report_written(len(names), "image", output)
 
 
@@ -98,16 +99,16 @@ def reconstruct(
     with one_line_errors():
         from torchvision.transforms.functional import to_pil_image
 
-        from vfmtok_hf.data.output_files import check_picture_output, picture_output
+        from vfmtok_hf.data.output_files import check_picture_output
         from vfmtok_hf.data.token_files import find_images, picture_name, tokenize_files
         from vfmtok_hf.evaluation.reconstruction import psnr
-        from vfmtok_hf.plotting import image_grid
+        from vfmtok_hf.plotting import image_grid, picture_output
 
         check_picture_output(output)
         files = find_images(images)
         pipe = load_pipeline(model, device, dtype, encodes=True)
         decibels = {}
-        with picture_output(output) as add, progress("Reconstructing", len(files)) as advance:
+        with picture_output(output) as add, progress("Reconstructing", len(files)) as progress_callback:
             for names, image_tokens in tokenize_files(pipe, files, batch_size):
                 crops = pipe.image_processor(
                     [files[name] for name in names],
@@ -123,7 +124,7 @@ def reconstruct(
                     decibels[name] = value
                     pair = [to_pil_image(crop), to_pil_image(reconstruction)]
                     add(image_grid(pair, 2, [name, f"{value:.1f} dB"]), picture_name(name), "")
-                advance(len(names))
+                progress_callback(len(names))
         print_psnr(decibels)
         report_written(len(decibels), "pair", output)
 

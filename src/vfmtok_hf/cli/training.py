@@ -43,7 +43,7 @@ def extract_tokens(
     horizontal_flip: Annotated[
         bool, typer.Option(help="Mirror half of them, or add the central one's mirror image.")
     ] = True,
-    neighbours: Annotated[int, typer.Option(min=1, help="2 adds the second-nearest codebook rows (VFMTok-RAR).")] = 1,
+    neighbors: Annotated[int, typer.Option(min=1, help="2 adds the second-nearest codebook rows (VFMTok-RAR).")] = 1,
     split: Annotated[str, typer.Option(help="Of what the `datasets` library reads.")] = "train",
     shard_size: Annotated[int, typer.Option(min=1, help="Images in a file.")] = 4096,
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -52,7 +52,7 @@ def extract_tokens(
     batch_size: BatchSizeOption = 32,
 ) -> None:
     """
-    Labelled images to token shards for the training of generators.
+    Labeled images to token shards for the training of generators.
 
     Several processes: `torchrun --nproc_per_node N -m vfmtok_hf.training.extract_tokens`.
     """
@@ -73,9 +73,9 @@ def extract_tokens(
             horizontal_flip=horizontal_flip,
             seed=seed,
         )
-        with progress("Tokenizing", len(records)) as advance:
+        with progress("Tokenizing", len(records)) as progress_callback:
             index = extract_tokens(
-                tokenizer, records, output, views, neighbours, shard_size, batch_size, on_progress=advance
+                tokenizer, records, output, views, neighbors, shard_size, batch_size, on_progress=progress_callback
             )
         for name in index["unreadable"]:
             report_skipped(name)
@@ -91,8 +91,11 @@ def plot(
     """Curves of losses and metrics over the steps of training runs, those of several runs in one picture."""
     with one_line_errors():
         from vfmtok_hf.data.output_files import check_output_file
-        from vfmtok_hf.training.plot import plot_runs
+        from vfmtok_hf.plotting import plot_training_curves, save_figure
+        from vfmtok_hf.training.log_file import read_curves
 
         picture = output or runs[0] / "curves.png"
         check_output_file(picture)
-        report_written(plot_runs(runs, picture), "curve", picture)
+        figure = plot_training_curves([(run.resolve().name, read_curves(run)) for run in runs])
+        save_figure(figure, picture)
+        report_written(1, "figure", picture)

@@ -2,13 +2,11 @@
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import PIL.Image
-
-from vfmtok_hf.plotting import image_grid
 
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -77,26 +75,3 @@ def save_picture(picture: PIL.Image.Image, path: Path) -> None:
     """Write a picture whole; the suffix decides on the format."""
     with whole_file(path) as temporary:
         picture.save(temporary)
-
-
-@contextmanager
-def picture_output(path: Path, columns: int | None = None) -> Iterator[Callable[[PIL.Image.Image, str, str], None]]:
-    """
-    Where pictures go: into one grid if `path` is a picture, else into single files in the folder `path`.
-
-    Yields `add(picture, file_name, caption)`. Single files are written at once and without caption; the grid, of
-    `columns` pictures in a row, is written when the block ends. Captions may be empty.
-    """
-    pictures: list[PIL.Image.Image] = []
-    captions: list[str] = []
-
-    def add(picture: PIL.Image.Image, file_name: str, caption: str) -> None:
-        if is_picture(path):
-            pictures.append(picture)
-            captions.append(caption)
-        else:
-            save_picture(picture, path / file_name)
-
-    yield add
-    if pictures:
-        save_picture(image_grid(pictures, columns, captions if any(captions) else None), path)

@@ -1,7 +1,7 @@
 """
-Measure tokenizers and generators. Functions return numbers and never print; what takes long reports to an `advance`
-callback.
+Measure tokenizers and generators. Functions return numbers and never print; long ones call `progress_callback` with the
+number of images done since the last call.
 
 `reconstruction`, `generation`, `linear_probe` and `tokens` are what `vfmtok evaluate` offers; `images`, `features` and
-`metrics` are what they are made of; `plots` draws and `results` writes tables.
+`metrics` are what they are made of; `results` writes tables.
 """

@@ -15,7 +15,7 @@ from vfmtok_hf.evaluation.images import ImageSet
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 
 
-Advance = Callable[[int], None]
+ProgressCallback = Callable[[int], None]
 
 
 @dataclass
@@ -209,7 +209,10 @@ def load_feature_extractor(
 
 
 def extract_features(
-    images: ImageSet, extractor: FeatureExtractor, batch_size: int = 32, advance: Advance = lambda count: None
+    images: ImageSet,
+    extractor: FeatureExtractor,
+    batch_size: int = 32,
+    progress_callback: ProgressCallback = lambda count: None,
 ) -> Features:
     """
     Features of a whole set.
@@ -221,14 +224,14 @@ def extract_features(
     done = 0
     for batch in images.batches(batch_size):
         features = extractor(batch)
-        check_finite(features, f"Images {done} to {done + len(batch) - 1} of {images.name}")
+        check_finite_features(features, f"Images {done} to {done + len(batch) - 1} of {images.name}")
         parts.append(features)
         done += len(batch)
-        advance(len(batch))
+        progress_callback(len(batch))
     return Features.concatenate(parts)
 
 
-def check_finite(features: Features, whose: str) -> None:
+def check_finite_features(features: Features, whose: str) -> None:
     """Raise `ValueError` if any feature is NaN or infinite."""
     columns = (features.pooled, features.spatial, features.logits)
     if not all(column.isfinite().all() for column in columns if column is not None):

@@ -1,9 +1,9 @@
 """
-Draw the many samples that generators are judged by, and judge them.
+Generate the samples that generators are measured by, and measure them.
 
 Sample i has label i modulo the number of classes and a random generator of its own, seeded seed + i. Samples are written
 in chunks, whole or not at all, so that a run cut off is continued by running it again: what is there is kept, what is
-missing is drawn, by any number of processes, and the result is the same.
+missing is generated, by any number of processes, and the result is the same.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from vfmtok_hf.data.output_files import whole_file
-from vfmtok_hf.evaluation.features import Advance, FeatureExtractor, extract_features
+from vfmtok_hf.evaluation.features import FeatureExtractor, ProgressCallback, extract_features
 from vfmtok_hf.evaluation.images import ImageSet, NpzImages, write_npz
 from vfmtok_hf.evaluation.metrics import FeatureStatistics, Reference, compare_features
 from vfmtok_hf.modeling import generation_vfmtok
@@ -31,13 +31,13 @@ class SamplingSettings:
     """
     Args:
         num_samples (`int`): a multiple of the number of classes gives each class equally many.
-        seed (`int`): sample i is drawn from seed + i.
+        seed (`int`): sample i is generated from seed + i.
         guidance_scale (`float`): 1 is none.
         guidance_scale_pow (`float`, *optional*): of a RAR generator.
         temperature, top_k, top_p: left out they come from the generator's `generation_config`.
         size (`int`, *optional*): side of the images in pixels. Default: the tokenizer's.
         resize_mode (`str`): how they get there.
-        chunk_size (`int`): samples drawn at once and kept in one file.
+        chunk_size (`int`): samples generated at once and kept in one file.
     """
 
     num_samples: int = 50_000
@@ -54,7 +54,7 @@ class SamplingSettings:
 
 def check_sampling(pipe: VFMTokPipeline, settings: SamplingSettings) -> None:
     """
-    Look at the settings without drawing anything.
+    Check the settings before anything is generated.
 
     Raises:
         ValueError: the generator does not take them.
@@ -92,7 +92,7 @@ class SampleFolder:
     The samples of one setting, in chunks of `settings.chunk_size`. It is an `ImageSet` once it is complete.
 
     Args:
-        folder (`Path`): made when the first sample is drawn.
+        folder (`Path`): made when the first sample is generated.
         settings (`SamplingSettings`): of the samples.
         num_classes (`int`): of the generator.
         fingerprint (`str`): of the model, as of `model_fingerprint`.
@@ -125,7 +125,7 @@ class SampleFolder:
             )
 
     def write_settings(self) -> None:
-        """What later runs are held to. Of several processes any may write it, as all write the same."""
+        """Save the settings that later runs are checked against. Any of several processes may do so, as all write the same."""
         self.check_settings()
         with whole_file(self.folder / "settings.json") as temporary:
             temporary.write_text(json.dumps(self.record, indent=1))
@@ -136,7 +136,7 @@ class SampleFolder:
     def missing(self, process_index: int = 0, num_processes: int = 1) -> list[int]:
         """
         Numbers of the chunks that are not there yet; of several processes, those of one. A chunk belongs to the same
-        process whenever that process looks, so that none is drawn twice or left out.
+        process whenever that process asks, so that none is generated twice or left out.
         """
         own = range(process_index, len(self.chunks), num_processes)
         return [chunk for chunk in own if not self.file(chunk).is_file()]
@@ -150,18 +150,18 @@ class SampleFolder:
             yield from torch.from_numpy(np.load(self.file(chunk))).split(batch_size)
 
 
-def draw_samples(
+def generate_samples(
     pipe: VFMTokPipeline,
     samples: SampleFolder,
     process_index: int = 0,
     num_processes: int = 1,
-    advance: Advance = lambda count: None,
+    progress_callback: ProgressCallback = lambda count: None,
 ) -> None:
     """
-    Draw what is missing of a folder of samples; of several processes, each draws its share.
+    Generate what is missing of a folder of samples; each of several processes generates its share.
 
     Args:
-        advance: called with the number of samples drawn after each chunk.
+        progress_callback: called after each chunk with the number of its samples.
     """
     samples.write_settings()
     settings = samples.settings
@@ -181,7 +181,7 @@ def draw_samples(
         images = pipe.detokenize(image_tokens, "uint8", settings.size, settings.resize_mode)
         with whole_file(samples.file(chunk)) as temporary:
             np.save(temporary, images.cpu().numpy())
-        advance(len(numbers))
+        progress_callback(len(numbers))
 
 
 def write_samples_npz(samples: SampleFolder, path: Path) -> None:
@@ -194,7 +194,7 @@ def load_reference(
     extractor: FeatureExtractor,
     size: int | None = None,
     batch_size: int = 32,
-    advance: Advance = lambda count: None,
+    progress_callback: ProgressCallback = lambda count: None,
 ) -> Reference:
     """
     What samples are compared with.
@@ -209,7 +209,7 @@ def load_reference(
         ValueError: no `.npz`, images of another size, or statistics that are not finite or not of the chosen network.
     """
     if not isinstance(images, Path):
-        return Reference.of(extract_features(images, extractor, batch_size, advance))
+        return Reference.of(extract_features(images, extractor, batch_size, progress_callback))
     if not images.is_file():
         raise FileNotFoundError(f"There is no reference file {images}.")
     if not zipfile.is_zipfile(images):
@@ -229,7 +229,7 @@ def load_reference(
         raise ValueError(f"{images} holds statistics that are NaN or infinite: fetch or compute them again.")
     features = None
     if "arr_0" in names:
-        features = extract_features(_npz_of_size(images, size), extractor, batch_size, advance)
+        features = extract_features(_npz_of_size(images, size), extractor, batch_size, progress_callback)
     if not has_statistics:
         return Reference.of(features)
     pooled, spatial = (
@@ -272,7 +272,7 @@ def evaluate_generation(
     extractor: FeatureExtractor,
     protocol: dict[str, Any] | None = None,
     batch_size: int = 32,
-    advance: Advance = lambda count: None,
+    progress_callback: ProgressCallback = lambda count: None,
 ) -> GenerationResult:
     """
     Distances of samples to a reference.
@@ -282,6 +282,6 @@ def evaluate_generation(
         reference (`Reference`): as of `load_reference`, by the same extractor.
         protocol (`dict`, *optional*): what else the result is to say about itself.
     """
-    features = extract_features(samples, extractor, batch_size, advance)
+    features = extract_features(samples, extractor, batch_size, progress_callback)
     values, remarks = compare_features(features, reference)
     return GenerationResult(values, len(samples), {"features": extractor.name, **(protocol or {})}, remarks)

@@ -24,7 +24,7 @@ from torch import nn
 from torchvision.transforms import v2
 
 from vfmtok_hf.data.token_files import find_images
-from vfmtok_hf.evaluation.features import Advance
+from vfmtok_hf.evaluation.features import ProgressCallback
 from vfmtok_hf.evaluation.images import Picture
 from vfmtok_hf.modeling.image_processing_vfmtok import VFMTokImageProcessor, open_image
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
@@ -67,7 +67,7 @@ class ProbeResult:
     base_learning_rate: float
 
 
-class LabelledImages:
+class LabeledImages:
     """
     Images with a class each.
 
@@ -91,7 +91,7 @@ class LabelledImages:
         self.processor = VFMTokImageProcessor(do_rescale=False, do_normalize=False)
 
     @classmethod
-    def of_folder(cls, root: Path) -> "LabelledImages":
+    def of_folder(cls, root: Path) -> "LabeledImages":
         """
         Images of `root/class_name/*`; classes are numbered in alphabetical order.
 
@@ -109,7 +109,7 @@ class LabelledImages:
     def __len__(self) -> int:
         return len(self.pictures)
 
-    def labels_as_in(self, other: "LabelledImages") -> torch.Tensor:
+    def labels_as_in(self, other: "LabeledImages") -> torch.Tensor:
         """
         Labels by the numbers that another set gives to the same classes.
 
@@ -123,7 +123,7 @@ class LabelledImages:
 
     def batches(self, size: int, batch_size: int, view: int | None) -> Iterator[torch.Tensor]:
         """
-        `pixel_values` `(at most batch_size, 3, size, size)` in [-1, 1]: the centre crops, or an augmentation for each `view`.
+        `pixel_values` `(at most batch_size, 3, size, size)` in [-1, 1]: the center crops, or an augmentation for each `view`.
         """
         for start in range(0, len(self), batch_size):
             numbers = range(start, min(start + batch_size, len(self)))
@@ -166,13 +166,13 @@ def represent(model: VFMTokModel, pixel_values: torch.Tensor) -> dict[str, torch
 
 def representations_of(
     model: VFMTokModel,
-    images: LabelledImages,
+    images: LabeledImages,
     batch_size: int,
     views: int | None = None,
-    advance: Advance = lambda count: None,
+    progress_callback: ProgressCallback = lambda count: None,
 ) -> dict[str, torch.Tensor]:
     """
-    Each representation of all images, `(views or 1, images, channels)` float32 on the CPU; without `views` of their centre
+    Each representation of all images, `(views or 1, images, channels)` float32 on the CPU; without `views` of their center
     crops.
 
     Raises:
@@ -184,7 +184,7 @@ def representations_of(
         for pixel_values in images.batches(model.config.image_size, batch_size, view):
             for name, values in represent(model, pixel_values.to(model.device)).items():
                 rows.setdefault(name, []).append(values.float().cpu())
-            advance(len(pixel_values))
+            progress_callback(len(pixel_values))
     representations = {name: torch.cat(parts).unflatten(0, (len(numbers), -1)) for name, parts in rows.items()}
     for name, values in representations.items():
         if not values.isfinite().all():
@@ -287,11 +287,11 @@ class ProbeData:
 
 def represent_data(
     model: VFMTokModel,
-    train: LabelledImages,
-    test: LabelledImages,
+    train: LabeledImages,
+    test: LabeledImages,
     views: int,
     batch_size: int = 32,
-    advance: Advance = lambda count: None,
+    progress_callback: ProgressCallback = lambda count: None,
 ) -> ProbeData:
     """
     What `train_probes` needs; arguments and errors are those of `evaluate_linear_probe`.
@@ -302,42 +302,42 @@ def represent_data(
             f"rate, got {len(train)}: add images."
         )
     test_labels = test.labels_as_in(train)
-    train_values = representations_of(model, train, batch_size, views, advance)
-    test_values = representations_of(model, test, batch_size, advance=advance)
+    train_values = representations_of(model, train, batch_size, views, progress_callback)
+    test_values = representations_of(model, test, batch_size, progress_callback=progress_callback)
     return ProbeData(
         train_values, train.labels, {name: values[0] for name, values in test_values.items()}, test_labels
     )
 
 
 def train_probes(
-    data: ProbeData, settings: ProbeSettings, advance: Advance = lambda count: None
+    data: ProbeData, settings: ProbeSettings, progress_callback: ProgressCallback = lambda count: None
 ) -> dict[str, ProbeResult]:
-    """Train and test a classifier on each representation; `advance` is called with 1 after each."""
+    """Train and test a classifier on each representation; `progress_callback` is called with 1 after each."""
     results = {}
     for name, values in data.train.items():
         results[name] = train_linear_probe(values, data.train_labels, data.test[name], data.test_labels, settings)
-        advance(1)
+        progress_callback(1)
     return results
 
 
 def evaluate_linear_probe(
     model: VFMTokModel,
-    train: LabelledImages,
-    test: LabelledImages,
+    train: LabeledImages,
+    test: LabeledImages,
     settings: ProbeSettings | None = None,
     batch_size: int = 32,
-    advance: Advance = lambda count: None,
+    progress_callback: ProgressCallback = lambda count: None,
 ) -> dict[str, ProbeResult]:
     """
     Probe everything of `represent`.
 
     Args:
-        train, test (`LabelledImages`): of the same classes.
-        advance: called with the number of images done after each batch, `images * views` of training and then those of
+        train, test (`LabeledImages`): of the same classes.
+        progress_callback: called with the number of images done after each batch, `images * views` of training and then those of
             testing.
 
     Raises:
         ValueError: fewer than 20 training images, classes that differ, or an image that cannot be read.
     """
     settings = settings or ProbeSettings()
-    return train_probes(represent_data(model, train, test, settings.views, batch_size, advance), settings)
+    return train_probes(represent_data(model, train, test, settings.views, batch_size, progress_callback), settings)

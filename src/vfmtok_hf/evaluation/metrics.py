@@ -14,7 +14,7 @@ from vfmtok_hf.evaluation.features import Features
 
 
 INCEPTION_SCORE_SPLITS = 10
-NEIGHBOURS = 3
+NEIGHBORS = 3
 PAPER_NUM_IMAGES = 50_000
 
 
@@ -81,7 +81,7 @@ def inception_score(logits: torch.Tensor) -> float:
 def precision_recall(features: torch.Tensor, reference: torch.Tensor) -> tuple[float, float]:
     """
     Share of images inside the reference's manifold, and of reference images inside the images' manifold; the manifold of
-    a set is the union of balls that reach to each point's third neighbour (Kynkäänniemi et al. 2019).
+    a set is the union of balls that reach to each point's third neighbor (Kynkäänniemi et al. 2019).
 
     Args:
         features, reference (`torch.Tensor` of shape `(images, channels)`).
@@ -91,9 +91,9 @@ def precision_recall(features: torch.Tensor, reference: torch.Tensor) -> tuple[f
     """
     from torch_fidelity.metric_prc import calculate_precision_recall_part
 
-    check_enough_neighbours(min(len(features), len(reference)))
-    # Distances come from a matrix product, in which float32 would lose those of near neighbours.
-    return calculate_precision_recall_part(features.double(), reference.double(), NEIGHBOURS)
+    check_enough_neighbors(min(len(features), len(reference)))
+    # Distances come from a matrix product, in which float32 would lose those of near neighbors.
+    return calculate_precision_recall_part(features.double(), reference.double(), NEIGHBORS)
 
 
 @dataclass
@@ -142,14 +142,14 @@ def compare_features(features: Features, reference: Reference) -> tuple[dict[str
     return values, remarks + sample_size_remarks(len(features), reference)
 
 
-def check_enough_neighbours(num_images: int) -> None:
+def check_enough_neighbors(num_images: int) -> None:
     """
     Raises:
         ValueError: too few images on a side for precision and recall.
     """
-    if num_images <= NEIGHBOURS:
+    if num_images <= NEIGHBORS:
         raise ValueError(
-            f"Precision and recall need more than {NEIGHBOURS} images on each side, got {num_images}: add images."
+            f"Precision and recall need more than {NEIGHBORS} images on each side, got {num_images}: add images."
         )
 
 
@@ -167,7 +167,7 @@ def check_enough_splits(num_images: int) -> None:
 
 def check_enough_images(num_images: int, reference: Reference, classifies: bool) -> None:
     """
-    Look, before images are drawn, at whether `compare_features` will take so many.
+    Check, before images are generated, that `compare_features` will take so many.
 
     Args:
         classifies (`bool`): whether their features will have logits.
@@ -176,7 +176,7 @@ def check_enough_images(num_images: int, reference: Reference, classifies: bool)
         ValueError: too few for one of the metrics.
     """
     if reference.pooled_features is not None:
-        check_enough_neighbours(min(num_images, len(reference.pooled_features)))
+        check_enough_neighbors(min(num_images, len(reference.pooled_features)))
     if classifies:
         check_enough_splits(num_images)
 

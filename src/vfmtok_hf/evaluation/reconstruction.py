@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from vfmtok_hf.evaluation.features import Advance, FeatureExtractor, Features, check_finite
+from vfmtok_hf.evaluation.features import FeatureExtractor, Features, ProgressCallback, check_finite_features
 from vfmtok_hf.evaluation.images import Picture, batches_of
 from vfmtok_hf.evaluation.metrics import Reference, compare_features
 from vfmtok_hf.evaluation.tokens import codebook_statistics, token_count_remarks
@@ -28,9 +28,9 @@ def psnr(originals: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor
         originals, reconstructions (`torch.ByteTensor` of shape `(batch_size, 3, height, width)`): 8-bit images.
 
     Returns:
-        `torch.Tensor` of shape `(batch_size,)`, float64.
+        `torch.Tensor` of shape `(batch_size,)`, float64 on the CPU.
     """
-    squared_error = (originals.double() - reconstructions.double()).square().flatten(1).mean(dim=1)
+    squared_error = (originals.cpu().double() - reconstructions.cpu().double()).square().flatten(1).mean(dim=1)
     return 10 * (255**2 / squared_error).log10()
 
 
@@ -108,7 +108,7 @@ def load_lpips(network: Literal["alex", "vgg", "squeeze"] = "alex", device: torc
     @torch.no_grad()
     def distance(originals: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
         pairs = (batch.to(device).float() / 127.5 - 1 for batch in (originals, reconstructions))
-        return model(*pairs).flatten().double().cpu()
+        return model(*pairs).flatten().cpu().double()
 
     return distance
 
@@ -142,7 +142,7 @@ def evaluate_reconstruction(
     resize_mode: ResizeMode = "reconstruction",
     ssim_convention: SSIMConvention = "original",
     batch_size: int = 16,
-    advance: Advance = lambda count: None,
+    progress_callback: ProgressCallback = lambda count: None,
 ) -> ReconstructionResult:
     """
     Images through their tokens and back, compared with the originals as in `vqgan_test.py`: cropped to the model's size,
@@ -154,7 +154,7 @@ def evaluate_reconstruction(
         lpips (*optional*): as of `load_lpips`.
         size (`int`, *optional*): side in pixels at which is measured; the paper's is 256. Default: the model's own.
         resize_mode (`str`): which of the original's two ways leads to `size`, see [`VFMTokImageProcessor.postprocess`].
-        advance: called with the number of images done after each batch.
+        progress_callback: called with the number of images done after each batch.
 
     Raises:
         ValueError: an unreadable image, which is named, or features that are not finite; a size below SSIM's window.
@@ -174,7 +174,7 @@ def evaluate_reconstruction(
         counts += image_tokens.flatten().cpu().bincount(minlength=len(counts))
         reconstructions = pipe.detokenize(image_tokens, "uint8", size, resize_mode, batch_size)
         originals = pipe.image_processor.postprocess(pixel_values, "uint8", size, resize_mode)
-        columns["psnr"].append(psnr(originals, reconstructions).cpu())
+        columns["psnr"].append(psnr(originals, reconstructions))
         columns["ssim"].append(ssim(originals, reconstructions, ssim_convention))
         if lpips is not None:
             columns["lpips"].append(lpips(originals, reconstructions))
@@ -182,10 +182,10 @@ def evaluate_reconstruction(
             original_features.append(extractor(originals))
             features.append(extractor(reconstructions))
             numbers = f"images {num_images + 1} to {num_images + len(batch)}"
-            check_finite(original_features[-1], f"Of the originals, {numbers}")
-            check_finite(features[-1], f"Of the reconstructions, {numbers}")
+            check_finite_features(original_features[-1], f"Of the originals, {numbers}")
+            check_finite_features(features[-1], f"Of the reconstructions, {numbers}")
         num_images += len(batch)
-        advance(len(batch))
+        progress_callback(len(batch))
     if num_images == 0:
         raise ValueError("There are no images to reconstruct.")
     values = {name: torch.cat(parts).mean().item() for name, parts in columns.items() if parts}

@@ -1,11 +1,11 @@
-"""What image tokens are: how the codebook is used, and where in the image each anchor looks."""
+"""How the codebook is used, and where in the image each anchor attends."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from vfmtok_hf.evaluation.features import Advance
+from vfmtok_hf.evaluation.features import ProgressCallback
 from vfmtok_hf.evaluation.images import Picture, batches_of
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 from vfmtok_hf.pipelines import VFMTokPipeline
@@ -42,7 +42,7 @@ def codebook_statistics(counts: torch.Tensor) -> CodebookStatistics:
 
 def token_count_remarks(counts: torch.Tensor) -> list[str]:
     """
-    What too few tokens do to usage and perplexity: of n draws from K equally frequent codes, exp(-n / K) of the codes do
+    What too few tokens do to usage and perplexity: of n samples of K equally frequent codes, exp(-n / K) of the codes do
     not occur; with ten tokens a code these are fewer than 0.01 %.
     """
     num_tokens, codebook_size = int(counts.sum()), len(counts)
@@ -57,11 +57,11 @@ def token_count_remarks(counts: torch.Tensor) -> list[str]:
 @dataclass
 class AnchorStatistics:
     """
-    Where anchors look, means over images. Lengths are in cells of the anchor grid, so that 0.5 is the way from a cell's
-    centre to its edge; heads count equally, and within a head the attention weights count.
+    Where anchors attend, means over images. Lengths are in cells of the anchor grid, so that 0.5 is the way from a cell's
+    center to its edge; heads count equally, and within a head the attention weights count.
 
     Args:
-        displacement (`torch.Tensor` of shape `(layers, num_anchors)`): from an anchor's reference point, its cell's centre,
+        displacement (`torch.Tensor` of shape `(layers, num_anchors)`): from an anchor's reference point, its cell's center,
             to the weighted mean of its sampling locations.
         spread (`torch.Tensor` of shape `(layers, num_anchors)`): weighted root mean square distance of the locations from
             that mean.
@@ -70,7 +70,7 @@ class AnchorStatistics:
         outside_image (`torch.Tensor` of shape `(layers, num_anchors)`): share of the weight outside of the image, where
             zeros are read.
         content_share (`torch.Tensor` of shape `(layers,)`): share of the mean squared displacement that differs from image
-            to image. 0: anchors look at the same places in every image.
+            to image. 0: anchors attend to the same places in every image.
     """
 
     displacement: torch.Tensor
@@ -85,7 +85,7 @@ class AnchorTracker:
 
     def __init__(self, reference_points: torch.Tensor):
         """`reference_points` `(num_anchors, 2)` as (x, y) in [0, 1]^2."""
-        self.reference_points = reference_points.double().cpu()
+        self.reference_points = reference_points.cpu().double()
         self.cells_per_side = round(len(reference_points) ** 0.5)
         self.parts: list[dict[str, torch.Tensor]] = []
 
@@ -99,16 +99,16 @@ class AnchorTracker:
 
     def _of_layer(self, locations: torch.Tensor, weights: torch.Tensor) -> dict[str, torch.Tensor]:
         # batch_size, num_anchors, heads * levels * points(, 2)
-        locations = locations.flatten(2, 4).double().cpu()
-        weights = weights.flatten(2).double().cpu()
+        locations = locations.flatten(2, 4).cpu().double()
+        weights = weights.flatten(2).cpu().double()
         weights = weights / weights.sum(-1, keepdim=True)
         # batch_size, num_anchors, heads * levels * points, 2, in cells from the reference point
         offsets = (locations - self.reference_points[:, None]) * self.cells_per_side
-        centre = (offsets * weights[..., None]).sum(2)
-        squared_distance = (offsets - centre[:, :, None]).square().sum(-1)
+        center = (offsets * weights[..., None]).sum(2)
+        squared_distance = (offsets - center[:, :, None]).square().sum(-1)
         outside_image = ((locations < 0) | (locations > 1)).any(-1).double()
         return {
-            "centre": centre,
+            "center": center,
             "spread": (squared_distance * weights).sum(-1).sqrt(),
             "outside_cell": ((offsets.abs() > 0.5).any(-1).double() * weights).sum(-1),
             "outside_image": (outside_image * weights).sum(-1),
@@ -117,11 +117,11 @@ class AnchorTracker:
     def statistics(self) -> AnchorStatistics:
         # images, layers, num_anchors(, 2)
         columns = {name: torch.cat([part[name] for part in self.parts]) for name in self.parts[0]}
-        centre = columns.pop("centre")
-        total = centre.square().sum(-1).mean(dim=(0, 2))
-        varying = (centre - centre.mean(0)).square().sum(-1).mean(dim=(0, 2))
+        center = columns.pop("center")
+        total = center.square().sum(-1).mean(dim=(0, 2))
+        varying = (center - center.mean(0)).square().sum(-1).mean(dim=(0, 2))
         return AnchorStatistics(
-            displacement=centre.norm(dim=-1).mean(0),
+            displacement=center.norm(dim=-1).mean(0),
             content_share=torch.where(total > 0, varying / total.clamp_min(1e-12), 0.0),
             **{name: column.mean(0) for name, column in columns.items()},
         )
@@ -136,7 +136,7 @@ class TokenResult:
         codebook (`CodebookStatistics`): of these counts.
         position_entropy (`torch.Tensor` of shape `(num_anchors,)`): entropy in bits of the codes at each position; no
             more than the binary logarithm of the number of images.
-        anchors (`AnchorStatistics`): where they look.
+        anchors (`AnchorStatistics`): where they attend.
     """
 
     num_images: int
@@ -165,10 +165,13 @@ class TokenResult:
 
 @torch.no_grad()
 def evaluate_tokens(
-    pipe: VFMTokPipeline, pictures: Iterable[Picture], batch_size: int = 16, advance: Advance = lambda count: None
+    pipe: VFMTokPipeline,
+    pictures: Iterable[Picture],
+    batch_size: int = 16,
+    progress_callback: ProgressCallback = lambda count: None,
 ) -> TokenResult:
     """
-    Statistics of the tokens of images, and of the places that their anchors looked at.
+    Statistics of the tokens of images, and of the places that their anchors attended to.
 
     Args:
         pictures (`Iterable[Picture]`): paths of image files, or PIL images; read once, in order.
@@ -184,7 +187,7 @@ def evaluate_tokens(
         encoded = model.encode(pixel_values["pixel_values"].to(model.device), output_sampling_locations=True)
         tracker.update(encoded.sampling_locations, encoded.attention_weights)
         all_tokens.append(encoded.image_tokens.cpu())
-        advance(len(encoded.image_tokens))
+        progress_callback(len(encoded.image_tokens))
     if not all_tokens:
         raise ValueError("There are no images to take tokens of.")
     image_tokens = torch.cat(all_tokens)
@@ -197,9 +200,9 @@ def evaluate_tokens(
 
 
 @dataclass
-class Looks:
+class AnchorAttention:
     """
-    Where the anchors of a few images look in the encoder's last layer.
+    Where the anchors of a few images attend in the encoder's last layer.
 
     Args:
         images (`torch.ByteTensor` of shape `(images, 3, height, width)`): as the model sees them.
@@ -213,9 +216,11 @@ class Looks:
 
 
 @torch.no_grad()
-def looks_of(pipe: VFMTokPipeline, pictures: Sequence[Picture]) -> Looks:
-    """Encode a few images and keep where their anchors look."""
+def anchor_attention(pipe: VFMTokPipeline, pictures: Sequence[Picture]) -> AnchorAttention:
+    """Encode a few images and keep where their anchors attend."""
     pixel_values = pipe.image_processor(list(pictures), return_tensors="pt")["pixel_values"]
     encoded = pipe.vq_model.encode(pixel_values.to(pipe.vq_model.device), output_sampling_locations=True)
     images = pipe.image_processor.postprocess(pixel_values, "uint8")
-    return Looks(images, encoded.sampling_locations[-1].float().cpu(), encoded.attention_weights[-1].float().cpu())
+    return AnchorAttention(
+        images, encoded.sampling_locations[-1].float().cpu(), encoded.attention_weights[-1].float().cpu()
+    )

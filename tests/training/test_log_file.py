@@ -1,4 +1,4 @@
-"""Curves of runs, and what they are read from."""
+"""The logs of runs, the curves read from them, and `vfmtok plot`."""
 
 import json
 
@@ -8,8 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from vfmtok_hf import cli
-from vfmtok_hf.training.log_file import drop_lines_after, read_log
-from vfmtok_hf.training.plot import plot_runs, read_curves
+from vfmtok_hf.training.log_file import drop_lines_after, read_curves, read_log
 
 
 def write_log(run, entries, tail=""):
@@ -39,19 +38,13 @@ def test_an_interrupted_log_forgets_what_comes_again(tmp_path):
     assert (run / "log.jsonl").read_text().endswith("}\n")
 
 
-def test_several_runs_share_a_picture(tmp_path):
+def test_the_curves_of_runs_are_plotted_in_the_first_of_them(tmp_path):
     one, other = (write_log(tmp_path / name, losses(range(1, 9), scale)) for name, scale in (("one", 1), ("two", 9)))
-    assert plot_runs([one], tmp_path / "one.png") == 2
-    result = CliRunner().invoke(cli.app, ["plot", str(one), str(other), "--output", str(tmp_path / "both.png")])
+    result = CliRunner().invoke(cli.app, ["plot", str(one), str(other)])
     assert result.exit_code == 0, result.output
-    pixels = [
-        np.asarray(PIL.Image.open(tmp_path / f"{name}.png").convert("RGB")).reshape(-1, 3) for name in ("one", "both")
-    ]
-    colours = [{tuple(pixel) for pixel in np.unique(image, axis=0)} for image in pixels]
-    # matplotlib's first two: #1f77b4, #ff7f0e
-    assert [((31, 119, 180) in found, (255, 127, 14) in found) for found in colours] == [(True, False), (True, True)]
-    CliRunner().invoke(cli.app, ["plot", str(one)])
-    assert (one / "curves.png").is_file()
+    pixels = np.asarray(PIL.Image.open(one / "curves.png").convert("RGB")).reshape(-1, 3)
+    # matplotlib's first two colors
+    assert {(31, 119, 180), (255, 127, 14)} <= {tuple(pixel) for pixel in np.unique(pixels, axis=0).tolist()}
 
 
 @pytest.mark.parametrize(
