@@ -8,6 +8,9 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
+
+from tests.pipelines.tiny_pipeline import tiny_pipeline
 
 from .fake_hub import FakeHub
 from .published import publish
@@ -95,6 +98,15 @@ def published(hub, tmp_path_factory):
     """Folder of what lies on the fake Hub (`published.py`)."""
     folder = tmp_path_factory.mktemp("published")
     publish(hub, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A saved pipeline."""
+    folder = tmp_path_factory.mktemp("pipe")
+    torch.manual_seed(0)
+    tiny_pipeline().save_pretrained(folder)
     return folder
 
 

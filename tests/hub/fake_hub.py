@@ -31,11 +31,6 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def is_large(name: str) -> bool:
-    """Whether the Hub would keep a file of this name outside of git."""
-    return name.endswith(LARGE_FILES)
-
-
 @dataclass
 class Commit:
     oid: str
@@ -84,12 +79,13 @@ class FakeHub:
     Use as a context manager.
 
     `faults` maps a regular expression for "METHOD path" to what happens to such requests: a status code, or `"cut"`
-    for a connection that ends in the middle of the answer.
+    for a connection that ends in the middle of the answer. Files with one of `large_suffixes` are kept outside of git.
     """
 
     def __init__(self):
         self.repositories: dict[str, Repository] = {}
         self.large_files: dict[str, bytes] = {}
+        self.large_suffixes = LARGE_FILES
         self.faults: dict[str, int | str] = {}
         self.requests: list[str] = []
         hub = self
@@ -238,10 +234,12 @@ class FakeHub:
         facts = {"id": name, "modelId": name, "_id": "1", "private": False, "tags": [], "downloads": 0, "likes": 0}
         return Answer(200, {**facts, "sha": commit.oid, "siblings": siblings})
 
-    @staticmethod
-    def entry(path: str, content: bytes) -> dict:
+    def is_large(self, name: str) -> bool:
+        return name.endswith(self.large_suffixes)
+
+    def entry(self, path: str, content: bytes) -> dict:
         entry = {"type": "file", "path": path, "size": len(content), "oid": git_oid(content)}
-        if is_large(path):
+        if self.is_large(path):
             entry["lfs"] = {"oid": sha256(content), "size": len(content), "pointerSize": 134}
         return entry
 
@@ -264,12 +262,11 @@ class FakeHub:
 
     # -- pushes
 
-    @staticmethod
-    def preupload(repository: Repository, files: list[dict]) -> Answer:
+    def preupload(self, repository: Repository, files: list[dict]) -> Answer:
         def how(path: str) -> dict:
             known = repository.files.get(path)
-            oid = None if known is None else sha256(known) if is_large(path) else git_oid(known)
-            mode = "lfs" if is_large(path) else "regular"
+            oid = None if known is None else sha256(known) if self.is_large(path) else git_oid(known)
+            mode = "lfs" if self.is_large(path) else "regular"
             return {"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid}
 
         return Answer(200, {"files": [how(file["path"]) for file in files]})
@@ -324,7 +321,7 @@ class FakeHub:
         if file not in commit.files:
             return Answer(404, {"error": "no such file"}, {**headers, "X-Error-Code": "EntryNotFound"})
         content = commit.files[file]
-        if not is_large(file):
+        if not self.is_large(file):
             return Answer(200, content, {**headers, "ETag": f'"{git_oid(content)}"'})
         self.large_files[sha256(content)] = content
         linked = {"X-Linked-ETag": f'"{sha256(content)}"', "X-Linked-Size": str(len(content))}

@@ -1,4 +1,4 @@
-"""`vfmtok push` and `vfmtok publish-plan`."""
+"""`vfmtok push`."""
 
 from enum import Enum
 from pathlib import Path
@@ -45,7 +45,7 @@ def push(
     ] = False,
 ) -> None:
     """
-    Publish a model with its card and code, in one commit.
+    Publish a model with its card and code.
 
     `vfmtok push runs/mine/model you/mine --dry-run`
     """
@@ -65,28 +65,3 @@ def push(
         else:
             raise ValueError("--vision-model, --tokenizer and --config go with --convert.")
         output_console.print(report.summary(), markup=False, highlight=False, soft_wrap=True)
-
-
-def publish_plan(
-    namespace: Annotated[str, typer.Argument(help="User or organization to publish under.")],
-    ask_hub: Annotated[bool, typer.Option("--ask-hub", help="Ask the Hub for the sizes of the originals.")] = False,
-) -> None:
-    """What publishing every checkpoint that the authors released takes: sizes, and the commands to type."""
-    with one_line_errors():
-        from vfmtok_hf.hub.released_checkpoints import publish_plan
-
-        for row in publish_plan(namespace, ask_hub):
-            size = (
-                "size not asked"
-                if not ask_hub
-                else "not found"
-                if row.source_bytes is None
-                else gigabytes(row.source_bytes)
-            )
-            target = f"{row.target} ({gigabytes(row.target_bytes)})" if row.target else "no model of this package"
-            lines = [f"{row.source} ({size}) -> {target}", *(f"    {command}" for command in row.commands)]
-            output_console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
-
-
-def gigabytes(size: int) -> str:
-    return f"{size / 1e9:.1f} GB"

@@ -11,7 +11,7 @@ from vfmtok_hf.cli.convert import convert_app
 from vfmtok_hf.cli.evaluate import evaluate_app
 from vfmtok_hf.cli.export import export
 from vfmtok_hf.cli.generate import ManyLabelsCommand, generate
-from vfmtok_hf.cli.hub import publish_plan, push
+from vfmtok_hf.cli.hub import push
 from vfmtok_hf.cli.info import info
 from vfmtok_hf.cli.tokenize import detokenize, reconstruct, tokenize
 from vfmtok_hf.cli.training import extract_tokens, plot
@@ -33,6 +33,5 @@ app.command()(export)
 app.command()(info)
 app.command()(plot)
 app.command()(push)
-app.command("publish-plan")(publish_plan)
 app.add_typer(convert_app, name="convert")
 app.add_typer(evaluate_app, name="evaluate")

@@ -1,13 +1,8 @@
-"""The checkpoints that the authors of VFMTok have released, and what publishing each of them takes."""
+"""The checkpoints that the authors of VFMTok have released, and what each is published as."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-
-from huggingface_hub import HfApi
-from huggingface_hub.hf_api import RepoFile
-
-from vfmtok_hf.modeling.loading_vfmtok import one_line_errors
 
 
 Kind = Literal["tokenizer", "ar", "rar"]
@@ -75,66 +70,19 @@ def find_released(checkpoint: str | Path) -> ReleasedCheckpoint | None:
     return next((row for row in RELEASED_CHECKPOINTS if path.endswith(f"/{row.source}")), None)
 
 
-@dataclass(frozen=True)
-class PlannedRepository:
-    """
-    What publishing one released checkpoint takes.
-
-    Args:
-        source: path in the original's repository.
-        source_bytes: size of that file as the Hub gives it; `None` if it was not asked, or does not have the file.
-        target: repository to publish as; `None` for models that this package does not have.
-        target_bytes: size of the weights there, in float32.
-        commands: what to type.
-    """
-
-    source: str
-    source_bytes: int | None
-    target: str | None
-    target_bytes: int
-    commands: tuple[str, ...]
+def released_table() -> str:
+    """The table of docs/hub.md: what each released file is published as, its size, and the options of `vfmtok push`."""
+    tokenizer, *_ = RELEASED_CHECKPOINTS
+    lines = ["| file | repository | float32 weights | options |", "|---|---|---|---|"]
+    for row in RELEASED_CHECKPOINTS:
+        if row.kind is None:
+            lines.append(f"| `{row.source}` | — | | a model that this package does not have |")
+            continue
+        along = f"--vision-model {VISION_MODEL}" if row is tokenizer else f"--tokenizer you/{TOKENIZER_NAME}"
+        num_parameters = row.num_parameters + (0 if row is tokenizer else tokenizer.num_parameters)
+        size = f"{4 * num_parameters / 1e9:.1f} GB"
+        lines.append(f"| `{row.source}` | `you/{row.name}` | {size} | `--convert {row.kind} {along}` |")
+    return "\n".join(lines) + "\n"
 
 
-def publish_plan(namespace: str, ask_hub: bool = False) -> list[PlannedRepository]:
-    """
-    What publishing all released checkpoints takes, in the order to do it: the tokenizer first, which is published
-    along with every generator.
-
-    Args:
-        namespace: user or organization to publish under.
-        ask_hub: ask the Hub for the sizes of the originals.
-
-    Raises:
-        OSError: the Hub cannot be asked.
-    """
-    sizes: dict[str, int] = {}
-    if ask_hub:
-        sources = [row.source for row in RELEASED_CHECKPOINTS]
-        with one_line_errors(ORIGINAL_REPOSITORY):
-            found = HfApi().get_paths_info(ORIGINAL_REPOSITORY, sources)
-        sizes = {info.path: info.size for info in found if isinstance(info, RepoFile)}
-    return [_plan(row, namespace, sizes.get(row.source)) for row in RELEASED_CHECKPOINTS]
-
-
-def _plan(row: ReleasedCheckpoint, namespace: str, source_bytes: int | None) -> PlannedRepository:
-    if row.kind is None:
-        return PlannedRepository(row.source, source_bytes, None, 0, ())
-    tokenizer, target = f"{namespace}/{TOKENIZER_NAME}", f"{namespace}/{row.name}"
-    is_tokenizer = row.kind == "tokenizer"
-    along = f"--vision-model {VISION_MODEL}" if is_tokenizer else f"--tokenizer {tokenizer}"
-    commands = (
-        f"hf download {ORIGINAL_REPOSITORY} {row.source} --local-dir originals",
-        f"vfmtok push originals/{row.source} {target} --convert {row.kind} {along}",
-    )
-    num_parameters = row.num_parameters + (0 if is_tokenizer else RELEASED_CHECKPOINTS[0].num_parameters)
-    return PlannedRepository(row.source, source_bytes, target, 4 * num_parameters, commands)
-
-
-__all__ = [
-    "ORIGINAL_REPOSITORY",
-    "RELEASED_CHECKPOINTS",
-    "PlannedRepository",
-    "ReleasedCheckpoint",
-    "find_released",
-    "publish_plan",
-]
+__all__ = ["ORIGINAL_REPOSITORY", "RELEASED_CHECKPOINTS", "ReleasedCheckpoint", "find_released", "released_table"]

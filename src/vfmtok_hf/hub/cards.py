@@ -1,0 +1,207 @@
+"""Model cards: README.md of a repository, from what its folder holds."""
+
+import io
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from vfmtok_hf.conversion.convert import PROVENANCE_FILE
+from vfmtok_hf.data.output_files import is_picture
+from vfmtok_hf.evaluation.results import Result, card_metrics, published_and_measured, results_table
+from vfmtok_hf.hub.saved_models import SavedModel, read_json, read_saved_model
+from vfmtok_hf.pipelines import VFMTokPipeline
+from vfmtok_hf.plotting import image_grid
+
+
+CARD_TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
+PAPER = "https://arxiv.org/abs/2507.08441"
+
+USAGE = {
+    "pipeline": """\
+from vfmtok_hf import VFMTokPipeline
+
+pipe = VFMTokPipeline.from_pretrained("{repo_id}")
+image = pipe({label}).images[0]""",
+    "vfmtok": """\
+from vfmtok_hf import VFMTokPipeline
+
+pipe = VFMTokPipeline.from_image_tokenizer("{repo_id}"){fetch_for_pipe}
+image_tokens = pipe.tokenize("photo.png")
+reconstruction = pipe.detokenize(image_tokens)[0]""",
+    "vfmtok_ar": """\
+import torch
+from vfmtok_hf import VFMTokARForImageGeneration
+
+generator = VFMTokARForImageGeneration.from_pretrained("{repo_id}")
+image_tokens = generator.generate(torch.tensor([0]))""",
+    "vfmtok_rar": """\
+import torch
+from vfmtok_hf import VFMTokRARForImageGeneration
+
+generator = VFMTokRARForImageGeneration.from_pretrained("{repo_id}")
+image_tokens = generator.generate(torch.tensor([0]))""",
+}
+GENERATOR_USAGE_WITHOUT_PACKAGE = """\
+import torch
+from transformers import AutoModel
+
+generator = AutoModel.from_pretrained("{repo_id}", trust_remote_code=True)
+image_tokens = generator.generate(torch.tensor([0]))"""
+USAGE_WITHOUT_PACKAGE = {
+    "pipeline": """\
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True)
+image = pipe({label}).images[0]""",
+    "vfmtok": """\
+from transformers import AutoImageProcessor, AutoModel
+
+processor = AutoImageProcessor.from_pretrained("{repo_id}", trust_remote_code=True)
+model = AutoModel.from_pretrained("{repo_id}", trust_remote_code=True){fetch_for_model}
+pixel_values = processor("photo.png", return_tensors="pt")["pixel_values"]
+image_tokens = model.encode(pixel_values).image_tokens
+reconstruction = processor.postprocess(model.decode(image_tokens).reconstruction)[0]""",
+    "vfmtok_ar": GENERATOR_USAGE_WITHOUT_PACKAGE,
+    "vfmtok_rar": GENERATOR_USAGE_WITHOUT_PACKAGE,
+}
+DESCRIPTIONS = {
+    "pipeline": "A VFMTok image tokenizer and a generator of its tokens: class labels to images, without "
+    "classifier-free guidance unless asked for.",
+    "vfmtok": "A VFMTok image tokenizer: images to image tokens and back, on the features of a frozen vision model.",
+    "vfmtok_ar": "A generator of VFMTok image tokens for class labels, one after the other in raster order.",
+    "vfmtok_rar": "A generator of VFMTok image tokens for class labels, trained in randomized order.",
+}
+
+
+def model_card(
+    folder: str | Path,
+    repo_id: str,
+    license: str = "apache-2.0",
+    base_model: str | None = None,
+    metrics: Sequence[Mapping[str, Any]] = (),
+    pictures: Mapping[str, str] | None = None,
+    results: Sequence[Result] = (),
+) -> ModelCard:
+    """
+    README.md of a repository.
+
+    Args:
+        folder: saved model or pipeline. Its provenance.json, which conversion writes, goes into the card.
+        repo_id: the repository it is for.
+        license: of the weights, as the Hub abbreviates it.
+        base_model: repository that the weights come from.
+        metrics: fields of `huggingface_hub.EvalResult`, at least `metric_type`, `metric_name`, `metric_value`,
+            `dataset_type` and `dataset_name`. They become the card's `model-index`.
+        pictures: caption by file name. Default: every picture in the folder, under its own name.
+        results: published and measured figures, of `vfmtok_hf.evaluation.results`. The card shows them in columns of
+            their own; they become part of the `model-index`.
+
+    Raises:
+        FileNotFoundError, ValueError: the folder does not hold a complete model of VFMTok's.
+        TypeError: a metric lacks a field or has an unknown one.
+    """
+    saved = read_saved_model(folder)
+    task = "image-feature-extraction" if saved.kind == "vfmtok" else "unconditional-image-generation"
+    name = repo_id.split("/")[-1]
+    plain = [EvalResult(**{"task_type": task, **metric}) for metric in metrics]
+    card_data = ModelCardData(
+        license=license,
+        library_name="diffusers" if saved.kind == "pipeline" else "transformers",
+        pipeline_tag=task,
+        tags=["vfmtok", "image-tokenizer" if saved.kind == "vfmtok" else "class-conditional", "arxiv:2507.08441"],
+        base_model=base_model,
+        model_name=name,
+        eval_results=[*plain, *card_metrics(results)] or None,
+    )
+    if pictures is None:
+        names = [Path(name) for name in saved.files if "/" not in name]
+        pictures = {name.name: name.stem.replace("_", " ") for name in names if is_picture(name)}
+    snippet_values = _snippet_values(saved, repo_id)
+    return ModelCard.from_template(
+        card_data,
+        template_str=CARD_TEMPLATE.read_text(encoding="utf-8"),
+        model_name=name,
+        license=license,
+        paper=PAPER,
+        description=DESCRIPTIONS[saved.kind],
+        pictures=pictures,
+        usage=USAGE[saved.kind].format(**snippet_values),
+        usage_without_package=USAGE_WITHOUT_PACKAGE[saved.kind].format(**snippet_values),
+        facts=_facts(saved),
+        metrics=plain,
+        results_table=results_table(*published_and_measured(results)) if results else "",
+        provenance=_provenance(saved),
+    )
+
+
+def _snippet_values(saved: SavedModel, repo_id: str) -> dict[str, Any]:
+    light = saved.kind == "vfmtok" and not saved.configs[""].get("save_vision_model", True)
+    names = [name.split(",")[0].strip() for name in (saved.index.get("id2label") or {}).values()]
+    unique = [name for name, count in Counter(names).items() if count == 1]
+    return {
+        "repo_id": repo_id,
+        "label": json.dumps(unique[0] if unique else 0, ensure_ascii=False),
+        "fetch_for_pipe": "\npipe.vq_model.load_vision_model()" if light else "",
+        "fetch_for_model": "\nmodel.load_vision_model()" if light else "",
+    }
+
+
+def _facts(saved: SavedModel) -> dict[str, str]:
+    facts = {"weights": f"{saved.num_weights:,}"}
+    for config in saved.configs.values():
+        if config["model_type"] == "vfmtok":
+            facts["images"] = f"{config['image_size']} x {config['image_size']} pixels"
+            facts["image tokens"] = f"{config['num_anchors']} of a codebook of {config['codebook_size']}"
+            facts["vision model"] = config["vision_config"]["model_type"]
+        else:
+            facts["generator"] = f"{config['num_hidden_layers']} layers of width {config['hidden_size']}"
+            facts["classes"] = str(config["num_classes"])
+    return facts
+
+
+def _provenance(saved: SavedModel) -> dict[str, str]:
+    file = saved.folder / PROVENANCE_FILE
+    facts = read_json(file) if file.is_file() else {}
+    return {**facts, "published with": f"vfmtok-hf {version('vfmtok-hf')}"}
+
+
+def read_metrics(file: str | Path) -> list[dict[str, Any]]:
+    """
+    Figures for `model_card` from a JSON list of them.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such file, or it does not hold what the card needs.
+    """
+    metrics = read_json(Path(file))
+    try:
+        for metric in metrics:
+            EvalResult(**{"task_type": "", **metric})
+    except TypeError as error:
+        raise ValueError(f"{file} must hold a list of objects with the fields of a model-index: {error}.") from error
+    return metrics
+
+
+def draw_samples(folder: str | Path, count: int) -> tuple[bytes, str]:
+    """
+    A picture of `count` samples of the pipeline saved in `folder` as PNG, and its caption: seeds from 0, none picked,
+    no guidance.
+
+    Classes follow each other from 0, and begin again after the last.
+    """
+    pipe = VFMTokPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    class_ids = [index % pipe.transformer.config.num_classes for index in range(count)]
+    seeds = [torch.Generator().manual_seed(seed) for seed in range(count)]
+    names = [pipe.id2label.get(class_id, str(class_id)).split(",")[0] for class_id in class_ids]
+    buffer = io.BytesIO()
+    image_grid(pipe(class_ids, generator=seeds).images, min(count, 8), names).save(buffer, "PNG")
+    return buffer.getvalue(), f"Samples of seeds 0 to {count - 1}, none picked, without guidance"
+
+
+__all__ = ["draw_samples", "model_card", "read_metrics"]

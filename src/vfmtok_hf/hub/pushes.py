@@ -1,0 +1,248 @@
+"""Pushes: a saved model, its card and its code become a repository on the Hub."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError
+from huggingface_hub.utils import validate_repo_id
+
+from vfmtok_hf.conversion import convert_ar, convert_rar, convert_tokenizer
+from vfmtok_hf.conversion.convert import PROVENANCE_FILE, write_provenance
+from vfmtok_hf.data.output_files import whole_file
+from vfmtok_hf.evaluation.results import Result, published_results
+from vfmtok_hf.hub.cards import draw_samples, model_card
+from vfmtok_hf.hub.released_checkpoints import ORIGINAL_REPOSITORY, Kind, find_released
+from vfmtok_hf.hub.saved_models import MODELS_BY_TYPE, SavedModel, read_config, read_json, read_saved_model
+from vfmtok_hf.modeling.image_processing_vfmtok import VFMTokImageProcessor
+from vfmtok_hf.pipelines import VFMTokPipeline
+from vfmtok_hf.pipelines.portable_vfmtok import portable_code, portable_pipeline
+
+
+GENERATOR_CONVERTERS = {"ar": convert_ar, "rar": convert_rar}
+# Weights that a repository holds and a push does not bring: loading might prefer them.
+STALE_WEIGHTS = ["model*.safetensors*", "*/model*.safetensors*"]
+
+
+class PushError(OSError):
+    """A push that failed, and why, in one line."""
+
+
+@dataclass(frozen=True)
+class PushReport:
+    """
+    What a push did, or in a dry run would do.
+
+    Args:
+        repo_id: the repository.
+        files: size in bytes of every file that it gets.
+        left_out: files of the folder that do not belong to the model, and are not sent.
+        card: its README.md.
+        commit_url: the commit; `None` in a dry run.
+    """
+
+    repo_id: str
+    files: dict[str, int]
+    left_out: list[str]
+    card: str
+    commit_url: str | None
+
+    def summary(self) -> str:
+        """The report for people: files, and in a dry run the card."""
+        lines = [f"{size / 1e6:10.2f} MB  {name}" for name, size in self.files.items()]
+        lines.append(f"{sum(self.files.values()) / 1e6:10.2f} MB  in {len(self.files)} files for {self.repo_id}")
+        if self.left_out:
+            lines.append(f"left out, as no part of the model: {', '.join(self.left_out)}")
+        if self.commit_url:
+            return "\n".join([*lines, f"pushed: {self.commit_url}"])
+        return "\n".join([*lines, "", "README.md:", "", self.card, "", "nothing was sent (dry run)"])
+
+
+def push(
+    folder: str | Path,
+    repo_id: str,
+    license: str = "apache-2.0",
+    base_model: str | None = None,
+    metrics: Sequence[Mapping[str, Any]] = (),
+    samples: int = 0,
+    private: bool = False,
+    token: str | None = None,
+    dry_run: bool = False,
+    results: Sequence[Result] = (),
+) -> PushReport:
+    """
+    Publish a saved model or pipeline with its card and code, by `HfApi.upload_folder`.
+
+    The code is that of this version, whatever the folder holds. A README.md in the folder is published as it is. Of other
+    files those are sent that belong to the model (`SavedModel.files`). Weights that the repository holds and the folder
+    does not are deleted in the same commit, so that no stale shard stays.
+
+    Args:
+        folder: what `save_pretrained` wrote.
+        repo_id: `namespace/name`. The repository is made if it does not exist.
+        license, base_model, metrics, results: as in `model_card`.
+        samples: number of images to draw for the card of a pipeline.
+        private: visibility of a repository made by this push.
+        token: defaults to the one of `hf auth login`.
+        dry_run: do everything but use the network.
+
+    Raises:
+        FileNotFoundError, ValueError: the folder does not hold a complete model of VFMTok's; a bad `repo_id`.
+        PushError: the Hub refused, the connection failed, or somebody else committed meanwhile. Pushing again goes on:
+            the Hub's client does not send twice what has arrived.
+    """
+    validate_repo_id(repo_id)
+    saved = read_saved_model(folder)
+    if samples and saved.kind != "pipeline":
+        raise ValueError(f"Samples are drawn by pipelines, and {folder} holds a model of type {saved.kind!r}.")
+    with tempfile.TemporaryDirectory() as temporary:
+        staged = Path(temporary)
+        stage(saved, staged)
+        pictures = None
+        if samples:
+            png, caption = draw_samples(folder, samples)
+            write(staged / "samples.png", png)
+            pictures = {"samples.png": caption}
+        readme = staged / "README.md"
+        if not readme.exists():
+            card = model_card(folder, repo_id, license, base_model, metrics, pictures, results)
+            write(readme, str(card).encode())
+        files = [file for file in sorted(staged.rglob("*")) if file.is_file()]
+        report = PushReport(
+            repo_id=repo_id,
+            files={file.relative_to(staged).as_posix(): file.stat().st_size for file in files},
+            left_out=saved.other_files(),
+            card=readme.read_text(encoding="utf-8"),
+            commit_url=None,
+        )
+        return report if dry_run else replace(report, commit_url=upload(HfApi(token=token), repo_id, staged, private))
+
+
+def stage(saved: SavedModel, folder: Path) -> None:
+    """Lay out a repository in an empty folder: links to the model's files, and the code of this version."""
+    for name, file in saved.files.items():
+        link = folder / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            link.symlink_to(file.resolve())
+        except OSError:  # Windows without its developer mode
+            shutil.copyfile(file, link)
+    for name, text in published_code(saved).items():
+        write(folder / name, text.encode())
+
+
+def write(file: Path, content: bytes) -> None:
+    """Write a file of a staged repository, in the place of a link and never through it."""
+    with whole_file(file) as temporary:
+        temporary.write_bytes(content)
+
+
+def published_code(saved: SavedModel) -> dict[str, str]:
+    """The code of this version, and the configurations that name it, by their path in the repository."""
+    code = portable_pipeline(saved.index) if saved.index else {}
+    for part, config in saved.configs.items():
+        model_class = MODELS_BY_TYPE[config["model_type"]]
+        classes = {"AutoConfig": model_class.config_class, "AutoModel": model_class}
+        code |= code_of_a_part(f"{part}/config.json", config, classes)
+    for path in saved.files:
+        if path.endswith("preprocessor_config.json"):
+            config = read_json(saved.folder / path)
+            code |= code_of_a_part(path, config, {"AutoImageProcessor": VFMTokImageProcessor})
+    return code
+
+
+def code_of_a_part(path: str, config: Mapping[str, Any], classes: Mapping[str, type]) -> dict[str, str]:
+    """A configuration whose `auto_map` names the classes, and their modules beside it."""
+    modules = {cls: cls.__module__.split(".")[-1] for cls in classes.values()}
+    auto_map = {name: f"{modules[cls]}.{cls.__name__}" for name, cls in classes.items()}
+    folder, _, file_name = path.strip("/").rpartition("/")
+    files = {file_name: json.dumps({**config, "auto_map": auto_map}, indent=2) + "\n"}
+    files |= portable_code(*modules.values())
+    return {f"{folder}/{name}".strip("/"): text for name, text in files.items()}
+
+
+def upload(api: HfApi, repo_id: str, folder: Path, private: bool) -> str:
+    """Upload a folder to a repository, which is made if there is none. Returns the address of the commit."""
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=f"Upload with vfmtok-hf {version('vfmtok-hf')}",
+            parent_commit=api.repo_info(repo_id).sha,  # if somebody else commits meanwhile, the Hub refuses
+            delete_patterns=STALE_WEIGHTS,
+        )
+        return commit.commit_url
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+        # Errors of single files have the Hub's answer as their cause.
+        answer = error if isinstance(error, HTTPError) else error.__cause__ or error
+        reason = " ".join(str(answer).split()) or type(answer).__name__
+        raise PushError(f"The push to {repo_id} failed: {reason}") from error
+
+
+def push_checkpoint(
+    checkpoint: str | Path,
+    repo_id: str,
+    kind: Kind,
+    vision_model: str | None = None,
+    tokenizer: str | None = None,
+    config: Mapping[str, Any] | str | Path | None = None,
+    **options: Any,
+) -> PushReport:
+    """
+    Convert an original checkpoint and publish it.
+
+    Args:
+        checkpoint: file of the original code. One under its released path, such as
+            `originals/DINOv2/GPT-B/GPT-B-300e.pt`, gets its authors' figures into the card.
+        repo_id: `namespace/name`.
+        kind: `"tokenizer"`, `"ar"` or `"rar"`.
+        vision_model: repository or folder of the tokenizer's vision model, to include it.
+        tokenizer: repository or folder of a generator's image tokenizer, to publish both as a pipeline.
+        config: configuration fields that shapes cannot tell, as in `vfmtok_hf.conversion`.
+        options: those of `push`. A dry run converts as well.
+
+    Raises:
+        CheckpointError: as in `vfmtok_hf.conversion`.
+        FileNotFoundError, ValueError, PushError: as in `push`; options that do not belong to `kind`.
+    """
+    validate_repo_id(repo_id)
+    if vision_model is not None and kind != "tokenizer":
+        raise ValueError(f"vision_model belongs to a tokenizer; a checkpoint of kind {kind!r} has none.")
+    if tokenizer is not None and kind == "tokenizer":
+        raise ValueError("tokenizer belongs to a generator; this checkpoint is a tokenizer itself.")
+    released = find_released(checkpoint)
+    if released is not None:
+        options = {"base_model": ORIGINAL_REPOSITORY, **options}
+        if released.published_as is not None:
+            options["results"] = [*published_results(released.published_as), *options.get("results", ())]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "model"
+        if kind == "tokenizer":
+            convert_tokenizer(checkpoint, folder, vision_model=vision_model, config=config)
+        else:
+            GENERATOR_CONVERTERS[kind](checkpoint, folder, config=config)
+        if tokenizer is not None:
+            folder = join_pipeline(folder, tokenizer, Path(temporary) / "pipeline")
+        return push(folder, repo_id, **options)
+
+
+def join_pipeline(generator: Path, tokenizer: str, folder: Path) -> Path:
+    config = read_config(generator / "config.json")
+    transformer = MODELS_BY_TYPE[config["model_type"]].from_pretrained(generator)
+    half = VFMTokPipeline.from_image_tokenizer(tokenizer, dtype="auto")
+    VFMTokPipeline(half.vq_model, transformer, half.image_processor).save_pretrained(folder)
+    facts = read_json(generator / PROVENANCE_FILE)
+    if not Path(tokenizer).exists():  # where it lies on this machine is of no use to others
+        facts["image tokenizer"] = tokenizer
+    write_provenance(folder, facts)
+    return folder
+
+
+__all__ = ["PushError", "PushReport", "push", "push_checkpoint"]
