@@ -6,6 +6,7 @@ from urllib.error import URLError
 
 import pytest
 import torch
+import transformers
 from torch_fidelity import feature_extractor_inceptionv3
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model, ViTConfig, ViTForImageClassification
 
@@ -114,7 +115,9 @@ def test_a_vision_model_gives_its_class_token_and_its_map(tmp_path):
     images = eight_bit(3, 32)
     features = extractor(images)
     with torch.no_grad():
-        tokens = model((images / 255 - extractor.mean) / extractor.std).last_hidden_state
+        tokens = model(
+            **BitImageProcessor.from_pretrained(tmp_path)(images, return_tensors="pt", do_resize=False)
+        ).last_hidden_state
     torch.testing.assert_close(features.pooled, tokens[:, 0])
     torch.testing.assert_close(features.spatial, tokens[:, 1:].flatten(1))
     assert features.logits is None
@@ -127,6 +130,112 @@ def test_a_classifier_gives_logits(tmp_path):
     features = VisionModelFeatures(str(tmp_path))(eight_bit(2, 20))
     assert features.logits.shape == (2, 5)
     assert features.pooled.shape == (2, 16)
+
+
+TOWER = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+TEXT = {**TOWER, "vocab_size": 10, "max_position_embeddings": 8, "bos_token_id": 1, "eos_token_id": 2}
+TOWERS = {"text_config": TEXT, "vision_config": {**TOWER, "image_size": 32, "patch_size": 8}}
+SQUARE = {"height": 32, "width": 32}
+SHORT = {"size": {"shortest_edge": 64}}
+CROP = {"size": {"shortest_edge": 36}, "crop_size": SQUARE}
+STAGES = {"hidden_sizes": [8, 16], "depths": [1, 1]}
+WINDOWS = {"image_size": 64, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}
+
+# Model -> image processor, side of the network's input, channels, whether the class token comes first.
+VISION_MODELS = {
+    "convolutions, a shortest edge": (
+        lambda: transformers.ConvNextModel(transformers.ConvNextConfig(**STAGES, num_stages=2)),
+        transformers.ConvNextImageProcessor(**SHORT), 64, 16, False,
+    ),
+    "a classifier, a shortest edge": (
+        lambda: transformers.ResNetForImageClassification(transformers.ResNetConfig(embedding_size=8, **STAGES)),
+        transformers.ConvNextImageProcessor(**SHORT), 64, 16, False,
+    ),
+    "a hierarchy": (
+        lambda: transformers.SwinModel(transformers.SwinConfig(**WINDOWS)),
+        transformers.ViTImageProcessor(size={"height": 64, "width": 64}), 64, 16, False,
+    ),
+    "CLIP": (
+        lambda: transformers.CLIPModel(transformers.CLIPConfig(**TOWERS)),
+        transformers.CLIPImageProcessor(**CROP), 32, 16, True,
+    ),
+    "SigLIP": (
+        lambda: transformers.SiglipModel(transformers.SiglipConfig(**TOWERS)),
+        transformers.SiglipImageProcessor(size=SQUARE), 32, 16, False,
+    ),
+    "a classifier of two towers": (
+        lambda: transformers.SiglipForImageClassification(transformers.SiglipConfig(**TOWERS)),
+        transformers.SiglipImageProcessor(size=SQUARE), 32, 16, False,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", VISION_MODELS)
+def test_vision_models_of_any_family(tmp_path, kind):
+    make, processor, size, channels, has_class_token = VISION_MODELS[kind]
+    make().save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    extractor = VisionModelFeatures(str(tmp_path))
+    features = extractor(eight_bit(2, 48))
+    assert extractor.size == size
+    assert features.pooled.shape == (2, channels)
+    assert (features.logits is not None) == ("classifier" in kind)
+    positions_mean = features.spatial.view(2, -1, channels).mean(1)
+    assert torch.allclose(features.pooled, positions_mean, atol=1e-5) == (not has_class_token)
+
+
+def test_a_towers_features_are_those_of_the_tower_alone(tmp_path):
+    model = transformers.CLIPModel(transformers.CLIPConfig(**TOWERS))
+    processor = transformers.CLIPImageProcessor(**CROP)
+    for part, folder in ((model, tmp_path / "both"), (model.vision_model, tmp_path / "one")):
+        processor.save_pretrained(folder)
+        part.save_pretrained(folder)
+    images = eight_bit(2, 32)
+    both, one = (VisionModelFeatures(str(tmp_path / name))(images) for name in ("both", "one"))
+    torch.testing.assert_close(both.pooled, one.pooled)
+    torch.testing.assert_close(both.spatial, one.spatial)
+
+
+def test_timm_models_whose_maps_have_channels_last(tmp_path):
+    config = transformers.TimmWrapperConfig(
+        architecture="swin_tiny_patch4_window7_224",
+        pretrained_cfg={"input_size": (3, 224, 224), "mean": (0.5,) * 3, "std": (0.5,) * 3},
+        model_args={"embed_dim": 8, "depths": (1, 1), "num_heads": (1, 1)},
+    )
+    transformers.TimmWrapperModel(config).save_pretrained(tmp_path)
+    features = VisionModelFeatures(str(tmp_path))(eight_bit(1, 32))
+    assert features.pooled.shape == (1, 16)
+    assert features.spatial.shape == (1, 28 * 28 * 2)
+
+
+PATCHES = {**TOWER, "patch_size": 8}
+NOT_FEATURES = {
+    "no processor": (lambda: transformers.ViTModel(transformers.ViTConfig(**PATCHES, image_size=32)), None, "no image processor"),
+    "text": (
+        lambda: transformers.BertModel(transformers.BertConfig(**TEXT)), transformers.ViTImageProcessor(size=SQUARE),
+        r"\(bert\) gives no features of 32 x 32 images",
+    ),
+    "random masks": (
+        lambda: transformers.ViTMAEModel(transformers.ViTMAEConfig(**PATCHES, image_size=32)),
+        transformers.ViTImageProcessor(size=SQUARE), "other features each time",
+    ),
+    "any size": (
+        lambda: transformers.Siglip2Model(
+            transformers.Siglip2Config(text_config=TEXT, vision_config={**PATCHES, "num_patches": 16})
+        ),
+        transformers.Siglip2ImageProcessor(patch_size=8, max_num_patches=16), "images of any size: choose one",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NOT_FEATURES)
+def test_models_without_features_are_refused_in_words(tmp_path, kind):
+    make, processor, message = NOT_FEATURES[kind]
+    make().save_pretrained(tmp_path)
+    if processor is not None:
+        processor.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        VisionModelFeatures(str(tmp_path))
 
 
 def test_a_tokenizers_own_vision_model():

@@ -1,5 +1,6 @@
 """Features of images: what distances between sets of images are computed on. The network is a parameter."""
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -9,7 +10,8 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+from torchvision.transforms import v2
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, PreTrainedConfig
 
 from vfmtok_hf.evaluation.images import ImageSet
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
@@ -112,9 +114,11 @@ class InceptionFeatures:
 
 class VisionModelFeatures:
     """
-    A frozen vision model of transformers or timm: the class token if it has one, else the mean over positions; the last
-    feature map; and logits if the folder holds a classifier. With DINOv2 the Fréchet distance is FD-DINOv2 (Stein et al.
-    2023), whose resizing is bicubic too.
+    A frozen vision model of transformers or timm, alone or as the image tower of a model such as CLIP: the class token if
+    it has one, else the mean over positions; the last feature map; and logits if the folder holds a classifier. With DINOv2
+    the Fréchet distance is FD-DINOv2 (Stein et al. 2023), whose resizing is bicubic too.
+
+    Whole images are resized to the input's size, never cropped; the model's image processor scales their values.
 
     Args:
         name_or_path (`str`): folder or repository.
@@ -123,53 +127,111 @@ class VisionModelFeatures:
 
     Raises:
         OSError: there is no such model.
+        ValueError: it gives no features of images, random ones, or the size of its input cannot be told.
     """
 
     def __init__(self, name_or_path: str, size: int | None = None, device: torch.device | str = "cpu"):
         config = AutoConfig.from_pretrained(name_or_path)
-        classifies = any(name.endswith("ForImageClassification") for name in config.architectures or [])
-        loader = AutoModelForImageClassification if classifies else AutoModel
-        self.model = loader.from_pretrained(name_or_path, dtype=torch.float32).eval().requires_grad_(False).to(device)
-        self.classifies = classifies
+        self.classifies = any(name.endswith("ForImageClassification") for name in config.architectures or [])
+        loader = AutoModelForImageClassification if self.classifies else AutoModel
+        model = loader.from_pretrained(name_or_path, dtype=torch.float32)
+        if not self.classifies and hasattr(config, "vision_config"):
+            model = model.get_encoder(modality="image")
+        self.model = model.eval().requires_grad_(False).to(device)
         self.device = device
-        native_size, mean, std = _input_format(name_or_path, config)
-        self.size = size or native_size
-        self.mean, self.std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (mean, std))
+        own_size, self.scale_values = _input_format(name_or_path, config)
+        if size is None and own_size is None:
+            raise ValueError(f"{name_or_path} takes images of any size: choose one with --feature-size.")
+        self.size = size or own_size
+        self.arguments = {"output_hidden_states": True} if self.classifies else {}
+        if "interpolate_pos_encoding" in inspect.signature(self.model.forward).parameters:
+            self.arguments["interpolate_pos_encoding"] = True
         self.name = f"{Path(name_or_path).name} at {self.size}"
+        self._try_out(name_or_path, config.model_type)
+
+    def _try_out(self, name_or_path: str, model_type: str) -> None:
+        """Raise `ValueError` unless an image gives features, and the same ones twice."""
+        noise = torch.rand(1, 3, self.size, self.size, generator=torch.Generator().manual_seed(0))
+        image = (255 * noise).byte()
+        try:
+            first, second = self(image), self(image)
+        except Exception as error:  # what models of other kinds raise, nobody can tell
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            raise ValueError(
+                f"{name_or_path} ({model_type}) gives no features of {self.size} x {self.size} images ({reason}): name a "
+                "vision model, or another --feature-size."
+            ) from error
+        if (first.spatial - second.spatial).norm() > 1e-3 * first.spatial.norm():
+            raise ValueError(
+                f"{name_or_path} ({model_type}) gives other features each time, as masked autoencoders do: name another "
+                "vision model."
+            )
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> Features:
-        pixel_values = images.to(self.device).float() / 255
-        size = (self.size, self.size)
-        pixel_values = F.interpolate(pixel_values, size, mode="bicubic", antialias=True).clamp(0, 1)
-        outputs = self.model((pixel_values - self.mean) / self.std, output_hidden_states=True)
+        pixels = F.interpolate(
+            images.to(self.device).float(), (self.size, self.size), mode="bicubic", antialias=True
+        ).clamp(0, 255)
+        outputs = self.model(pixel_values=self.scale_values(pixels).to(self.device), **self.arguments)
         last = outputs.hidden_states[-1] if self.classifies else outputs.last_hidden_state
         pooled, feature_map = self._vector_and_map(last)
         logits = outputs.logits.cpu() if self.classifies else None
         return Features(pooled.cpu(), first_channels(feature_map).cpu(), logits)
 
     def _vector_and_map(self, last: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of a network's last states, a map `(batch_size, channels, height, width)` or tokens `(batch_size, n, channels)`."""
+        """
+        `(batch_size, channels)` and `(batch_size, channels, height, width)` of a network's last states, which are a map,
+        channels first or last, or tokens `(batch_size, positions, channels)`.
+        """
         if last.ndim == 4:
-            return last.mean(dim=(2, 3)), last
+            channels_last = last.shape[1] == last.shape[2] != last.shape[3]
+            feature_map = last.movedim(-1, 1) if channels_last else last
+            return feature_map.mean(dim=(2, 3)), feature_map
+        prefix, has_class_token = self._prefix_tokens(last.shape[1])
+        patches = last[:, prefix:]
+        side = math.isqrt(patches.shape[1])
+        pooled = last[:, 0] if has_class_token else patches.mean(dim=1)
+        return pooled, patches.transpose(1, 2).unflatten(-1, (side, side))
+
+    def _prefix_tokens(self, positions: int) -> tuple[int, bool]:
+        """How many tokens come before those of the map, and whether the first of them is a class token."""
         timm_model = getattr(self.model, "timm_model", None)
         if timm_model is not None:
-            prefix = timm_model.num_prefix_tokens
-        else:
-            prefix = last.shape[1] - (self.size // self.model.config.patch_size) ** 2
-        patches = last[:, prefix:].transpose(1, 2)
-        side = math.isqrt(patches.shape[-1])
-        return last[:, 0] if prefix else last.mean(dim=1), patches.unflatten(-1, (side, side))
+            return timm_model.num_prefix_tokens, getattr(timm_model, "cls_token", None) is not None
+        config = self.model.config
+        patch_size = getattr(getattr(config, "vision_config", config), "patch_size", None)
+        patches = (self.size // patch_size) ** 2 if isinstance(patch_size, int) else 0
+        if not 0 < patches <= positions:  # hierarchical models merge patches
+            patches = math.isqrt(positions) ** 2
+        return positions - patches, positions > patches
 
 
-def _input_format(name_or_path: str, config) -> tuple[int, list[float], list[float]]:
-    """Side, mean and standard deviation of a vision model's input."""
+def _input_format(
+    name_or_path: str, config: PreTrainedConfig
+) -> tuple[int | None, Callable[[torch.Tensor], torch.Tensor]]:
+    """
+    Side of a vision model's input, if it has one of its own, and the function that makes its `pixel_values` of resized
+    images `(batch_size, 3, side, side)` in [0, 255].
+    """
     timm_config = getattr(config, "pretrained_cfg", None)
     if timm_config:
-        return timm_config["input_size"][-1], timm_config["mean"], timm_config["std"]
-    processor = AutoImageProcessor.from_pretrained(name_or_path)
-    size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
-    return size["height"], list(processor.image_mean), list(processor.image_std)
+        normalize = v2.Normalize(timm_config["mean"], timm_config["std"])
+        return timm_config["input_size"][-1], lambda pixels: normalize(pixels / 255)
+    try:
+        processor = AutoImageProcessor.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{name_or_path} has no image processor, which says what input the model takes: save one in its folder, or name "
+            "another vision model."
+        ) from error
+    settings = processor.to_dict()
+    size = (settings.get("do_center_crop") and settings.get("crop_size")) or settings.get("size") or {}
+    done_here = {name: False for name in ("do_resize", "do_center_crop") if name in settings}
+
+    def scale_values(pixels: torch.Tensor) -> torch.Tensor:
+        return processor(list(pixels), **done_here, return_tensors="pt")["pixel_values"]
+
+    return size.get("height") or size.get("shortest_edge"), scale_values
 
 
 class OwnVisionFeatures:
