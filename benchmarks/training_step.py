@@ -42,13 +42,14 @@ from vfmtok_hf import (
     VFMTokRARForImageGeneration,
 )
 from vfmtok_hf.cpu.packing import keep_freed_memory
+from vfmtok_hf.training.arguments import TokenizerArguments
 from vfmtok_hf.training.codebook import CodebookUsage
 from vfmtok_hf.training.discriminator import DinoDiscriminator, DiscriminatorObjective
 from vfmtok_hf.training.ema import EMA
 from vfmtok_hf.training.objective import TokenizerObjective
 from vfmtok_hf.training.perceptual import LPIPS
-from vfmtok_hf.training.run import choose_attention
-from vfmtok_hf.training.train_tokenizer import TokenizerArguments, set_up_layers
+from vfmtok_hf.training.precision import choose_attention
+from vfmtok_hf.training.train_tokenizer import set_up_layers
 
 
 Step = Callable[[], None]

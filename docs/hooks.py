@@ -41,7 +41,7 @@ def notebook_page(path: Path) -> tuple[str, dict[str, bytes]]:
     parts, pictures = [], {}
     for cell in nbformat.read(path, as_version=4).cells:
         if cell.cell_type == "markdown":
-            parts.append(cell.source.replace(".ipynb)", ".md)"))
+            parts.append(cell.source)
             continue
         parts.append(f"```python\n{cell.source}\n```")
         for output in cell.outputs:
@@ -69,10 +69,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         if re.match(r"[a-z]+:", target) or picture:
             return match.group()
         path = Path(os.path.normpath(folder / target))
-        if (ROOT / "docs") in path.parents:
-            uri = path.relative_to(ROOT / "docs").as_posix()
+        if path.suffix == ".ipynb" or (ROOT / "docs") in path.parents:
+            is_notebook = path.suffix == ".ipynb"
+            uri = f"notebooks/{path.stem}.md" if is_notebook else path.relative_to(ROOT / "docs").as_posix()
             return f"[{text}]({os.path.relpath(uri, Path(page.file.src_uri).parent)}{anchor or ''})"
-        if path.exists() and path.suffix != ".ipynb" and folder != path.parent:
+        if path.exists():
             return f"{text} (`{path.relative_to(ROOT).as_posix()}`)"
         return match.group()
 

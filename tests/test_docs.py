@@ -42,6 +42,18 @@ def test_notebooks_are_pages_with_pictures(site):
         assert list((site / "notebooks").glob(f"{path.stem}_*.png"))
 
 
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "examples").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_to_files_of_the_repository(page):
+    """As GitHub shows the pages, which knows nothing of those that the site generates."""
+    text = re.sub(r"^```.*?^```|`[^`\n]+`", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text)
+    missing = [target for target in targets if "://" not in target and not (page.parent / target).exists()]
+    assert [target for target in missing if not target.startswith(("mailto:", "data:"))] == []
+
+
 def test_every_page_is_in_the_navigation(site):
     faq = (site / "faq.html").read_text()
     navigation = faq[faq.index("<nav") :]

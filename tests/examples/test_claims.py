@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-from vfmtok_hf.training.arguments import parse_arguments
-from vfmtok_hf.training.train_generator import GeneratorArguments
-from vfmtok_hf.training.train_tokenizer import TokenizerArguments
+from vfmtok_hf.training.arguments import GeneratorArguments, TokenizerArguments, parse_arguments
 
 
 CLAIMS = Path(__file__).parents[2] / "examples" / "claims"

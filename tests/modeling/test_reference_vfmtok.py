@@ -20,9 +20,10 @@ from vfmtok_hf.conversion import convert_tokenizer, export_original_tokenizer
 from vfmtok_hf.cpu import training as cpu_training
 from vfmtok_hf.cpu.packing import PackedLinear, pack_weights
 from vfmtok_hf.modeling.modeling_vfmtok import resize_for_vision_model
+from vfmtok_hf.training.arguments import TokenizerArguments
 from vfmtok_hf.training.codebook import CodebookUsage
 from vfmtok_hf.training.objective import TokenizerObjective
-from vfmtok_hf.training.train_tokenizer import TokenizerArguments, set_up_layers
+from vfmtok_hf.training.train_tokenizer import set_up_layers
 
 
 BATCHES = {"b336": ("b336_0", "b336_1"), "b256": ("b256_0", "b256_1")}

@@ -11,9 +11,8 @@ from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataP
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from tests.training.sharded import CONFIGURATIONS, launch_environment
-from vfmtok_hf.training import run as run_module
-from vfmtok_hf.training.run import start_accelerator
-from vfmtok_hf.training.sharding import set_up_sharding
+from vfmtok_hf.training import distributed
+from vfmtok_hf.training.distributed import set_up_sharding, start_accelerator
 
 
 def launch_options(file):
@@ -110,6 +109,6 @@ def test_settings_of_deepspeed_that_training_does_not_support_are_named(setting,
 def test_sharding_that_is_not_supported_is_refused_before_anything_is_loaded(kind, monkeypatch, tmp_path):
     arguments = SimpleNamespace(mixed_precision="no", tracker=(), gradient_accumulation_steps=1, seed=0)
     launched = SimpleNamespace(distributed_type=DistributedType[kind])
-    monkeypatch.setattr(run_module, "Accelerator", lambda **options: launched)
+    monkeypatch.setattr(distributed, "Accelerator", lambda **options: launched)
     with pytest.raises(ValueError, match=f"{kind} is supported neither .*one_node_8_gpus.yaml"):
         start_accelerator(arguments, tmp_path)

@@ -21,9 +21,9 @@ from tests.training.image_sources import (
     write_parquet,
     write_webdataset,
 )
+from vfmtok_hf.training.checkpoints import Progress
 from vfmtok_hf.training.data import ImageDataset, ImageStream, TrainingLoader
 from vfmtok_hf.training.images import Augmentation, UnreadableImage, Variants, as_pixel_values, decode_image
-from vfmtok_hf.training.run import Progress
 from vfmtok_hf.training.sources import open_records
 
 

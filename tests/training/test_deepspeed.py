@@ -11,8 +11,8 @@ from tests.training.sharded import CONFIGURATIONS, assert_equal_runs, expect, tr
 from tests.training.tiny_runs import copy_until, differences, is_rank, log_of, state_of, terminate_the_second_process
 from vfmtok_hf import VFMTokARForImageGeneration, VFMTokPipeline
 from vfmtok_hf.training import train_generator
+from vfmtok_hf.training.checkpoints import finished_checkpoints
 from vfmtok_hf.training.ema import EMA
-from vfmtok_hf.training.run import finished_checkpoints
 
 
 pytest.importorskip("deepspeed", reason='needs pip install "vfmtok-hf[deepspeed]"')

@@ -75,3 +75,35 @@ def test_low_precision_weights_are_averaged_in_float32():
     model.weight.data.fill_(2.0)
     ema.update()
     assert ema.averages["weight"].item() == pytest.approx(1.001, abs=1e-6)
+
+
+def test_ema_converges_to_constant_weights_and_tracks_buffers():
+    model = nn.BatchNorm1d(2)
+    model.bias.requires_grad_(False)
+    ema = EMA(model, decay=0.9)
+    start = model.weight.detach().clone()
+    with torch.no_grad():
+        model.weight.fill_(5)
+        model.running_mean.fill_(3)
+        model.num_batches_tracked.fill_(7)
+    ema.update()
+    decay = 2 / 11  # (1 + updates) / (10 + updates) while that is below the given one
+    torch.testing.assert_close(ema.averages["weight"], decay * start + (1 - decay) * 5)
+    assert "bias" not in ema.averages
+    assert ema.averages["num_batches_tracked"] == 7
+    for _ in range(300):
+        ema.update()
+    torch.testing.assert_close(ema.averages["running_mean"], torch.full((2,), 3.0))
+
+
+def test_ema_is_applied_only_inside_the_block():
+    model = nn.Linear(2, 2)
+    ema = EMA(model, decay=0.5)
+    own = model.weight.detach().clone()
+    ema.averages["weight"].fill_(1)
+    with ema.applied():
+        assert (model.weight == 1).all()
+    assert torch.equal(model.weight, own)
+    restored = EMA(nn.Linear(2, 2), decay=0.5)
+    restored.load_state_dict(ema.state_dict())
+    assert torch.equal(restored.averages["weight"], ema.averages["weight"])

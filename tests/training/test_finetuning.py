@@ -14,9 +14,10 @@ from tests.modeling.generators import tiny_ar, tiny_rar
 from tests.testing import tiny_model
 from vfmtok_hf import VFMTokImageProcessor, VFMTokPipeline
 from vfmtok_hf.training import train_generator
+from vfmtok_hf.training.arguments import GeneratorArguments
 from vfmtok_hf.training.finetuning import add_lora, load_generator, load_tokenizer
-from vfmtok_hf.training.run import set_learning_rate
-from vfmtok_hf.training.train_generator import GeneratorArguments, parameter_groups
+from vfmtok_hf.training.schedule import set_learning_rate
+from vfmtok_hf.training.train_generator import parameter_groups
 
 
 OLD_NAMES = {0: "fish", 1: "crane, bird", 2: "heart, love", 3: "moon", 4: "sun"}
@@ -136,7 +137,9 @@ def test_adapters_leave_everything_else_frozen(make):
 def test_weight_decay(make):
     """All matrices of an AR; of a RAR neither its tables nor the last modulation. Never vectors."""
     model = make()
-    arguments = GeneratorArguments("data", "output", weight_decay=0.05, class_learning_rate_scale=3.0)
+    arguments = GeneratorArguments(
+        train_data="data", output="output", weight_decay=0.05, class_learning_rate_scale=3.0
+    )
     groups = parameter_groups(model, arguments)
     decayed, plain, classes = groups
     names = {id(parameter): name for name, parameter in model.named_parameters()}

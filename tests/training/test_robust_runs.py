@@ -21,8 +21,7 @@ from tests.training.tiny_runs import (
     write_vision_model,
 )
 from vfmtok_hf import VFMTokModel
-from vfmtok_hf.training import run as run_module
-from vfmtok_hf.training import train_tokenizer
+from vfmtok_hf.training import checkpoints, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +39,7 @@ def whole(sources, tmp_path_factory):
 
 
 def last_checkpoint(output):
-    return run_module.finished_checkpoints(output)[-1]
+    return checkpoints.finished_checkpoints(output)[-1]
 
 
 def assert_same_end(output, whole):
@@ -113,10 +112,10 @@ def test_killed_at_random_moments_loses_only_steps_since_the_last_checkpoint(who
     rng = random.Random(0)
     kills = 0
     for attempt in range(40):
-        before = run_module.finished_checkpoints(output)
+        before = checkpoints.finished_checkpoints(output)
         started = time.time()
         process = start(lambda: train_tokenizer.main(options))[0]
-        while process.is_alive() and changed_at(output / "checkpoints" / run_module.WRITING) < started:
+        while process.is_alive() and changed_at(output / "checkpoints" / checkpoints.WRITING) < started:
             time.sleep(0.0005)
         time.sleep(rng.uniform(0, 0.25 if attempt % 2 else 0.02))
         if not process.is_alive():
@@ -124,7 +123,7 @@ def test_killed_at_random_moments_loses_only_steps_since_the_last_checkpoint(who
         process.kill()
         process.join()
         kills += 1
-        after = run_module.finished_checkpoints(output)
+        after = checkpoints.finished_checkpoints(output)
         # Never without one again, and what it lost are the steps since.
         assert after or not before
         if after:
@@ -144,13 +143,13 @@ def test_a_full_disk_leaves_the_old_checkpoint(whole, sources, tmp_path):
     message = tmp_path / "message"
 
     def train_with_little_space():
-        save_state = run_module.Accelerator.save_state
+        save_state = checkpoints.Accelerator.save_state
 
         def save_state_on_a_full_disk(*arguments):
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
             return save_state(*arguments)
 
-        run_module.Accelerator.save_state = save_state_on_a_full_disk
+        checkpoints.Accelerator.save_state = save_state_on_a_full_disk
         try:
             train_tokenizer.main(tokenizer_options(*sources, output, resume=True))
         except OSError as error:
@@ -216,8 +215,8 @@ def test_a_gradient_that_is_not_finite_changes_nothing(sources, tmp_path, monkey
             accelerator._models[0].model.pixel_decoder.conv_out.weight.grad[0] = torch.inf
         accelerator.optimizer_steps += 1
 
-    monkeypatch.setattr(run_module.Accelerator, "backward", bad_gradient)
-    monkeypatch.setattr(run_module.Accelerator, "optimizer_steps", 0, raising=False)
+    monkeypatch.setattr(checkpoints.Accelerator, "backward", bad_gradient)
+    monkeypatch.setattr(checkpoints.Accelerator, "optimizer_steps", 0, raising=False)
     output = tmp_path / "run"
     error = failure(tokenizer_options(*sources, output, adversarial_weight=0.0))
     assert isinstance(error, FloatingPointError)
@@ -232,8 +231,8 @@ def test_a_model_about_to_be_replaced_comes_back(tmp_path):
     (tmp_path / "model.old").mkdir()
     (tmp_path / "model.old" / "config.json").write_text("{}")
     (tmp_path / "model.writing").mkdir()
-    (tmp_path / "checkpoints" / run_module.WRITING).mkdir(parents=True)
-    run_module.remove_leftovers(tmp_path)
+    (tmp_path / "checkpoints" / checkpoints.WRITING).mkdir(parents=True)
+    checkpoints.remove_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "model"]
     assert (tmp_path / "model" / "config.json").is_file()
     assert list((tmp_path / "checkpoints").iterdir()) == []

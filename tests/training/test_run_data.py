@@ -18,8 +18,7 @@ from tests.training.tiny_runs import (
     tokenizer_options,
     write_vision_model,
 )
-from vfmtok_hf.training import run as run_module
-from vfmtok_hf.training import train_generator, train_tokenizer
+from vfmtok_hf.training import checkpoints, train_generator, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +42,7 @@ def train(data, vision_model, output, num_processes=1, **options):
 
 
 def last_state(output):
-    return state_of(run_module.finished_checkpoints(output)[-1])
+    return state_of(checkpoints.finished_checkpoints(output)[-1])
 
 
 @pytest.fixture
@@ -93,7 +92,7 @@ def test_a_generators_stream_resumes_too(tmp_path):
     """Two sequences of each image, tokens anew in every step."""
     tiny_model().save_pretrained(tmp_path / "tokenizer")
     data, validation = write_parquet(image_table(), tmp_path / "data"), write_folder(tmp_path / "validation")
-    options = {**STREAM, "validation_data": validation, "variants": 0, "neighbours": 2, "generator": "rar"}
+    options = {**STREAM, "validation_data": validation, "num_crops": 0, "codebook_top_k": 2, "generator": "rar"}
     outputs = [tmp_path / "whole", tmp_path / "resumed"]
     argvs = [generator_options(data, tmp_path / "tokenizer", output, **options) for output in outputs]
     run(lambda: train_generator.main(argvs[0]))

@@ -14,8 +14,8 @@ from tests.training.sharded import CONFIGURATIONS, assert_equal_runs, expect, tr
 from tests.training.tiny_runs import copy_until, differences, is_rank, log_of, state_of, terminate_the_second_process
 from vfmtok_hf import VFMTokPipeline
 from vfmtok_hf.training import train_generator
-from vfmtok_hf.training.run import finished_checkpoints
-from vfmtok_hf.training.sharding import set_up_sharding
+from vfmtok_hf.training.checkpoints import finished_checkpoints
+from vfmtok_hf.training.distributed import set_up_sharding
 
 
 ONE_NODE, MANY_NODES = CONFIGURATIONS / "fsdp2_one_node.yaml", CONFIGURATIONS / "fsdp2_many_nodes.yaml"

@@ -18,7 +18,8 @@ from PIL import Image
 
 from tests.testing import tiny_model
 from vfmtok_hf.training import train_generator
-from vfmtok_hf.training.extract_tokens import ExtractionArguments, extract_tokens
+from vfmtok_hf.training.arguments import ExtractionArguments
+from vfmtok_hf.training.extract_tokens import extract_tokens
 from vfmtok_hf.training.images import Variants, decode_image
 from vfmtok_hf.training.sources import open_records
 from vfmtok_hf.training.tokens import TokenShards, encode_sequences, tokenizer_identity
@@ -174,7 +175,7 @@ def test_the_command_on_two_processes(images, tokenizer_folder, shards, tmp_path
         "data": images,
         "tokenizer": tokenizer_folder,
         "output": tmp_path,
-        "variants": 3,
+        "num_crops": 3,
         "shard_size": 5,
         "batch_size": 6,
     }
@@ -193,8 +194,8 @@ def test_tokens_of_other_settings_are_not_overwritten(images, tokenizer, copied_
 
 
 def test_the_command_and_the_function_have_the_same_defaults():
-    arguments, variants = ExtractionArguments("a", "b", "c"), Variants(32)
-    assert (arguments.variants, tuple(arguments.crop_scale)) == (variants.count, variants.crop_scale)
+    arguments, variants = ExtractionArguments(data="a", tokenizer="b", output="c"), Variants(32)
+    assert (arguments.num_crops, tuple(arguments.crop_scale)) == (variants.count, variants.crop_scale)
     assert (arguments.crops, tuple(arguments.ten_crop_ranges)) == (variants.crops, variants.ten_crop_ranges)
     assert (arguments.horizontal_flip, arguments.seed) == (variants.horizontal_flip, variants.seed)
 

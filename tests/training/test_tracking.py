@@ -11,8 +11,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from tests.training.tiny_runs import run
-from vfmtok_hf.training.run import RunLog
-from vfmtok_hf.training.tracking import check_trackers, start_trackers
+from vfmtok_hf.training.logs import RunLog, check_trackers, start_trackers
 
 
 @dataclass

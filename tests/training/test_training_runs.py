@@ -259,7 +259,7 @@ def train_generator_for(steps, tokenizer, data, output, **options):
         "train_data": data,
         "validation_data": data,
         "output": output,
-        "variants": 2,
+        "num_crops": 2,
         "max_steps": steps,
         "batch_size": 4,
         "learning_rate": 3e-3,
@@ -307,7 +307,7 @@ def test_a_continued_run_keeps_its_tokens_and_its_tokenizer(tokenizer, data, tmp
 
 def test_tokens_anew_in_every_step(tokenizer, data, tmp_path):
     """Without keeping tokens, with two sequences of each image, and continued after an interruption."""
-    options = {"variants": 0, "neighbours": 2, "generator": "rar", "gradient_accumulation_steps": 2}
+    options = {"num_crops": 0, "codebook_top_k": 2, "generator": "rar", "gradient_accumulation_steps": 2}
     whole = train_generator_for(4, tokenizer, data, tmp_path / "whole", checkpoint_every=2, **options)
     assert not (whole / "tokens" / "train").exists()
     part = train_generator_for(

@@ -19,8 +19,7 @@ from tests.training.tiny_runs import (
     write_images,
     write_vision_model,
 )
-from vfmtok_hf.training import run as run_module
-from vfmtok_hf.training import train_generator, train_tokenizer
+from vfmtok_hf.training import checkpoints, train_generator, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +37,7 @@ def pair(sources, tmp_path_factory):
 
 
 def last_state(output):
-    return state_of(run_module.finished_checkpoints(output)[-1])
+    return state_of(checkpoints.finished_checkpoints(output)[-1])
 
 
 def test_resumed_on_two_processes_is_bit_identical(pair, sources, tmp_path):
@@ -52,7 +51,7 @@ def test_resumed_on_two_processes_is_bit_identical(pair, sources, tmp_path):
 
 def assert_close(pair, single, atol):
     """Weights, averages and optimizer moments. Sums over the batch are taken in another order: float32 rounding."""
-    ours, theirs = (run_module.finished_checkpoints(output)[-1] for output in (pair, single))
+    ours, theirs = (checkpoints.finished_checkpoints(output)[-1] for output in (pair, single))
     for name, tensor in load_file(ours / "model.safetensors").items():
         torch.testing.assert_close(tensor, load_file(theirs / "model.safetensors")[name], atol=atol, rtol=0, msg=name)
     for kind in ("train", "validation"):
@@ -116,7 +115,7 @@ def test_sigterm_to_one_process_stops_both_after_the_same_step(sources, tmp_path
 
 def test_a_process_that_cannot_save_stops_both(sources, tmp_path, monkeypatch):
     output = tmp_path / "run"
-    save_state = run_module.Accelerator.save_state
+    save_state = checkpoints.Accelerator.save_state
 
     def fail_on_the_second(accelerator, folder):
         save_state(accelerator, folder)
@@ -127,7 +126,7 @@ def test_a_process_that_cannot_save_stops_both(sources, tmp_path, monkeypatch):
         with pytest.raises(OSError, match="checkpoint of step 1 could not be written"):
             train_tokenizer.main(tokenizer_options(*sources, output, batch_size=2))
 
-    monkeypatch.setattr(run_module.Accelerator, "save_state", fail_on_the_second)
+    monkeypatch.setattr(checkpoints.Accelerator, "save_state", fail_on_the_second)
     run(train, num_processes=2)
     assert list((output / "checkpoints").iterdir()) == []
 

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.testing import tiny_config, tiny_model
-from vfmtok_hf.training.run import StopRequest
+from vfmtok_hf.training.distributed import StopRequest
 
 
 # Forked: the imports of a training script take ten seconds, its tiny runs one.
@@ -112,10 +112,14 @@ def generator_options(data: Path, tokenizer: Path, output: Path, **options: Any)
 
 
 def as_options(values: dict[str, Any]) -> list[str]:
-    def text(value: Any) -> str:
-        return json.dumps(value) if isinstance(value, bool | list | dict | None) else str(value)
-
-    return [item for name, value in values.items() for item in (f"--{name}", text(value))]
+    """Those of a command line; None leaves an argument out."""
+    words = []
+    for name, value in values.items():
+        if isinstance(value, list) and "." not in name:
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            words.append(f"--{name}={json.dumps(value) if isinstance(value, bool | list | dict) else value}")
+    return words
 
 
 def start(function: Callable[[], None], num_processes: int = 1) -> list[multiprocessing.Process]:

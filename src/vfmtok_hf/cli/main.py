@@ -14,6 +14,7 @@ from vfmtok_hf.cli.generate import ManyLabelsCommand, generate
 from vfmtok_hf.cli.hub import push
 from vfmtok_hf.cli.info import info
 from vfmtok_hf.cli.tokenize import detokenize, reconstruct, tokenize
+from vfmtok_hf.cli.train import train_app
 from vfmtok_hf.cli.training import extract_tokens, plot
 
 
@@ -35,3 +36,4 @@ app.command()(plot)
 app.command()(push)
 app.add_typer(convert_app, name="convert")
 app.add_typer(evaluate_app, name="evaluate")
+app.add_typer(train_app, name="train")

@@ -92,7 +92,7 @@ def plot(
     with one_line_errors():
         from vfmtok_hf.data.output_files import check_output_file
         from vfmtok_hf.plotting import plot_training_curves, save_figure
-        from vfmtok_hf.training.log_file import read_curves
+        from vfmtok_hf.training.logs import read_curves
 
         picture = output or runs[0] / "curves.png"
         check_output_file(picture)

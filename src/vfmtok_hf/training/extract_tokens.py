@@ -9,12 +9,10 @@ The same command after an interruption goes on with the shards that are missing.
 
 import hashlib
 import json
-import logging
-import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,10 +23,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from vfmtok_hf.data.output_files import whole_file
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
-from vfmtok_hf.training.arguments import parse_arguments
+from vfmtok_hf.training.arguments import ExtractionArguments, parse_arguments
 from vfmtok_hf.training.finetuning import load_tokenizer
 from vfmtok_hf.training.images import UnreadableImage, Variants, decode_image
-from vfmtok_hf.training.run import configure_logging
+from vfmtok_hf.training.logs import configure_logging, logger, run_script
 from vfmtok_hf.training.sources import ImageRecords, open_records, read_class_names
 from vfmtok_hf.training.tokens import (
     FORMAT,
@@ -42,30 +40,6 @@ from vfmtok_hf.training.tokens import (
     shard_facts,
     tokenizer_identity,
 )
-
-
-logger = logging.getLogger("vfmtok_hf.training")
-
-
-@dataclass
-class ExtractionArguments:
-    data: str  # folder of class folders, files or repository of the datasets library
-    tokenizer: str  # folder or repository of a VFMTokModel or of a pipeline
-    output: str  # folder of the shards
-    split: str = "train"
-    image_column: str | None = None  # None: found by type and name
-    label_column: str | None = None
-    class_names: str | None = None  # JSON file with "id2label"
-    crops: Literal["random", "ten", "center"] = "random"
-    variants: int = 4  # random crops of each image
-    crop_scale: list[float] = field(default_factory=lambda: [0.8, 1.0])  # side of random crops / shorter image side
-    ten_crop_ranges: list[float] = field(default_factory=lambda: [1.1])  # ten crops for each
-    horizontal_flip: bool = True  # mirror half of the random crops, or add the mirror image of the center
-    neighbours: int = 1  # 2: also the second-nearest codebook rows (VFMTok-RAR)
-    shard_size: int = 4096  # images
-    batch_size: int = 32  # views encoded at once
-    num_workers: int = 0
-    seed: int = 0
 
 
 def extract_tokens(
@@ -272,7 +246,7 @@ def _summary(files: list[Path]) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = parse_arguments(ExtractionArguments, sys.argv[1:] if argv is None else argv)
+    arguments = parse_arguments(ExtractionArguments, argv, "python -m vfmtok_hf.training.extract_tokens")
     configure_logging()
     # Without being told, Accelerate would not connect processes that have no accelerator.
     state = Accelerator(cpu=not torch.accelerator.is_available())
@@ -288,7 +262,7 @@ def main(argv: list[str] | None = None) -> None:
     variants = Variants(
         tokenizer.config.image_size,
         arguments.crops,
-        arguments.variants,
+        arguments.num_crops,
         (arguments.crop_scale[0], arguments.crop_scale[1]),
         tuple(arguments.ten_crop_ranges),
         arguments.horizontal_flip,
@@ -299,7 +273,7 @@ def main(argv: list[str] | None = None) -> None:
         records,
         arguments.output,
         variants,
-        arguments.neighbours,
+        arguments.codebook_top_k,
         arguments.shard_size,
         arguments.batch_size,
         arguments.num_workers,
@@ -316,4 +290,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

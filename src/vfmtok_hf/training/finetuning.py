@@ -13,7 +13,7 @@ from vfmtok_hf.modeling.image_processing_vfmtok import VFMTokImageProcessor
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 from vfmtok_hf.modeling.modeling_vfmtok_ar import VFMTokARForImageGeneration
 from vfmtok_hf.modeling.modeling_vfmtok_rar import VFMTokRARForImageGeneration
-from vfmtok_hf.training.run import replace_folder, save_model
+from vfmtok_hf.training.checkpoints import replace_folder, save_model
 
 
 if TYPE_CHECKING:

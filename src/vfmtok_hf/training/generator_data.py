@@ -1,12 +1,12 @@
 """What a generator is trained and validated on: token shards, images that become tokens once, or in every step."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
 
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
+from vfmtok_hf.training.arguments import GeneratorArguments
 from vfmtok_hf.training.data import ImageDataset, ImageStream
 from vfmtok_hf.training.extract_tokens import extract_tokens
 from vfmtok_hf.training.image_data import open_training_images, open_validation_images, training_augmentation
@@ -15,12 +15,8 @@ from vfmtok_hf.training.sources import ImageRecords
 from vfmtok_hf.training.tokens import TokenShards, encode_sequences, is_token_folder
 
 
-if TYPE_CHECKING:
-    from vfmtok_hf.training.train_generator import GeneratorArguments
-
-
-def open_data(
-    arguments: "GeneratorArguments", tokenizer: VFMTokModel, accelerator: Accelerator
+def open_token_data(
+    arguments: GeneratorArguments, tokenizer: VFMTokModel, accelerator: Accelerator
 ) -> tuple[TokenShards | ImageDataset | ImageStream, TokenShards]:
     """
     Training data, as tokens or as images; and validation data, as tokens.
@@ -35,9 +31,9 @@ def open_data(
             raise ValueError("Of token shards no part can be held out: give --validation_data.")
         train_data = open_shards(arguments.train_data, arguments, tokenizer, accelerator)
     else:
-        if arguments.streaming and arguments.variants:
+        if arguments.streaming and arguments.num_crops:
             raise ValueError(
-                "The images of a stream become tokens in every step: --streaming true needs --variants 0."
+                "The images of a stream become tokens in every step: --streaming true needs --num_crops 0."
             )
         images, held_out = open_training_images(arguments, tokenizer.config.image_size, accelerator)
         train_data = images if isinstance(images, ImageStream) else tokens_of(images, arguments, tokenizer)
@@ -54,7 +50,7 @@ def open_data(
 
 
 def open_shards(
-    folder: str, arguments: "GeneratorArguments", tokenizer: VFMTokModel, accelerator: Accelerator
+    folder: str, arguments: GeneratorArguments, tokenizer: VFMTokModel, accelerator: Accelerator
 ) -> TokenShards:
     shards = TokenShards(folder, arguments.seed, verify=accelerator.is_local_main_process)
     shards.check_tokenizer(tokenizer)
@@ -62,20 +58,20 @@ def open_shards(
 
 
 def tokens_of(
-    records: ImageRecords, arguments: "GeneratorArguments", tokenizer: VFMTokModel
+    records: ImageRecords, arguments: GeneratorArguments, tokenizer: VFMTokModel
 ) -> TokenShards | ImageDataset:
     """Images for tokens in every step, or the tokens of their variants."""
     augmentation = training_augmentation(arguments, tokenizer.config.image_size)
-    if arguments.variants == 0:
+    if arguments.num_crops == 0:
         return ImageDataset(records, augmentation, seed=arguments.seed)
     variants = Variants(
         augmentation.image_size,
-        count=arguments.variants,
+        count=arguments.num_crops,
         crop_scale=augmentation.crop_scale,
         horizontal_flip=augmentation.horizontal_flip,
         seed=arguments.seed,
     )
-    return tokenize_once(records, "train", variants, arguments.neighbours, arguments, tokenizer)
+    return tokenize_once(records, "train", variants, arguments.codebook_top_k, arguments, tokenizer)
 
 
 def tokenize_once(
@@ -83,7 +79,7 @@ def tokenize_once(
     name: str,
     variants: Variants,
     neighbours: int,
-    arguments: "GeneratorArguments",
+    arguments: GeneratorArguments,
     tokenizer: VFMTokModel,
 ) -> TokenShards:
     """The tokens of images, kept in the run's folder; those of another tokenizer or other images are replaced."""

@@ -5,15 +5,13 @@ Train a class-conditional generator of image tokens, from nothing or from a trai
     accelerate launch -m vfmtok_hf.training.train_generator --config configs/emoji/generator.yaml --generator rar
     python -m vfmtok_hf.training.train_generator --config configs/emoji/generator.yaml --resume true
 
-The data are images, which become tokens once (`variants` augmentations of each) or anew in every step, or the shards of
+The data are images, which become tokens once (`num_crops` of each) or anew in every step, or the shards of
 `extract_tokens.py`. The run's folder receives `model/` (averaged weights, for `from_pretrained`), `pipeline/`,
 `tokens/`, `checkpoints/`, `log.jsonl`, `arguments.yaml` and pictures of samples, one row per class.
 """
 
-import sys
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +23,18 @@ from vfmtok_hf.modeling.configuration_vfmtok_rar import VFMTokRARConfig
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 from vfmtok_hf.modeling.modeling_vfmtok_ar import VFMTokARForImageGeneration
 from vfmtok_hf.modeling.modeling_vfmtok_rar import VFMTokRARForImageGeneration
-from vfmtok_hf.training.arguments import parse_arguments
+from vfmtok_hf.training.arguments import GeneratorArguments, parse_arguments
+from vfmtok_hf.training.checkpoints import Progress, open_output, save_checkpoint, save_model, start_run
+from vfmtok_hf.training.distributed import (
+    StopRequest,
+    check_losses,
+    checkpoint_averages,
+    clip_gradients,
+    gathered,
+    prepare_model,
+    save_together,
+    start_accelerator,
+)
 from vfmtok_hf.training.ema import EMA
 from vfmtok_hf.training.finetuning import (
     Generator,
@@ -36,26 +45,11 @@ from vfmtok_hf.training.finetuning import (
     save_adapted,
     save_pipeline,
 )
-from vfmtok_hf.training.generator_data import open_data, token_batch
-from vfmtok_hf.training.image_data import DataArguments, training_loader
-from vfmtok_hf.training.run import (
-    Progress,
-    StopRequest,
-    WindowMeans,
-    check_finite,
-    choose_attention,
-    configure_logging,
-    learning_rate_at,
-    logger,
-    open_output,
-    save_checkpoint,
-    save_grid,
-    save_model,
-    set_learning_rate,
-    start_accelerator,
-    start_run,
-)
-from vfmtok_hf.training.sharding import checkpoint_averages, clip_gradients, gathered, prepare_model, save_together
+from vfmtok_hf.training.generator_data import open_token_data, token_batch
+from vfmtok_hf.training.image_data import training_loader
+from vfmtok_hf.training.logs import WindowMeans, configure_logging, logger, run_script, save_grid
+from vfmtok_hf.training.precision import choose_attention, choose_mixed_precision
+from vfmtok_hf.training.schedule import learning_rate_at, random_ratio_at, set_learning_rate
 from vfmtok_hf.training.tokens import TokenShards
 
 
@@ -72,56 +66,6 @@ WITHOUT_DECAY = {
 }
 # Class embeddings: of an AR, and of a RAR's adapters. Else a RAR has them in one table with the image tokens.
 CLASS_TABLES = ("class_embedding", "trainable_tokens_delta")
-
-
-@dataclass
-class GeneratorArguments(DataArguments):
-    # Data, beside those that every run has
-    tokenizer: str | None = None  # folder or repository of a trained VFMTokModel or pipeline; None: that of init_from
-    variants: int = 4  # augmentations of each training image that become tokens once; 0: tokens anew in every step
-    neighbours: int = 1  # token sequences of each: 2 adds its second-nearest codebook rows (VFMTok-RAR)
-    # Model
-    generator: Literal["ar", "rar"] = "ar"  # of a new one; init_from knows its own kind
-    init_from: str | None = None  # a generator or pipeline to continue from; None: random weights
-    model: dict[str, Any] = field(
-        default_factory=dict
-    )  # config fields of a new one; sizes of tokens and classes come from the data
-    lora_rank: int = 0  # of low-rank adapters; 0: all weights are trained
-    lora_alpha: float = 16.0
-    lora_dropout: float = 0.0
-    rar_random_until: float = 0.5  # share of the run with random orders only (RAR)
-    rar_raster_from: float = 0.75  # share of the run after which the order is raster only; linear in between
-    # Optimizer
-    max_steps: int = 10_000
-    batch_size: int = 64  # per process
-    gradient_accumulation_steps: int = 1
-    learning_rate: float = 1e-4
-    class_learning_rate_scale: float = 1.0  # of class embeddings: new classes may need more (AR, and RAR with LoRA)
-    warmup_steps: int = 100
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
-    final_learning_rate: float = 0.01  # of a falling schedule, as a share of the peak
-    beta1: float = 0.9
-    beta2: float = 0.95
-    weight_decay: float = 0.05
-    max_gradient_norm: float = 1.0
-    ema_decay: float = 0.9999
-    # Sample pictures
-    samples_per_class: int = 4
-    sample_classes: int = 32  # the first ones
-    temperature: float | None = None  # also of the saved model's generation config; None: as that says
-    top_k: int | None = None
-    # System
-    attention: Literal["auto", "sdpa", "eager"] = "auto"  # auto: eager on CPUs, in bf16 or with dropout, else sdpa
-    mixed_precision: Literal["no", "bf16"] = "no"
-    gradient_checkpointing: bool = False
-    compile: bool = False
-    log_every: int = 20
-    tracker: list[str] = field(default_factory=list)  # beside log.jsonl: tensorboard, trackio, wandb
-    validate_every: int = 500
-    sample_every: int = 1000
-    checkpoint_every: int = 500
-    keep_checkpoints: int = 2
-    resume: bool = False
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -175,12 +119,6 @@ def parameter_groups(model: Generator, arguments: GeneratorArguments) -> list[di
     ]
 
 
-def random_ratio_at(step: int, arguments: GeneratorArguments) -> float:
-    """Probability of a random order in RAR's annealing: 1, then linear to 0, then 0."""
-    start, end = (share * arguments.max_steps for share in (arguments.rar_random_until, arguments.rar_raster_from))
-    return min(max((end - step) / max(end - start, 1), 0.0), 1.0)
-
-
 @torch.no_grad()
 def validate(model: Generator, data: TokenShards, batch_size: int, accelerator: Accelerator) -> dict[str, float]:
     """Mean cross-entropy of unseen images' tokens in nats, in raster order. The processes share the images."""
@@ -201,7 +139,7 @@ def validate(model: Generator, data: TokenShards, batch_size: int, accelerator: 
 
 
 @torch.no_grad()
-def draw_samples(model: Generator, tokenizer: VFMTokModel, arguments: GeneratorArguments) -> torch.Tensor:
+def sample_images(model: Generator, tokenizer: VFMTokModel, arguments: GeneratorArguments) -> torch.Tensor:
     """Images `(classes * samples_per_class, 3, height, width)`, the same random numbers at every call."""
     model.eval()
     labels = torch.arange(min(model.config.num_classes, arguments.sample_classes), device=model.device)
@@ -216,8 +154,9 @@ def draw_samples(model: Generator, tokenizer: VFMTokModel, arguments: GeneratorA
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = parse_arguments(GeneratorArguments, sys.argv[1:] if argv is None else argv)
+    arguments = parse_arguments(GeneratorArguments, argv, "vfmtok train generator")
     configure_logging()
+    arguments.mixed_precision = choose_mixed_precision(arguments.mixed_precision)
     output = Path(arguments.output)
     checkpoint = open_output(output, arguments)
     accelerator = start_accelerator(arguments, output, can_shard=not (arguments.lora_rank or arguments.compile))
@@ -227,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
     if tokenizer_source is None or (arguments.tokenizer is None and not is_pipeline(tokenizer_source)):
         raise ValueError("Give --tokenizer: only a pipeline as --init_from brings its own.")
     tokenizer = load_tokenizer(tokenizer_source).to(accelerator.device)
-    train_data, validation_data = open_data(arguments, tokenizer, accelerator)
+    train_data, validation_data = open_token_data(arguments, tokenizer, accelerator)
     train_loader = training_loader(train_data, arguments, accelerator)
 
     # Model and optimizer
@@ -262,20 +201,13 @@ def main(argv: list[str] | None = None) -> None:
     batches = train_loader.batches(progress)
     while progress.step < arguments.max_steps and not stop:
         step = progress.step
-        learning_rate = learning_rate_at(
-            step,
-            arguments.learning_rate,
-            arguments.warmup_steps,
-            arguments.max_steps,
-            arguments.schedule,
-            arguments.final_learning_rate,
-        )
+        learning_rate = learning_rate_at(step, arguments)
         set_learning_rate(optimizer, learning_rate)
         order = {"random_ratio": random_ratio_at(step, arguments)} if is_rar else {}
         losses, indices = [], []
         for _ in range(arguments.gradient_accumulation_steps):
             batch = next(batches)
-            labels, tokens = token_batch(batch, tokenizer, arguments.neighbours)
+            labels, tokens = token_batch(batch, tokenizer, arguments.codebook_top_k)
             with accelerator.accumulate(step_function):
                 loss = step_function(class_labels=labels, image_tokens=tokens, return_loss=True, **order).loss
                 accelerator.backward(loss)
@@ -283,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
             indices.append(batch["index"])
         values = {"loss": torch.stack(losses).mean()}
         norms = {"gradient_norm": clip_gradients(accelerator, model, arguments.max_gradient_norm)}
-        check_finite(accelerator, step, values, norms, train_data.name, torch.cat(indices))
+        check_losses(accelerator, step, values, norms, train_data.name, torch.cat(indices))
         optimizer.step()
         optimizer.zero_grad()
         ema.update()
@@ -310,7 +242,7 @@ def main(argv: list[str] | None = None) -> None:
         draws = accelerator.is_main_process or accelerator.is_fsdp2  # A sharded model runs on all or on none.
         if (progress.step % arguments.sample_every == 0 or done) and draws:
             with ema.applied():
-                samples = draw_samples(model, tokenizer, arguments)
+                samples = sample_images(model, tokenizer, arguments)
             if accelerator.is_main_process:
                 picture = output / "samples" / f"step_{progress.step:08d}.png"
                 save_grid(samples, picture, columns=arguments.samples_per_class)
@@ -325,4 +257,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

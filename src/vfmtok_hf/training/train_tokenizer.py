@@ -11,13 +11,10 @@ The run's folder receives `model/` (averaged weights, for `from_pretrained`),
 """
 
 import math
-import sys
 from collections.abc import Iterator
 from copy import copy
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +25,8 @@ from vfmtok_hf.cpu.training import pack_frozen_weights, use_winograd
 from vfmtok_hf.hub_kernels import use_found_kernels
 from vfmtok_hf.modeling.configuration_vfmtok import VFMTokConfig
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
-from vfmtok_hf.training.arguments import parse_arguments
+from vfmtok_hf.training.arguments import TokenizerArguments, parse_arguments
+from vfmtok_hf.training.checkpoints import Progress, open_output, save_checkpoint, save_model, start_run
 from vfmtok_hf.training.codebook import CodebookUsage, initialise_codebook, perplexity, restart_dead_rows
 from vfmtok_hf.training.data import ImageDataset, ImageStream, TrainingLoader
 from vfmtok_hf.training.discriminator import (
@@ -41,9 +39,9 @@ from vfmtok_hf.training.discriminator import (
     frozen,
     load_dino,
 )
+from vfmtok_hf.training.distributed import StopRequest, check_losses, start_accelerator
 from vfmtok_hf.training.ema import EMA
 from vfmtok_hf.training.image_data import (
-    DataArguments,
     open_training_images,
     open_validation_images,
     training_augmentation,
@@ -51,85 +49,14 @@ from vfmtok_hf.training.image_data import (
     validation_loader,
 )
 from vfmtok_hf.training.images import Augmentation
+from vfmtok_hf.training.logs import WindowMeans, configure_logging, run_script, save_grid
 from vfmtok_hf.training.objective import TokenizerObjective, compile_objective
 from vfmtok_hf.training.perceptual import LPIPS
-from vfmtok_hf.training.run import (
-    Progress,
-    StopRequest,
-    WindowMeans,
-    check_finite,
-    choose_attention,
-    configure_logging,
-    learning_rate_at,
-    open_output,
-    save_checkpoint,
-    save_grid,
-    save_model,
-    set_learning_rate,
-    start_accelerator,
-    start_run,
-)
+from vfmtok_hf.training.precision import choose_attention, choose_mixed_precision
+from vfmtok_hf.training.schedule import learning_rate_at, set_learning_rate
 
 
 CODEBOOK = "quantizer.codebook.weight"
-
-
-@dataclass
-class TokenizerArguments(DataArguments):
-    # Data, beside those that every run has
-    cache_images: bool = False  # keep decoded images in memory
-    # Model: from a folder or repository, or new on top of a pretrained vision model
-    init_from: str | None = None
-    vision_model: str | None = None
-    model: dict[str, Any] = field(default_factory=dict)  # VFMTokConfig fields of a new model
-    trainable: Literal["all", "decoder"] = "all"  # "decoder" keeps vision model, encoder, codebook: tokens stay
-    # Losses; a weight of 0 switches a term off
-    l1_weight: float = 0.0
-    mse_weight: float = 2.0  # the original counts it twice
-    lpips_weight: float = 0.0
-    lpips_dropout: float = 0.0  # the original: 0.5
-    vgg_weights: str | None = None  # file of torchvision's VGG-16 for LPIPS; default: torch's cache, or a download
-    perceptual_weight: float = 1.0  # distance between features of the frozen vision model
-    feature_weight: float = 1.0
-    codebook_weight: float = 1.0
-    commitment_weight: float = 1.0  # times commitment_cost of the model
-    entropy_weight: float = 1.0  # times entropy_loss_ratio of the model
-    adversarial_weight: float = 0.0
-    adversarial_start_step: int = 0
-    adaptive_adversarial_weight: bool = False  # balance it with the gradient of the terms on pixels
-    discriminator: Literal["dino", "patch"] = "patch"
-    discriminator_model: str = "facebook/dino-vits16"  # folder or repository of the ViT under "dino"
-    discriminator_learning_rate: float = 1e-4
-    # Codebook
-    codebook_warmup_steps: int = 0  # plain autoencoder first, then k-means on its latents
-    kmeans_images: int = 512
-    restart_patience: int = 0  # steps after which an idle codebook row is re-seeded; 0: never
-    restart_until: float = 0.8  # share of the run after which rows are left alone
-    # Optimizer
-    max_steps: int = 10_000
-    gradient_accumulation_steps: int = 1  # forward passes per step
-    learning_rate: float = 1e-4
-    warmup_steps: int = 100
-    schedule: Literal["constant", "cosine"] = "constant"
-    final_learning_rate: float = 0.01  # of a cosine schedule, as a share of the peak
-    beta1: float = 0.9
-    beta2: float = 0.95
-    weight_decay: float = 0.0
-    max_gradient_norm: float = 1.0
-    ema_decay: float = 0.9999
-    # System
-    attention: Literal["auto", "sdpa", "eager"] = "auto"  # auto: eager on CPUs, in bf16 or with dropout, else sdpa
-    mixed_precision: Literal["no", "bf16"] = "no"
-    channels_last: bool = False
-    compile: bool = False
-    gradient_checkpointing: bool = False  # less memory, more time
-    log_every: int = 20
-    tracker: list[str] = field(default_factory=list)  # beside log.jsonl: tensorboard, trackio, wandb
-    validate_every: int = 500
-    checkpoint_every: int = 500
-    keep_checkpoints: int = 2
-    grid_images: int = 16  # in the reconstruction picture
-    resume: bool = False
 
 
 def build_model(arguments: TokenizerArguments) -> VFMTokModel:
@@ -191,7 +118,7 @@ def build_discriminator(arguments: TokenizerArguments) -> DiscriminatorObjective
     return DiscriminatorObjective(DinoDiscriminator(load_dino(arguments.discriminator_model)))
 
 
-def open_data(
+def open_images(
     arguments: TokenizerArguments, image_size: int, accelerator: Accelerator
 ) -> tuple[ImageDataset | ImageStream, ImageDataset]:
     """
@@ -265,8 +192,9 @@ def validate(
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = parse_arguments(TokenizerArguments, sys.argv[1:] if argv is None else argv)
+    arguments = parse_arguments(TokenizerArguments, argv, "vfmtok train tokenizer")
     configure_logging()
+    arguments.mixed_precision = choose_mixed_precision(arguments.mixed_precision)
     output = Path(arguments.output)
     checkpoint = open_output(output, arguments)
     accumulation_steps = arguments.gradient_accumulation_steps
@@ -274,7 +202,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Data
     model = build_model(arguments)
-    train_data, validation_data = open_data(arguments, model.config.image_size, accelerator)
+    train_data, validation_data = open_images(arguments, model.config.image_size, accelerator)
     train_loader = training_loader(train_data, arguments, accelerator)
 
     # Model, losses, optimizers
@@ -331,14 +259,7 @@ def main(argv: list[str] | None = None) -> None:
             initialise_codebook(model, kmeans_batches(train_data, arguments), arguments.seed)
             model.train()
             ema.averages[CODEBOOK].copy_(codebook)
-        learning_rate = learning_rate_at(
-            step,
-            arguments.learning_rate,
-            arguments.warmup_steps,
-            arguments.max_steps,
-            arguments.schedule,
-            arguments.final_learning_rate,
-        )
+        learning_rate = learning_rate_at(step, arguments)
         set_learning_rate(optimizer, learning_rate)
 
         # Gradients of the tokenizer, and of the discriminator on the same reconstructions
@@ -378,7 +299,7 @@ def main(argv: list[str] | None = None) -> None:
             norms["discriminator_gradient_norm"] = accelerator.clip_grad_norm_(
                 discriminator_trainable, arguments.max_gradient_norm
             )
-        check_finite(accelerator, step, values, norms, train_data.name, torch.cat(indices))
+        check_losses(accelerator, step, values, norms, train_data.name, torch.cat(indices))
         optimizer.step()
         optimizer.zero_grad()
         if is_adversarial:
@@ -419,4 +340,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

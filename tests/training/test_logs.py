@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from vfmtok_hf import cli
-from vfmtok_hf.training.log_file import drop_lines_after, read_curves, read_log
+from vfmtok_hf.training.logs import drop_lines_after, read_curves, read_log
 
 
 def write_log(run, entries, tail=""):

@@ -1,22 +1,137 @@
 """
-Training split over the processes, by FSDP2 or DeepSpeed's ZeRO-2: what differs from whole copies when a run starts, clips
-and saves.
+Training on several processes: how they start and stop together, and what differs from whole copies where FSDP2 or
+DeepSpeed's ZeRO-2 split a model over them.
 """
 
 import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, broadcast, gather_object, set_seed
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from vfmtok_hf.cpu.packing import keep_freed_memory
+from vfmtok_hf.training.arguments import TrainingArguments
 from vfmtok_hf.training.ema import EMA
+from vfmtok_hf.training.logs import check_trackers, logger
+
+
+def start_accelerator(arguments: TrainingArguments, output: Path, can_shard: bool = False) -> Accelerator:
+    """
+    Accelerate as the launcher set it up, with seeded random numbers. Random numbers differ between processes.
+
+    Args:
+        can_shard (`bool`): whether the run can train a model that is split over the processes.
+
+    Raises:
+        ValueError: a tracker is unknown, or the launcher shards the model in a way that is not supported.
+        ImportError: a tracker is not installed.
+    """
+    accelerator = Accelerator(
+        # Without being told, Accelerate would not connect processes that have no accelerator.
+        cpu=not torch.accelerator.is_available(),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            arguments.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+        mixed_precision=arguments.mixed_precision,
+        log_with=check_trackers(arguments.tracker) or None,
+        project_dir=output,
+    )
+    if (
+        os.environ.get("ACCELERATE_USE_CPU") == "True"
+        and "MASTER_ADDR" in os.environ
+        and accelerator.num_processes == 1
+    ):
+        logger.warning(
+            "one process: `accelerate launch --cpu` starts no more, whatever its --num_processes. Several processes on "
+            "CPUs: torchrun --nproc_per_node N -m vfmtok_hf.training.train_..."
+        )
+    set_up_sharding(accelerator, arguments, can_shard)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
+    set_seed(arguments.seed, device_specific=True)
+    return accelerator
+
+
+class StopRequest:
+    """
+    True in a boolean context once `agree` has learnt of a SIGTERM or SIGINT to any process: the loop then saves and
+    leaves. The signal itself interrupts nothing.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.received = False
+        self.agreed = False
+        for signal_number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signal_number, self._receive)
+
+    def _receive(self, signal_number: int, frame: Any) -> None:
+        self.received = True
+
+    def agree(self) -> None:
+        """Once a step, on all processes, so that all of them leave after the same one."""
+        self.agreed = any_process(self.accelerator, self.received)
+
+    def __bool__(self) -> bool:
+        return self.agreed
+
+
+def any_process(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether the flag is set on any process. Called by all of them."""
+    if accelerator.num_processes == 1:
+        return flag
+    return accelerator.reduce(torch.tensor(float(flag), device=accelerator.device)).item() > 0
+
+
+def check_losses(
+    accelerator: Accelerator,
+    step: int,
+    values: dict[str, torch.Tensor],
+    norms: dict[str, torch.Tensor],
+    name_of: Callable[[int], str],
+    indices: torch.Tensor,
+) -> None:
+    """
+    Stop all processes if a number of any of them is not finite. Called by all, before weights change (under DeepSpeed
+    after it, see [`clip_gradients`]).
+
+    Args:
+        step (`int`): steps done before this one.
+        values (`dict[str, torch.Tensor]`): named scalars of this process: the loss and its terms.
+        norms (`dict[str, torch.Tensor]`): of gradients, the same on all processes.
+        name_of (callable): name of a training image by its index.
+        indices (`torch.LongTensor`): of the images that this process had in the step.
+
+    Raises:
+        FloatingPointError: names the terms, and the images of the processes whose terms they are. If all terms are
+            finite and a gradient is not, it names that and the images of all processes.
+    """
+    is_bad = ~torch.stack([value.detach().isfinite() for value in (values | norms).values()])
+    if not any_process(accelerator, bool(is_bad.any())):
+        return
+    bad = [name for name, flag in zip(values | norms, is_bad.tolist(), strict=True) if flag]
+    own = [name for name in bad if name in values]
+    found = gather_object([(own, bad, [name_of(index) for index in indices.tolist()])])
+    culprits = [(own, images) for own, _, images in found if own] or [(bad, images) for _, bad, images in found]
+    names = dict.fromkeys(name for bad, _ in culprits for name in bad)
+    images = [image for _, images in culprits for image in images]
+    raise FloatingPointError(
+        f"Not finite at step {step}: {', '.join(names)}. Lower the learning rate or check these images: "
+        f"{', '.join(images)}. The last checkpoint is unharmed."
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Models that are split over the processes
 
 
 def sharding_of(accelerator: Accelerator) -> str | None:
@@ -25,7 +140,7 @@ def sharding_of(accelerator: Accelerator) -> str | None:
     return kind.value if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) else None
 
 
-def set_up_sharding(accelerator: Accelerator, arguments: Any, can_shard: bool) -> None:
+def set_up_sharding(accelerator: Accelerator, arguments: TrainingArguments, can_shard: bool) -> None:
     """
     Check what the launcher configured, and hand the run's settings on to what shards.
 
@@ -70,7 +185,7 @@ def set_up_fsdp(accelerator: Accelerator) -> None:
         )
 
 
-def set_up_deepspeed(accelerator: Accelerator, arguments: Any) -> None:
+def set_up_deepspeed(accelerator: Accelerator, arguments: TrainingArguments) -> None:
     """
     Check the plugin, and give it the run's batch size, accumulation and clipping.
 

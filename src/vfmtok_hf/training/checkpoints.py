@@ -1,0 +1,195 @@
+"""The folder of a run: whether it is continued, its checkpoints, its saved models."""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.checkpoint import CheckpointException
+
+from vfmtok_hf.data.output_files import whole_file
+from vfmtok_hf.training.arguments import TrainingArguments, check_resumed_arguments, save_arguments
+from vfmtok_hf.training.distributed import any_process, sharding_of
+from vfmtok_hf.training.logs import LOG_FILE, RunLog, drop_lines_after, logger, start_trackers
+
+
+# Temporary names while a checkpoint is written and while one is deleted. Neither is ever read.
+WRITING = "writing"
+DELETING = "deleting"
+
+
+@dataclass
+class Progress:
+    """Where a run is: optimizer steps done, epoch, batches of this epoch done."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+
+    def state_dict(self) -> dict:
+        return asdict(self)
+
+    def load_state_dict(self, state: dict) -> None:
+        self.__dict__.update(state)
+
+
+def open_output(output: Path, arguments: TrainingArguments) -> Path | None:
+    """
+    The newest checkpoint of a run's folder, or None for a new run. Nothing is written but the folder.
+
+    Raises:
+        ValueError: the folder holds a run and `arguments.resume` is false, or its arguments were others
+            ([`check_resumed_arguments`]).
+    """
+    checkpoints = finished_checkpoints(output)
+    if checkpoints and not arguments.resume:
+        raise ValueError(f"{output} already holds a run: pass --resume true to continue it, or another --output.")
+    if checkpoints:
+        check_resumed_arguments(arguments, output / "arguments.yaml")
+    elif arguments.resume:
+        logger.warning("no checkpoint in %s: starting from the beginning", output)
+    output.mkdir(parents=True, exist_ok=True)
+    return checkpoints[-1] if checkpoints else None
+
+
+def start_run(
+    accelerator: Accelerator, output: Path, checkpoint: Path | None, arguments: TrainingArguments, progress: Progress
+) -> RunLog:
+    """
+    Everything is prepared and registered: load the checkpoint, if there is one, and open the run's log where it
+    stands. What an interrupted run wrote after its checkpoint is forgotten, since those steps come again.
+
+    Raises:
+        ValueError: the checkpoint does not fit; see [`load_checkpoint`].
+    """
+    if checkpoint is not None:
+        load_checkpoint(accelerator, checkpoint)
+    if accelerator.is_main_process:
+        remove_leftovers(output)
+        drop_lines_after(output / LOG_FILE, progress.step)
+        with whole_file(output / "arguments.yaml") as file:
+            save_arguments(arguments, file)
+    start_trackers(accelerator, arguments, output, progress.step)
+    accelerator.wait_for_everyone()
+    log = RunLog(accelerator, output)
+    if checkpoint is not None:
+        log.write("resume", progress.step, {})
+    return log
+
+
+def finished_checkpoints(output: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted((output / "checkpoints").glob("step_*"))
+
+
+def save_checkpoint(accelerator: Accelerator, output: Path, step: int, keep: int) -> None:
+    """
+    Everything a bit-identical continuation needs, written whole or not at all; the oldest beyond `keep` go.
+
+    Raises:
+        OSError: it cannot be written. The checkpoints before it are unharmed.
+    """
+    folder = output / "checkpoints" / f"step_{step:08d}"
+    temporary = folder.with_name(WRITING)
+    error = None
+    try:
+        accelerator.save_state(str(temporary))
+        if accelerator.is_main_process:
+            launch = {"num_processes": accelerator.num_processes, "sharding": sharding_of(accelerator)}
+            (temporary / "run.json").write_text(json.dumps(launch))
+    # A full disk is an OSError, a RuntimeError or a SafetensorError, by file.
+    except (Exception, CheckpointException) as caught:
+        error = caught
+    if any_process(accelerator, error is not None):
+        if accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+        reason = reason_of(error) if error else "another process failed"
+        raise OSError(
+            f"The checkpoint of step {step} could not be written to {folder.parent}: {reason}. Those before it are "
+            "unharmed: make room and continue with --resume true."
+        ) from error
+    if accelerator.is_main_process:
+        flush_to_disk(temporary)
+        replace_folder(temporary, folder)
+        for old in finished_checkpoints(output)[:-keep]:
+            # Out of sight at once: deleting takes a while, in which the process may die.
+            os.replace(old, old.with_name(DELETING))
+            shutil.rmtree(old.with_name(DELETING))
+    accelerator.wait_for_everyone()
+
+
+def reason_of(error: BaseException) -> str:
+    """An error in one line; of a sharded checkpoint, what the processes report."""
+    errors = [failure for failure, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+    return " ".join(" ".join(dict.fromkeys(map(str, errors))).split())
+
+
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
+    """
+    Raises:
+        ValueError: the checkpoint is damaged, or was written by another number of processes or another kind of
+            sharding.
+    """
+    error = None
+    try:
+        launch = json.loads((checkpoint / "run.json").read_text())
+        num_processes, sharding = launch["num_processes"], launch["sharding"]
+        if (num_processes, sharding) == (accelerator.num_processes, sharding_of(accelerator)):
+            accelerator.load_state(str(checkpoint))
+    except (Exception, CheckpointException) as caught:
+        error = caught
+    if any_process(accelerator, error is not None):
+        reason = reason_of(error) if error else "another process failed"
+        raise ValueError(
+            f"{checkpoint} cannot be read: {reason}. If it is damaged, delete it to continue from the one before."
+        ) from error
+    if num_processes != accelerator.num_processes:
+        raise ValueError(
+            f"{checkpoint} was written by {num_processes} process(es), this run has {accelerator.num_processes}: their "
+            "random numbers and shares of the data would differ. Start as many, or a new run with --init_from."
+        )
+    if sharding != sharding_of(accelerator):
+        raise ValueError(
+            f"{checkpoint} was written with {sharding or 'no sharding'}, this run is launched with "
+            f"{sharding_of(accelerator) or 'none'}. Launch it as before, or a new run with --init_from."
+        )
+
+
+def remove_leftovers(output: Path) -> None:
+    """What a killed run left half written or half deleted; a model that it was about to replace comes back."""
+    for name in (WRITING, DELETING):
+        shutil.rmtree(output / "checkpoints" / name, ignore_errors=True)
+    model = output / "model"
+    if not model.exists() and model.with_name("model.old").exists():
+        os.replace(model.with_name("model.old"), model)
+    for name in ("model.old", "model.writing"):
+        shutil.rmtree(output / name, ignore_errors=True)
+
+
+def flush_to_disk(folder: Path) -> None:
+    """Wait until the files survive a loss of power, which a rename could otherwise overtake."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+
+
+def replace_folder(temporary: Path, folder: Path) -> None:
+    """Move a finished folder to its place; what was there goes."""
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(temporary, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def save_model(model: nn.Module, folder: Path) -> None:
+    """`save_pretrained`, whole or not at all."""
+    temporary = folder.with_name(folder.name + ".writing")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    replace_folder(temporary, folder)

@@ -1,0 +1,185 @@
+"""What a run reports: its log of one JSON object per line, trackers beside it, curves, pictures."""
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import logging
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torchvision.utils import make_grid
+
+from vfmtok_hf.data.output_files import whole_file
+from vfmtok_hf.plotting import Curves
+from vfmtok_hf.training.arguments import TrainingArguments
+
+
+logger = logging.getLogger("vfmtok_hf.training")
+
+LOG_FILE = "log.jsonl"
+TRACKERS = ("tensorboard", "trackio", "wandb")
+
+
+def configure_logging() -> None:
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    logger.setLevel(logging.INFO)
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's `main`; what can go wrong outside this program becomes one line on stderr and exit code 1."""
+    try:
+        main()
+    except (ImportError, OSError, ValueError, FloatingPointError) as error:
+        sys.exit("Error: " + (" ".join(str(error).split()) or type(error).__name__))
+
+
+class RunLog:
+    """One JSON object per line in `log.jsonl`, a readable line on the console, and the trackers. Main process only."""
+
+    def __init__(self, accelerator: Accelerator, output: Path):
+        self.accelerator = accelerator
+        self.file = output / LOG_FILE
+
+    def write(self, kind: str, step: int, values: dict[str, float]) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        with self.file.open("a") as file:
+            file.write(json.dumps({"kind": kind, "step": step, "time": round(time.time(), 1), **values}) + "\n")
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        logger.info("%-10s step %6d  %s", kind, step, shown)
+        self.accelerator.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+
+
+class WindowMeans:
+    """
+    Means of named scalars over the steps and processes since the last log line, and images per second. Adding reads
+    nothing from the device.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.restart()
+
+    def restart(self) -> None:
+        self.sums: dict[str, torch.Tensor] = {}
+        self.counts: Counter[str] = Counter()
+        self.images = 0
+        self.started = time.perf_counter()
+
+    def add(self, values: dict[str, torch.Tensor], num_images: int) -> None:
+        """`num_images`: of all processes."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach()
+        self.counts.update(values.keys())
+        self.images += num_images
+
+    def take(self) -> dict[str, float]:
+        """The means and `images/s`; the window starts again. Called by all processes."""
+        means = torch.stack([total.float() / self.counts[name] for name, total in self.sums.items()])
+        means = self.accelerator.reduce(means, "mean").tolist()
+        values = dict(zip(self.sums, means, strict=True))
+        values["images/s"] = self.images / (time.perf_counter() - self.started)
+        self.restart()
+        return values
+
+
+def read_log(file: Path) -> list[dict[str, Any]]:
+    """
+    Its lines. A last line that a killed run left incomplete does not count.
+
+    Raises:
+        ValueError: another line is damaged.
+    """
+    lines = file.read_text().splitlines()
+    entries = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"{file}, line {number} is not JSON: {line[:80]}") from error
+    return entries
+
+
+def drop_lines_after(file: Path, step: int) -> None:
+    """Forget the steps after `step`, which come again."""
+    if file.is_file():
+        kept = [entry for entry in read_log(file) if entry["step"] <= step]
+        with whole_file(file) as temporary:
+            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+
+
+def read_curves(run: Path) -> Curves:
+    """
+    The numbers that a run logged: quantity -> kind of line (`train` or `validation`) -> step -> value. Of a step logged
+    twice the later line counts.
+
+    Raises:
+        FileNotFoundError: the folder has no log.
+        ValueError: the log is damaged, or no step was logged yet.
+    """
+    file = run / LOG_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{run} is no training run: it has no {LOG_FILE}.")
+    curves: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for entry in read_log(file):
+        for name in entry.keys() - {"kind", "step", "time"}:
+            curves[name][entry["kind"]][entry["step"]] = entry[name]
+    if not curves:
+        raise ValueError(f"{file} has no losses yet.")
+    return curves
+
+
+def check_trackers(names: list[str]) -> list[str]:
+    """
+    `names`, for `Accelerator(log_with=...)`, which would drop in silence those that are not installed.
+
+    Raises:
+        ValueError: a tracker is unknown.
+        ImportError: a tracker is not installed.
+    """
+    for name in names:
+        if name not in TRACKERS:
+            raise ValueError(f"Unknown tracker {name!r}: choose among {', '.join(TRACKERS)}.")
+        if importlib.util.find_spec(name) is None:
+            raise ImportError(f"--tracker {name} needs the package: pip install {name}")
+    return names
+
+
+def start_trackers(accelerator: Accelerator, arguments: TrainingArguments, output: Path, step: int) -> None:
+    """
+    Start or continue the run in the trackers of the accelerator. Its name is that of the output folder; a continued
+    run goes on under the same name from `step`.
+    """
+    resumed = step > 0
+    identity = hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:16]  # folders of one name are many
+    accelerator.init_trackers(
+        "vfmtok",
+        config={name: _plain(value) for name, value in dataclasses.asdict(arguments).items()},
+        init_kwargs={
+            "tensorboard": {"purge_step": step + 1} if resumed else {},
+            "trackio": {"name": output.name, "resume": "allow" if resumed else "never"},
+            "wandb": {"name": output.name, "id": identity, "resume": "allow", "dir": str(output)},
+        },
+    )
+
+
+def _plain(value: Any) -> int | float | str | bool:
+    """TensorBoard's table of arguments takes nothing else."""
+    return value if isinstance(value, int | float | str | bool) else json.dumps(value)
+
+
+def save_grid(images: torch.Tensor, file: Path, columns: int) -> None:
+    """`(count, 3, height, width)` in [-1, 1] as one PNG picture, row by row."""
+    grid = make_grid(images.float().cpu().clamp(-1, 1) / 2 + 0.5, nrow=columns, padding=2, pad_value=1.0)
+    pixels = (grid * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    with whole_file(file) as temporary:
+        Image.fromarray(pixels).save(temporary)

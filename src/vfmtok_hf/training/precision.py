@@ -1,0 +1,57 @@
+"""What is fastest on the machine that trains: its precision and its attention."""
+
+import time
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from vfmtok_hf.training.logs import logger
+
+
+SPEEDUP = 1.2  # below it bfloat16 is not worth its rounding
+
+
+def choose_mixed_precision(mixed_precision: str) -> str:
+    """
+    What `auto` stands for on this machine, "bf16" or "no"; said in the log. The main process decides for all.
+    """
+    if mixed_precision != "auto":
+        return mixed_precision
+    # Without being told, Accelerate would not connect processes that have no accelerator.
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    [chosen] = broadcast_object_list(["bf16" if is_bfloat16_faster(state.device) else "no"])
+    if state.is_main_process:
+        logger.info("mixed_precision auto: %s, which is faster on this machine (%s)", chosen, state.device.type)
+    return chosen
+
+
+def is_bfloat16_faster(device: torch.device) -> bool:
+    """Whether the device computes in bfloat16, and not by emulating it. CPUs are timed, which takes less than a second."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    return SPEEDUP * seconds_of_matmul(torch.bfloat16) < seconds_of_matmul(torch.float32)
+
+
+def seconds_of_matmul(dtype: torch.dtype) -> float:
+    """The shortest of five products of matrices on the CPU."""
+    matrix = torch.ones(512, 512, dtype=dtype)
+    durations = []
+    for _ in range(5):
+        started = time.perf_counter()
+        matrix @ matrix
+        durations.append(time.perf_counter() - started)
+    return min(durations)
+
+
+def choose_attention(attention: str, device: torch.device, mixed_precision: str, dropout: float) -> str:
+    """
+    What `auto` stands for: `sdpa`, torch's fused attention, but on CPUs where that is slow. In bfloat16 it is, and with
+    dropout it falls back to computing all pairs, hidden ones too.
+    """
+    if attention != "auto":
+        return attention
+    is_slow = device.type == "cpu" and (mixed_precision == "bf16" or dropout > 0)
+    return "eager" if is_slow else "sdpa"
