@@ -36,10 +36,11 @@ docs-serve: install  ## the same, shown and rebuilt while you write
 notebooks: install  ## run the notebooks again and keep their outputs
 	$(BIN)/python examples/notebooks/execute.py
 
-quality: install  ## lint, format and type checks
+quality: install  ## lint, format, type and import checks
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 style: install  ## fix what ruff can fix
 	$(BIN)/ruff check --fix $(SOURCES)
@@ -69,4 +70,4 @@ emoji-checkpoint: data/emoji64 data/efficientnet_lite0 data/efficientnet_lite0_c
 		--output src/vfmtok_hf/checkpoints/emoji
 
 clean:
-	rm -rf $(VENV) outputs site .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) outputs site .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

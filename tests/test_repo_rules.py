@@ -1,4 +1,6 @@
-"""Rules of the tree that nobody would notice breaking: import directions and what the Hub's export needs."""
+"""
+Rules of the tree that nobody would notice breaking. The directions of imports are in pyproject.toml, for import-linter.
+"""
 
 import ast
 import re
@@ -11,17 +13,6 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "vfmtok_hf"
 MODELING = sorted((PACKAGE / "modeling").glob("*.py"))
-
-# Part of the package -> the other parts it may import.
-ALLOWED = {
-    "modeling": set(),
-    "pipelines": {"modeling", "hub_kernels"},
-    "conversion": {"modeling", "pipelines"},
-    "hub_kernels": {"modeling"},
-    "training": {"modeling", "pipelines", "hub_kernels"},
-    "evaluation": {"modeling", "pipelines"},
-    "export": {"modeling", "pipelines", "conversion", "hub_kernels", "cpu", "data"},
-}
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -36,23 +27,6 @@ def imported_modules(path: Path) -> set[str]:
             module = ".".join([*base, *([node.module] if node.module else [])])
             names |= {module} | {f"{module}.{alias.name}" for alias in node.names}
     return names
-
-
-def part_of(module: str) -> str | None:
-    """The part of the package that a module belongs to."""
-    match = re.match(r"vfmtok_hf\.(\w+)", module)
-    return match.group(1) if match else None
-
-
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_dependency_direction(path):
-    own_part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    if own_part not in ALLOWED:
-        return
-    for module in imported_modules(path):
-        part = part_of(module)
-        if part in ALLOWED and part != own_part:
-            assert part in ALLOWED[own_part], f"{own_part} must not import {module}"
 
 
 def test_kernel_and_package_do_not_know_each_other():
