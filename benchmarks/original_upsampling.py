@@ -7,7 +7,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-from vfmtok_hf.modeling.modeling_vfmtok import VFMTokPixelUpsample
+from vfmtok_hf.modeling.pixel_decoder_vfmtok import VFMTokPixelUpsample
 
 
 def repeat_and_convolve(layer: VFMTokPixelUpsample, hidden_states: torch.Tensor) -> torch.Tensor:

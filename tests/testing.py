@@ -40,7 +40,6 @@ def tiny_config(**overrides) -> VFMTokConfig:
         "decoder_num_heads": 2,
         "decoder_intermediate_size": 40,
         "num_register_tokens": 1,
-        "feature_grid_size": 4,
         "codebook_size": 64,
         "codebook_dim": 4,
         "pixel_decoder_base_channels": 8,

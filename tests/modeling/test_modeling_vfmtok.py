@@ -1,14 +1,17 @@
 import copy
+import json
 
 import pytest
 import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
 from transformers import AutoConfig, AutoModel
 
 from tests.testing import tiny_config, tiny_images, tiny_model
-from vfmtok_hf import VFMTokConfig, VFMTokModel
-from vfmtok_hf.modeling.modeling_vfmtok import MultiScaleDeformableAttention, VFMTokPixelUpsample
+from vfmtok_hf import VFMTokARConfig, VFMTokConfig, VFMTokModel, VFMTokRARConfig
+from vfmtok_hf.modeling.modeling_vfmtok import MultiScaleDeformableAttention
+from vfmtok_hf.modeling.pixel_decoder_vfmtok import VFMTokPixelUpsample
 
 
 def assert_frozen(model):
@@ -37,9 +40,35 @@ def test_config_survives_json(tmp_path):
     assert isinstance(AutoConfig.from_pretrained(tmp_path), VFMTokConfig)
 
 
+def test_old_configurations_mean_the_same(tmp_path):
+    config = tiny_config(commitment_cost=0.5, entropy_loss_ratio=0.1)
+    assert (config.commitment_loss_weight, config.entropy_loss_weight) == (0.5, 0.1)
+    assert (config.commitment_cost, config.entropy_loss_ratio) == (0.5, 0.1)
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert (saved["commitment_loss_weight"], saved["entropy_loss_weight"]) == (0.5, 0.1)
+    assert not saved.keys() & {"commitment_cost", "entropy_loss_ratio"}
+    for new, old in (("commitment_loss_weight", "commitment_cost"), ("entropy_loss_weight", "entropy_loss_ratio")):
+        saved[old] = saved.pop(new)
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    assert VFMTokConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize("config_class", [VFMTokConfig, VFMTokARConfig, VFMTokRARConfig])
+def test_unknown_fields_are_refused(config_class, tmp_path):
+    with pytest.raises(ValueError, match=f"{config_class.__name__} has no field 'hiden_size'.*mean hidden_size"):
+        config_class(hiden_size=32)
+    config_class().save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**saved, "codebook_sise": 3}))
+    with pytest.raises(ValueError, match="no field 'codebook_sise'.*mean codebook_size"):
+        config_class.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        ({"feature_loss_weight": -1}, "feature_loss_weight must be 0"),
         ({"num_anchors": 10}, "square number"),
         ({"hidden_size": 33}, "divisible by encoder_num_heads"),
         ({"image_size": 30}, "divisible by 4"),
@@ -97,8 +126,8 @@ def test_feature_branch_does_not_touch_the_image_branch():
     torch.testing.assert_close(
         model.decode(image_tokens=tokens).reconstruction, both.reconstruction, atol=1e-5, rtol=1e-5
     )
-    memory = model._memory(tokens, None)
-    torch.testing.assert_close(model.vit_decoder.decode_image_embeds(memory), both.image_embeds, atol=1e-5, rtol=1e-5)
+    embeds = model.get_image_features(image_tokens=tokens)
+    torch.testing.assert_close(embeds, both.image_embeds, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -116,12 +145,11 @@ def test_branches_share_one_pass_of_the_memory(attention):
         lengths.clear()
         memory = model._memory(tokens, None)
         if shared:
-            image, features, _ = decoder.decode_both(memory)
+            image, features, _ = decoder(memory, output_features=True)
             assert lengths == [9 + (1 + 64) + (1 + 16)] * 2
         else:
-            image = decoder.decode_image(memory)
-            (states,) = decoder._decode(memory, decoder.feature_queries())
-            features = decoder.feature_head(states[:, 1:])
+            image, _, _ = decoder(memory)
+            _, features, _ = decoder(memory, output_image=False, output_features=True)
             assert sorted(lengths) == [9 + (1 + 16)] * 2 + [9 + (1 + 64)] * 2
         (image.square().mean() + features.square().mean()).backward()
         gradients = {name: p.grad.clone() for name, p in decoder.named_parameters() if p.grad is not None}
@@ -173,11 +201,47 @@ def test_quantizer_picks_the_nearest_rows():
     assert torch.equal(model.quantizer.top_k(latents, 3), distances.topk(3, largest=False).indices)
 
 
+LOSSES = ("codebook_loss", "commitment_loss", "entropy_loss", "feature_loss")
+
+
 def test_loss_is_the_sum_of_its_terms():
-    out = tiny_model(entropy_loss_ratio=0.1)(tiny_images(), return_loss=True)
-    terms = (out.codebook_loss, out.commitment_loss, out.entropy_loss, out.feature_loss)
-    torch.testing.assert_close(out.loss, sum(terms))
-    assert all(term.requires_grad for term in terms)
+    out = tiny_model(entropy_loss_weight=0.1)(tiny_images(), return_loss=True)
+    torch.testing.assert_close(out.loss, sum(out[name] for name in LOSSES))
+    assert all(out[name].requires_grad for name in LOSSES)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_weight_multiplies_its_term(name):
+    model, images = tiny_model(entropy_loss_weight=0.5), tiny_images()
+    before = model(images, return_loss=True)
+    setattr(model.config, f"{name}_weight", 3 * getattr(model.config, f"{name}_weight"))
+    after = model(images, return_loss=True)
+    for other in LOSSES:
+        torch.testing.assert_close(after[other], (3 if other == name else 1) * before[other])
+
+
+@torch.no_grad()
+def test_forward_is_encode_and_decode():
+    model, images = tiny_model(), tiny_images()
+    out = model(images)
+    encoded = model.encode(images, output_vision_features=True)
+    decoded = model.decode(image_tokens=encoded.image_tokens, output_features=True)
+    assert torch.equal(out.image_tokens, encoded.image_tokens)
+    assert torch.equal(out.quantized_latents, encoded.quantized_latents)
+    assert torch.equal(out.reconstruction, decoded.reconstruction)
+    assert torch.equal(out.pooler_output, decoded.image_embeds)
+    assert [tuple(level.shape) for level in encoded.vision_features] == [(2, 16, 4, 4)] * 3
+    assert out.loss is None
+
+
+def test_without_a_loss_quantized_latents_are_exactly_codebook_rows():
+    model, images = tiny_model(), tiny_images()
+    encoded = model.encode(images)
+    assert torch.equal(encoded.quantized_latents, model.quantizer.codebook()[encoded.image_tokens])
+    trained = model.encode(images, return_loss=True)
+    assert torch.equal(trained.image_tokens, encoded.image_tokens)
+    trained.quantized_latents.sum().backward()
+    assert model.quant_proj.weight.grad is not None
 
 
 def test_every_trainable_parameter_gets_a_gradient():
@@ -342,6 +406,11 @@ def test_bad_pixel_values():
     for bad in (torch.zeros(3, 32, 32), torch.zeros(1, 1, 32, 32), torch.zeros(1, 3, 32, 32, dtype=torch.uint8)):
         with pytest.raises(ValueError, match="pixel_values must be floating point of shape"):
             model.encode(bad)
+    picture = Image.new("RGB", (32, 32))
+    for bad in (picture, [picture], [[0.5]]):
+        for method in (model.encode, model.get_image_features, model):
+            with pytest.raises(TypeError, match="VFMTokImageProcessor makes it from images"):
+                method(bad)
     with pytest.raises(ValueError, match="NaN or infinity"):
         model.encode(torch.full((1, 3, 32, 32), torch.nan))
 
@@ -359,6 +428,16 @@ def test_bad_pixel_values():
 def test_bad_image_tokens(tokens, message):
     with pytest.raises(ValueError, match=message):
         tiny_model().decode(image_tokens=tokens)
+
+
+def test_decode_takes_tensors():
+    with pytest.raises(TypeError, match="image_tokens must be a tensor, got list: convert with torch.as_tensor"):
+        tiny_model().decode([[0] * 9])
+
+
+def test_image_features_take_exactly_one_input():
+    with pytest.raises(ValueError, match="exactly one of pixel_values and image_tokens"):
+        tiny_model().get_image_features()
 
 
 def test_decode_takes_exactly_one_input():

@@ -263,7 +263,7 @@ def test_model_weights_are_another_choice(folders, tensors):
 @pytest.mark.parametrize("entropy_ratio", [0.0, 0.1])
 def test_training_losses_and_gradients(entropy_ratio, folders, tensors):
     model = VFMTokModel.from_pretrained(folders["model"]).train()
-    model.config.entropy_loss_ratio = entropy_ratio
+    model.config.entropy_loss_weight = entropy_ratio
     images = reference_images(*BATCHES["b336"])
     out = model(images, return_loss=True)
     assert torch.equal(out.image_tokens, tensors["train.indices"])
@@ -284,7 +284,7 @@ def test_training_losses_and_gradients(entropy_ratio, folders, tensors):
 def test_objective_of_the_training_script(entropy_ratio, layers, folders, tensors, monkeypatch):
     """The same numbers from the module that trains, with the original's weights; its pixel loss counts twice."""
     model = VFMTokModel.from_pretrained(folders["model"])
-    model.config.entropy_loss_ratio = entropy_ratio
+    model.config.entropy_loss_weight = entropy_ratio
     weights = {"l1": 0.0, "mse": 2.0, "lpips": 0.0, "perceptual": 0.0, "feature": 1.0}
     weights |= dict.fromkeys(("codebook", "commitment", "entropy"), 1.0)
     objective = TokenizerObjective(model, weights).train()

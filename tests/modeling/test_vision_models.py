@@ -94,8 +94,26 @@ def test_transformers_whole_model(family, tmp_path):
 @pytest.mark.parametrize("family", TRANSFORMERS)
 @torch.no_grad()
 def test_other_input_size_than_the_vision_model_was_trained_at(family):
-    model = tiny_model(vision_config=TRANSFORMERS[family][0], vision_image_size=48, feature_grid_size=6)
+    model = tiny_model(vision_config=TRANSFORMERS[family][0], vision_image_size=48)
     assert [tuple(level.shape) for level in model.extract_vision_features(tiny_images())] == [(2, 16, 6, 6)] * 3
+    assert model.config.feature_grid_size == 6
+
+
+@torch.no_grad()
+def test_timm_backbone_gives_the_feature_grid():
+    config = TimmBackboneConfig(backbone="resnet10t", out_indices=[1, 2, 3], use_pretrained_backbone=False)
+    model = tiny_model(vision_config=config, vision_image_size=96)
+    assert model.extract_vision_features(tiny_images())[-1].shape[-2:] == (6, 6)
+    assert model.config.feature_grid_size == 6
+
+
+@pytest.mark.parametrize("vision_config", [TRANSFORMERS["clip"][0], TIMM_VIT, TIMM_CONV], ids=["clip", "vit", "conv"])
+def test_wrong_feature_grids_are_refused(vision_config):
+    sizes = {"vision_config": vision_config, "vision_feature_layers": [1, 2]}
+    with pytest.raises(ValueError, match=r"feature_grid_size is 5, but .* has [48] positions per side"):
+        tiny_model(**sizes, feature_grid_size=5)
+    with pytest.raises(ValueError, match="vision_image_size 30 must be a multiple of 8"):
+        tiny_model(**sizes, vision_image_size=30)
 
 
 @torch.no_grad()
@@ -150,9 +168,7 @@ def test_two_tower_config_is_refused():
 
 
 def test_pruned_vision_model_loads_from_its_full_checkpoint(tmp_path):
-    full = tiny_model(
-        vision_config=TIMM_CONV, vision_feature_layers=[1, 2, 4], vision_image_size=64, feature_grid_size=2
-    )
+    full = tiny_model(vision_config=TIMM_CONV, vision_feature_layers=[1, 2, 4], vision_image_size=64)
     full.vision_model.save_pretrained(tmp_path)
     light = tiny_model(
         vision_config=TIMM_CONV, vision_feature_layers=[1, 2, 3], vision_image_size=64, save_vision_model=False

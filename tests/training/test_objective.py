@@ -21,7 +21,7 @@ WEIGHTS = {
 
 
 def tiny_objective(train_encoder=True, model=None, **weights):
-    model = model or tiny_model(decoder_dropout=0.0, entropy_loss_ratio=0.1)
+    model = model or tiny_model(decoder_dropout=0.0, entropy_loss_weight=0.1)
     return TokenizerObjective(model, WEIGHTS | weights, train_encoder).train()
 
 
@@ -115,7 +115,7 @@ def test_losses_are_float32_under_autocast():
 
 def test_graph_is_whole_and_gradients_are_those_of_eager_execution():
     """One graph without breaks is what torch.compile needs to be worth it; generating code is not the point here."""
-    model = tiny_model(decoder_dropout=0.0, encoder_num_layers=1, decoder_num_layers=1, entropy_loss_ratio=0.1)
+    model = tiny_model(decoder_dropout=0.0, encoder_num_layers=1, decoder_num_layers=1, entropy_loss_weight=0.1)
     objective, images = tiny_objective(model=model), tiny_images()
     compiled = torch.compile(objective, backend="eager", fullgraph=True)
     gradients = []

@@ -216,7 +216,7 @@ def test_every_option_of_the_objective_at_once(data, vision_model, tmp_path):
         adaptive_adversarial_weight="true",
         discriminator="dino",
         discriminator_model=tmp_path / "dino",
-        **{"model.entropy_loss_ratio": 0.1},
+        **{"model.entropy_loss_weight": 0.1},
     )
     steps = log_of(output, "train")
     names = {"adversarial", "adaptive_weight", "discriminator", "logits_fake", "logits_real"}

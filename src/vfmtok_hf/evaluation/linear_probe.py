@@ -153,13 +153,12 @@ def represent(model: VFMTokModel, pixel_values: torch.Tensor) -> dict[str, torch
     - `vision_model`: the frozen vision model's last level, mean over positions.
     - `pixels`: the image itself, at 32 x 32.
     """
-    vision_features = model.extract_vision_features(pixel_values)
-    image_tokens = model.quantizer.nearest(model.encode_features(vision_features))
+    encoded = model.encode(pixel_values, output_vision_features=True)
     pixels = F.interpolate(pixel_values, (PIXEL_GRID, PIXEL_GRID), mode="bilinear", antialias=True)
     return {
-        "image_embeds": model.get_image_features(image_tokens=image_tokens),
-        "token_embeddings": model.quantizer.lookup(image_tokens).flatten(1),
-        "vision_model": vision_features[-1].mean(dim=(2, 3)),
+        "image_embeds": model.get_image_features(image_tokens=encoded.image_tokens),
+        "token_embeddings": encoded.quantized_latents.flatten(1),
+        "vision_model": encoded.vision_features[-1].mean(dim=(2, 3)),
         "pixels": pixels.flatten(1),
     }
 

@@ -62,15 +62,17 @@ class VFMTokConfig(CheckedConfigMixin, PreTrainedConfig):
         num_register_tokens (`int`, defaults to 4):
             Register tokens that the original appends to the ViT decoder's causal sequence. Being last they influence
             nothing; they are kept so that conversion loses nothing.
-        feature_grid_size (`int`, defaults to 24):
+        feature_grid_size (`int`, *optional*):
             Patches per side of the last feature level: the side of the ViT decoder's position table and of the
-            features it reconstructs.
+            features it reconstructs. The model derives it from its vision model where it is unset, and refuses another.
         codebook_size, codebook_dim (`int`, defaults to 16384 and 12):
             Number and width of the codebook's rows.
-        commitment_cost (`float`, defaults to 0.25):
-            Weight of the commitment loss.
-        entropy_loss_ratio (`float`, defaults to 0.0):
+        codebook_loss_weight, commitment_loss_weight (`float`, defaults to 1.0 and 0.25):
+            Weights of the codebook loss and of the commitment loss.
+        entropy_loss_weight (`float`, defaults to 0.0):
             Weight of the entropy loss. At 0 it is not computed.
+        feature_loss_weight (`float`, defaults to 1.0):
+            Weight of the loss on reconstructed vision features.
         pixel_decoder_base_channels (`int`), pixel_decoder_channel_multipliers (`list[int]`):
             Channels of the CNN pixel decoder at full resolution and their multiples from fine to coarse. The image
             is upsampled `2 ** (len(multipliers) - 1)` times.
@@ -81,6 +83,8 @@ class VFMTokConfig(CheckedConfigMixin, PreTrainedConfig):
     """
 
     model_type = "vfmtok"
+    # Names of older configurations.
+    attribute_map = {"commitment_cost": "commitment_loss_weight", "entropy_loss_ratio": "entropy_loss_weight"}
     sub_configs_defaults = {
         "vision_config": SubConfigSpec(
             AutoConfig,
@@ -116,11 +120,13 @@ class VFMTokConfig(CheckedConfigMixin, PreTrainedConfig):
     decoder_intermediate_size: int = 1368
     decoder_dropout: float | int = 0.1
     num_register_tokens: int = 4
-    feature_grid_size: int = 24
+    feature_grid_size: int | None = None
     codebook_size: int = 16384
     codebook_dim: int = 12
-    commitment_cost: float | int = 0.25
-    entropy_loss_ratio: float | int = 0.0
+    codebook_loss_weight: float | int = 1.0
+    commitment_loss_weight: float | int = 0.25
+    entropy_loss_weight: float | int = 0.0
+    feature_loss_weight: float | int = 1.0
     pixel_decoder_base_channels: int = 128
     pixel_decoder_channel_multipliers: list[int] | tuple[int, ...] = (1, 1, 2, 2, 4)
     pixel_decoder_num_res_blocks: int = 1
@@ -177,6 +183,9 @@ class VFMTokConfig(CheckedConfigMixin, PreTrainedConfig):
                 f"pixel_decoder_base_channels {self.pixel_decoder_base_channels} must be divisible by "
                 f"pixel_decoder_num_groups {self.pixel_decoder_num_groups}."
             )
+        for name, value in self.to_dict().items():
+            if name.endswith("_loss_weight") and value < 0:
+                raise ValueError(f"{name} must be 0 (off) or larger, got {value}.")
         layers = list(self.vision_feature_layers)
         if not layers or layers != sorted(set(layers)) or layers[0] < 0:
             raise ValueError(f"vision_feature_layers must be ascending, distinct and not negative, got {layers}.")

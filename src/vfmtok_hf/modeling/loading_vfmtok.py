@@ -3,6 +3,7 @@ Loading that is total: where transformers would go on with a warning, with rando
 lacks or in a model of another type, this stops with one line that names the cause and the cure.
 """
 
+import difflib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,10 +42,25 @@ def answer_of_the_hub(error: BaseException) -> str:
     return "" if cause is None or str(cause) in message else f"The cause: {cause}"
 
 
+# What transformers keeps in a configuration beside its fields.
+KEPT_BY_TRANSFORMERS = {"auto_map", "custom_pipelines", "quantization_config"}
+
+
 class CheckedConfigMixin:
-    """Configurations that are not made from those of other models."""
+    """Configurations that refuse unknown fields, and those of other models."""
 
     model_type: ClassVar[str]
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        # transformers makes attributes of all that it does not know.
+        unknown = sorted(
+            name for name in kwargs.keys() & vars(self).keys() - KEPT_BY_TRANSFORMERS if not hasattr(type(self), name)
+        )
+        if unknown:
+            close = difflib.get_close_matches(unknown[0], vars(self).keys() - set(unknown), n=3)
+            suggestion = f" Did you mean {', '.join(close)}?" if close else ""
+            raise ValueError(f"{type(self).__name__} has no field {unknown[0]!r}.{suggestion}")
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):

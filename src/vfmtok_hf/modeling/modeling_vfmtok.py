@@ -22,13 +22,16 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from .attention_vfmtok import eager_attention_forward
+from .anchor_encoder_vfmtok import (
+    MultiScaleDeformableAttention as MultiScaleDeformableAttention,  # compiled layers look for it here
+)
+from .anchor_encoder_vfmtok import VFMTokAnchorEncoder, VFMTokAttention, VFMTokDeformableAttention
 from .configuration_vfmtok import VFMTokConfig
 from .loading_vfmtok import CheckedModelMixin, one_line_errors
+from .pixel_decoder_vfmtok import VFMTokPixelDecoder
 
 
 @dataclass
@@ -47,6 +50,10 @@ class VFMTokEncoderOutput(ModelOutput):
         attention_weights (`tuple[torch.Tensor]`, with `output_sampling_locations=True`):
             Weight of each location, `(batch_size, num_anchors, heads, levels, points)`, summing to 1 over levels and
             points.
+        vision_features (`tuple[torch.Tensor]`, one per feature level, with `output_vision_features=True`):
+            The frozen vision model's features, `(batch_size, channels, height, width)`.
+        codebook_loss, commitment_loss, entropy_loss (`torch.FloatTensor` of shape `()`, with `return_loss=True`):
+            The quantizer's terms, multiplied by their weights.
     """
 
     image_tokens: torch.Tensor | None = None
@@ -54,6 +61,10 @@ class VFMTokEncoderOutput(ModelOutput):
     latents: torch.Tensor | None = None
     sampling_locations: tuple[torch.Tensor, ...] | None = None
     attention_weights: tuple[torch.Tensor, ...] | None = None
+    vision_features: tuple[torch.Tensor, ...] | None = None
+    codebook_loss: torch.Tensor | None = None
+    commitment_loss: torch.Tensor | None = None
+    entropy_loss: torch.Tensor | None = None
 
 
 @dataclass
@@ -61,11 +72,11 @@ class VFMTokQuantizerOutput(ModelOutput):
     """
     Args:
         quantized_latents (`torch.FloatTensor` of shape `(batch_size, num_anchors, codebook_dim)`):
-            Chosen codebook rows, l2-normalised, with a straight-through gradient to the latents.
+            Chosen codebook rows, l2-normalised; with `return_loss=True` with a straight-through gradient to the latents.
         image_tokens (`torch.LongTensor` of shape `(batch_size, num_anchors)`):
             Their indices.
-        codebook_loss, commitment_loss, entropy_loss (`torch.FloatTensor` of shape `()`):
-            Scalar terms, their weights included.
+        codebook_loss, commitment_loss, entropy_loss (`torch.FloatTensor` of shape `()`, with `return_loss=True`):
+            Scalar terms, multiplied by their weights.
     """
 
     quantized_latents: torch.Tensor | None = None
@@ -97,8 +108,8 @@ class VFMTokOutput(ModelOutput):
     """
     Args:
         loss (`torch.FloatTensor` of shape `()`, with `return_loss=True`):
-            Sum of the four terms below. Losses on pixels (squared error, perceptual, adversarial) need other networks
-            and belong to the training script.
+            Sum of the four terms below: the part of the training objective that the model computes itself. The training
+            script adds the losses on pixels (absolute and squared error, perceptual, adversarial).
         quantized_latents (`torch.FloatTensor` of shape `(batch_size, num_anchors, codebook_dim)`):
             The l2-normalised codebook rows of the image tokens, straight-through with `return_loss=True`. Without a
             loss they come first, which is where transformers' `image-feature-extraction` looks for features.
@@ -109,9 +120,10 @@ class VFMTokOutput(ModelOutput):
         image_tokens (`torch.LongTensor` of shape `(batch_size, num_anchors)`):
             Codebook indices.
         codebook_loss, commitment_loss, entropy_loss (`torch.FloatTensor` of shape `()`, with `return_loss=True`):
-            The quantizer's terms, weights included.
+            The quantizer's terms, multiplied by their weights.
         feature_loss (`torch.FloatTensor` of shape `()`, with `return_loss=True`):
-            Mean of 1 - cosine similarity between reconstructed and true features of the last vision level.
+            Mean of 1 - cosine similarity between reconstructed and true features of the last vision level, multiplied by
+            its weight.
     """
 
     loss: torch.Tensor | None = None
@@ -163,290 +175,6 @@ def resize_for_vision_model(images: torch.Tensor, size: int) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Anchor encoder
-
-
-class MultiScaleDeformableAttention(nn.Module):
-    """
-    Deformable attention's sampling core in plain PyTorch: the reference of the compiled layers that may replace its
-    `forward` from outside. It has no parameters, and its signature is the one that transformers' models use.
-
-    Source: Deformable DETR (arXiv 2010.04159), equation 3.
-    """
-
-    def forward(
-        self,
-        value: torch.Tensor,
-        value_spatial_shapes: torch.Tensor,
-        value_spatial_shapes_list: list[tuple[int, int]],
-        level_start_index: torch.Tensor,
-        sampling_locations: torch.Tensor,
-        attention_weights: torch.Tensor,
-        im2col_step: int,
-    ) -> torch.Tensor:
-        """
-        Args:
-            value (`torch.Tensor` of shape `(batch_size, sum of height * width, heads, head_dim)`):
-                Features of all levels, flattened and concatenated.
-            value_spatial_shapes (`torch.LongTensor` of shape `(levels, 2)`), level_start_index (`(levels,)`):
-                Height and width of each level and where it starts; read by compiled layers.
-            value_spatial_shapes_list (`list[tuple[int, int]]`):
-                The same heights and widths without a device.
-            sampling_locations (`torch.Tensor` of shape `(batch_size, queries, heads, levels, points, 2)`):
-                As (x, y) with the image being [0, 1]^2; outside of it zeros are read.
-            attention_weights (`torch.Tensor` of shape `(batch_size, queries, heads, levels, points)`).
-            im2col_step (`int`):
-                Batch chunk of the original CUDA kernel; read by compiled layers that keep it.
-
-        Returns:
-            `torch.Tensor` of shape `(batch_size, queries, heads * head_dim)`.
-        """
-        batch_size, _, num_heads, head_dim = value.shape
-        num_queries = sampling_locations.shape[1]
-        levels = value.split([height * width for height, width in value_spatial_shapes_list], dim=1)
-        # Half precision would move the locations by up to a tenth of a cell, and torch's CPU `grid_sample` reads past
-        # the end of strided half-precision maps.
-        dtype = torch.promote_types(value.dtype, torch.float32)
-        sampling_grids = 2 * sampling_locations.to(dtype) - 1
-        samples_by_level = []
-        for index, (level, (height, width)) in enumerate(zip(levels, value_spatial_shapes_list, strict=True)):
-            # batch_size, height*width, heads, head_dim -> batch_size*heads, head_dim, height, width
-            level = level.permute(0, 2, 3, 1).reshape(batch_size * num_heads, head_dim, height, width)
-            # batch_size, queries, heads, points, 2 -> batch_size*heads, queries, points, 2
-            grid = sampling_grids[:, :, :, index].transpose(1, 2).flatten(0, 1)
-            samples_by_level.append(
-                F.grid_sample(level.to(dtype), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-            )
-        # levels x (batch_size*heads, head_dim, queries, points) -> batch_size*heads, head_dim, queries, levels*points
-        samples = torch.cat(samples_by_level, dim=-1)
-        # batch_size, queries, heads, levels, points -> batch_size*heads, 1, queries, levels*points
-        weights = attention_weights.transpose(1, 2).reshape(batch_size * num_heads, 1, num_queries, -1)
-        output = (samples * weights).sum(-1).to(value.dtype)
-        # batch_size*heads, head_dim, queries -> batch_size, queries, heads*head_dim
-        return output.view(batch_size, num_heads * head_dim, num_queries).transpose(1, 2).contiguous()
-
-
-class VFMTokDeformableAttention(nn.Module):
-    """Cross-attention of the anchors to a few learned sampling locations on every feature level."""
-
-    def __init__(self, config: VFMTokConfig):
-        super().__init__()
-        self.num_heads = config.encoder_num_heads
-        self.num_levels = len(config.vision_feature_layers)
-        self.num_points = config.encoder_num_points
-        locations = self.num_heads * self.num_levels * self.num_points
-        self.sampling_offsets = nn.Linear(config.hidden_size, 2 * locations)
-        self.attention_weights = nn.Linear(config.hidden_size, locations)
-        self.value_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.output_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.sampler = MultiScaleDeformableAttention()
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        reference_points: torch.Tensor,
-        features: torch.Tensor,
-        spatial_shapes_list: list[tuple[int, int]],
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        batch_size, num_queries, _ = hidden_states.shape
-        spatial_shapes = torch.tensor(spatial_shapes_list, device=hidden_states.device)
-        level_sizes = spatial_shapes.prod(1)
-        value = self.value_proj(features).view(batch_size, features.shape[1], self.num_heads, -1)
-
-        # queries, 2*heads*levels*points -> queries, heads, levels, points, (x, y): offsets in cells of the level
-        offsets = self.sampling_offsets(hidden_states).view(
-            batch_size, num_queries, self.num_heads, self.num_levels, self.num_points, 2
-        )
-        cells = spatial_shapes.flip(-1).to(offsets.dtype)[:, None]
-        sampling_locations = reference_points[:, None, None, None] + offsets / cells
-
-        weights = self.attention_weights(hidden_states).view(batch_size, num_queries, self.num_heads, -1)
-        weights = weights.softmax(-1).view(sampling_locations.shape[:-1])
-
-        output = self.sampler(
-            value,
-            spatial_shapes,
-            spatial_shapes_list,
-            level_sizes.cumsum(0) - level_sizes,
-            sampling_locations,
-            weights,
-            # The step must divide the batch in kernels that keep it; the whole batch always does.
-            batch_size,
-        )
-        return self.output_proj(output), sampling_locations, weights
-
-
-class VFMTokAttention(nn.Module):
-    """Causal multi-head self-attention with biases."""
-
-    is_causal = True
-    num_key_value_groups = 1
-
-    def __init__(self, config: VFMTokConfig, num_heads: int, dropout: float = 0.0):
-        super().__init__()
-        self.config = config
-        self.head_dim = config.hidden_size // num_heads
-        self.dropout = dropout
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def forward(self, hidden_states: torch.Tensor, lengths: list[int] | None = None) -> torch.Tensor:
-        """
-        Args:
-            hidden_states (`torch.Tensor` of shape `(batch_size, length, hidden_size)`).
-            lengths (`list[int]`, *optional*):
-                The sequence is a prefix and several branches of these lengths; a branch sees the prefix and itself.
-        """
-        # batch_size, length, hidden_size -> batch_size, heads, length, head_dim
-        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-        states = [
-            projection(hidden_states).view(heads).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        ]
-        if lengths is None:
-            return self.o_proj(self._attend(*states))
-        # Every branch repeats the prefix's attention, the cheap part, so that each call is plainly causal: a mask
-        # over all branches would keep fast attention kernels out and compute every hidden pair.
-        prefix, *branches = zip(*(state.split(lengths, dim=2) for state in states), strict=True)
-        first, *others = (
-            self._attend(*(torch.cat(parts, dim=2) for parts in zip(prefix, branch, strict=True)))
-            for branch in branches
-        )
-        return self.o_proj(torch.cat([first, *(other[:, lengths[0] :] for other in others)], dim=1))
-
-    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """`(batch_size, heads, length, head_dim)` three times -> `(batch_size, length, hidden_size)`."""
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        output, _ = attention(
-            self,
-            query,
-            key,
-            value,
-            None,
-            dropout=self.dropout if self.training else 0.0,
-            scaling=self.head_dim**-0.5,
-        )
-        return output.flatten(2)
-
-
-class VFMTokMLP(nn.Module):
-    """ReLU MLP of the anchor encoder."""
-
-    def __init__(self, config: VFMTokConfig):
-        super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.encoder_intermediate_size)
-        self.fc2 = nn.Linear(config.encoder_intermediate_size, config.hidden_size)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.fc2(F.relu(self.fc1(hidden_states)))
-
-
-class VFMTokAnchorEncoderLayer(GradientCheckpointingLayer):
-    """Deformable cross-attention, causal self-attention, MLP; each followed by its norm (post-norm)."""
-
-    def __init__(self, config: VFMTokConfig):
-        super().__init__()
-        self.cross_attn = VFMTokDeformableAttention(config)
-        self.cross_attn_norm = nn.LayerNorm(config.hidden_size)
-        self.self_attn = VFMTokAttention(config, config.encoder_num_heads)
-        self.self_attn_norm = nn.LayerNorm(config.hidden_size)
-        self.mlp = VFMTokMLP(config)
-        self.mlp_norm = nn.LayerNorm(config.hidden_size)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: torch.Tensor,
-        reference_points: torch.Tensor,
-        features: torch.Tensor,
-        spatial_shapes_list: list[tuple[int, int]],
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        # Under mixed precision the original keeps both attentions in the weights' own precision.
-        dtype = self.cross_attn.value_proj.weight.dtype
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            attended, sampling_locations, attention_weights = self.cross_attn(
-                (hidden_states + position_embeddings).to(dtype),
-                reference_points.to(dtype),
-                features.to(dtype),
-                spatial_shapes_list,
-            )
-        hidden_states = self.cross_attn_norm(hidden_states + attended)
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            # Queries, keys and values all see the position.
-            attended = self.self_attn((hidden_states + position_embeddings).to(dtype))
-        hidden_states = self.self_attn_norm(hidden_states + attended)
-        hidden_states = self.mlp_norm(hidden_states + self.mlp(hidden_states))
-        return hidden_states, sampling_locations, attention_weights
-
-
-class VFMTokFeatureProjector(nn.Module):
-    """Brings one feature level to the encoder's width. The two norms at its end stand in a row in the original."""
-
-    def __init__(self, config: VFMTokConfig, num_channels: int):
-        super().__init__()
-        self.fc1 = nn.Linear(num_channels, config.hidden_size, bias=False)
-        self.norm1 = nn.LayerNorm(config.hidden_size)
-        self.fc2 = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.norm2 = nn.LayerNorm(config.hidden_size)
-        self.output_norm = nn.LayerNorm(config.hidden_size)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        hidden_states = F.relu(self.norm1(self.fc1(features)))
-        return self.output_norm(self.norm2(self.fc2(hidden_states)))
-
-
-class VFMTokAnchorEncoder(nn.Module):
-    """Anchor queries gather the vision features of all levels into one state per image token (paper, section 3.2)."""
-
-    def __init__(self, config: VFMTokConfig, num_channels: list[int]):
-        super().__init__()
-        self.config = config
-        self.projectors = nn.ModuleList(VFMTokFeatureProjector(config, channels) for channels in num_channels)
-        self.anchor_queries = nn.Parameter(torch.empty(1, config.num_anchors, config.hidden_size))
-        self.anchor_position_embeddings = nn.Parameter(torch.empty(1, config.num_anchors, config.hidden_size))
-        self.query_norm = nn.LayerNorm(config.hidden_size)
-        self.layers = nn.ModuleList(VFMTokAnchorEncoderLayer(config) for _ in range(config.encoder_num_layers))
-
-    def reference_points(self, device: torch.device) -> torch.Tensor:
-        """Centres of the anchor grid's cells in row-major order, `(num_anchors, 2)` as (x, y) in [0, 1]^2."""
-        side = self.config.anchor_grid_size
-        centres = (torch.arange(side, device=device, dtype=torch.float32) + 0.5) / side
-        return torch.cartesian_prod(centres, centres).flip(-1)
-
-    def forward(
-        self, vision_features: list[torch.Tensor]
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-        """
-        Args:
-            vision_features (`list[torch.Tensor]`): one `(batch_size, channels, height, width)` per level.
-
-        Returns:
-            Anchor states `(batch_size, num_anchors, hidden_size)`; sampling locations and attention weights per layer.
-        """
-        spatial_shapes_list = [(level.shape[-2], level.shape[-1]) for level in vision_features]
-        # levels x (batch_size, channels, height, width) -> batch_size, sum of height*width, hidden_size
-        features = torch.cat(
-            [
-                projector(level.flatten(2).transpose(1, 2))
-                for projector, level in zip(self.projectors, vision_features, strict=True)
-            ],
-            dim=1,
-        )
-        reference_points = self.reference_points(features.device)
-        hidden_states = self.query_norm(self.anchor_queries).expand(features.shape[0], -1, -1)
-        sampling_locations, attention_weights = [], []
-        for layer in self.layers:
-            hidden_states, locations, weights = layer(
-                hidden_states, self.anchor_position_embeddings, reference_points, features, spatial_shapes_list
-            )
-            sampling_locations.append(locations)
-            attention_weights.append(weights)
-        return hidden_states, tuple(sampling_locations), tuple(attention_weights)
-
-
-# ---------------------------------------------------------------------------------------------------------------
 # Quantizer
 
 
@@ -468,6 +196,19 @@ def entropy_loss(similarities: torch.Tensor, temperature: float = 0.01) -> torch
     return sample_entropy - mean_entropy
 
 
+class VFMTokCodebook(nn.Embedding):
+    """
+    The codebook's rows, l2-normalised in float32. Training never renormalises the stored ones.
+
+    All that is read of the codebook passes `forward`, which is where accelerate's hooks fetch offloaded weights.
+    """
+
+    def forward(self, image_tokens: torch.Tensor | None = None) -> torch.Tensor:  # type: ignore[override]
+        """`(...)` indices -> `(..., codebook_dim)` rows; without indices all rows, `(codebook_size, codebook_dim)`."""
+        rows = self.weight if image_tokens is None else F.embedding(image_tokens, self.weight)
+        return F.normalize(rows.float(), dim=-1)
+
+
 class VFMTokVectorQuantizer(nn.Module):
     """
     Nearest l2-normalised codebook row (paper, section 3.2; original `VectorQuantizer`). Works in float32 whatever the
@@ -477,20 +218,20 @@ class VFMTokVectorQuantizer(nn.Module):
     def __init__(self, config: VFMTokConfig):
         super().__init__()
         self.config = config
-        self.codebook = nn.Embedding(config.codebook_size, config.codebook_dim)
+        self.codebook = VFMTokCodebook(config.codebook_size, config.codebook_dim)
 
     def normalized_codebook(self) -> torch.Tensor:
-        """`(codebook_size, codebook_dim)`; training never renormalises the stored rows."""
-        return F.normalize(self.codebook.weight.float(), dim=-1)
+        """`(codebook_size, codebook_dim)` l2-normalised rows."""
+        return self.codebook()
 
     def lookup(self, image_tokens: torch.Tensor) -> torch.Tensor:
-        """`(..., )` indices -> `(..., codebook_dim)` l2-normalised rows."""
-        return F.normalize(self.codebook(image_tokens).float(), dim=-1)
+        """`(...)` indices -> `(..., codebook_dim)` l2-normalised rows."""
+        return self.codebook(image_tokens)
 
     def similarities(self, latents: torch.Tensor) -> torch.Tensor:
         """`(..., codebook_dim)` -> `(..., codebook_size)` cosines: between unit vectors the nearest is the most similar."""
         with torch.autocast(latents.device.type, enabled=False):
-            return F.normalize(latents.float(), dim=-1) @ self.normalized_codebook().T
+            return F.normalize(latents.float(), dim=-1) @ self.codebook().T
 
     def nearest(self, latents: torch.Tensor) -> torch.Tensor:
         """`(..., codebook_dim)` -> `(...)` indices."""
@@ -500,27 +241,30 @@ class VFMTokVectorQuantizer(nn.Module):
         """`(..., codebook_dim)` -> `(..., k)` indices of the `k` nearest rows, nearest first."""
         return self.similarities(latents).topk(k).indices
 
-    def forward(self, latents: torch.Tensor) -> VFMTokQuantizerOutput:
+    def forward(self, latents: torch.Tensor, return_loss: bool = True) -> VFMTokQuantizerOutput:
         """`(batch_size, num_anchors, codebook_dim)` latents, not normalised, to codes and loss terms."""
         with torch.autocast(latents.device.type, enabled=False):
             latents = F.normalize(latents.float(), dim=-1)
-            codebook = self.normalized_codebook()
+            codebook = self.codebook()
             with torch.no_grad():
                 image_tokens = (latents @ codebook.T).argmax(-1)
             quantized = F.embedding(image_tokens, codebook)
+            if not return_loss:
+                return VFMTokQuantizerOutput(quantized_latents=quantized, image_tokens=image_tokens)
+            config = self.config
             return VFMTokQuantizerOutput(
                 quantized_latents=latents + (quantized - latents).detach(),
                 image_tokens=image_tokens,
-                codebook_loss=F.mse_loss(quantized, latents.detach()),
-                commitment_loss=self.config.commitment_cost * F.mse_loss(latents, quantized.detach()),
+                codebook_loss=config.codebook_loss_weight * F.mse_loss(quantized, latents.detach()),
+                commitment_loss=config.commitment_loss_weight * F.mse_loss(latents, quantized.detach()),
                 entropy_loss=self._entropy_loss(latents, codebook),
             )
 
     def _entropy_loss(self, latents: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-        if self.config.entropy_loss_ratio == 0:
+        if self.config.entropy_loss_weight == 0:
             return latents.new_zeros(())
         negative_squared_distances = 2 * latents.flatten(0, 1) @ codebook.T - 2
-        return self.config.entropy_loss_ratio * entropy_loss(negative_squared_distances)
+        return self.config.entropy_loss_weight * entropy_loss(negative_squared_distances)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -599,7 +343,33 @@ class VFMTokViTDecoder(nn.Module):
         """`(1, 1 + feature_grid_size ** 2, hidden_size)`, CLS first."""
         return self.feature_norm(self._queries(self.feature_mask_token, self.position_embeddings))
 
-    def _decode(self, memory: torch.Tensor, *branches: torch.Tensor) -> list[torch.Tensor]:
+    def forward(
+        self, memory: torch.Tensor, output_image: bool = True, output_features: bool = False
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """
+        Args:
+            memory (`torch.Tensor` of shape `(batch_size, num_anchors, hidden_size)`): the projected quantized latents.
+            output_image (`bool`): whether to run the image branch.
+            output_features (`bool`):
+                Whether to run the feature branch. With neither branch its CLS query runs alone: being first, it needs
+                no other.
+
+        Returns:
+            Image grid `(batch_size, hidden_size, side, side)`; reconstructed features `(batch_size, patches, channels)`;
+            CLS state of the feature branch `(batch_size, hidden_size)`. None for what has not been computed.
+        """
+        branches = [self.image_queries()] if output_image else []
+        if output_features or not output_image:
+            feature_queries = self.feature_queries()
+            branches.append(feature_queries if output_features else feature_queries[:, :1])
+        states = self._run_layers(memory, branches)
+        image_grid = self._to_grid(states.pop(0)) if output_image else None
+        if not states:
+            return image_grid, None, None
+        (features,) = states
+        return image_grid, self.feature_head(features[:, 1:]) if output_features else None, features[:, 0]
+
+    def _run_layers(self, memory: torch.Tensor, branches: list[torch.Tensor]) -> list[torch.Tensor]:
         """Final states of each branch of queries, given the memory."""
         batch_size, num_anchors, _ = memory.shape
         # The image branch's norm also serves the memory, in both branches.
@@ -610,20 +380,6 @@ class VFMTokViTDecoder(nn.Module):
             hidden_states = layer(hidden_states, lengths if len(branches) > 1 else None)
         return list(hidden_states.split(lengths, dim=1)[1:])
 
-    def decode_image(self, memory: torch.Tensor) -> torch.Tensor:
-        """Memory `(batch_size, num_anchors, hidden_size)` -> `(batch_size, hidden_size, grid, grid)`."""
-        return self._to_grid(*self._decode(memory, self.image_queries()))
-
-    def decode_both(self, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Image grid, reconstructed features `(batch_size, patches, channels)`, CLS state of the feature branch."""
-        image, features = self._decode(memory, self.image_queries(), self.feature_queries())
-        return self._to_grid(image), self.feature_head(features[:, 1:]), features[:, 0]
-
-    def decode_image_embeds(self, memory: torch.Tensor) -> torch.Tensor:
-        """CLS state of the feature branch `(batch_size, hidden_size)`: being first, it needs no other query."""
-        (states,) = self._decode(memory, self.feature_queries()[:, :1])
-        return states[:, 0]
-
     def _to_grid(self, states: torch.Tensor) -> torch.Tensor:
         # batch_size, 1 + side*side, hidden_size -> batch_size, hidden_size, side, side
         side = self.config.image_grid_size
@@ -631,127 +387,6 @@ class VFMTokViTDecoder(nn.Module):
         # A transposed view would put the CNN into channels-last layout, where the CPU's float32 group norm is ten
         # times less accurate.
         return grid.contiguous()
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Pixel decoder
-
-
-class VFMTokResnetBlock(nn.Module):
-    def __init__(self, config: VFMTokConfig, in_channels: int, out_channels: int):
-        super().__init__()
-        groups = config.pixel_decoder_num_groups
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-6)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        residual = self.conv1(F.silu(self.norm1(hidden_states)))
-        residual = self.conv2(F.silu(self.norm2(residual)))
-        return self.shortcut(hidden_states) + residual
-
-
-class VFMTokPixelAttention(nn.Module):
-    """Single-head attention among all positions of the coarsest grid."""
-
-    def __init__(self, config: VFMTokConfig, channels: int):
-        super().__init__()
-        self.norm = nn.GroupNorm(config.pixel_decoder_num_groups, channels, eps=1e-6)
-        self.q_proj = nn.Conv2d(channels, channels, 1)
-        self.k_proj = nn.Conv2d(channels, channels, 1)
-        self.v_proj = nn.Conv2d(channels, channels, 1)
-        self.o_proj = nn.Conv2d(channels, channels, 1)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        normed = self.norm(hidden_states)
-        # batch_size, channels, height, width -> batch_size, 1, height*width, channels
-        query, key, value = (
-            projection(normed).flatten(2).transpose(1, 2).unsqueeze(1)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        attended = F.scaled_dot_product_attention(query, key, value)
-        return hidden_states + self.o_proj(attended.squeeze(1).transpose(1, 2).reshape(hidden_states.shape))
-
-
-class VFMTokPixelMidBlock(nn.Module):
-    def __init__(self, config: VFMTokConfig, channels: int):
-        super().__init__()
-        self.resnet_in = VFMTokResnetBlock(config, channels, channels)
-        self.attention = VFMTokPixelAttention(config, channels)
-        self.resnet_out = VFMTokResnetBlock(config, channels, channels)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.resnet_out(self.attention(self.resnet_in(hidden_states)))
-
-
-class VFMTokPixelUpsample(nn.Conv2d):
-    """
-    Repeats each pixel 2 x 2 times and convolves by 3 x 3, in 4/9 of the multiplications.
-
-    Of the nine pixels that an output pixel sees only 2 x 2 differ. Weights of equal ones are added up first, which leaves
-    a 2 x 2 convolution of the small image for each of the four places within a repeated pixel.
-    """
-
-    def __init__(self, channels: int):
-        super().__init__(channels, channels, 3, padding=1)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        # place in the row, place in the column, output channel, input channel, 2, 2
-        weight = add_equal_taps(add_equal_taps(self.weight, dim=-2), dim=-1)
-        weight = weight.permute(2, 1, 0, 3, 4, 5).flatten(0, 2)
-        bias = self.bias.repeat_interleave(4)  # type: ignore[union-attr]
-        # Every 2 x 2 places lie around a corner between pixels; the outermost ones reach out of the image.
-        return F.pixel_shuffle(F.conv2d(hidden_states, weight, bias, padding=1), 2)[..., 1:-1, 1:-1]
-
-
-def add_equal_taps(weight: torch.Tensor, dim: int) -> torch.Tensor:
-    """
-    Three taps along a negative `dim` made two, for the last place of a repeated pixel and the first of the next: what is
-    returned has these two as its first dimension.
-    """
-    before, middle, after = weight.unbind(dim)
-    return torch.stack([torch.stack([before + middle, after], dim), torch.stack([before, middle + after], dim)])
-
-
-class VFMTokPixelUpBlock(GradientCheckpointingLayer):
-    """Residual blocks of one resolution and, except at the last, the step to twice the resolution."""
-
-    def __init__(self, config: VFMTokConfig, in_channels: int, out_channels: int, is_last: bool):
-        super().__init__()
-        channels = [in_channels] + [out_channels] * (config.pixel_decoder_num_res_blocks + 1)
-        self.resnets = nn.ModuleList(
-            VFMTokResnetBlock(config, before, after) for before, after in zip(channels[:-1], channels[1:], strict=True)
-        )
-        self.upsample = nn.Identity() if is_last else VFMTokPixelUpsample(out_channels)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        for resnet in self.resnets:
-            hidden_states = resnet(hidden_states)
-        return self.upsample(hidden_states)
-
-
-class VFMTokPixelDecoder(nn.Module):
-    """The CNN of VQGAN's decoder: `(batch_size, hidden_size, grid, grid)` -> `(batch_size, 3, image_size, image_size)`."""
-
-    def __init__(self, config: VFMTokConfig):
-        super().__init__()
-        channels = [config.pixel_decoder_base_channels * m for m in reversed(config.pixel_decoder_channel_multipliers)]
-        self.conv_in = nn.Conv2d(config.hidden_size, channels[0], 3, padding=1)
-        self.mid_block = VFMTokPixelMidBlock(config, channels[0])
-        self.up_blocks = nn.ModuleList(
-            VFMTokPixelUpBlock(config, before, after, is_last=index == len(channels) - 1)
-            for index, (before, after) in enumerate(zip([channels[0], *channels[:-1]], channels, strict=True))
-        )
-        self.norm_out = nn.GroupNorm(config.pixel_decoder_num_groups, channels[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(channels[-1], 3, 3, padding=1)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.mid_block(self.conv_in(hidden_states))
-        for block in self.up_blocks:
-            hidden_states = block(hidden_states)
-        return self.conv_out(F.silu(self.norm_out(hidden_states)))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -840,6 +475,37 @@ def vision_feature_channels(vision_model: nn.Module, config: VFMTokConfig) -> li
     return [config.vision_config.hidden_size] * len(config.vision_feature_layers)
 
 
+def vision_feature_stride(vision_model: nn.Module, config: VFMTokConfig) -> int:
+    """Pixels of the vision model's input, along one side, for each position of the last feature level."""
+    if config.vision_config.model_type == "timm_wrapper":
+        return vision_model.timm_model.feature_info[config.vision_feature_layers[-1]]["reduction"]
+    if config.vision_config.model_type == "timm_backbone":
+        return vision_model._backbone.feature_info.reduction()[-1]
+    return config.vision_config.patch_size
+
+
+def derive_feature_grid_size(vision_model: nn.Module, config: VFMTokConfig) -> None:
+    """
+    Set `config.feature_grid_size` to what the vision model gives.
+
+    Raises:
+        ValueError: it is set to something else, or the image is no multiple of the vision model's patches.
+    """
+    stride = vision_feature_stride(vision_model, config)
+    if config.vision_image_size % stride:
+        raise ValueError(
+            f"vision_image_size {config.vision_image_size} must be a multiple of {stride}, the stride of the vision "
+            "model's last feature level."
+        )
+    grid_size = config.vision_image_size // stride
+    if config.feature_grid_size not in (None, grid_size):
+        raise ValueError(
+            f"feature_grid_size is {config.feature_grid_size}, but the vision model's last feature level has {grid_size} "
+            f"positions per side: {config.vision_image_size} pixels at stride {stride}. Leave it out to have it derived."
+        )
+    config.feature_grid_size = grid_size
+
+
 def runs_offload_hook(method: Callable) -> Callable:
     """accelerate's offloading hooks watch `forward` alone. Methods under this decorator run them too."""
 
@@ -867,6 +533,7 @@ class VFMTokModel(VFMTokPreTrainedModel):
             vision_model = AutoModel.from_config(config.vision_config)
         prune_unused_stages(vision_model, config)
         channels = vision_feature_channels(vision_model, config)
+        derive_feature_grid_size(vision_model, config)
         self.vision_model = vision_model if config.save_vision_model else None
         self.anchor_encoder = VFMTokAnchorEncoder(config, channels)
         self.quant_proj = nn.Linear(config.hidden_size, config.codebook_dim)
@@ -989,6 +656,7 @@ class VFMTokModel(VFMTokPreTrainedModel):
             model's last block is normalised by the model's final norm (original: `forward_features_levels`).
 
         Raises:
+            TypeError: images in place of `pixel_values`.
             ValueError: wrong shape or dtype, or a light checkpoint without its vision model.
         """
         if self.vision_model is None:
@@ -996,6 +664,11 @@ class VFMTokModel(VFMTokPreTrainedModel):
             raise ValueError(
                 "This checkpoint has no vision weights: it can decode but not encode. Call "
                 f"model.load_vision_model({source or 'name_or_path'!r}) first."
+            )
+        if not isinstance(pixel_values, torch.Tensor):
+            raise TypeError(
+                f"pixel_values must be a tensor, got {type(pixel_values).__name__}. VFMTokImageProcessor makes it from images: "
+                'processor(image, return_tensors="pt")["pixel_values"].'
             )
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 3 or not pixel_values.is_floating_point():
             raise ValueError(
@@ -1061,29 +734,48 @@ class VFMTokModel(VFMTokPreTrainedModel):
         return self.quant_proj(anchor_states)
 
     @runs_offload_hook
-    def encode(self, pixel_values: torch.Tensor, output_sampling_locations: bool = False) -> VFMTokEncoderOutput:
+    def encode(
+        self,
+        pixel_values: torch.Tensor,
+        output_sampling_locations: bool = False,
+        output_vision_features: bool = False,
+        return_loss: bool = False,
+    ) -> VFMTokEncoderOutput:
         """
         Images to image tokens.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(batch_size, 3, height, width)`): in [-1, 1], any size.
             output_sampling_locations (`bool`): also return where each anchor looked.
+            output_vision_features (`bool`): also return the vision model's features.
+            return_loss (`bool`):
+                Also compute the quantizer's loss terms; `quantized_latents` then carry a straight-through gradient.
 
         Raises:
-            ValueError: bad `pixel_values`, missing vision weights, or latents that are not finite.
+            TypeError, ValueError: bad `pixel_values`, missing vision weights, or latents that are not finite.
+
+        Example:
+
+        ```python
+        >>> from vfmtok_hf import DEFAULT_CHECKPOINT, VFMTokImageProcessor, VFMTokModel
+        >>> model = VFMTokModel.from_pretrained(DEFAULT_CHECKPOINT, subfolder="vq_model")
+        >>> processor = VFMTokImageProcessor.from_pretrained(DEFAULT_CHECKPOINT, subfolder="image_processor")
+        >>> pixel_values = processor(PIL.Image.new("RGB", (80, 64)), return_tensors="pt")["pixel_values"]
+        >>> model.encode(pixel_values).image_tokens.shape
+        torch.Size([1, 144])
+        ```
         """
         vision_features = self.extract_vision_features(pixel_values)
         anchor_states, sampling_locations, attention_weights = self.anchor_encoder(vision_features)
         latents = self.quant_proj(anchor_states)
         if not torch.compiler.is_compiling() and not latents.isfinite().all():
             raise ValueError("The latents contain NaN or infinity: the input image or the weights are damaged.")
-        image_tokens = self.quantizer.nearest(latents)
         return VFMTokEncoderOutput(
-            image_tokens=image_tokens,
-            quantized_latents=self.quantizer.lookup(image_tokens),
+            **self.quantizer(latents, return_loss),
             latents=latents,
             sampling_locations=sampling_locations if output_sampling_locations else None,
             attention_weights=attention_weights if output_sampling_locations else None,
+            vision_features=tuple(vision_features) if output_vision_features else None,
         )
 
     # -- image tokens -> image
@@ -1104,12 +796,20 @@ class VFMTokModel(VFMTokPreTrainedModel):
             output_features (`bool`): also return the feature branch's outputs.
 
         Raises:
-            ValueError: not exactly one of the two is given, or it has a wrong shape, dtype or range.
+            TypeError, ValueError: not exactly one of the two is given, or it has a wrong type, shape, dtype or range.
+
+        Example:
+
+        ```python
+        >>> from vfmtok_hf import DEFAULT_CHECKPOINT, VFMTokModel
+        >>> model = VFMTokModel.from_pretrained(DEFAULT_CHECKPOINT, subfolder="vq_model")
+        >>> image_tokens = torch.randint(model.config.codebook_size, (1, model.config.num_anchors))
+        >>> model.decode(image_tokens=image_tokens).reconstruction.shape
+        torch.Size([1, 3, 64, 64])
+        ```
         """
         memory = self._memory(image_tokens, quantized_latents)
-        if not output_features:
-            return VFMTokDecoderOutput(reconstruction=self.pixel_decoder(self.vit_decoder.decode_image(memory)))
-        image_grid, reconstructed_features, image_embeds = self.vit_decoder.decode_both(memory)
+        image_grid, reconstructed_features, image_embeds = self.vit_decoder(memory, output_features=output_features)
         return VFMTokDecoderOutput(
             reconstruction=self.pixel_decoder(image_grid),
             reconstructed_features=reconstructed_features,
@@ -1130,6 +830,11 @@ class VFMTokModel(VFMTokPreTrainedModel):
         return self.post_quant_proj(quantized_latents.to(self.post_quant_proj.weight.dtype))
 
     def _check_image_tokens(self, image_tokens: torch.Tensor) -> None:
+        if not isinstance(image_tokens, torch.Tensor):
+            raise TypeError(
+                f"image_tokens must be a tensor, got {type(image_tokens).__name__}: convert with torch.as_tensor, or use "
+                "VFMTokPipeline.detokenize, which takes lists and arrays."
+            )
         if image_tokens.dtype not in (torch.int64, torch.int32) or image_tokens.ndim != 2:
             raise ValueError(
                 "image_tokens must be integers of shape (batch_size, num_anchors), got "
@@ -1157,27 +862,39 @@ class VFMTokModel(VFMTokPreTrainedModel):
         paper's linear probe reads.
 
         Args:
-            pixel_values (`torch.FloatTensor` of shape `(batch_size, 3, height, width)`): in [-1, 1], any size.
-            image_tokens (`torch.LongTensor` of shape `(batch_size, num_anchors)`): instead of the images.
+            pixel_values (`torch.FloatTensor` of shape `(batch_size, 3, height, width)`, *optional*):
+                In [-1, 1], any size.
+            image_tokens (`torch.LongTensor` of shape `(batch_size, num_anchors)`, *optional*):
+                Tokens of the images, in place of `pixel_values`.
 
         Returns:
             `torch.FloatTensor` of shape `(batch_size, hidden_size)`.
 
         Raises:
-            ValueError: not exactly one of the two is given; otherwise as `encode` and `decode`.
+            TypeError, ValueError: not exactly one of the two is given, or as `encode` and `decode`.
+
+        Example:
+
+        ```python
+        >>> from vfmtok_hf import DEFAULT_CHECKPOINT, VFMTokModel
+        >>> model = VFMTokModel.from_pretrained(DEFAULT_CHECKPOINT, subfolder="vq_model")
+        >>> model.get_image_features(torch.zeros(1, 3, 64, 64)).shape
+        torch.Size([1, 128])
+        ```
         """
         if (pixel_values is None) == (image_tokens is None):
             raise ValueError("Give exactly one of pixel_values and image_tokens.")
         if image_tokens is None:
             image_tokens = self.encode(pixel_values).image_tokens
-        return self.vit_decoder.decode_image_embeds(self._memory(image_tokens, None))
+        _, _, image_embeds = self.vit_decoder(self._memory(image_tokens, None), output_image=False)
+        return image_embeds
 
     # -- round trip and losses
 
     @staticmethod
     def feature_loss(reconstructed_features: torch.Tensor, vision_features: torch.Tensor) -> torch.Tensor:
         """
-        Mean of 1 - cosine similarity, scalar.
+        Mean of 1 - cosine similarity, scalar, without its weight.
 
         Args:
             reconstructed_features (`torch.Tensor` of shape `(batch_size, patches, channels)`).
@@ -1189,37 +906,38 @@ class VFMTokModel(VFMTokPreTrainedModel):
     @can_return_tuple
     def forward(self, pixel_values: torch.Tensor, return_loss: bool = False) -> VFMTokOutput:
         """
-        Images through tokens and back.
+        Images through tokens and back: `encode`, then `decode`.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(batch_size, 3, height, width)`): in [-1, 1], any size.
             return_loss (`bool`): also compute the model's own loss terms; latents then pass the quantizer
                 straight-through.
+
+        Example:
+
+        ```python
+        >>> from vfmtok_hf import DEFAULT_CHECKPOINT, VFMTokModel
+        >>> model = VFMTokModel.from_pretrained(DEFAULT_CHECKPOINT, subfolder="vq_model")
+        >>> out = model(torch.zeros(1, 3, 64, 64), return_loss=True)
+        >>> out.loss.backward()
+        ```
         """
-        vision_features = self.extract_vision_features(pixel_values)
-        latents = self.encode_features(vision_features)
-        if not return_loss:
-            image_tokens = self.quantizer.nearest(latents)
-            quantized_latents = self.quantizer.lookup(image_tokens)
-            memory = self._memory(None, quantized_latents)
-            return VFMTokOutput(
-                quantized_latents=quantized_latents,
-                pooler_output=self.vit_decoder.decode_image_embeds(memory),
-                reconstruction=self.pixel_decoder(self.vit_decoder.decode_image(memory)),
-                image_tokens=image_tokens,
-            )
-        quantized = self.quantizer(latents)
-        decoded = self.decode(quantized_latents=quantized.quantized_latents, output_features=True)
-        feature_loss = self.feature_loss(decoded.reconstructed_features, vision_features[-1])
+        encoded = self.encode(pixel_values, output_vision_features=return_loss, return_loss=return_loss)
+        decoded = self.decode(quantized_latents=encoded.quantized_latents, output_features=True)
+        loss = feature_loss = None
+        if return_loss:
+            feature_loss = self.feature_loss(decoded.reconstructed_features, encoded.vision_features[-1])
+            feature_loss = self.config.feature_loss_weight * feature_loss
+            loss = encoded.codebook_loss + encoded.commitment_loss + encoded.entropy_loss + feature_loss
         return VFMTokOutput(
-            loss=quantized.codebook_loss + quantized.commitment_loss + quantized.entropy_loss + feature_loss,
-            quantized_latents=quantized.quantized_latents,
+            loss=loss,
+            quantized_latents=encoded.quantized_latents,
             pooler_output=decoded.image_embeds,
             reconstruction=decoded.reconstruction,
-            image_tokens=quantized.image_tokens,
-            codebook_loss=quantized.codebook_loss,
-            commitment_loss=quantized.commitment_loss,
-            entropy_loss=quantized.entropy_loss,
+            image_tokens=encoded.image_tokens,
+            codebook_loss=encoded.codebook_loss,
+            commitment_loss=encoded.commitment_loss,
+            entropy_loss=encoded.entropy_loss,
             feature_loss=feature_loss,
         )
 

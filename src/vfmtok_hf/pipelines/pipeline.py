@@ -13,6 +13,7 @@ import importlib.util
 if importlib.util.find_spec("vfmtok_hf") is not None:
     VFMTokPipeline = importlib.import_module("vfmtok_hf").VFMTokPipeline
 else:
+    from .anchor_encoder_vfmtok import VFMTokAnchorEncoder  # noqa: F401
     from .attention_vfmtok import eager_attention_forward  # noqa: F401
     from .auto_vfmtok import register_config, register_image_processor, register_model
     from .class_embeddings_vfmtok import ClassEmbeddingsMixin  # noqa: F401
@@ -26,6 +27,7 @@ else:
     from .modeling_vfmtok_ar import VFMTokARForImageGeneration
     from .modeling_vfmtok_rar import VFMTokRARForImageGeneration
     from .pipeline_vfmtok import VFMTokPipeline
+    from .pixel_decoder_vfmtok import VFMTokPixelDecoder  # noqa: F401
     from .portable_vfmtok import write_portable_code  # noqa: F401
 
     for config_class in (VFMTokConfig, VFMTokARConfig, VFMTokRARConfig):

@@ -26,7 +26,7 @@ FORMAT = "vfmtok-image-tokens-1"
 SHARD_FACTS = "vfmtok"  # metadata entry of a shard: names of its images, and of those that cannot be decoded
 # What decoding alone depends on: it may differ between tokenizers that give the same tokens.
 DECODING_PARTS = ("post_quant_proj", "vit_decoder", "pixel_decoder")
-DECODING_FIELDS = ("decoder_", "pixel_decoder_", "num_register_tokens", "commitment_cost", "entropy_loss_ratio")
+DECODING_FIELDS = ("decoder_", "pixel_decoder_", "num_register_tokens")
 BOOKKEEPING_FIELDS = ("_name_or_path", "name_or_path", "transformers_version", "dtype", "architectures")
 
 
@@ -40,7 +40,7 @@ def tokenizer_identity(tokenizer: VFMTokModel) -> dict[str, str]:
     config = {
         name: value
         for name, value in _without_bookkeeping(tokenizer.config.to_dict()).items()
-        if not name.startswith(DECODING_FIELDS)
+        if not name.startswith(DECODING_FIELDS) and not name.endswith("_loss_weight")
     }
     return {
         "config_sha256": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
