@@ -16,10 +16,10 @@ from original_upsampling import original_upsampling
 from torch import nn
 
 from vfmtok_hf import VFMTokARForImageGeneration, VFMTokModel, VFMTokRARForImageGeneration
+from vfmtok_hf.image_distances import LPIPS
 from vfmtok_hf.modeling.modeling_vfmtok import entropy_loss
 from vfmtok_hf.modeling.modeling_vfmtok_ar import apply_rotary, drop_labels, rotary_table
 from vfmtok_hf.training.discriminator import DiscriminatorObjective
-from vfmtok_hf.training.perceptual import LPIPS
 
 
 DECAY = 0.9999
@@ -47,19 +47,19 @@ def squared_distances(latents: torch.Tensor, codebook: torch.Tensor) -> torch.Te
 
 
 class OriginalLPIPS(nn.Module):
-    """taming-transformers' lpips.py on our LPIPS's layers. It is always in training mode."""
+    """taming-transformers' lpips.py on our LPIPS's layers, in training mode as there."""
 
     def __init__(self, lpips: LPIPS):
         super().__init__()
-        self.lpips = lpips
+        self.network = lpips.network
 
     def forward(self, reconstruction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         distances = 0.0
-        stages = self.lpips._stages(reconstruction), self.lpips._stages(target)
-        for ours, theirs, weights in zip(*stages, self.lpips.channel_weights, strict=True):
+        network = self.network
+        stages = (network.net(network.scaling_layer(images)) for images in (reconstruction, target))
+        for ours, theirs, layer in zip(*stages, network.lins, strict=True):
             difference = (self.unit(ours) - self.unit(theirs)).square()
-            dropped = F.dropout(difference, self.lpips.dropout)
-            distances = distances + F.conv2d(dropped, weights[None]).mean((1, 2, 3))
+            distances = distances + layer(difference).mean((1, 2, 3))
         return distances
 
     @staticmethod

@@ -42,12 +42,12 @@ from vfmtok_hf import (
     VFMTokRARForImageGeneration,
 )
 from vfmtok_hf.cpu.packing import keep_freed_memory
+from vfmtok_hf.image_distances import LPIPS
 from vfmtok_hf.training.arguments import TokenizerArguments
 from vfmtok_hf.training.codebook import CodebookUsage
 from vfmtok_hf.training.discriminator import DinoDiscriminator, DiscriminatorObjective
 from vfmtok_hf.training.ema import EMA
 from vfmtok_hf.training.objective import TokenizerObjective
-from vfmtok_hf.training.perceptual import LPIPS
 from vfmtok_hf.training.precision import choose_attention
 from vfmtok_hf.training.train_tokenizer import set_up_layers
 
@@ -70,7 +70,7 @@ def random_lpips(dropout: float) -> LPIPS:
     weights = {f"features.{name}": tensor for name, tensor in vgg16().features.state_dict().items()}
     with tempfile.TemporaryDirectory() as folder:
         save_file(weights, Path(folder, "vgg.safetensors"))
-        return LPIPS(str(Path(folder, "vgg.safetensors")), dropout).train()
+        return LPIPS("vgg", str(Path(folder, "vgg.safetensors")), dropout).train()
 
 
 def random_discriminator(vision_config: ViTConfig) -> DiscriminatorObjective:

@@ -136,6 +136,16 @@ def test_decoder_phase_keeps_the_tokens(tokenizer, data, tmp_path):
     assert "adversarial" in log_of(output, "train")[0]
 
 
+def test_a_checkpoint_in_half_precision_trains_in_float32(tokenizer, data, tmp_path):
+    half = VFMTokModel.from_pretrained(tokenizer / "model", dtype=torch.float16)
+    half.save_pretrained(tmp_path / "half")
+    output = train_tokenizer_for(1, data, tmp_path / "run", init_from=tmp_path / "half")
+    assert {tensor.dtype for tensor in weights_of(output / "model").values() if tensor.is_floating_point()} == {
+        torch.float32
+    }
+    assert VFMTokModel.from_pretrained(output / "model").config.dtype == torch.float32
+
+
 PRECISE = {"model.decoder_dropout": 0.0, "feature_weight": 0.0, "adversarial_weight": 0.5, "learning_rate": 1e-3}
 
 
@@ -241,7 +251,7 @@ def test_impossible_adversarial_options(options, message, data, vision_model, tm
 
 
 def test_lpips_without_weights_stops_before_training(data, vision_model, tmp_path):
-    with pytest.raises(FileNotFoundError, match="--vgg_weights missing.pth does not exist"):
+    with pytest.raises(FileNotFoundError, match="The weights missing.pth of LPIPS do not exist"):
         train_tokenizer_for(
             1, data, tmp_path / "run", vision_model=vision_model, lpips_weight=1, vgg_weights="missing.pth"
         )

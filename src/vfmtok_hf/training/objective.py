@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vfmtok_hf.image_distances import LPIPS, vision_perceptual_loss
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
-from vfmtok_hf.training.perceptual import LPIPS, vision_perceptual_loss
 
 
 QUANTIZER_TERMS = ("codebook", "commitment", "entropy")

@@ -23,6 +23,7 @@ from transformers import AutoConfig
 
 from vfmtok_hf.cpu.training import pack_frozen_weights, use_winograd
 from vfmtok_hf.hub_kernels import use_found_kernels
+from vfmtok_hf.image_distances import LPIPS
 from vfmtok_hf.modeling.configuration_vfmtok import VFMTokConfig
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 from vfmtok_hf.training.arguments import TokenizerArguments, parse_arguments
@@ -51,7 +52,6 @@ from vfmtok_hf.training.image_data import (
 from vfmtok_hf.training.images import Augmentation
 from vfmtok_hf.training.logs import WindowMeans, configure_logging, run_script, save_grid
 from vfmtok_hf.training.objective import TokenizerObjective, compile_objective
-from vfmtok_hf.training.perceptual import LPIPS
 from vfmtok_hf.training.precision import choose_attention, choose_mixed_precision
 from vfmtok_hf.training.schedule import learning_rate_at, set_learning_rate
 
@@ -66,7 +66,8 @@ def build_model(arguments: TokenizerArguments) -> VFMTokModel:
     if arguments.init_from is not None:
         if arguments.model:
             raise ValueError("--model describes a new tokenizer; --init_from brings its own configuration.")
-        return VFMTokModel.from_pretrained(arguments.init_from, load_vision_model=True)
+        # Averages and updates need float32, in which `mixed_precision` alone changes what is computed.
+        return VFMTokModel.from_pretrained(arguments.init_from, load_vision_model=True, dtype=torch.float32)
     vision_config = AutoConfig.from_pretrained(arguments.vision_model)
     vision_config.name_or_path = ""  # often a folder of this machine
     model = VFMTokModel(VFMTokConfig(vision_config=vision_config, **arguments.model))
@@ -85,7 +86,7 @@ def build_objective(model: VFMTokModel, arguments: TokenizerArguments) -> Tokeni
         "commitment": arguments.commitment_weight,
         "entropy": arguments.entropy_weight,
     }
-    lpips = LPIPS(arguments.vgg_weights, arguments.lpips_dropout) if arguments.lpips_weight > 0 else None
+    lpips = LPIPS("vgg", arguments.vgg_weights, arguments.lpips_dropout) if arguments.lpips_weight > 0 else None
     return TokenizerObjective(model, weights, arguments.trainable == "all", lpips).train()
 
 

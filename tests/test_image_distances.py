@@ -1,4 +1,4 @@
-"""LPIPS against the `lpips` package, on a VGG-16 file of random weights: what a machine without network can check."""
+"""LPIPS against the `lpips` package, on files of random weights: what a machine without network can check."""
 
 import pickle
 import urllib.error
@@ -11,7 +11,7 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from vfmtok_hf.training.perceptual import LPIPS, STAGE_ENDS, unit_difference, vision_perceptual_loss
+from vfmtok_hf.image_distances import BACKBONES, LPIPS, unit_difference, vision_perceptual_loss
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def vgg_file(vgg, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def metric(vgg_file):
-    return LPIPS(str(vgg_file))
+    return LPIPS("vgg", str(vgg_file))
 
 
 @pytest.fixture(scope="module")
@@ -81,22 +81,21 @@ def test_nothing_is_trained_and_the_target_gets_no_gradient(metric, images):
 def test_distances_are_float32_under_autocast(metric, images):
     """The convolutions run in bf16; from their outputs on everything is as exact as in float64."""
     stages = []
-    handles = [metric.layers[end].register_forward_hook(lambda *args: stages.append(args[-1])) for end in STAGE_ENDS]
+    handle = metric.network.net.register_forward_hook(lambda *args: stages.append(args[-1]))
     with torch.autocast("cpu", torch.bfloat16):
         distance = metric.eval()(*images)
-    for handle in handles:
-        handle.remove()
+    handle.remove()
     assert distance.dtype == torch.float32
-    assert all(stage.dtype == torch.bfloat16 for stage in stages)
+    assert all(stage.dtype == torch.bfloat16 for pair in stages for stage in pair)
     expected = 0.0
-    for theirs, ours, weights in zip(stages[:5], stages[5:], metric.channel_weights, strict=True):
+    for theirs, ours, layer in zip(*stages, metric.network.lins, strict=True):
         units = [stage.double() / stage.double().norm(dim=1, keepdim=True) for stage in (ours, theirs)]
-        expected += ((units[0] - units[1]).square() * weights).sum(1).mean((1, 2))
+        expected += ((units[0] - units[1]).square() * layer.model[1].weight[0]).sum(1).mean((1, 2))
     torch.testing.assert_close(distance.double(), expected, atol=0, rtol=1e-5)
 
 
 def test_dropout_acts_in_training_only_and_keeps_the_mean(vgg_file, metric, images):
-    noisy = LPIPS(str(vgg_file), dropout=0.5)
+    noisy = LPIPS("vgg", str(vgg_file), dropout=0.5)
     images = [image[:1, :, :16, :16] for image in images]
     expected = metric(*images)
     assert torch.equal(noisy.eval()(*images), expected)
@@ -109,7 +108,7 @@ def test_dropout_acts_in_training_only_and_keeps_the_mean(vgg_file, metric, imag
 
 def test_features_of_zeros_have_a_finite_gradient():
     dead = torch.zeros(1, 4, 2, 2, requires_grad=True)
-    unit_difference(dead, torch.ones(1, 4, 2, 2), dim=1).sum().backward()
+    unit_difference(dead, torch.ones(1, 4, 2, 2)).sum().backward()
     assert dead.grad.isfinite().all()
 
 
@@ -122,49 +121,69 @@ def test_vision_perceptual_loss_ignores_scale():
 # -- where the weights come from
 
 
-def test_weights_from_safetensors_and_from_torchs_cache(vgg, vgg_file, metric, images, tmp_path, monkeypatch):
+def test_weights_from_safetensors_and_from_torchs_cache(vgg, vgg_file, metric, images, tmp_path, monkeypatch, caplog):
     file = tmp_path / "vgg.safetensors"
     save_file({f"features.{name}": tensor for name, tensor in vgg.state_dict().items()}, file)
     expected = metric.eval()(*images)
-    assert torch.equal(LPIPS(str(file)).eval()(*images), expected)
+    assert torch.equal(LPIPS("vgg", str(file)).eval()(*images), expected)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / vgg_file.name).symlink_to(vgg_file)
     assert torch.equal(LPIPS().eval()(*images), expected)
+    assert caplog.text == ""
 
 
-def test_without_network_the_error_says_what_to_fetch_and_where_to_put_it(tmp_path, monkeypatch):
+@pytest.mark.parametrize("backbone", ["alex", "squeeze"])
+def test_the_other_backbones_are_the_packages(backbone, images, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model = {"alex": torchvision.models.alexnet, "squeeze": torchvision.models.squeezenet1_1}[backbone]()
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    monkeypatch.setattr(torchvision.models, model_name(backbone), lambda pretrained: model)
+    package = lpips.LPIPS(net=backbone, pnet_rand=True, verbose=False)
+    monkeypatch.undo()
+    # Larger than the fixture's: three poolings of AlexNet leave nothing of those.
+    pair = [torch.nn.functional.interpolate(image, size=80) for image in images]
+    ours = LPIPS(backbone, str(tmp_path / "weights.pth")).eval()(*pair)
+    torch.testing.assert_close(ours, package(*pair).flatten(), atol=1e-6, rtol=1e-5)
+
+
+def model_name(backbone):
+    return {"alex": "alexnet", "squeeze": "squeezenet1_1"}[backbone]
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_download_is_announced_and_its_failure_says_what_to_fetch(backbone, tmp_path, monkeypatch, caplog):
     def no_network(*args, **kwargs):
         raise urllib.error.URLError("Name or service not known")
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
-    with pytest.raises(
-        FileNotFoundError, match=r"Download https://.*/vgg16-397923af.pth .*checkpoints.*--vgg_weights"
-    ):
-        LPIPS()
-    with pytest.raises(FileNotFoundError, match="--vgg_weights none.pth does not exist"):
-        LPIPS("none.pth")
+    url = BACKBONES[backbone].url
+    with pytest.raises(FileNotFoundError, match=f"Download {url} .*checkpoints.*--vgg_weights"):
+        LPIPS(backbone)
+    assert f"downloading {url} to {tmp_path}" in caplog.text
+    with pytest.raises(FileNotFoundError, match="The weights none.pth of LPIPS do not exist"):
+        LPIPS("vgg", "none.pth")
 
 
 def test_other_files_are_refused(tmp_path, vgg):
     wrong = tmp_path / "wrong.pth"
     torch.save({"features.0.weight": torch.zeros(2)}, wrong)
     with pytest.raises(ValueError, match=r"features.0.weight has shape \(2,\), expected shape \(64, 3, 3, 3\)"):
-        LPIPS(str(wrong))
+        LPIPS("vgg", str(wrong))
     torch.save({}, wrong)
     with pytest.raises(ValueError, match="features.0.weight is missing"):
-        LPIPS(str(wrong))
+        LPIPS("vgg", str(wrong))
     wrong.write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match="damaged or holds more than tensors"):
-        LPIPS(str(wrong))
+        LPIPS("vgg", str(wrong))
     # A pickle that would run code.
     wrong.write_bytes(pickle.dumps(print, protocol=2))
     with pytest.raises(ValueError, match="damaged or holds more than tensors"):
-        LPIPS(str(wrong))
+        LPIPS("vgg", str(wrong))
 
 
 def test_without_the_package_the_error_says_how_to_install_it(vgg_file, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install .*vfmtok-hf\[train\]"):
-        LPIPS(str(vgg_file))
+    with pytest.raises(ImportError, match="pip install lpips"):
+        LPIPS("vgg", str(vgg_file))

@@ -1,0 +1,42 @@
+"""`vfmtok train`, and the trainers as scripts: help, and mistakes in one line."""
+
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from vfmtok_hf import cli
+
+
+@pytest.mark.parametrize(("trainer", "argument"), [("tokenizer", "--lpips_weight"), ("generator", "--lora_rank")])
+def test_help_is_the_trainers(trainer, argument):
+    result = CliRunner().invoke(cli.app, ["train", trainer, "--help"])
+    assert result.exit_code == 0
+    assert f"usage: vfmtok train {trainer} [--config FILE]" in result.output
+    assert argument in result.output
+
+
+MISTAKES = [
+    (["--output", "run"], "required: --train_data"),
+    (["--train_data", "images", "--output", "run", "--learning_rte", "1"], "Did you mean --learning_rate or"),
+    (["--train_data", "no/such", "--output", "run", "--init_from=no/such/model"], "no/such"),
+]
+
+
+@pytest.mark.parametrize(("argv", "message"), MISTAKES)
+@pytest.mark.parametrize("trainer", ["tokenizer", "generator"])
+def test_mistakes_are_one_line(trainer, argv, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(cli.app, ["train", trainer, *argv])
+    assert result.exit_code == 1
+    assert message in result.output
+    assert "Traceback" not in result.output
+
+
+def test_scripts_end_with_one_line_too(tmp_path):
+    command = [sys.executable, "-m", "vfmtok_hf.training.train_generator", "--output", "run", "--train_dta", "images"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert [line for line in done.stderr.splitlines() if line.startswith("Error: ")] == [done.stderr.splitlines()[-1]]
+    assert "Traceback" not in done.stderr
