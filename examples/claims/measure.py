@@ -21,10 +21,10 @@ from matplotlib.figure import Figure
 from train import is_finished
 
 from vfmtok_hf import VFMTokARForImageGeneration, VFMTokImageProcessor, VFMTokModel, VFMTokPipeline
-from vfmtok_hf.data.token_files import find_images
+from vfmtok_hf.data.files import find_images
+from vfmtok_hf.data.image_sets import FolderImages
 from vfmtok_hf.evaluation.features import VisionModelFeatures, extract_features
 from vfmtok_hf.evaluation.generation import SampleFolder, SamplingSettings, generate_samples, model_fingerprint
-from vfmtok_hf.evaluation.images import FolderImages
 from vfmtok_hf.evaluation.linear_probe import LabeledImages, ProbeSettings, evaluate_linear_probe
 from vfmtok_hf.evaluation.metrics import FeatureStatistics, frechet_distance, inception_score, precision_recall
 from vfmtok_hf.evaluation.reconstruction import evaluate_reconstruction
@@ -71,7 +71,7 @@ def measure_tokenizer(run: Path, data: Path, extractor: VisionModelFeatures) -> 
     pixels = pipe.detokenize(pipe.tokenize(files), "uint8")
     reconstructions = torch.cat([extractor(batch).pooled for batch in pixels.split(32)])
     anchors = evaluate_tokens(pipe, held_out).summary()["anchors_by_layer"]
-    probe_images = (LabeledImages.of_folder(data / part) for part in ("train", "validation"))
+    probe_images = (LabeledImages.open(data / part) for part in ("train", "validation"))
     probes = evaluate_linear_probe(model, *probe_images, PROBE)
     return {
         **{name: of_held_out[name] for name in ("psnr", "ssim", "codebook_usage", "codebook_perplexity")},

@@ -16,10 +16,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModel
 
 from vfmtok_hf import VFMTokModel
+from vfmtok_hf.data.image_datasets import ImageDataset
+from vfmtok_hf.data.sources import open_records
+from vfmtok_hf.data.transforms import Augmentation
 from vfmtok_hf.training import train_generator, train_tokenizer
-from vfmtok_hf.training.data import ImageDataset
-from vfmtok_hf.training.images import Augmentation
-from vfmtok_hf.training.sources import open_records
 
 
 HERE = Path(__file__).parent

@@ -34,7 +34,7 @@ def open_upload(path: str | Path) -> PIL.Image.Image:
             return picture
     except PIL.Image.DecompressionBombError:
         message = f"This picture has more than {MAX_PIXELS // 1_000_000} million pixels: scale it down first."
-    except (OSError, SyntaxError, ValueError):  # PIL's readers report damage as any of these
+    except Exception:  # PIL's readers report damage as nearly anything
         message = f"This file cannot be read as a picture. {', '.join(FORMATS)} files work."
     raise gr.Error(message, print_exception=False)
 
@@ -66,7 +66,7 @@ def pixel_values_of(picture: PIL.Image.Image | None) -> torch.Tensor:
         raise gr.Error("There is no picture: upload one or choose an example.", print_exception=False)
     try:
         return PIPE.image_processor(picture, return_tensors="pt")["pixel_values"].to(PIPE.vq_model.device)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise gr.Error(str(error), print_exception=False) from None
 
 

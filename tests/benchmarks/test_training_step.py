@@ -8,8 +8,8 @@ from transformers import ViTConfig
 
 from tests.modeling.generators import tiny_ar, tiny_batch, tiny_rar
 from tests.testing import tiny_config, tiny_images, tiny_model
+from vfmtok_hf.data.token_sets import encode_sequences
 from vfmtok_hf.training.objective import TokenizerObjective
-from vfmtok_hf.training.tokens import encode_sequences
 
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

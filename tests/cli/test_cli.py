@@ -17,7 +17,7 @@ from tests.pipelines.tiny_pipeline import ID2LABEL, tiny_pipeline
 from vfmtok_hf import cli, conversion
 from vfmtok_hf.cli import options as cli_options
 from vfmtok_hf.data.token_files import load_tokens
-from vfmtok_hf.training.tokens import TokenShards
+from vfmtok_hf.data.token_sets import TokenShards
 
 
 @pytest.fixture(scope="module")

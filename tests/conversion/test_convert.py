@@ -30,7 +30,7 @@ from vfmtok_hf.conversion import (
     export_original_rar,
     export_original_tokenizer,
 )
-from vfmtok_hf.conversion.read_checkpoint import file_sha256
+from vfmtok_hf.data.files import file_sha256
 
 
 def load(model_class, folder):
@@ -252,12 +252,12 @@ def test_impossible_outputs_are_refused_before_reading(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError, match="is a file"):
         convert_rar(RAR, tmp_path / "file")
-    with pytest.raises(NotADirectoryError, match="is a file, so"):
+    with pytest.raises(NotADirectoryError, match="is a file, not a folder"):
         convert_rar(RAR, tmp_path / "file" / "out")
 
     def refuse(**_):  # a superuser may write anywhere, so that real permissions would not do
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
-    with pytest.raises(PermissionError, match=r"not writable \(Read-only file system\): choose another output"):
+    with pytest.raises(OSError, match=r"does not admit new files \(Read-only file system\)"):
         convert_rar(RAR, tmp_path / "out")

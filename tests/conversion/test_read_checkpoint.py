@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from tests.conversion.originals import AR, AR_CONFIG, DINOV2, RAR, TOKENIZER, assert_equal, tiny
 from vfmtok_hf.conversion import CheckpointError, export_original_ar
 from vfmtok_hf.conversion.build_models import build_ar
-from vfmtok_hf.conversion.read_checkpoint import file_sha256, read_checkpoint
+from vfmtok_hf.conversion.read_checkpoint import read_checkpoint
 
 
 @pytest.fixture
@@ -48,11 +48,6 @@ def test_bare_pickled_state_dicts(weights, tmp_path, suffix, zipped):
 def test_safetensors(weights, tmp_path):
     save_file(weights, tmp_path / "rar.safetensors")
     assert_equal(read_checkpoint(tmp_path / "rar.safetensors", "rar").state_dict, weights)
-
-
-def test_sha256(tmp_path):
-    (tmp_path / "abc").write_bytes(b"abc")
-    assert file_sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
 # -- refusals, each one line that names the cause

@@ -9,8 +9,10 @@ import pytest
 from vfmtok_hf.data.output_files import (
     check_output_file,
     check_picture_output,
+    picture_names,
     save_picture,
     whole_file,
+    whole_folder,
 )
 
 
@@ -65,3 +67,43 @@ def test_save_picture_knows_its_formats(tmp_path):
     for suffix, name in (("png", "PNG"), ("jpg", "JPEG"), ("webp", "WEBP")):
         save_picture(picture("red"), tmp_path / f"picture.{suffix}")
         assert PIL.Image.open(tmp_path / f"picture.{suffix}").format == name
+
+
+# -- names
+
+
+def test_pictures_get_names_of_their_own():
+    assert picture_names(["sub/a.jpg", "a.PNG", "a.jpg"]) == ["sub/a.jpg.png", "a.PNG", "a.jpg.png"]
+    with pytest.raises(ValueError, match=r"'a\.jpg' and 'a\.jpg\.png' would both become a\.jpg\.png"):
+        picture_names(["a.jpg", "a.jpg.png"])
+    with pytest.raises(ValueError, match=r"'a' and 'a' would both become a\.png"):
+        picture_names(["a", "a"])
+    with pytest.raises(ValueError, match=r"'a' would become a\.png, which is a folder for 'a\.png/b/c'"):
+        picture_names(["a.png/b/c", "a"])
+
+
+@pytest.mark.parametrize("name", ["../a.png", "/etc/a.png", "sub/../../a.png", "", "."])
+def test_names_cannot_leave_the_output_folder(name):
+    with pytest.raises(ValueError, match="points out"):
+        picture_names([name])
+
+
+@pytest.mark.parametrize("letter", ["n", "ß", "日"])
+def test_long_names_stay_different_and_can_be_written(letter, tmp_path):
+    size = len(letter.encode())
+    names = [letter * (255 // size - 4) + ending for ending in ("", "a", "b", ".jpg", ".webp")]
+    files = picture_names(names)
+    assert len(set(files)) == len(names)
+    for file in files:
+        save_picture(picture("red"), tmp_path / "folder" / file)
+    assert sorted(os.listdir(tmp_path / "folder")) == sorted(files)
+
+
+def test_whole_files_and_folders_may_have_the_longest_names(tmp_path):
+    for path in (tmp_path / ("n" * 251 + ".txt"), tmp_path / ("." + "s" * 254)):
+        with whole_file(path) as temporary:
+            temporary.write_text("whole")
+        assert path.read_text() == "whole"
+    with whole_folder(tmp_path / ("f" * 255)) as temporary:
+        (temporary / "config.json").write_text("{}")
+    assert len(os.listdir(tmp_path)) == 3

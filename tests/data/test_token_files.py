@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from tests.pipelines.tiny_pipeline import tiny_pipeline
-from vfmtok_hf.data.token_files import find_images, load_tokens, picture_name, save_tokens, tokenize_files
+from vfmtok_hf.data.files import find_images
+from vfmtok_hf.data.token_files import load_tokens, save_tokens, tokenize_files
 
 
 @pytest.fixture(scope="module")
@@ -27,24 +28,6 @@ def folder(tmp_path):
         PIL.Image.fromarray(array).save(tmp_path / "images" / name)
     (tmp_path / "images" / "notes.txt").write_text("no image")
     return tmp_path / "images"
-
-
-def test_images_are_found_in_folders_and_named_by_their_place(folder):
-    assert list(find_images([folder])) == ["a.jpg", "b.png", "sub/c.PNG"]
-    assert find_images([folder / "b.png", folder / "sub"]) == {
-        "b.png": folder / "b.png",
-        "c.PNG": folder / "sub" / "c.PNG",
-    }
-
-
-def test_what_cannot_be_found_is_an_error(folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no file or folder"):
-        find_images([tmp_path / "absent"])
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="no images in"):
-        find_images([tmp_path / "empty"])
-    with pytest.raises(ValueError, match=r"Both .* would be called b\.png"):
-        find_images([folder, folder / "b.png"])
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 16])
@@ -121,11 +104,3 @@ def test_bad_token_files_are_refused(tmp_path):
     save_file({"other": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="not a file of image tokens"):
         load_tokens(tmp_path / "other.safetensors")
-
-
-def test_names_cannot_leave_the_output_folder():
-    assert picture_name("sub/a.jpg") == "sub/a.jpg.png"
-    assert picture_name("a.PNG") == "a.PNG"
-    for name in ("../a.png", "/etc/a.png", "sub/../../a.png"):
-        with pytest.raises(ValueError, match="points out"):
-            picture_name(name)

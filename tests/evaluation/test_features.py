@@ -12,6 +12,7 @@ from transformers import BitImageProcessor, Dinov2Config, Dinov2Model, ViTConfig
 
 from tests.evaluation.folders import write_images
 from tests.testing import tiny_model
+from vfmtok_hf.data.image_sets import FolderImages
 from vfmtok_hf.evaluation.features import (
     Features,
     InceptionFeatures,
@@ -21,7 +22,6 @@ from vfmtok_hf.evaluation.features import (
     first_channels,
     load_feature_extractor,
 )
-from vfmtok_hf.evaluation.images import FolderImages
 
 
 TINY_VIT = {

@@ -8,6 +8,7 @@ import torch
 
 from tests.evaluation.folders import write_images
 from tests.pipelines.tiny_pipeline import tiny_pipeline
+from vfmtok_hf.data.image_sets import FolderImages
 from vfmtok_hf.evaluation.features import Features, OwnVisionFeatures
 from vfmtok_hf.evaluation.generation import (
     SampleFolder,
@@ -20,7 +21,6 @@ from vfmtok_hf.evaluation.generation import (
     model_fingerprint,
     write_samples_npz,
 )
-from vfmtok_hf.evaluation.images import FolderImages
 
 
 SETTINGS = {"num_samples": 11, "seed": 3, "chunk_size": 4}

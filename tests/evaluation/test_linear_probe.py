@@ -44,7 +44,7 @@ def test_probes_of_a_tokenizer_on_folders(tmp_path):
     """Raw pixels tell red, green and blue apart."""
     model = tiny_model()
     train, test = (
-        LabeledImages.of_folder(write_color_classes(tmp_path / name, count, seed))
+        LabeledImages.open(write_color_classes(tmp_path / name, count, seed))
         for name, count, seed in (("a", 40, 0), ("b", 4, 1))
     )
     done = []
@@ -67,7 +67,7 @@ def test_what_is_probed_is_what_the_model_gives():
 
 
 def test_views_are_augmentations_that_repeat(tmp_path):
-    images = LabeledImages.of_folder(write_color_classes(tmp_path / "train", 2, 0))
+    images = LabeledImages.open(write_color_classes(tmp_path / "train", 2, 0))
     first, again, other = (next(images.batches(16, 6, view)) for view in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -75,16 +75,16 @@ def test_views_are_augmentations_that_repeat(tmp_path):
 
 
 def test_folders_that_do_not_fit_are_refused(tmp_path):
-    train = LabeledImages.of_folder(write_color_classes(tmp_path / "train", 2, 0))
+    train = LabeledImages.open(write_color_classes(tmp_path / "train", 2, 0))
     write_images(tmp_path / "test" / "cat", 2)
     write_images(tmp_path / "test" / "dog", 2)
     with pytest.raises(ValueError, match="different classes: blue, cat, dog, green, red"):
-        LabeledImages.of_folder(tmp_path / "test").labels_as_in(train)
+        LabeledImages.open(tmp_path / "test").labels_as_in(train)
     with pytest.raises(ValueError, match="at least 20 training images.*got 6"):
         evaluate_linear_probe(tiny_model(), train, train)
     write_images(tmp_path / "flat", 2)
     with pytest.raises(ValueError, match="one folder of images per class"):
-        LabeledImages.of_folder(tmp_path / "flat")
+        LabeledImages.open(tmp_path / "flat")
     write_images(tmp_path / "one" / "cat", 1)
     with pytest.raises(ValueError, match="one class only"):
-        LabeledImages.of_folder(tmp_path / "one")
+        LabeledImages.open(tmp_path / "one")

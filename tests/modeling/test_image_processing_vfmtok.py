@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoImageProcessor
 
-from vfmtok_hf.modeling.image_processing_vfmtok import VFMTokImageProcessor, open_image
+from vfmtok_hf.modeling.image_processing_vfmtok import VFMTokImageProcessor
 
 
 SIDE = 48
@@ -224,13 +224,13 @@ def test_damaged_and_missing_files(processor, tmp_path):
         truncated.write_bytes(whole[: len(whole) // 2])
         with pytest.raises(ValueError, match=rf"truncated\.{suffix}.*cannot be read"):
             processor(truncated)
-        with pytest.raises((OSError, SyntaxError)):
+        with pytest.raises(ValueError, match=rf"truncated\.{suffix}.*cannot be read"):
             processor(PIL.Image.open(truncated))
     (tmp_path / "text.png").write_text("not an image")
     with pytest.raises(ValueError, match="cannot be read as an image"):
         processor([str(tmp_path / "text.png")])
     with pytest.raises(FileNotFoundError, match="There is no image file"):
-        open_image(tmp_path / "absent.png")
+        processor(tmp_path / "absent.png")
 
 
 @pytest.mark.parametrize(
@@ -256,6 +256,7 @@ def test_bad_values_are_refused(processor, image, error, message):
         ({"crop_size": 32}, "leave crop_size unset"),
         ({"do_rescale": False}, "needs do_rescale=True"),
         ({"do_resize": False}, "set do_resize=True"),
+        ({"do_convert_rgb": False}, "leave do_convert_rgb=True"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(processor, kwargs, message):

@@ -10,7 +10,7 @@ import transformers
 
 from tests.testing import tiny_model
 from vfmtok_hf import VFMTokConfig, VFMTokImageProcessor, VFMTokModel
-from vfmtok_hf.modeling.image_processing_vfmtok import open_image
+from vfmtok_hf.modeling.image_reading_vfmtok import read_image
 
 
 IMAGES = sorted((Path(__file__).parents[2] / "examples" / "images").glob("*.png"))[:3]
@@ -65,7 +65,7 @@ def test_image_tokens(folder, model, image_processor, batch_size):
     tokenize = transformers.pipeline("image-tokens", model=folder)
     expected = encoded(model, image_processor).image_tokens.tolist()
     assert tokenize(FILES, batch_size=batch_size) == expected
-    assert tokenize(open_image(FILES[1])) == expected[1]
+    assert tokenize(read_image(FILES[1])) == expected[1]
     assert tokenize(FILES[2], return_tensors=True).shape == (1, 9)
 
 

@@ -12,8 +12,8 @@ import torch
 
 from tests.training.tiny_runs import DROPOUTS, generator_options, log_of, run, tokenizer_options, write_vision_model
 from vfmtok_hf import VFMTokPipeline
+from vfmtok_hf.data.token_sets import TokenShards
 from vfmtok_hf.training import train_generator, train_tokenizer
-from vfmtok_hf.training.tokens import TokenShards
 
 
 PICTURES = Path(__file__).parents[2] / "examples" / "images"

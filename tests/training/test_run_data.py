@@ -6,8 +6,8 @@ import datasets
 import pytest
 import torch
 
+from tests.data.image_sources import image_table, write_arrow, write_folder, write_parquet, write_webdataset
 from tests.testing import tiny_model
-from tests.training.image_sources import image_table, write_arrow, write_folder, write_parquet, write_webdataset
 from tests.training.tiny_runs import (
     copy_until,
     differences,
@@ -139,5 +139,5 @@ def test_balancing_needs_labels(vision_model, tmp_path):
     images = flat_folder(None, tmp_path / "images")
     shutil.rmtree(images / "first")
     argv = tokenizer_options(images, vision_model, tmp_path / "run", balance_power=0.5)
-    with pytest.raises(FileNotFoundError, match="expected files like"):
+    with pytest.raises(ValueError, match="must hold one folder of images per class"):
         train_tokenizer.main(argv)

@@ -17,12 +17,13 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from tests.testing import tiny_model
+from vfmtok_hf.data.sources import open_records
+from vfmtok_hf.data.token_sets import TokenShards, encode_sequences, tokenizer_identity
+from vfmtok_hf.data.transforms import Variants
+from vfmtok_hf.modeling.image_reading_vfmtok import read_image
 from vfmtok_hf.training import train_generator
 from vfmtok_hf.training.arguments import ExtractionArguments
 from vfmtok_hf.training.extract_tokens import extract_tokens
-from vfmtok_hf.training.images import Variants, decode_image
-from vfmtok_hf.training.sources import open_records
-from vfmtok_hf.training.tokens import TokenShards, encode_sequences, tokenizer_identity
 
 
 NUM_IMAGES = 22
@@ -85,7 +86,7 @@ def test_every_image_is_there_once_with_all_its_views(images, tokenizer, shards)
     assert data.index["num_images"] == len(kept)
     assert data.index["unreadable"] == [records.name(DAMAGED)]
     for index, number in enumerate(kept):
-        views = VARIANTS(decode_image(records.encoded(number)), number)
+        views = VARIANTS(read_image(records.encoded(number)), number)
         expected = tokenizer.encode(views).image_tokens
         assert torch.equal(torch.stack([data.sequence(index, view) for view in range(3)]), expected)
 
@@ -118,7 +119,7 @@ def test_ten_crops_with_neighbours(images, tokenizer, tmp_path):
     extract_tokens(tokenizer, records, tmp_path, variants, neighbours=2, batch_size=7)
     data = TokenShards(tmp_path)
     assert data.num_sequences == 40
-    views = variants(decode_image(records.encoded(0)), 0)
+    views = variants(read_image(records.encoded(0)), 0)
     expected = encode_sequences(tokenizer, views, 2).flatten(0, 1)
     assert torch.equal(torch.stack([data.sequence(0, sequence) for sequence in range(40)]), expected)
 

@@ -4,9 +4,9 @@ import torch
 from tests.testing import tiny_images, tiny_model
 from vfmtok_hf.cpu import training as cpu_training
 from vfmtok_hf.cpu.training import FrozenProduct, WinogradConvolution
+from vfmtok_hf.data.loaders import EpochSampler
 from vfmtok_hf.training import train_tokenizer
 from vfmtok_hf.training.arguments import TokenizerArguments
-from vfmtok_hf.training.data import EpochSampler
 
 
 # -- layers of a tokenizer

@@ -134,8 +134,8 @@ def reconstruction(
 ) -> None:
     """rFID, rIS, PSNR, SSIM, LPIPS and codebook usage of a tokenizer."""
     with one_line_errors():
-        from vfmtok_hf.cli.images import number_of, open_pictures
         from vfmtok_hf.data.output_files import check_output_file
+        from vfmtok_hf.data.pictures import number_of, open_pictures
         from vfmtok_hf.evaluation.reconstruction import check_ssim_window, evaluate_reconstruction, load_lpips
         from vfmtok_hf.evaluation.results import save_measurement
 
@@ -210,6 +210,7 @@ def generation(
         from accelerate import PartialState
 
         from vfmtok_hf.cli.environment import default_device
+        from vfmtok_hf.data.image_sets import FolderImages
         from vfmtok_hf.data.output_files import check_output_folder
         from vfmtok_hf.evaluation.generation import (
             SampleFolder,
@@ -218,7 +219,6 @@ def generation(
             load_reference,
             model_fingerprint,
         )
-        from vfmtok_hf.evaluation.images import FolderImages
         from vfmtok_hf.evaluation.metrics import check_enough_images
 
         if features == "none":
@@ -356,15 +356,14 @@ def linear_probe(
 ) -> None:
     """Linear classifiers on the tokenizer's embedding, its tokens, its vision model, and raw pixels."""
     with one_line_errors():
-        from vfmtok_hf.cli.images import open_labeled
         from vfmtok_hf.data.output_files import check_output_file
-        from vfmtok_hf.evaluation.linear_probe import ProbeSettings, represent_data, train_probes
+        from vfmtok_hf.evaluation.linear_probe import LabeledImages, ProbeSettings, represent_data, train_probes
         from vfmtok_hf.evaluation.results import save_measurement
 
         if output is not None:
             check_output_file(output)
-        train_images = open_labeled(train, train_split, "train", image_column, label_column)
-        test_images = open_labeled(test, test_split, "test", image_column, label_column)
+        train_images = LabeledImages.open(train, train_split or "train", image_column, label_column)
+        test_images = LabeledImages.open(test, test_split or "test", image_column, label_column)
         pipe = load_pipeline(model, device, dtype, encodes=True)
         settings = ProbeSettings(epochs=epochs, warmup_epochs=min(10, epochs // 2), views=views, seed=seed)
         with progress("Encoding", views * len(train_images) + len(test_images)) as progress_callback:
@@ -409,8 +408,8 @@ def tokens(
         import json
         from itertools import islice
 
-        from vfmtok_hf.cli.images import number_of, open_pictures
         from vfmtok_hf.data.output_files import check_output_folder, whole_file
+        from vfmtok_hf.data.pictures import number_of, open_pictures
         from vfmtok_hf.evaluation.tokens import anchor_attention, evaluate_tokens, token_count_remarks
         from vfmtok_hf.plotting import (
             plot_anchor_statistics,

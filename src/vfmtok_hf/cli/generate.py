@@ -62,7 +62,7 @@ def generate(
         from torch import Generator
 
         from vfmtok_hf.cpu.packing import AdaptiveThreads
-        from vfmtok_hf.data.output_files import check_picture_output
+        from vfmtok_hf.data.output_files import check_picture_output, fitting
         from vfmtok_hf.plotting import picture_output
 
         check_picture_output(output)
@@ -95,5 +95,5 @@ def generate(
                 for index, (class_id, image) in enumerate(zip(batch, images, strict=True), start):
                     name = pipe.id2label.get(class_id, str(class_id)).partition(",")[0].strip()
                     slug = re.sub(r"\W+", "-", name).strip("-")
-                    add(image, f"{index:05d}-{slug}.png", name)
+                    add(image, fitting(f"{index:05d}-{slug}.png"), name)
         report_written(len(class_ids), "image", output)

@@ -39,8 +39,9 @@ def tokenize(
     with one_line_errors():
         import torch
 
+        from vfmtok_hf.data.files import find_images
         from vfmtok_hf.data.output_files import check_output_file
-        from vfmtok_hf.data.token_files import check_suffix, find_images, save_tokens, tokenize_files
+        from vfmtok_hf.data.token_files import check_suffix, save_tokens, tokenize_files
 
         check_suffix(output)
         check_output_file(output)
@@ -70,13 +71,13 @@ def detokenize(
 ) -> None:
     """Image tokens to images."""
     with one_line_errors():
-        from vfmtok_hf.data.output_files import check_picture_output
-        from vfmtok_hf.data.token_files import load_tokens, picture_name
+        from vfmtok_hf.data.output_files import check_picture_output, picture_names
+        from vfmtok_hf.data.token_files import load_tokens
         from vfmtok_hf.plotting import picture_output
 
         check_picture_output(output)
         names, image_tokens = load_tokens(tokens)
-        file_names = [picture_name(name) for name in names]
+        file_names = picture_names(names)
         pipe = load_pipeline(model, device, dtype)
         with picture_output(output) as add, progress("Decoding", len(names)) as progress_callback:
             for start in range(0, len(names), batch_size):
@@ -99,13 +100,15 @@ def reconstruct(
     with one_line_errors():
         from torchvision.transforms.functional import to_pil_image
 
-        from vfmtok_hf.data.output_files import check_picture_output
-        from vfmtok_hf.data.token_files import find_images, picture_name, tokenize_files
+        from vfmtok_hf.data.files import find_images
+        from vfmtok_hf.data.output_files import check_picture_output, picture_names
+        from vfmtok_hf.data.token_files import tokenize_files
         from vfmtok_hf.evaluation.reconstruction import psnr
         from vfmtok_hf.plotting import image_grid, picture_output
 
         check_picture_output(output)
         files = find_images(images)
+        file_names = dict(zip(files, picture_names(list(files)), strict=True))
         pipe = load_pipeline(model, device, dtype, encodes=True)
         decibels = {}
         with picture_output(output) as add, progress("Reconstructing", len(files)) as progress_callback:
@@ -123,7 +126,7 @@ def reconstruct(
                 ):
                     decibels[name] = value
                     pair = [to_pil_image(crop), to_pil_image(reconstruction)]
-                    add(image_grid(pair, 2, [name, f"{value:.1f} dB"]), picture_name(name), "")
+                    add(image_grid(pair, 2, [name, f"{value:.1f} dB"]), file_names[name], "")
                 progress_callback(len(names))
         print_psnr(decibels)
         report_written(len(decibels), "pair", output)

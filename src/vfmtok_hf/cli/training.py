@@ -58,10 +58,10 @@ def extract_tokens(
     """
     with one_line_errors():
         from vfmtok_hf.cli.environment import default_device
+        from vfmtok_hf.data.sources import open_records
+        from vfmtok_hf.data.transforms import Variants
         from vfmtok_hf.training.extract_tokens import extract_tokens
         from vfmtok_hf.training.finetuning import load_tokenizer
-        from vfmtok_hf.training.images import Variants
-        from vfmtok_hf.training.sources import open_records
 
         records = open_records(data, split)
         tokenizer = load_tokenizer(resolve_model(model)).to(device or default_device())

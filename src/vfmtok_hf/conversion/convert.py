@@ -9,11 +9,12 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from vfmtok_hf.data.files import file_sha256
+from vfmtok_hf.data.output_files import check_model_folder, whole_folder
 from vfmtok_hf.modeling.image_processing_vfmtok import VFMTokImageProcessor
 
 from .build_models import Conversion, build_ar, build_rar, build_tokenizer
-from .read_checkpoint import Weights, file_sha256, read_checkpoint
-from .write_folder import check_output, whole_folder
+from .read_checkpoint import Weights, read_checkpoint
 
 
 PROVENANCE_FILE = "provenance.json"
@@ -167,7 +168,7 @@ def _convert(
     save: Callable[[Conversion, Path], None] = _save,
 ) -> ConversionReport:
     output, overrides = Path(output), _read_overrides(config)
-    check_output(output, overwrite)
+    check_model_folder(output, overwrite)
     source = read_checkpoint(checkpoint, kind, weights)
     if output.resolve() in source.path.resolve().parents:
         raise FileExistsError(f"{output} contains the checkpoint itself: choose another output.")

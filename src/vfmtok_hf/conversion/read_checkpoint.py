@@ -1,7 +1,6 @@
 """Reading original checkpoint files: safely, and with an error that says what a wrong file is."""
 
 import argparse
-import hashlib
 import pickle
 import re
 import zipfile
@@ -83,15 +82,6 @@ def read_checkpoint(path: str | Path, kind: str, weights: Weights = "ema") -> Ch
     entry, state_dict = _select_weights(content, path, weights)
     _check_kind(state_dict, path, kind)
     return Checkpoint(path, state_dict, entry)
-
-
-def file_sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _check_is_file(path: Path) -> None:

@@ -3,50 +3,25 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import PIL.Image
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from vfmtok_hf.data.output_files import whole_file
-from vfmtok_hf.pipelines import VFMTokPipeline
+
+
+if TYPE_CHECKING:
+    from vfmtok_hf.pipelines import VFMTokPipeline
 
 
 TOKEN_FILE_SUFFIXES = (".safetensors", ".npy")
 
 
-def find_images(paths: Sequence[Path]) -> dict[str, Path]:
-    """
-    Image files by name: those given, and all below the folders given, sorted. A file in a folder is named by its path
-    in that folder.
-
-    Raises:
-        FileNotFoundError: a path does not exist, or there is no image at all.
-        ValueError: two images have the same name.
-    """
-    PIL.Image.init()
-    suffixes = {suffix for suffix, image_format in PIL.Image.EXTENSION.items() if image_format in PIL.Image.OPEN}
-    images: dict[str, Path] = {}
-    for path in paths:
-        if not path.exists():
-            raise FileNotFoundError(f"There is no file or folder {path}.")
-        files = [path]
-        if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes and file.is_file())
-        for file in files:
-            name = file.relative_to(path).as_posix() if path.is_dir() else file.name
-            if name in images:
-                raise ValueError(f"Both {images[name]} and {file} would be called {name}: take them one at a time.")
-            images[name] = file
-    if not images:
-        raise FileNotFoundError(f"There are no images in {', '.join(map(str, paths))}.")
-    return images
-
-
 def tokenize_files(
-    pipe: VFMTokPipeline,
+    pipe: "VFMTokPipeline",
     images: dict[str, Path],
     batch_size: int = 16,
     on_error: Callable[[str], None] | None = None,
@@ -154,15 +129,3 @@ def check_suffix(path: Path) -> None:
     """Raise `ValueError` unless the suffix is one of a token file."""
     if path.suffix not in TOKEN_FILE_SUFFIXES:
         raise ValueError(f"Token files end in {' or '.join(TOKEN_FILE_SUFFIXES)}, got {path.name!r}.")
-
-
-def picture_name(name: str) -> str:
-    """
-    The PNG file, relative to a folder, of the image called `name`.
-
-    Raises:
-        ValueError: the name points out of the folder.
-    """
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ValueError(f"The image name {name!r} points out of the output folder.")
-    return name if name.lower().endswith(".png") else f"{name}.png"

@@ -13,7 +13,7 @@ from torch import nn
 from torchvision.transforms import v2
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, PreTrainedConfig
 
-from vfmtok_hf.evaluation.images import ImageSet
+from vfmtok_hf.data.image_sets import ImageSet
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 
 

@@ -17,9 +17,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from vfmtok_hf.data.image_sets import ImageSet, NpzImages, write_npz
 from vfmtok_hf.data.output_files import whole_file
 from vfmtok_hf.evaluation.features import FeatureExtractor, ProgressCallback, extract_features
-from vfmtok_hf.evaluation.images import ImageSet, NpzImages, write_npz
 from vfmtok_hf.evaluation.metrics import FeatureStatistics, Reference, compare_features
 from vfmtok_hf.modeling import generation_vfmtok
 from vfmtok_hf.modeling.modeling_vfmtok_rar import VFMTokRARForImageGeneration

@@ -23,10 +23,9 @@ from timm.optim import Lars
 from torch import nn
 from torchvision.transforms import v2
 
-from vfmtok_hf.data.token_files import find_images
+from vfmtok_hf.data.sources import open_records
 from vfmtok_hf.evaluation.features import ProgressCallback
-from vfmtok_hf.evaluation.images import Picture
-from vfmtok_hf.modeling.image_processing_vfmtok import VFMTokImageProcessor, open_image
+from vfmtok_hf.modeling.image_processing_vfmtok import VFMTokImageProcessor
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 
 
@@ -72,7 +71,7 @@ class LabeledImages:
     Images with a class each.
 
     Args:
-        pictures (`Sequence[Picture]`): paths of image files, or PIL images, of any sizes.
+        pictures (sequence): images of any kind that the image processor reads, of any sizes.
         labels (`Sequence[int]`): number of each one's class.
         class_names (`Sequence[str]`): in the order of their numbers.
         name (`str`): for messages.
@@ -81,7 +80,7 @@ class LabeledImages:
         ValueError: fewer than two classes.
     """
 
-    def __init__(self, pictures: Sequence[Picture], labels: Sequence[int], class_names: Sequence[str], name: str):
+    def __init__(self, pictures: Sequence, labels: Sequence[int], class_names: Sequence[str], name: str):
         if len(set(labels)) < 2:
             raise ValueError(f"{name} has images of one class only: nothing can be told apart.")
         self.pictures = pictures
@@ -91,20 +90,17 @@ class LabeledImages:
         self.processor = VFMTokImageProcessor(do_rescale=False, do_normalize=False)
 
     @classmethod
-    def of_folder(cls, root: Path) -> "LabeledImages":
+    def open(
+        cls, source: str | Path, split: str = "train", image_column: str | None = None, label_column: str | None = None
+    ) -> "LabeledImages":
         """
-        Images of `root/class_name/*`; classes are numbered in alphabetical order.
+        Images of a source, with the arguments and errors of [`~vfmtok_hf.data.sources.open_records`].
 
         Raises:
-            FileNotFoundError: there is no such folder, or it holds no images.
-            ValueError: an image lies outside of class folders, or there are fewer than two classes.
+            ValueError: fewer than two classes.
         """
-        names = find_images([root])
-        if any("/" not in name for name in names):
-            raise ValueError(f"{root} must hold one folder of images per class.")
-        folders = [name.partition("/")[0] for name in names]
-        class_names = sorted(set(folders))
-        return cls(list(names.values()), [class_names.index(folder) for folder in folders], class_names, str(root))
+        records = open_records(source, split, image_column, label_column)
+        return cls(records, records.labels, records.class_names, str(source))
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -134,8 +130,7 @@ class LabeledImages:
         picture = self.pictures[number]
         if view is None:
             return self.processor(picture, size=size, return_tensors="pt")["pixel_values"][0]
-        opened = open_image(picture) if isinstance(picture, Path) else picture
-        image = self.processor(opened, do_resize=False, do_center_crop=False, return_tensors="pt")["pixel_values"][0]
+        image = self.processor(picture, do_resize=False, do_center_crop=False, return_tensors="pt")["pixel_values"][0]
         augment = v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode.BICUBIC)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(hash((view, number)) % 2**63)

@@ -7,8 +7,8 @@ from typing import Literal
 import numpy as np
 import torch
 
+from vfmtok_hf.data.pictures import Picture, batches_of
 from vfmtok_hf.evaluation.features import FeatureExtractor, Features, ProgressCallback, check_finite_features
-from vfmtok_hf.evaluation.images import Picture, batches_of
 from vfmtok_hf.evaluation.metrics import Reference, compare_features
 from vfmtok_hf.evaluation.tokens import codebook_statistics, token_count_remarks
 from vfmtok_hf.pipelines import VFMTokPipeline

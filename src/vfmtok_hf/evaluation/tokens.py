@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from vfmtok_hf.data.pictures import Picture, batches_of
 from vfmtok_hf.evaluation.features import ProgressCallback
-from vfmtok_hf.evaluation.images import Picture, batches_of
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 from vfmtok_hf.pipelines import VFMTokPipeline
 

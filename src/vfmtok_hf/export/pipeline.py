@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vfmtok_hf.conversion.write_folder import check_output, whole_folder
 from vfmtok_hf.cpu.packing import unpack_weights
+from vfmtok_hf.data.output_files import check_model_folder, whole_folder
 from vfmtok_hf.hub_kernels import disable_kernels
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 from vfmtok_hf.modeling.modeling_vfmtok_ar import VFMTokARForImageGeneration, rotary_table
@@ -444,7 +444,7 @@ def export_pipeline(
     pipe.to("cpu", torch.float32)
     available = pipeline_parts(pipe)
     chosen = [available[name] for name in check_parts(parts, available)]
-    with whole_folder(output, overwrite=False) as folder, torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with whole_folder(output) as folder, torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         exported = [export_part(part.eval(), folder, format, batch_size) for part in chosen]
         info = export_info(pipe, chosen, format, batch_size)
@@ -492,7 +492,7 @@ def check_export(output: Path, format: str) -> None:
         raise ImportError(f'ONNX export needs {", ".join(missing)}: pip install "vfmtok-hf[export]".')
     if output.is_dir() and any(output.iterdir()):
         raise FileExistsError(f"{output} exists and is not empty: choose another output.")
-    check_output(output, overwrite=False)
+    check_model_folder(output)
 
 
 def export_info(

@@ -1,82 +1,20 @@
 """Images to `pixel_values` and back, with the pixel arithmetic of the original training and evaluation code."""
 
-import os
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 import torch
 import torch.nn.functional as F
-from transformers import ImageProcessingMixin, PilBackend  # noqa: F401 - pipelines look up ImageProcessingMixin here
-from transformers.image_utils import ImageInput, PILImageResampling, SizeDict
+from transformers import BatchFeature, ImageProcessingMixin, PilBackend  # noqa: F401 - pipelines look up the mixin here
+from transformers.image_utils import PILImageResampling, SizeDict
 
+from .image_reading_vfmtok import each_image, read_image
 from .loading_vfmtok import one_line_errors
 
 
 # A centre crop of anything longer keeps less than one percent of the picture.
 MAX_ASPECT_RATIO = 100
-
-
-def open_image(path: str | os.PathLike) -> PIL.Image.Image:
-    """
-    Read an image file whole (PIL alone would defer damage to the first use of its pixels).
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not an image, or is truncated.
-    """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"There is no image file {os.fspath(path)!r}.")
-    try:
-        with PIL.Image.open(path) as image:
-            image.load()
-            return image
-    except (OSError, SyntaxError) as error:  # PIL's PNG reader reports some damage as SyntaxError
-        raise ValueError(f"{os.fspath(path)!r} cannot be read as an image: {error}") from error
-
-
-def eight_bit_array(image: np.ndarray) -> np.ndarray:
-    """
-    The same image as uint8: what the original was trained on, and what every file format here reduces to.
-
-    Booleans become 0 and 255, uint16 is divided by 257, floats are taken to be in [0, 1]; all rounded to nearest.
-
-    Raises:
-        ValueError: floats outside [0, 1], NaN included.
-        TypeError: any other integer type, whose range nobody can tell.
-    """
-    if image.dtype == np.uint8:
-        return image
-    if image.dtype == np.bool_:
-        return image.astype(np.uint8) * 255
-    if image.dtype == np.uint16:
-        return ((image.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    if not np.issubdtype(image.dtype, np.floating):
-        raise TypeError(f"Images of {image.dtype} have no known range: convert them to uint8 or uint16.")
-    levels = np.rint(image.astype(np.float32) * 255)
-    if not ((levels >= 0) & (levels <= 255)).all():
-        raise ValueError(
-            f"Float images must be in [0, 1], got values from {image.min()} to {image.max()}: "
-            "rescale them, or pass uint8."
-        )
-    return levels.astype(np.uint8)
-
-
-def upright_eight_bit(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Turn an image as its EXIF orientation says, and bring 16-bit and float modes down to 8 bits."""
-    image = PIL.ImageOps.exif_transpose(image)
-    if image.mode == "I":  # 16-bit greyscale in PIL's 32-bit container
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError(
-                f"32-bit integer images must hold 16-bit values, got {values.min()} to {values.max()}: "
-                "convert the image to 8 or 16 bits."
-            )
-        return PIL.Image.fromarray(eight_bit_array(values.astype(np.uint16)))
-    if image.mode.startswith("I;16") or image.mode == "F":
-        return PIL.Image.fromarray(eight_bit_array(np.asarray(image)))
-    return image
 
 
 class VFMTokImageProcessor(PilBackend):
@@ -85,14 +23,15 @@ class VFMTokImageProcessor(PilBackend):
 
     Preprocessing is the original's, bit for bit (`center_crop_arr` of guided-diffusion): halve with a box filter while
     the shorter side is at least twice the target, resize the shorter side to the target with bicubic interpolation,
-    crop the centre, scale to [-1, 1]. Images are files, PIL images, arrays or tensors, alone, in a list or as a batch;
-    they are turned upright by their EXIF tag, brought to 8 bits, and transparent pixels are laid over white.
+    crop the centre, scale to [-1, 1]. Images are of any kind that [`read_image`] takes, alone, in a list, a generator or a
+    column of a data set, or as a batch: all are read as upright 8-bit RGB over white. Only one of them is decoded at a
+    time, so that a batch of large photographs takes little memory.
 
     Args:
         size (`int` or `dict`, defaults to `{"height": 336, "width": 336}`):
             Side of the square output in pixels. It is the crop's size as well; there is no separate `crop_size`.
-        do_resize, do_center_crop, do_rescale, do_normalize, do_convert_rgb (`bool`, default to `True`):
-            Which steps are done.
+        do_resize, do_center_crop, do_rescale, do_normalize (`bool`, default to `True`):
+            Which steps are done. Images are RGB in any case: `do_convert_rgb` cannot be switched off.
         resample (`int`, defaults to `PILImageResampling.BICUBIC`), rescale_factor (`float`, defaults to 1 / 255):
             Filter of the last resize, and the factor from 8-bit levels to [0, 1].
         image_mean, image_std (`list[float]`, default to 0.5):
@@ -100,8 +39,7 @@ class VFMTokImageProcessor(PilBackend):
             inside [`VFMTokModel`].
 
     Raises (on call):
-        ValueError, TypeError, FileNotFoundError: unreadable file, empty image, values out of range, or an image more
-        than 100 times longer than wide.
+        ValueError, TypeError, OSError: what [`read_image`] refuses, and an image more than 100 times longer than wide.
     """
 
     size = {"height": 336, "width": 336}
@@ -127,40 +65,23 @@ class VFMTokImageProcessor(PilBackend):
 
     # -- images -> pixel_values
 
-    def fetch_images(self, image_url_or_urls):
-        """
-        Read those of `image_url_or_urls`, one image or nested lists of them, that are paths or addresses; give
-        two-dimensional (greyscale) arrays their channel axis; pass other images through.
-        """
-        images = image_url_or_urls
-        if isinstance(images, (list, tuple)):
-            return [self.fetch_images(image) for image in images]
-        if isinstance(images, str) and images.startswith(("http://", "https://", "data:image/")):
-            return super().fetch_images(images)
-        if isinstance(images, (str, os.PathLike)):
-            return open_image(images)
-        if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 2:
-            return images[None]
-        return super().fetch_images(images)
+    def _preprocess_image_like_inputs(self, images: Any, *args, return_tensors=None, **kwargs) -> BatchFeature:
+        pixel_values = [
+            self._preprocess([self.process_image(image, **kwargs)], *args, return_tensors=None, **kwargs)[
+                "pixel_values"
+            ][0]
+            for image in each_image(images)
+        ]
+        if not pixel_values:
+            raise ValueError("There are no images: pass at least one.")
+        return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
 
-    def process_image(self, image: ImageInput, **kwargs) -> np.ndarray:
+    def process_image(self, image: Any, input_data_format: str | None = None, **kwargs) -> np.ndarray:
         """
-        One `image` of any accepted kind to uint8 of shape `(channels, height, width)`.
-
-        Raises:
-            ValueError, TypeError: values out of range or of unknown range, or an image without pixels.
+        One `image` of any kind as uint8 of shape `(3, height, width)`; `input_data_format` and errors are those of
+        [`read_image`].
         """
-        if isinstance(image, PIL.Image.Image):
-            image = upright_eight_bit(image)
-        elif isinstance(image, torch.Tensor):
-            image = image.detach().cpu()
-            image = eight_bit_array((image.float() if image.is_floating_point() else image).numpy())
-        else:
-            image = eight_bit_array(image)
-        image = super().process_image(image, **kwargs)
-        if image.size == 0:
-            raise ValueError(f"The image has no pixels: its shape is {image.shape} (channels, height, width).")
-        return image
+        return np.asarray(read_image(image, input_data_format=input_data_format)).transpose(2, 0, 1)
 
     def resize(self, image: np.ndarray, size: SizeDict, resample: int, **kwargs) -> np.ndarray:
         """
@@ -177,13 +98,12 @@ class VFMTokImageProcessor(PilBackend):
                 f"The image is {width} x {height} pixels: more than {MAX_ASPECT_RATIO} times longer than wide, so that "
                 "a centre crop would keep almost nothing of it. Crop it first."
             )
-        channels_last = image.transpose(1, 2, 0)
-        picture = PIL.Image.fromarray(channels_last[..., 0] if len(image) == 1 else channels_last)
+        picture = PIL.Image.fromarray(image.transpose(1, 2, 0))
         while min(picture.size) >= 2 * side:
             picture = picture.resize((picture.width // 2, picture.height // 2), PILImageResampling.BOX)
         scale = side / min(picture.size)
         picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), resample)
-        return np.asarray(picture).reshape(picture.height, picture.width, -1).transpose(2, 0, 1)
+        return np.asarray(picture).transpose(2, 0, 1)
 
     def center_crop(self, image: np.ndarray, size: SizeDict, **kwargs) -> np.ndarray:
         """
@@ -203,11 +123,15 @@ class VFMTokImageProcessor(PilBackend):
     def _preprocess(self, images: list[np.ndarray], size: SizeDict, crop_size: SizeDict | None, **kwargs):
         return super()._preprocess(images, size=size, crop_size=size, **kwargs)
 
-    def _validate_preprocess_kwargs(self, size=None, crop_size=None, do_rescale=None, do_normalize=None, **kwargs):
+    def _validate_preprocess_kwargs(
+        self, size=None, crop_size=None, do_rescale=None, do_normalize=None, do_convert_rgb=None, **kwargs
+    ):
         if size.height is None or size.height != size.width:
             raise ValueError(f"VFMTok images are square: size needs equal height and width, got {dict(size)}.")
         if crop_size is not None:
             raise ValueError("VFMTok crops to `size`: leave crop_size unset.")
+        if do_convert_rgb is False:
+            raise ValueError("VFMTok reads every image as RGB: leave do_convert_rgb=True.")
         if do_normalize and not do_rescale:
             raise ValueError(
                 "do_normalize needs do_rescale=True: images are 8-bit until they are rescaled, and float images in "

@@ -1,7 +1,8 @@
 """The `image-tokens` task of transformers' `pipeline`: images to lists of image tokens."""
 
 from transformers import Pipeline
-from transformers.image_utils import load_image
+
+from .image_reading_vfmtok import read_image
 
 
 class VFMTokImageTokensPipeline(Pipeline):
@@ -14,7 +15,7 @@ class VFMTokImageTokensPipeline(Pipeline):
     >>> tokenize(["a.png", "b.png"], batch_size=2)  # one such list each
     ```
 
-    Images are paths, addresses or PIL images. `return_tensors=True` gives `(1, num_anchors)` int64 tensors instead of
+    Images are of any kind that [`read_image`] takes, URLs among them. `return_tensors=True` gives `(1, num_anchors)` int64 tensors instead of
     lists. A list of images, a generator of them or a `datasets` column is run in batches of `batch_size`.
     """
 
@@ -26,10 +27,11 @@ class VFMTokImageTokensPipeline(Pipeline):
     def _sanitize_parameters(self, timeout=None, return_tensors=None, **kwargs):
         if kwargs:
             raise TypeError(f"image-tokens takes timeout and return_tensors, not {', '.join(kwargs)}.")
-        return {"timeout": timeout}, {}, {} if return_tensors is None else {"return_tensors": return_tensors}
+        preprocess = {} if timeout is None else {"timeout": timeout}
+        return preprocess, {}, {} if return_tensors is None else {"return_tensors": return_tensors}
 
-    def preprocess(self, image, timeout=None):
-        return self.image_processor(load_image(image, timeout=timeout), return_tensors="pt")
+    def preprocess(self, image, timeout=30.0):
+        return self.image_processor(read_image(image, timeout=timeout), return_tensors="pt")
 
     def _forward(self, model_inputs):
         return {"image_tokens": self.model.encode(model_inputs["pixel_values"]).image_tokens}

@@ -5,6 +5,7 @@ import inspect
 import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from huggingface_hub import snapshot_download
 from transformers.image_utils import ImageInput
 
 from vfmtok_hf.modeling.image_processing_vfmtok import VFMTokImageProcessor
+from vfmtok_hf.modeling.image_reading_vfmtok import each_image
 from vfmtok_hf.modeling.loading_vfmtok import one_line_errors
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 from vfmtok_hf.modeling.modeling_vfmtok_ar import VFMTokARForImageGeneration
@@ -25,7 +27,7 @@ from .portable_vfmtok import use_this_code, write_portable_code
 
 
 ClassLabels = int | str | Sequence[int | str]
-InputImages = ImageInput | str | os.PathLike | Sequence[str | os.PathLike]
+InputImages = ImageInput | str | bytes | os.PathLike | Iterable[Any]
 Images = list[PIL.Image.Image] | np.ndarray | torch.Tensor
 
 # Weights without and with a variant in their file name.
@@ -388,20 +390,20 @@ class VFMTokPipeline(DiffusionPipeline):
         Image tokens `(number of images, num_image_tokens)` of images.
 
         Args:
-            images: one image or a list of them, each a path, PIL image, array or tensor.
+            images: one image of any kind that [`~vfmtok_hf.modeling.image_reading_vfmtok.read_image`] takes, a batch as
+                an array or tensor, or several: a list, a generator, a column of a data set.
             batch_size (`int`, defaults to 16): images read and encoded at once, which bounds memory.
 
         Raises:
             ValueError, TypeError, FileNotFoundError: no images, or unusable ones; a checkpoint without vision weights.
         """
         use_compiled_attention(self.vq_model, self._execution_device)
-        images = images if isinstance(images, (list, tuple)) else [images]
-        if not images:
-            raise ValueError("There are no images: pass at least one.")
-        tokens = []
-        for batch in batches(images, batch_size):
+        remaining, tokens = each_image(images), []
+        while batch := list(islice(remaining, batch_size)):
             pixel_values = self.image_processor(batch, return_tensors="pt")["pixel_values"]
             tokens.append(self.vq_model.encode(pixel_values.to(self.vq_model.device)).image_tokens)
+        if not tokens:
+            raise ValueError("There are no images: pass at least one.")
         return torch.cat(tokens)
 
     @torch.no_grad()

@@ -21,14 +21,10 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch.utils.data import DataLoader, Dataset
 
+from vfmtok_hf.data.files import file_sha256
 from vfmtok_hf.data.output_files import whole_file
-from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
-from vfmtok_hf.training.arguments import ExtractionArguments, parse_arguments
-from vfmtok_hf.training.finetuning import load_tokenizer
-from vfmtok_hf.training.images import UnreadableImage, Variants, decode_image
-from vfmtok_hf.training.logs import configure_logging, logger, run_script
-from vfmtok_hf.training.sources import ImageRecords, open_records, read_class_names
-from vfmtok_hf.training.tokens import (
+from vfmtok_hf.data.sources import ImageRecords, open_records, read_class_names
+from vfmtok_hf.data.token_sets import (
     FORMAT,
     INDEX_FILE,
     SHARD_FACTS,
@@ -36,10 +32,15 @@ from vfmtok_hf.training.tokens import (
     encode_sequences,
     read_index,
     readable_shard,
-    sha256_of_file,
     shard_facts,
     tokenizer_identity,
 )
+from vfmtok_hf.data.transforms import Variants
+from vfmtok_hf.modeling.image_reading_vfmtok import UnreadableImage, read_image
+from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
+from vfmtok_hf.training.arguments import ExtractionArguments, parse_arguments
+from vfmtok_hf.training.finetuning import load_tokenizer
+from vfmtok_hf.training.logs import configure_logging, logger, run_script
 
 
 def extract_tokens(
@@ -111,7 +112,7 @@ def extract_tokens(
             "num_image_tokens": tokenizer.config.num_anchors,
             "settings": settings,
             "class_names": records.class_names,
-            **_summary([output / shard_name(number) for number in range(num_shards)]),
+            **_summary(records, [output / shard_name(number) for number in range(num_shards)]),
         }
         if index["num_images"] == 0:
             raise ValueError(f"None of the {len(records)} images of {records.source} can be decoded.")
@@ -175,12 +176,12 @@ class _Views(Dataset):
 
     def __getitem__(self, item: int) -> dict[str, Any]:
         index = self.indices[item]
-        encoded = self.records.encoded(index)
         try:
-            views = self.variants(decode_image(encoded), index)
+            encoded = self.records.encoded(index)
+            views = self.variants(read_image(encoded, self.records.name(index), self.variants.min_side), index)
         except UnreadableImage as error:
-            logger.warning("skipping an image that cannot be decoded: %s (%s)", self.records.name(index), error)
-            views = None
+            logger.warning("skipping an image: %s", error)
+            return {"views": None, "index": index}
         digest = np.frombuffer(hashlib.sha256(encoded).digest(), np.uint8)
         return {"views": views, "index": index, "label": self.records.labels[index], "digest": digest}
 
@@ -221,9 +222,9 @@ def _encode_shard(
     return {"tensors": tensors, "indices": [image["index"] for image in readable]}
 
 
-def _summary(files: list[Path]) -> dict[str, Any]:
+def _summary(records: ImageRecords, files: list[Path]) -> dict[str, Any]:
     """What the index says of the shards: their digests, images left out, and images that came before."""
-    shards, unreadable, duplicates, num_sequences = [], [], [], 0
+    shards, unreadable, duplicates, num_sequences = [], [*records.unlabeled], [], 0
     seen: set[bytes] = set()
     for number, file in enumerate(files):
         with safe_open(file, framework="np") as shard:
@@ -235,7 +236,7 @@ def _summary(files: list[Path]) -> dict[str, Any]:
                 duplicates.append([number, row])
             seen.add(digest.tobytes())
         size = file.stat().st_size
-        shards.append({"file": file.name, "images": len(digests), "bytes": size, "sha256": sha256_of_file(file)})
+        shards.append({"file": file.name, "images": len(digests), "bytes": size, "sha256": file_sha256(file)})
     return {
         "num_images": len(seen),
         "num_sequences": num_sequences,

@@ -5,14 +5,14 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from vfmtok_hf.data.image_datasets import ImageDataset, ImageStream
+from vfmtok_hf.data.sources import ImageRecords
+from vfmtok_hf.data.token_sets import TokenShards, encode_sequences, is_token_folder
+from vfmtok_hf.data.transforms import Variants
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 from vfmtok_hf.training.arguments import GeneratorArguments
-from vfmtok_hf.training.data import ImageDataset, ImageStream
 from vfmtok_hf.training.extract_tokens import extract_tokens
 from vfmtok_hf.training.image_data import open_training_images, open_validation_images, training_augmentation
-from vfmtok_hf.training.images import Variants
-from vfmtok_hf.training.sources import ImageRecords
-from vfmtok_hf.training.tokens import TokenShards, encode_sequences, is_token_folder
 
 
 def open_token_data(

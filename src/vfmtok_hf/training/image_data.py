@@ -4,10 +4,11 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from vfmtok_hf.data.image_datasets import ImageStream
+from vfmtok_hf.data.loaders import TrainingLoader, leave_stopping_to_the_trainer
+from vfmtok_hf.data.sources import ImageRecords, open_records, read_class_names
+from vfmtok_hf.data.transforms import Augmentation
 from vfmtok_hf.training.arguments import TrainingArguments
-from vfmtok_hf.training.data import ImageStream, TrainingLoader, leave_stopping_to_the_trainer
-from vfmtok_hf.training.images import Augmentation
-from vfmtok_hf.training.sources import ImageRecords, open_records, read_class_names
 
 
 def training_augmentation(arguments: TrainingArguments, image_size: int) -> Augmentation:

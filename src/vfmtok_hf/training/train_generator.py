@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Subset
 
+from vfmtok_hf.data.token_sets import TokenShards
 from vfmtok_hf.modeling.configuration_vfmtok_ar import VFMTokARConfig
 from vfmtok_hf.modeling.configuration_vfmtok_rar import VFMTokRARConfig
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
@@ -50,7 +51,6 @@ from vfmtok_hf.training.image_data import training_loader
 from vfmtok_hf.training.logs import WindowMeans, configure_logging, logger, run_script, save_grid
 from vfmtok_hf.training.precision import choose_attention, choose_mixed_precision
 from vfmtok_hf.training.schedule import learning_rate_at, random_ratio_at, set_learning_rate
-from vfmtok_hf.training.tokens import TokenShards
 
 
 GENERATORS = {

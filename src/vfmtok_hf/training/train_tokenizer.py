@@ -22,6 +22,9 @@ from accelerate import Accelerator
 from transformers import AutoConfig
 
 from vfmtok_hf.cpu.training import pack_frozen_weights, use_winograd
+from vfmtok_hf.data.image_datasets import ImageDataset, ImageStream
+from vfmtok_hf.data.loaders import TrainingLoader
+from vfmtok_hf.data.transforms import Augmentation
 from vfmtok_hf.hub_kernels import use_found_kernels
 from vfmtok_hf.image_distances import LPIPS
 from vfmtok_hf.modeling.configuration_vfmtok import VFMTokConfig
@@ -29,7 +32,6 @@ from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 from vfmtok_hf.training.arguments import TokenizerArguments, parse_arguments
 from vfmtok_hf.training.checkpoints import Progress, open_output, save_checkpoint, save_model, start_run
 from vfmtok_hf.training.codebook import CodebookUsage, initialise_codebook, perplexity, restart_dead_rows
-from vfmtok_hf.training.data import ImageDataset, ImageStream, TrainingLoader
 from vfmtok_hf.training.discriminator import (
     DinoDiscriminator,
     DiscriminatorObjective,
@@ -49,7 +51,6 @@ from vfmtok_hf.training.image_data import (
     training_loader,
     validation_loader,
 )
-from vfmtok_hf.training.images import Augmentation
 from vfmtok_hf.training.logs import WindowMeans, configure_logging, run_script, save_grid
 from vfmtok_hf.training.objective import TokenizerObjective, compile_objective
 from vfmtok_hf.training.precision import choose_attention, choose_mixed_precision

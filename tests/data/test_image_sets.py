@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.evaluation.folders import write_images
-from vfmtok_hf.evaluation.images import FolderImages, NpzImages, open_images, write_npz
+from vfmtok_hf.data.image_sets import FolderImages, NpzImages, open_images, write_npz
 
 
 def test_a_folder_comes_in_batches_in_order(tmp_path):

@@ -2,28 +2,15 @@
 
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 import numpy as np
-import PIL.Image
 import torch
 
+from vfmtok_hf.data.files import find_images
 from vfmtok_hf.data.output_files import whole_file
-from vfmtok_hf.data.token_files import find_images
-from vfmtok_hf.modeling.image_processing_vfmtok import VFMTokImageProcessor, open_image
-
-
-# What the image processor reads: a file, or an image that is already decoded.
-Picture: TypeAlias = Path | PIL.Image.Image
-
-
-def batches_of(pictures: Iterable[Picture], batch_size: int) -> Iterator[list[Picture]]:
-    """Lists of `batch_size` pictures, the last one perhaps shorter."""
-    remaining = iter(pictures)
-    while batch := list(islice(remaining, batch_size)):
-        yield batch
+from vfmtok_hf.modeling.image_processing_vfmtok import VFMTokImageProcessor
 
 
 class ImageSet(Protocol):
@@ -76,12 +63,8 @@ class FolderImages:
             yield torch.stack(images)
 
     def _read(self, file: Path) -> torch.Tensor:
-        picture = open_image(file)
-        if self.size is not None:
-            image = self.processor(picture, size=self.size, return_tensors="pt")
-        else:
-            image = self.processor(picture, do_resize=False, do_center_crop=False, return_tensors="pt")
-        return image["pixel_values"][0]
+        options = {"do_resize": False, "do_center_crop": False} if self.size is None else {"size": self.size}
+        return self.processor(file, return_tensors="pt", **options)["pixel_values"][0]
 
 
 class NpzImages:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.training.image_sources import (
+from tests.data.image_sources import (
     DAMAGED,
     NUM_IMAGES,
     image_table,
@@ -21,10 +21,12 @@ from tests.training.image_sources import (
     write_parquet,
     write_webdataset,
 )
+from vfmtok_hf.data.image_datasets import ImageDataset, ImageStream
+from vfmtok_hf.data.loaders import TrainingLoader
+from vfmtok_hf.data.sources import open_records
+from vfmtok_hf.data.transforms import Augmentation, Variants, as_pixel_values
+from vfmtok_hf.modeling.image_reading_vfmtok import UnreadableImage, read_image
 from vfmtok_hf.training.checkpoints import Progress
-from vfmtok_hf.training.data import ImageDataset, ImageStream, TrainingLoader
-from vfmtok_hf.training.images import Augmentation, UnreadableImage, Variants, as_pixel_values, decode_image
-from vfmtok_hf.training.sources import open_records
 
 
 AUGMENTATION = Augmentation(16, crop_scale=(0.8, 1.0), horizontal_flip=True)
@@ -67,7 +69,7 @@ def table():
     ids=["grey", "bilevel", "16 bit", "palette", "transparent", "grey with alpha"],
 )
 def test_any_mode_becomes_rgb(image, expected):
-    decoded = decode_image(png(image))
+    decoded = read_image(png(image))
     assert decoded.mode == "RGB"
     assert decoded.getpixel((1, 2)) == expected
 
@@ -75,14 +77,14 @@ def test_any_mode_becomes_rgb(image, expected):
 def test_cmyk_and_rotated_jpegs_become_upright_rgb():
     stream = io.BytesIO()
     Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(stream, "JPEG")
-    red, green, blue = decode_image(stream.getvalue()).getpixel((4, 4))
+    red, green, blue = read_image(stream.getvalue()).getpixel((4, 4))
     assert red > 200
     assert max(green, blue) < 60
     stream = io.BytesIO()
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn
     Image.new("RGB", (30, 10)).save(stream, "JPEG", exif=exif)
-    assert decode_image(stream.getvalue()).size == (10, 30)
+    assert read_image(stream.getvalue()).size == (10, 30)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9])
@@ -92,7 +94,7 @@ def test_truncated_files_are_unreadable(image_format, share):
     picture(5).resize((200, 200)).save(stream, image_format)
     encoded = stream.getvalue()
     with pytest.raises(UnreadableImage):
-        decode_image(encoded[: int(share * len(encoded))])
+        read_image(encoded[: int(share * len(encoded))])
 
 
 def test_ten_crops_are_corners_centre_and_their_mirror_images():
@@ -115,7 +117,7 @@ def test_ten_crops_are_corners_centre_and_their_mirror_images():
 
 def test_damaged_images_are_named_counted_and_replaced(folder, caplog):
     data = ImageDataset(open_records(folder), AUGMENTATION)
-    with caplog.at_level(logging.WARNING, "vfmtok_hf.training"):
+    with caplog.at_level(logging.WARNING, "vfmtok_hf.data"):
         items = [data[index] for _ in range(2) for index in range(NUM_IMAGES)]
     assert [item["index"] for item in items[:9]] == [0, 1, 2, 5, 5, 5, 6, 8, 8]
     assert [number_of(item["pixel_values"]) for item in items[:9]] == [0, 1, 2, 5, 5, 5, 6, 8, 8]
@@ -192,15 +194,15 @@ def test_a_source_that_is_not_there(source, message, tmp_path, monkeypatch):
         open_records(source)
 
 
-@pytest.mark.parametrize("labelled", [True, False])
-def test_a_picture_beside_data_files_is_not_taken_for_the_data(labelled, table, tmp_path):
+@pytest.mark.parametrize("labeled", [True, False])
+def test_a_picture_beside_data_files_is_not_taken_for_the_data(labeled, table, tmp_path):
     """A clone of a data set repository, whose card has a preview."""
     data = write_parquet(table, tmp_path / "data")
     (data / "assets").mkdir()
     (data / "assets" / "preview.png").write_bytes(png(picture(0)))
     with pytest.raises(ValueError, match="holds both images and data files"):
-        open_records(data, labelled=labelled)
-    assert len(open_records(data / "*.parquet", labelled=labelled)) == NUM_IMAGES
+        open_records(data, labeled=labeled)
+    assert len(open_records(data / "*.parquet", labeled=labeled)) == NUM_IMAGES
 
 
 def test_held_out_images_are_disjoint_and_of_every_class(folder):

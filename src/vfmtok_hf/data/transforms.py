@@ -1,6 +1,6 @@
-"""Encoded images to the pixels that a model sees: decoding of any kind of file, crops, mirror images."""
+"""Images to the pixels that a model is trained on: crops and mirror images."""
 
-import io
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,35 +8,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from vfmtok_hf.modeling.image_processing_vfmtok import upright_eight_bit
 
-
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 WHITE = (255, 255, 255)
-
-
-class UnreadableImage(ValueError):
-    """An image that cannot be decoded."""
-
-
-def decode_image(encoded: bytes) -> Image.Image:
-    """
-    RGB as a viewer shows it: EXIF rotation applied, transparency on white, 16 bits brought to 8.
-
-    Raises:
-        UnreadableImage: damaged, truncated, or no image at all.
-    """
-    try:
-        with Image.open(io.BytesIO(encoded)) as opened:
-            opened.load()
-            image = upright_eight_bit(opened)
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, (*WHITE, 255)), image)
-            return image.convert("RGB")
-    # Damage makes the readers of Pillow raise nearly anything: OSError, SyntaxError, struct.error, IndexError.
-    except Exception as error:
-        raise UnreadableImage(f"{type(error).__name__}: {error}") from error
 
 
 def cut_square(image: Image.Image, left: float, top: float, side: float, image_size: int) -> Image.Image:
@@ -75,6 +48,11 @@ class Augmentation:
     crop_scale: tuple[float, float] | None = None
     horizontal_flip: bool = False
 
+    @property
+    def min_side(self) -> int:
+        """Shorter side in pixels of an image with which even the tightest crop is not enlarged."""
+        return math.ceil(self.image_size / (self.crop_scale[0] if self.crop_scale else 1.0))
+
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> torch.Tensor:
         """`pixel_values` `(3, image_size, image_size)` in [-1, 1]."""
         scale = rng.uniform(*self.crop_scale) if self.crop_scale else 1.0
@@ -88,8 +66,7 @@ class Augmentation:
 
     def shrunk(self, image: Image.Image) -> Image.Image:
         """The image with no more pixels than the tightest crop needs."""
-        shortest_crop = self.crop_scale[0] if self.crop_scale else 1.0
-        factor = self.image_size / (shortest_crop * min(image.size))
+        factor = self.image_size / ((self.crop_scale[0] if self.crop_scale else 1.0) * min(image.size))
         if factor >= 1:
             return image
         return image.resize([max(round(side * factor), 1) for side in image.size], Image.Resampling.BICUBIC)
@@ -103,7 +80,7 @@ class Variants:
     Args:
         image_size (`int`): side of each view in pixels.
         crops (`str`): "random": `count` views by [`Augmentation`] with `crop_scale`, as in the training of VFMTok;
-            "ten": centre and corners of the central square, each with its mirror image, for each of `ten_crop_ranges`,
+            "ten": center and corners of the central square, each with its mirror image, for each of `ten_crop_ranges`,
             as LlamaGen extracts codes; "center": the central square.
         count (`int`), crop_scale (`tuple[float, float]`), horizontal_flip (`bool`), seed (`int`): of random crops.
             `horizontal_flip` also adds the mirror image of the central square.
@@ -123,6 +100,12 @@ class Variants:
         if self.crops == "random":
             return self.count
         return 10 * len(self.ten_crop_ranges) if self.crops == "ten" else 1 + self.horizontal_flip
+
+    @property
+    def min_side(self) -> int:
+        """As of [`Augmentation`]."""
+        tightest = {"random": self.crop_scale[0], "ten": 1 / max(self.ten_crop_ranges), "center": 1.0}[self.crops]
+        return math.ceil(self.image_size / tightest)
 
     def __call__(self, image: Image.Image, index: int) -> torch.Tensor:
         """`(num_views, 3, image_size, image_size)` in [-1, 1], a function of the image and its `index` alone."""

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
 
+from vfmtok_hf.data.files import file_sha256
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 
 
@@ -71,14 +72,6 @@ def encode_sequences(tokenizer: VFMTokModel, pixel_values: torch.Tensor, neighbo
 def is_token_folder(path: str | Path) -> bool:
     """Whether a folder holds token shards, finished or not."""
     return (Path(path) / INDEX_FILE).is_file() or any(Path(path).glob("shard-*.safetensors"))
-
-
-def sha256_of_file(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while block := opened.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 class TokenShards(Dataset):
@@ -178,7 +171,7 @@ def check_shard(folder: Path, shard: dict[str, Any], verify: bool) -> None:
         raise FileNotFoundError(f"The token shard {file} is missing: run the extraction again.")
     if file.stat().st_size != shard["bytes"]:
         raise ValueError(f"The token shard {file} has {file.stat().st_size} bytes, not {shard['bytes']}: {cure}")
-    if verify and sha256_of_file(file) != shard["sha256"]:
+    if verify and file_sha256(file) != shard["sha256"]:
         raise ValueError(f"The token shard {file} is damaged, its sha256 is not that of the index: {cure}")
 
 

@@ -1,33 +1,33 @@
-"""
-Images and token sequences in training order, reproducibly: what a process sees at a step depends on the seed and on
-the position in the run alone, so that a resumed run goes on exactly where it stopped.
-"""
+"""Images for training, at random or as a stream: an item depends on seed, epoch and position alone."""
 
 import logging
-import signal
-from collections import Counter
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from vfmtok_hf.training.images import Augmentation, UnreadableImage, decode_image
-from vfmtok_hf.training.sources import (
+from vfmtok_hf.data.sources import (
     ONE_CLASS,
     ImageRecords,
+    cell_bytes,
     class_number,
-    encoded_bytes,
+    damage_named,
+    data_files_of,
     find_image_column,
     find_label_column,
+    is_null_label,
     known_class_names,
     load_dataset,
+    without_decoding,
 )
+from vfmtok_hf.data.transforms import Augmentation
+from vfmtok_hf.modeling.image_reading_vfmtok import UnreadableImage, read_image
 
 
-logger = logging.getLogger("vfmtok_hf.training")
+logger = logging.getLogger("vfmtok_hf.data")
 
 # So many in a row are no damage here and there, but a wrong column or a wrong format.
 MAX_UNREADABLE_IN_A_ROW = 10_000
@@ -62,8 +62,8 @@ class ImageDataset(Dataset):
 
     @property
     def num_unreadable(self) -> int:
-        """Different images found unreadable so far, by all workers of this process."""
-        return int(self.unreadable.sum())
+        """Different images found unreadable so far, by all workers of this process, and those without a label."""
+        return int(self.unreadable.sum()) + len(self.records.unlabeled)
 
     def name(self, index: int) -> str:
         return self.records.name(index)
@@ -89,9 +89,9 @@ class ImageDataset(Dataset):
         if self.unreadable[index]:
             return None
         try:
-            image = decode_image(self.records.encoded(index))
+            image = self.records.read(index, self.augmentation.min_side)
         except UnreadableImage as error:
-            logger.warning("skipping an image that cannot be decoded: %s (%s)", self.name(index), error)
+            logger.warning("skipping an image: %s", error)
             self.unreadable[index] = True
             return None
         return self.augmentation.shrunk(image) if shrink else image
@@ -107,8 +107,8 @@ class ImageStream(IterableDataset):
     that was seen is read once more without decoding it.
 
     Args:
-        source, split, image_column, label_column, class_names, labelled: as in
-            [`~vfmtok_hf.training.sources.open_records`].
+        source, split, image_column, label_column, class_names, labeled: as in
+            [`~vfmtok_hf.data.sources.open_records`].
         augmentation ([`Augmentation`]): from image to `pixel_values`.
         epoch_images (`int`, *optional*): images in an epoch, of all processes together. Defaults to the number that
             the data set states.
@@ -130,23 +130,21 @@ class ImageStream(IterableDataset):
         epoch_images: int | None = None,
         shuffle_buffer: int = 1000,
         seed: int = 0,
-        labelled: bool = True,
+        labeled: bool = True,
     ):
-        import datasets
-
         dataset = load_dataset(source, split, streaming=True)
         features = dataset.features or dataset._resolve_features().features
         self.image_column = find_image_column(source, features, image_column)
-        self.label_column = find_label_column(source, features, label_column) if labelled else None
-        class_names = (class_names or known_class_names(features, self.label_column)) if labelled else ONE_CLASS
+        self.label_column = find_label_column(source, features, label_column) if labeled else None
+        class_names = (class_names or known_class_names(features, self.label_column)) if labeled else ONE_CLASS
         if class_names is None:
             raise ValueError(f"The column {self.label_column} of {source} does not name its classes: --class_names.")
         stated = (dataset.info.splits or {}).get(split)
         if epoch_images is None and not (stated and stated.num_examples):
             raise ValueError(f"{source} does not state how many images it has: give --epoch_images.")
-        if isinstance(features[self.image_column], datasets.Image):
-            dataset = dataset.cast_column(self.image_column, datasets.Image(decode=False))
+        dataset = without_decoding(dataset, features, self.image_column)
         self.source = source
+        self.features = features
         # Of the files alone: the buffer of the library reads ahead in threads, ours is below.
         self.dataset = dataset.shuffle(seed=seed, buffer_size=1, max_buffer_input_shards=1)
         self.shuffle_buffer = shuffle_buffer
@@ -214,27 +212,28 @@ class ImageStream(IterableDataset):
                 continue
             if position < end:
                 places.append(position)
+            name = self.name(position * self.parts + part) + (f" ({row['__key__']})" if "__key__" in row else "")
             try:
-                image = decode_image(encoded_bytes(row[self.image_column]))
+                label = self._label(row, name)
+                encoded = cell_bytes(row[self.image_column], name)
+                image = read_image(encoded, name, self.augmentation.min_side)
             except UnreadableImage as error:
-                name = self.name(position * self.parts + part)
-                if "__key__" in row:
-                    name += f" ({row['__key__']})"
-                logger.warning("skipping an image that cannot be decoded: %s (%s)", name, error)
+                logger.warning("skipping an image: %s", error)
                 self.unreadable[worker] += 1
                 if position - places[0] >= MAX_UNREADABLE_IN_A_ROW:
                     raise UnreadableImage(f"{position - places[0]} images of {self.source} in a row.") from error
                 continue
-            label = self._label(row)
             for place in places:
                 rng = np.random.default_rng((self.seed, self.epoch, part, place))
                 index = place * self.parts + part
                 yield {"pixel_values": self.augmentation(image, rng), "label": label, "index": index}
             places = []
 
-    def _label(self, row: dict[str, Any]) -> int:
+    def _label(self, row: dict[str, Any], name: str) -> int:
         if self.label_column is None:
             return 0
+        if is_null_label(row[self.label_column], self.features[self.label_column]):
+            raise UnreadableImage(f"{name} has no label.")
         return class_number(row[self.label_column], self.class_numbers, self.source, self.label_column)
 
     def _rows_without_end(self, part: int) -> Iterator[dict[str, Any]]:
@@ -257,150 +256,12 @@ class ImageStream(IterableDataset):
         rows = split_dataset_by_node(self.dataset, rank=part, world_size=self.parts)
         rows.set_epoch(self.epoch)
         is_empty = True
-        # Not a plain iteration: that would divide the rows among the workers once more.
-        for batch in rows.iter(batch_size=1):
-            is_empty = False
-            yield {name: values[0] for name, values in batch.items()}
+        with damage_named(data_files_of(self.source)):
+            # Not a plain iteration: that would divide the rows among the workers once more.
+            for batch in rows.iter(batch_size=1):
+                is_empty = False
+                yield {name: values[0] for name, values in batch.items()}
         if is_empty:
             raise ValueError(
                 f"{self.source} has no images for part {part + 1} of {self.parts}: use fewer --num_workers."
             )
-
-
-class EpochSampler(Sampler[int]):
-    """
-    Order of one epoch, a function of (seed, epoch) alone.
-
-    Args:
-        labels (`list[int]`): class of each item.
-        balance_power (`float`): 0 is a plain shuffle. Otherwise items are drawn with replacement so that a class of
-            n items has a weight of n ** (1 - balance_power): 0.5 softens imbalance, 1 makes all classes equally likely.
-        seed (`int`): of the order.
-    """
-
-    def __init__(self, labels: list[int], balance_power: float = 0.0, seed: int = 0):
-        self.num_items = len(labels)
-        self.balance_power = balance_power
-        self.seed = seed
-        self.epoch = 0
-        counts = Counter(labels)
-        self.weights = torch.tensor([counts[label] ** -balance_power for label in labels], dtype=torch.float64)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.num_items
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(hash((self.seed, self.epoch)) % 2**63)
-        if self.balance_power == 0:
-            order = torch.randperm(self.num_items, generator=generator)
-        else:
-            order = torch.multinomial(self.weights, self.num_items, replacement=True, generator=generator)
-        return iter(order.tolist())
-
-
-class EpochBatches(Sampler[list[int]]):
-    """Batches of one process: every `num_processes`-th whole batch of the order that a sampler gives."""
-
-    def __init__(self, sampler: EpochSampler, batch_size: int, num_processes: int = 1, process_index: int = 0):
-        self.sampler = sampler
-        self.batch_size = batch_size
-        self.num_processes = num_processes
-        self.process_index = process_index
-        self.first_batch = 0
-
-    def set_position(self, epoch: int, first_batch: int) -> None:
-        """Where the next iteration starts."""
-        self.sampler.set_epoch(epoch)
-        self.first_batch = first_batch
-
-    def __len__(self) -> int:
-        return len(self.sampler) // (self.batch_size * self.num_processes)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        order = list(self.sampler)
-        for batch in range(self.first_batch, len(self)):
-            start = (batch * self.num_processes + self.process_index) * self.batch_size
-            yield order[start : start + self.batch_size]
-
-
-def leave_stopping_to_the_trainer(worker: int) -> None:
-    """
-    For workers of a loader (`worker_init_fn`). A scheduler such as Slurm, and Ctrl-C, signal the whole process group: a
-    worker that dies of it takes the trainer along before that has saved.
-    """
-    for signal_number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signal_number, signal.SIG_IGN)
-
-
-class Position(Protocol):
-    """Where a run is in its data."""
-
-    epoch: int
-    batch: int  # batches of this epoch done
-
-
-class TrainingLoader:
-    """
-    Batches without end for one of several processes, from any position of the run, on its device.
-
-    Args:
-        data: an [`ImageStream`], or a map-style data set with `labels` and `set_epoch`.
-        batch_size (`int`): of this process.
-        num_processes, process_index (`int`): all processes together go through the data once an epoch.
-        balance_power (`float`): as in [`EpochSampler`]; streams cannot be balanced.
-        num_workers (`int`): processes that read and augment.
-
-    Raises:
-        ValueError: there are fewer items than one batch for each process.
-    """
-
-    def __init__(
-        self,
-        data: Dataset,
-        batch_size: int,
-        num_processes: int = 1,
-        process_index: int = 0,
-        balance_power: float = 0.0,
-        num_workers: int = 0,
-        seed: int = 0,
-        device: torch.device | str = "cpu",
-    ):
-        self.data = data
-        self.device = torch.device(device)
-        if isinstance(data, ImageStream):
-            if balance_power:
-                raise ValueError("Classes of a stream cannot be balanced: --balance_power needs --streaming false.")
-            data.set_share(batch_size, num_processes, process_index, num_workers)
-            self.order, length, batching = data, data.batches_per_epoch, {"batch_size": batch_size}
-        else:
-            sampler = EpochSampler(data.labels, balance_power, seed)
-            self.order = EpochBatches(sampler, batch_size, num_processes, process_index)
-            length, batching = len(self.order), {"batch_sampler": self.order}
-        if length == 0:
-            raise ValueError(
-                f"The training data have fewer items than one batch of {batch_size} for {num_processes} process(es): "
-                "lower --batch_size."
-            )
-        self.loader = DataLoader(
-            data,
-            num_workers=num_workers,
-            worker_init_fn=leave_stopping_to_the_trainer,
-            pin_memory=self.device.type == "cuda",
-            # Starting an epoch draws from it: from the global generator a resumed run would draw once more.
-            generator=torch.Generator(),
-            **batching,
-        )
-
-    def batches(self, position: Position) -> Iterator[dict[str, torch.Tensor]]:
-        """Batches from where `position` stands, which they advance."""
-        while True:
-            if not isinstance(self.data, ImageStream):
-                self.data.set_epoch(position.epoch)
-            self.order.set_position(position.epoch, position.batch)
-            for batch in self.loader:
-                position.batch += 1
-                yield {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
-            position.epoch, position.batch = position.epoch + 1, 0

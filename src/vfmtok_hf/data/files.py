@@ -1,0 +1,116 @@
+"""Which files count: the one rule of everything here that walks a folder."""
+
+import hashlib
+import os
+from collections.abc import Collection, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+
+import PIL.Image
+from PIL.ImageFile import StubImageFile
+
+
+try:
+    from pillow_heif import register_heif_opener
+except ImportError:  # HEIC files are found all the same, and the reader's message names the package
+    pass
+else:
+    register_heif_opener()
+
+DATA_FILES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
+METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # of the library's `imagefolder`
+# Formats that Pillow recognizes and cannot decode by itself. Its stubs, such as HDF5, say so of themselves.
+NOT_DECODED = {"MPEG", "EPS"}
+# Folders with copies of images that macOS and Synology leave behind, beside the hidden ones.
+LEFTOVER_FOLDERS = {"__MACOSX", "@eaDir"}
+
+
+@cache
+def image_suffixes() -> frozenset[str]:
+    """Suffixes, in lower case, of the formats that Pillow can open and decode; and those of HEIC."""
+    PIL.Image.init()
+    suffixes = {".heic", ".heif"}
+    for suffix, image_format in PIL.Image.EXTENSION.items():
+        factory = PIL.Image.OPEN.get(image_format, (StubImageFile,))[0]
+        is_stub = isinstance(factory, type) and issubclass(factory, StubImageFile)
+        if not is_stub and image_format not in NOT_DECODED:
+            suffixes.add(suffix)
+    return frozenset(suffixes)
+
+
+def files_below(folder: Path, suffixes: Collection[str]) -> list[Path]:
+    """
+    All files below a folder that end in one of `suffixes` in any case, sorted by path.
+
+    Hidden files and folders (`.ipynb_checkpoints`, `._photo.jpg`) and what macOS and Synology leave behind do not count.
+    Symbolic links are followed, but for those that lead back to a folder above them.
+    """
+    return sorted(_walk(folder, suffixes, above=()))
+
+
+def _walk(folder: Path, suffixes: Collection[str], above: tuple[str, ...]) -> Iterator[Path]:
+    place = os.path.realpath(folder)
+    if place in above:
+        return
+    for entry in os.scandir(folder):
+        if entry.name.startswith(".") or entry.name in LEFTOVER_FOLDERS:
+            continue
+        # The entry knows what it is without asking the file system again, unless it is a link.
+        if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+            yield from _walk(Path(entry.path), suffixes, (*above, place))
+        elif os.path.splitext(entry.name)[1].lower() in suffixes:
+            yield Path(entry.path)
+
+
+def find_images(paths: Sequence[Path]) -> dict[str, Path]:
+    """
+    Image files by name: those given, and all below the folders given, sorted. A file in a folder is named by its path
+    in that folder.
+
+    Raises:
+        FileNotFoundError: a path does not exist, or there is no image at all.
+        ValueError: two images have the same name.
+    """
+    images: dict[str, Path] = {}
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"There is no file or folder {path}.")
+        for file in files_below(path, image_suffixes()) if path.is_dir() else [path]:
+            name = file.relative_to(path).as_posix() if path.is_dir() else file.name
+            if name in images:
+                raise ValueError(f"Both {images[name]} and {file} would be called {name}: take them one at a time.")
+            images[name] = file
+    if not images:
+        raise FileNotFoundError(f"There are no images in {', '.join(map(str, paths))}.")
+    return images
+
+
+def holds_data_files(folder: Path) -> bool:
+    """
+    Whether a folder is for the `datasets` library: it holds parquet, arrow or `.tar` files, or images with metadata.
+
+    Raises:
+        ValueError: it holds both images and data files.
+    """
+    if (folder / "state.json").is_file() or has_metadata(folder):  # the former by `Dataset.save_to_disk`
+        return True
+    suffixes = {file.suffix.lower() for file in files_below(folder, image_suffixes().union(DATA_FILES))}
+    if suffixes.isdisjoint(DATA_FILES):
+        return False
+    if suffixes - set(DATA_FILES):
+        raise ValueError(f"{folder} holds both images and data files: name the folder or the files that you mean.")
+    return True
+
+
+def has_metadata(folder: Path) -> bool:
+    """Whether a folder, or a folder of a split in it, is one of the library's `imagefolder` with columns in a file."""
+    return any(file.is_file() for name in METADATA_FILES for file in (folder / name, *folder.glob(f"*/{name}")))
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

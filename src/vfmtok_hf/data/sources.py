@@ -1,0 +1,435 @@
+"""
+Where images come from: folders of classes, and whatever the `datasets` library reads (parquet, arrow, WebDataset tars,
+`imagefolder` with metadata, repositories of the Hub), at random or as a stream.
+"""
+
+import copy
+import hashlib
+import json
+import logging
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from vfmtok_hf.data.files import DATA_FILES, files_below, has_metadata, holds_data_files, image_suffixes
+from vfmtok_hf.modeling.image_reading_vfmtok import encoded_bytes, read_image
+
+
+logger = logging.getLogger("vfmtok_hf.data")
+
+IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "pixel_values")
+LABEL_COLUMNS = ("label", "labels", "cls", "class", "class_name", "category", "target", "fine_label")
+SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
+ONE_CLASS = ["image"]  # of images whose labels are not read
+END_OF_TAR = 1024  # bytes
+NAMED_AT_MOST = 5  # rows in one message
+
+
+class ImageRecords(Sequence):
+    """
+    Labeled images by number, in any order. An item is the image, read as [`read_image`] does.
+
+    Args:
+        images (sequence): paths, bytes or cells of a data set.
+        labels (`list[int]`): class of each record.
+        class_names (`list[str]`): name of each class.
+        source (`str`): where they are from, for messages.
+        fingerprint (`str`): changes with the images.
+        rows (`list[int]`, *optional*): number in `images` of each record. Defaults to all.
+        unlabeled (`list[str]`, *optional*): names of images that were left out because they have no label.
+    """
+
+    def __init__(
+        self,
+        images: Sequence,
+        labels: list[int],
+        class_names: list[str],
+        source: str,
+        fingerprint: str,
+        rows: list[int] | None = None,
+        unlabeled: Sequence[str] = (),
+    ):
+        self.images = images
+        self.labels = labels
+        self.class_names = class_names
+        self.source = source
+        self.fingerprint = fingerprint
+        self.rows = list(range(len(labels))) if rows is None else rows
+        self.unlabeled = unlabeled
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> PIL.Image.Image:
+        return self.read(index)
+
+    def read(self, index: int, min_side: int | None = None) -> PIL.Image.Image:
+        """
+        One image; `min_side` as in [`read_image`].
+
+        Raises:
+            UnreadableImage: it is damaged or empty.
+            FileNotFoundError: its file is gone, which is no damage.
+        """
+        return read_image(self.encoded(index), self.name(index), min_side)
+
+    def encoded(self, index: int) -> bytes:
+        """The content of an image's file; raises as `read` does."""
+        return cell_bytes(self.images[self.rows[index]], self.name(index))
+
+    def name(self, index: int) -> str:
+        """Path of the image, or its row where it has none."""
+        return _name_of(self.images[self.rows[index]], self.source, self.rows[index])
+
+    def hold_out(self, share: float, seed: int) -> tuple["ImageRecords", "ImageRecords"]:
+        """
+        Two disjoint parts: the rest, and `share` of each class (at least one image if it has two).
+
+        Raises:
+            ValueError: no class has two images.
+        """
+        rng = np.random.default_rng(seed)
+        labels = np.array(self.labels)
+        held_out: list[int] = []
+        for label in np.unique(labels):
+            members = rng.permutation(np.flatnonzero(labels == label))
+            count = min(max(round(share * len(members)), 1), len(members) - 1)
+            held_out += members[:count].tolist()
+        if not held_out:
+            raise ValueError(f"No class of {self.source} has two images, to hold one out: give --validation_data.")
+        chosen = set(held_out)
+        rest = self._selected([index for index in range(len(self)) if index not in chosen])
+        rest.unlabeled = self.unlabeled
+        return rest, self._selected(sorted(chosen))
+
+    def _selected(self, indices: list[int]) -> "ImageRecords":
+        selected = copy.copy(self)
+        selected.labels = [self.labels[index] for index in indices]
+        selected.rows = [self.rows[index] for index in indices]
+        selected.fingerprint = _sha256([self.fingerprint, indices])
+        selected.unlabeled = ()
+        return selected
+
+
+def _name_of(image: Any, source: str, row: int) -> str:
+    if isinstance(image, Path):
+        return str(image)
+    path = image.get("path") if isinstance(image, dict) else None
+    return f"{source}, row {row}" + (f" ({path})" if path else "")
+
+
+def cell_bytes(cell: Any, name: str | None = None) -> bytes:
+    """[`encoded_bytes`] of a data set's cell, which may also name a file of the Hub or inside of an archive."""
+    path = cell.get("path") if isinstance(cell, dict) and cell.get("bytes") is None else None
+    if path is not None and "://" in path:
+        import fsspec
+
+        with fsspec.open(path, "rb") as file:
+            return file.read()
+    return encoded_bytes(cell, name)
+
+
+class _Column(Sequence):
+    """Encoded images of a column of a `datasets.Dataset`."""
+
+    def __init__(self, dataset, column: str):
+        self.dataset = dataset.select_columns([column])
+        self.column = column
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        return self.dataset[index][self.column]
+
+
+def read_class_names(file: str | Path | None) -> list[str] | None:
+    """
+    Names of the classes in a JSON file with `id2label`, such as a model's config.json.
+
+    Raises:
+        ValueError: the file does not number its classes from 0.
+    """
+    if file is None:
+        return None
+    names = {
+        int(number): name for number, name in json.loads(Path(file).read_text(encoding="utf-8"))["id2label"].items()
+    }
+    if sorted(names) != list(range(len(names))):
+        raise ValueError(f"{file} must name the classes from 0 to {len(names) - 1}, got {sorted(names)[:10]}...")
+    return [names[number] for number in range(len(names))]
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Opening
+
+
+def open_records(
+    source: str | Path,
+    split: str = "train",
+    image_column: str | None = None,
+    label_column: str | None = None,
+    class_names: list[str] | None = None,
+    labeled: bool = True,
+) -> ImageRecords:
+    """
+    All images of a source, readable in any order.
+
+    Args:
+        source: folder with one folder of images per class; or folder of images with a `metadata.jsonl`, `.csv` or
+            `.parquet`; or folder or file (pattern) of parquet, arrow or `.tar` (WebDataset) files; or folder by
+            `Dataset.save_to_disk`; or the name of a data set repository.
+        split (`str`): of what the `datasets` library reads.
+        image_column, label_column (`str`, *optional*): found by type and name if not given.
+        class_names (`list[str]`, *optional*): for sources that have numbers only. The folders of an image folder are
+            its classes, in alphabetical order.
+        labeled (`bool`): False reads no labels: there need be none, images of a folder may lie anywhere in it, and all
+            are of one class.
+
+    Raises:
+        FileNotFoundError: there is no such source, or it holds no images.
+        ValueError: columns cannot be told, labels do not fit `class_names`, a folder holds images and data files or
+            images outside of class folders, or a data file is damaged.
+    """
+    folder = Path(source)
+    if folder.is_dir() and not holds_data_files(folder):
+        return _folder_records(folder, class_names, labeled)
+    dataset = load_dataset(source, split, streaming=False)
+    image_column = find_image_column(str(source), dataset.features, image_column)
+    images = _Column(without_decoding(dataset, dataset.features, image_column), image_column)
+    fingerprint = _sha256([images.dataset._fingerprint, image_column, len(dataset)])
+    if not labeled:
+        return ImageRecords(images, [0] * len(dataset), ONE_CLASS, str(source), fingerprint)
+    label_column = find_label_column(str(source), dataset.features, label_column)
+    labels, class_names = _numbered(str(source), dataset, label_column, class_names)
+    rows = [row for row, label in enumerate(labels) if label is not None]
+    unlabeled = [_name_of(images[row], str(source), row) for row, label in enumerate(labels) if label is None]
+    if unlabeled:
+        named = ", ".join(unlabeled[:NAMED_AT_MOST]) + (", ..." if len(unlabeled) > NAMED_AT_MOST else "")
+        logger.warning("skipping %d images without a label in the column %s: %s", len(unlabeled), label_column, named)
+    labels = [labels[row] for row in rows]
+    return ImageRecords(images, labels, class_names, str(source), fingerprint, rows, unlabeled)
+
+
+def _folder_records(folder: Path, class_names: list[str] | None, labeled: bool) -> ImageRecords:
+    files = files_below(folder, image_suffixes())
+    stray = [file for file in files if file.parent == folder]
+    if labeled and stray:
+        raise ValueError(
+            f"{folder} must hold one folder of images per class ({folder}/class_name/image.png), but {stray[0]} lies outside "
+            "of them."
+        )
+    if not files:
+        raise FileNotFoundError(
+            f"No images in {folder}: expected files like {folder}/class_name/image.png, or {'/'.join(DATA_FILES)} files."
+        )
+    fingerprint = _sha256([(str(file.relative_to(folder)), file.stat().st_size) for file in files])
+    if not labeled:
+        return ImageRecords(files, [0] * len(files), ONE_CLASS, str(folder), fingerprint)
+    class_of_file = [file.relative_to(folder).parts[0] for file in files]
+    folders = sorted(set(class_of_file))
+    if SPLITS.issuperset(name.lower() for name in folders):
+        raise ValueError(f"{folder} holds splits ({', '.join(folders)}), not classes: name one of them.")
+    if class_names is not None and len(class_names) != len(folders):
+        raise ValueError(f"Got {len(class_names)} class names for the {len(folders)} classes of {folder}: {folders}.")
+    numbers = {name: number for number, name in enumerate(folders)}
+    labels = [numbers[name] for name in class_of_file]
+    return ImageRecords(files, labels, class_names or folders, str(folder), fingerprint)
+
+
+def load_dataset(source: str | Path, split: str, streaming: bool) -> Any:
+    """
+    What the `datasets` library makes of a source.
+
+    Raises:
+        ImportError: the library is not installed.
+        FileNotFoundError: a folder without data, or no such file.
+        ValueError: a data file is truncated or damaged; the message names it.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            f"{source} is not a folder of class folders with images. Anything else is read by the `datasets` library: "
+            'pip install "vfmtok-hf[train]".'
+        ) from error
+
+    path = Path(source)
+    if (path / "state.json").is_file():
+        dataset = datasets.load_from_disk(str(path))
+        return dataset.to_iterable_dataset(num_shards=len(dataset.cache_files) or 1) if streaming else dataset
+    files = data_files_of(source)
+    if path.suffix in DATA_FILES and not files:
+        raise FileNotFoundError(f"There is no data file {source}.")
+    looks_like_path = path.is_absolute() or str(source).startswith(".") or str(source).count("/") > 1
+    if not files and not path.exists() and looks_like_path:
+        raise FileNotFoundError(f"There is no data folder {source}.")
+    with damage_named(files):
+        for file in files:
+            if file.suffix == ".tar":
+                _check_end_of_tar(file)
+        if path.suffix in DATA_FILES:
+            kind = DATA_FILES[path.suffix]
+            return datasets.load_dataset(kind, data_files=str(path), split="train", streaming=streaming)
+        if path.is_dir() and has_metadata(path):
+            return datasets.load_dataset("imagefolder", data_dir=str(path), split=split, streaming=streaming)
+        return datasets.load_dataset(str(source), split=split, streaming=streaming)
+
+
+def data_files_of(source: str | Path) -> list[Path]:
+    """Local files of a source that the `datasets` library reads: of a folder, or of a file name or pattern."""
+    path = Path(source)
+    if path.is_dir():
+        return files_below(path, DATA_FILES)
+    return sorted(path.parent.glob(path.name)) if path.suffix in DATA_FILES else []
+
+
+@contextmanager
+def damage_named(files: Sequence[Path]) -> Iterator[None]:
+    """
+    Give errors of the `datasets` library the name of the damaged file, which they lack.
+
+    Raises:
+        ValueError: one of `files` is truncated or damaged.
+    """
+    try:
+        yield
+    except Exception as error:
+        for file in files:
+            try:
+                _check_data_file(file)
+            except Exception as reason:
+                raise ValueError(f"The data file {file} is truncated or damaged: {reason}") from error
+        raise
+
+
+def _check_data_file(file: Path) -> None:
+    """Raise unless the structure of a data file is whole; the values in it are not read."""
+    import pyarrow.ipc
+    import pyarrow.parquet
+
+    if file.suffix == ".tar":
+        _check_end_of_tar(file)
+        with tarfile.open(file) as archive:
+            archive.getmembers()
+    elif file.suffix == ".parquet":
+        pyarrow.parquet.ParquetFile(file).close()
+    elif file.suffix == ".arrow":
+        with pyarrow.OSFile(str(file)) as opened:
+            for _ in pyarrow.ipc.open_stream(opened):
+                pass
+
+
+def _check_end_of_tar(file: Path) -> None:
+    """Raise unless two blocks of zeros end an archive. One that is cut between two members is read as a shorter one."""
+    with file.open("rb") as opened:
+        opened.seek(-min(file.stat().st_size, END_OF_TAR), os.SEEK_END)
+        if opened.read() != bytes(END_OF_TAR):
+            raise tarfile.ReadError("its end is missing")
+
+
+def find_image_column(source: str, features: Any, column: str | None) -> str:
+    """
+    Name of the column with images: the one given, else by type, else by name.
+
+    Raises:
+        ValueError: a given column is not there, or none or several could be meant. Lists all columns.
+    """
+    import datasets
+
+    return _find_column(source, features, column, "image_column", datasets.Image, IMAGE_COLUMNS)
+
+
+def find_label_column(source: str, features: Any, column: str | None) -> str:
+    """The same for the column with labels."""
+    import datasets
+
+    return _find_column(source, features, column, "label_column", datasets.ClassLabel, LABEL_COLUMNS)
+
+
+def _find_column(
+    source: str, features: Any, column: str | None, argument: str, feature_class: type, known_names: Sequence[str]
+) -> str:
+    columns = ", ".join(f"{name} ({type_name(feature)})" for name, feature in features.items())
+    if column is not None:
+        if column not in features:
+            raise ValueError(f"{source} has no column {column!r}: its columns are {columns}. Correct --{argument}.")
+        return column
+    found = [name for name, feature in features.items() if isinstance(feature, feature_class)]
+    found = found or [name for name in features if name.lower() in known_names]
+    if len(found) != 1:
+        what = "no column" if not found else f"several columns ({', '.join(found)})"
+        raise ValueError(f"{source} has {what} to take for --{argument}: name one of {columns}.")
+    return found[0]
+
+
+def type_name(feature: Any) -> str:
+    return getattr(feature, "dtype", None) if type(feature).__name__ == "Value" else type(feature).__name__
+
+
+def without_decoding(dataset: Any, features: Any, image_column: str) -> Any:
+    """Images as bytes: decoding is ours, so that damage to one of them does not end the run."""
+    import datasets
+
+    if isinstance(features[image_column], datasets.Image):
+        return dataset.cast_column(image_column, datasets.Image(decode=False))
+    return dataset
+
+
+def known_class_names(features: Any, label_column: str) -> list[str] | None:
+    """Names that the data set itself has for its classes."""
+    return getattr(features[label_column], "names", None)
+
+
+def _numbered(
+    source: str, dataset: Any, column: str, class_names: list[str] | None
+) -> tuple[list[int | None], list[str]]:
+    """Class of each row or None, and the names: given, or the data set's own, or the labels themselves."""
+    labels = [None if is_null_label(label, dataset.features[column]) else label for label in dataset[column]]
+    distinct = sorted({label for label in labels if label is not None})
+    if not distinct:
+        raise ValueError(f"No row of {source} has a label in its column {column}: check --label_column.")
+    class_names = class_names or known_class_names(dataset.features, column)
+    if class_names is None and isinstance(distinct[0], int):
+        if distinct != list(range(len(distinct))):
+            raise ValueError(
+                f"The {len(distinct)} labels in the column {column} of {source} are not numbered 0 to "
+                f"{len(distinct) - 1}, but go from {distinct[0]} to {distinct[-1]} with holes: choose another "
+                "--label_column, or name all classes by --class_names."
+            )
+        class_names = [str(number) for number in distinct]
+    class_names = class_names or distinct
+    numbers = {name: number for number, name in enumerate(class_names)}
+    return [label if label is None else class_number(label, numbers, source, column) for label in labels], class_names
+
+
+def is_null_label(label: Any, feature: Any) -> bool:
+    """Whether a cell holds no label; the library's `ClassLabel` may write -1 for that."""
+    return label is None or (label == -1 and hasattr(feature, "names"))
+
+
+def class_number(label: int | str, numbers: dict[str, int], source: str, column: str) -> int:
+    """
+    The class of a label, which is its name or its number.
+
+    Raises:
+        ValueError: there is no such class.
+    """
+    if isinstance(label, int) and 0 <= label < len(numbers):
+        return label
+    if label not in numbers:
+        raise ValueError(
+            f"{source} has the label {label!r} in its column {column}, which is none of its {len(numbers)} classes "
+            f"({', '.join(list(numbers)[:5])}, ...): check --label_column and --class_names."
+        )
+    return numbers[label]

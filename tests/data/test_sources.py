@@ -1,0 +1,143 @@
+"""Sources with gaps and damage: what is missing is named, counted and skipped; what cannot be meant is refused."""
+
+import json
+import logging
+
+import datasets
+import pytest
+
+from tests.data.image_sources import NUM_IMAGES, image_table, picture, png, write_parquet, write_webdataset
+from vfmtok_hf.data.image_datasets import ImageDataset, ImageStream
+from vfmtok_hf.data.loaders import TrainingLoader
+from vfmtok_hf.data.sources import open_records
+from vfmtok_hf.data.transforms import Augmentation
+from vfmtok_hf.training.checkpoints import Progress
+
+
+AUGMENTATION = Augmentation(16)
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    """The library's cache of data sets, which is otherwise in the home folder."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+
+
+def table(labels, feature, images=None):
+    images = images or [{"bytes": png(picture(number)), "path": None} for number in range(len(labels))]
+    features = datasets.Features({"image": datasets.Image(), "label": feature})
+    return datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
+
+
+CLASSES = datasets.ClassLabel(names=["first", "second"])
+
+
+@pytest.mark.parametrize(
+    ("labels", "feature"),
+    [
+        ([0, None, 1, 1], CLASSES),
+        ([0, -1, 1, 1], CLASSES),
+        (["first", None, "second", "second"], datasets.Value("string")),
+        ([0, None, 1, 1], datasets.Value("int64")),
+    ],
+    ids=["class", "class of -1", "name", "number"],
+)
+def test_rows_without_a_label_are_named_counted_and_skipped(labels, feature, tmp_path, caplog):
+    source = write_parquet(table(labels, feature), tmp_path / "data")
+    with caplog.at_level(logging.WARNING, "vfmtok_hf.data"):
+        records = open_records(source)
+    assert records.labels == [0, 1, 1]
+    assert [records.name(index)[-1] for index in range(3)] == ["0", "2", "3"]
+    assert records.unlabeled == [f"{source}, row 1"]
+    assert "row 1" in caplog.text
+    data = ImageDataset(records, AUGMENTATION)
+    assert data.num_unreadable == 1
+    assert [data[index]["label"] for index in range(3)] == [0, 1, 1]
+    rest, held_out = records.hold_out(0.3, seed=0)
+    assert (len(rest.unlabeled), len(held_out.unlabeled)) == (1, 0)
+    assert len(open_records(source, labeled=False)) == 4
+
+
+def test_a_stream_skips_rows_without_a_label_or_an_image(tmp_path, caplog):
+    images = [{"bytes": png(picture(number)), "path": None} for number in range(6)]
+    images[3] = None
+    rows = table([0, None, 1, 1, -1, 0], CLASSES, images)
+    stream = ImageStream(str(write_parquet(rows, tmp_path / "data")), AUGMENTATION, epoch_images=6)
+    with caplog.at_level(logging.WARNING, "vfmtok_hf.data"):
+        batch = next(TrainingLoader(stream, 6).batches(Progress()))
+    assert set(batch["label"].tolist()) == {0, 1}
+    assert stream.num_unreadable >= 3
+    assert caplog.text.count("has no label") >= 2
+    assert "is empty: there is no image" in caplog.text
+
+
+def test_an_empty_image_is_skipped_like_a_damaged_one(tmp_path, caplog):
+    images = [{"bytes": png(picture(number)), "path": None} for number in range(4)]
+    images[1], images[2] = None, {"bytes": b"", "path": None}
+    records = open_records(write_parquet(table([0, 0, 1, 1], CLASSES, images), tmp_path / "data"))
+    data = ImageDataset(records, AUGMENTATION)
+    with caplog.at_level(logging.WARNING, "vfmtok_hf.data"):
+        assert [data[index]["index"] for index in range(4)] == [0, 3, 3, 3]
+    assert data.num_unreadable == 2
+    assert "row 1" in caplog.text
+    assert "row 2" in caplog.text
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 900_000], [1, 2, 3], [0, 2, 2]], ids=["an id", "from one", "a gap"])
+def test_numbers_with_holes_are_no_classes(labels, tmp_path):
+    source = tmp_path / "data.parquet"
+    table(labels, datasets.Value("int64")).to_parquet(source)
+    with pytest.raises(ValueError, match=r"column label .* with holes.*--label_column.*--class_names"):
+        open_records(source)
+
+
+def test_no_label_at_all(tmp_path):
+    source = tmp_path / "data.parquet"
+    table([None, None], datasets.Value("int64")).to_parquet(source)
+    with pytest.raises(ValueError, match="No row of .* has a label"):
+        open_records(source)
+
+
+@pytest.mark.parametrize(
+    ("write", "share"),
+    [
+        (write_webdataset, 0.5),
+        (write_webdataset, 0.26),
+        (write_webdataset, 0.1),
+        (write_parquet, 0.5),
+        (write_parquet, 0),
+    ],
+)
+def test_a_truncated_data_file_is_named(write, share, tmp_path):
+    """Tar files are cut between two members, within a header, and within an image."""
+    data = write(image_table(), tmp_path / "data")
+    file = sorted(data.iterdir())[2]
+    name, whole = file.name, file.read_bytes()
+    file.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(ValueError, match=f"{name} is truncated or damaged"):
+        open_records(data)
+
+    def read_to_its_end():
+        stream = ImageStream(str(data), AUGMENTATION, class_names=["first", "second"], epoch_images=NUM_IMAGES)
+        return list(stream)
+
+    with pytest.raises(ValueError, match=f"{name} is truncated or damaged"):
+        read_to_its_end()
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_a_folder_with_metadata_has_the_labels_of_its_file(kind, tmp_path):
+    """As the `datasets` library's `imagefolder` has it; the folders of the images then mean nothing."""
+    (tmp_path / "data" / "some").mkdir(parents=True)
+    rows = [{"file_name": f"some/{number}.png", "label": "ab"[number % 2]} for number in range(4)]
+    for number in range(4):
+        (tmp_path / "data" / "some" / f"{number}.png").write_bytes(png(picture(number)))
+    lines = [json.dumps(row) for row in rows]
+    if kind == "csv":
+        lines = ["file_name,label", *(",".join(row.values()) for row in rows)]
+    (tmp_path / "data" / f"metadata.{kind}").write_text("\n".join(lines))
+    records = open_records(tmp_path / "data")
+    assert (records.labels, records.class_names) == ([0, 1, 0, 1], ["a", "b"])
+    assert records.name(1).endswith("1.png)")
+    assert records[1].getpixel((0, 0)) == picture(1).convert("RGB").getpixel((0, 0))
