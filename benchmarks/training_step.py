@@ -54,7 +54,7 @@ from vfmtok_hf.training.train_tokenizer import set_up_layers
 
 Step = Callable[[], None]
 # The original's, for what `TokenizerObjective` weighs.
-WEIGHTS = {"l1": 0, "mse": 2, "lpips": 1, "perceptual": 0, "feature": 1, "codebook": 1, "commitment": 1, "entropy": 1}
+WEIGHTS = {"l1": 0, "mse": 2, "lpips": 1, "perceptual": 0}
 SIDES = {
     "tokenizer": ("straightforward", "ours"),
     "AR-B": ("straightforward", "straightforward, tokens at hand", "ours"),

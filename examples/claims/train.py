@@ -83,7 +83,7 @@ def train_tokenizer_of(variant: str, data: Path, vision_model: Path, run: Path, 
     build_model = train_tokenizer.build_model
     values: dict[str, object] = {"vision_model": vision_model}
     if variant == "no_feature_reconstruction":
-        values["feature_weight"] = 0.0
+        values["model.feature_loss_weight"] = 0.0
     if variant == "random_encoder":
         folder = run.parents[1] / "random_vision_model"
         values["vision_model"] = randomized_vision_model(vision_model, data, 64, folder)

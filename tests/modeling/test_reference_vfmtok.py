@@ -285,8 +285,7 @@ def test_objective_of_the_training_script(entropy_ratio, layers, folders, tensor
     """The same numbers from the module that trains, with the original's weights; its pixel loss counts twice."""
     model = VFMTokModel.from_pretrained(folders["model"])
     model.config.entropy_loss_weight = entropy_ratio
-    weights = {"l1": 0.0, "mse": 2.0, "lpips": 0.0, "perceptual": 0.0, "feature": 1.0}
-    weights |= dict.fromkeys(("codebook", "commitment", "entropy"), 1.0)
+    weights = {"l1": 0.0, "mse": 2.0, "lpips": 0.0, "perceptual": 0.0}
     objective = TokenizerObjective(model, weights).train()
     if layers == "set up":
         monkeypatch.setattr(cpu_training, "MIN_CHANNELS", 1)

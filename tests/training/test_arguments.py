@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from vfmtok_hf import VFMTokConfig
 from vfmtok_hf.training import (
     checkpoints,
     distributed,
@@ -74,6 +75,7 @@ def config_file(tmp_path, text):
         ("output: [", "is no YAML"),
         ("variants: 4", "names of an earlier version: variants is now num_crops"),
         ("neighbours: 2", "names of an earlier version: neighbours is now codebook_top_k"),
+        ("feature_weight: 1", "feature_weight is now model.feature_loss_weight"),
     ],
 )
 def test_bad_config_files(text, message, tmp_path):
@@ -141,6 +143,15 @@ def test_runs_of_earlier_versions_are_continued(tmp_path):
         check_resumed_arguments(dataclasses.replace(arguments, num_crops=8), file)
 
 
+def test_runs_whose_loss_weights_were_arguments_are_refused(tmp_path):
+    file = tmp_path / "arguments.yaml"
+    file.write_text("train_data: a\noutput: b\nfeature_weight: 1.0\n")
+    with pytest.raises(
+        ValueError, match="another script or version, with arguments feature_weight: start another run"
+    ):
+        check_resumed_arguments(TokenizerArguments(train_data="a", output="b"), file)
+
+
 @pytest.mark.parametrize(
     ("script", "own_modules", "arguments_class"),
     [
@@ -171,7 +182,10 @@ def test_the_recipes_parse(file):
 def test_the_imagenet_recipe_is_the_originals_objective():
     file = CONFIGS / "imagenet" / "tokenizer.yaml"
     arguments = parse_arguments(TokenizerArguments, ["--config", str(file)])
-    assert (arguments.mse_weight, arguments.lpips_weight, arguments.feature_weight) == (2.0, 1.0, 1.0)
+    assert (arguments.mse_weight, arguments.lpips_weight, arguments.lpips_dropout) == (2.0, 1.0, 0.5)
+    config = VFMTokConfig(**arguments.model)
+    assert (config.feature_loss_weight, config.codebook_loss_weight, config.commitment_loss_weight) == (1, 1, 0.25)
+    assert config.entropy_loss_weight == 0
     assert (arguments.adversarial_weight, arguments.adversarial_start_step) == (0.5, 20_000)
     assert arguments.discriminator == "dino"
     assert (arguments.l1_weight, arguments.perceptual_weight, arguments.adaptive_adversarial_weight) == (0, 0, False)

@@ -8,51 +8,57 @@ from vfmtok_hf.training.codebook import CodebookUsage, restart_dead_rows
 from vfmtok_hf.training.objective import TokenizerObjective
 
 
-WEIGHTS = {
-    "l1": 0.5,
-    "mse": 2.0,
-    "lpips": 0.0,
-    "perceptual": 0.7,
-    "feature": 0.3,
-    "codebook": 1.1,
-    "commitment": 0.9,
-    "entropy": 0.8,
+WEIGHTS = {"l1": 0.5, "mse": 2.0, "lpips": 0.0, "perceptual": 0.7}
+CONFIG_WEIGHTS = {
+    "feature_loss_weight": 0.3,
+    "codebook_loss_weight": 1.1,
+    "commitment_loss_weight": 0.2,
+    "entropy_loss_weight": 0.1,
 }
 
 
 def tiny_objective(train_encoder=True, model=None, **weights):
-    model = model or tiny_model(decoder_dropout=0.0, entropy_loss_weight=0.1)
+    config_weights = {name: weights.pop(name, weight) for name, weight in CONFIG_WEIGHTS.items()}
+    model = model or tiny_model(decoder_dropout=0.0, **config_weights)
     return TokenizerObjective(model, WEIGHTS | weights, train_encoder).train()
+
+
+def total(terms, weights):
+    """The weighted sum; the model has weighted the quantizer's terms."""
+    weights = {"feature": 0.3, "codebook": 1, "commitment": 1, "entropy": 1} | weights
+    return sum(weights[name] * value.item() for name, value in terms.items())
 
 
 def test_the_loss_is_the_weighted_sum_of_named_terms():
     objective, images = tiny_objective(), tiny_images()
     out = objective(images)
     terms = out["terms"]
-    assert set(terms) == set(WEIGHTS) - {"lpips"}
-    assert out["loss"].item() == pytest.approx(sum(WEIGHTS[name] * terms[name].item() for name in terms))
+    assert set(terms) == {"l1", "mse", "perceptual", "feature", "codebook", "commitment", "entropy"}
+    assert out["loss"].item() == pytest.approx(total(terms, WEIGHTS))
+    # What the model itself calls its loss is part of it.
+    own = objective.model(images, return_loss=True).loss
+    torch.testing.assert_close(out["loss"] - out["image_loss"], own)
     on_pixels = sum(WEIGHTS[name] * terms[name].item() for name in ("l1", "mse", "perceptual"))
     assert out["image_loss"].item() == pytest.approx(on_pixels)
     assert terms["mse"].item() == pytest.approx((out["reconstruction"] - images).square().mean().item())
 
 
 def test_lpips_takes_part():
-    model = tiny_model()
+    model = tiny_model(**CONFIG_WEIGHTS)
     lpips = torch.nn.Module()
     lpips.forward = lambda reconstruction, target: (reconstruction - target).abs().amax((1, 2, 3))
     objective, images = TokenizerObjective(model, WEIGHTS | {"lpips": 3.0}, lpips=lpips), tiny_images()
     out = objective(images)
     expected = (out["reconstruction"] - images).abs().amax((1, 2, 3)).mean()
     torch.testing.assert_close(out["terms"]["lpips"], expected)
-    rest = sum(WEIGHTS[name] * value for name, value in out["terms"].items() if name != "lpips")
-    torch.testing.assert_close(out["loss"], rest + 3 * expected)
+    assert out["loss"].item() == pytest.approx(total(out["terms"], WEIGHTS | {"lpips": 3.0}))
 
 
 @pytest.mark.parametrize(
     ("options", "quantize"),
     [({}, True), ({}, False), ({"train_encoder": False}, True)]
-    + [({name: 0.0}, True) for name in WEIGHTS if name != "lpips"]
-    + [(dict.fromkeys(("codebook", "commitment", "entropy", "feature", "perceptual"), 0.0), True)],
+    + [({name: 0.0}, True) for name in (*WEIGHTS, *CONFIG_WEIGHTS) if name != "lpips"]
+    + [(dict.fromkeys((*CONFIG_WEIGHTS, "perceptual"), 0.0), True)],
 )
 def test_every_trainable_parameter_gets_a_gradient_whatever_is_off(options, quantize):
     """What DDP without a search for unused parameters needs; parameters that no term reaches are frozen."""
@@ -63,7 +69,7 @@ def test_every_trainable_parameter_gets_a_gradient_whatever_is_off(options, quan
 
 
 def test_terms_that_are_off_cost_nothing():
-    objective = tiny_objective(perceptual=0.0, feature=0.0)
+    objective = tiny_objective(perceptual=0.0, feature_loss_weight=0.0)
     passes = []
     objective.model.vision_model.register_forward_hook(lambda *args: passes.append("vision"))
     objective.model.vit_decoder.feature_head.register_forward_hook(lambda *args: passes.append("feature"))
@@ -104,8 +110,8 @@ def test_losses_are_float32_under_autocast():
     expected = {
         "l1": (reconstruction - images).abs().mean(),
         "mse": (reconstruction - images).square().mean(),
-        "codebook": distances.mean() / 4,
-        "commitment": 0.25 * distances.mean() / 4,
+        "codebook": 1.1 * distances.mean() / 4,
+        "commitment": 0.2 * distances.mean() / 4,
         "feature": 1 - F.cosine_similarity(ours, target, dim=-1).mean(),
         "perceptual": torch.stack(levels).mean(),
     }

@@ -52,7 +52,7 @@ def tokenizer(images, tmp_path_factory):
         "ema_decay": 0.98,
         "l1_weight": 1.0,
         "perceptual_weight": 0.0,
-        "feature_weight": 0.1,
+        "model.feature_loss_weight": 0.1,
         "adversarial_weight": 0.0,
         "codebook_warmup_steps": 50,
         "kmeans_images": len(NAMES),

@@ -136,6 +136,15 @@ def test_decoder_phase_keeps_the_tokens(tokenizer, data, tmp_path):
     assert "adversarial" in log_of(output, "train")[0]
 
 
+def test_a_continued_tokenizer_may_weigh_its_losses_anew(tokenizer, data, tmp_path):
+    init_from, weight = {"init_from": tokenizer / "model"}, {"model.feature_loss_weight": 0.0}
+    output = train_tokenizer_for(1, data, tmp_path / "run", **init_from, **weight)
+    assert "feature" not in log_of(output, "train")[0]
+    assert VFMTokModel.from_pretrained(output / "model").config.feature_loss_weight == 0
+    with pytest.raises(ValueError, match="--model.hidden_size describes a new tokenizer"):
+        train_tokenizer_for(1, data, tmp_path / "other", **init_from, **{"model.hidden_size": 64})
+
+
 def test_a_checkpoint_in_half_precision_trains_in_float32(tokenizer, data, tmp_path):
     half = VFMTokModel.from_pretrained(tokenizer / "model", dtype=torch.float16)
     half.save_pretrained(tmp_path / "half")
@@ -146,7 +155,12 @@ def test_a_checkpoint_in_half_precision_trains_in_float32(tokenizer, data, tmp_p
     assert VFMTokModel.from_pretrained(output / "model").config.dtype == torch.float32
 
 
-PRECISE = {"model.decoder_dropout": 0.0, "feature_weight": 0.0, "adversarial_weight": 0.5, "learning_rate": 1e-3}
+PRECISE = {
+    "model.decoder_dropout": 0.0,
+    "model.feature_loss_weight": 0.0,
+    "adversarial_weight": 0.5,
+    "learning_rate": 1e-3,
+}
 
 
 def assert_same_training(one, other, names=("loss", "adversarial", "gradient_norm")):
@@ -220,7 +234,6 @@ def test_every_option_of_the_objective_at_once(data, vision_model, tmp_path):
         mixed_precision="bf16",
         gradient_checkpointing="true",
         l1_weight=1,
-        entropy_weight=2,
         adversarial_weight=0.5,
         adversarial_start_step=1,
         adaptive_adversarial_weight="true",
@@ -233,7 +246,7 @@ def test_every_option_of_the_objective_at_once(data, vision_model, tmp_path):
     assert [names <= line.keys() for line in steps] == [False, True, True]
     assert all(line["gradient_norm"] > 0 for line in steps)
     last = steps[-1]
-    weighted = last["l1"] + 2 * last["mse"] + last["perceptual"] + last["feature"] + 2 * last["entropy"]
+    weighted = last["l1"] + 2 * last["mse"] + last["perceptual"] + last["feature"] + last["entropy"]
     weighted += last["codebook"] + last["commitment"] + 0.5 * last["adaptive_weight"] * last["adversarial"]
     assert last["loss"] == pytest.approx(weighted, rel=1e-4)
 

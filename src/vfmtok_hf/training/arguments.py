@@ -25,7 +25,11 @@ MAY_CHANGE = "may change when a run is continued"
 Changeable = Annotated[T, MAY_CHANGE]
 
 # Names of earlier versions.
-RENAMED = {"variants": "num_crops", "neighbours": "codebook_top_k"}
+RENAMED = {
+    "variants": "num_crops",
+    "neighbours": "codebook_top_k",
+    **{f"{term}_weight": f"model.{term}_loss_weight" for term in ("feature", "codebook", "commitment", "entropy")},
+}
 
 
 @dataclass(kw_only=True)
@@ -70,7 +74,9 @@ class TrainingArguments(ImageArguments):
     resume: Changeable[bool] = HfArg(default=False, help="Continue from the newest checkpoint in --output.")
     init_from: str | None = HfArg(default=None, help="Folder or repository of a trained model to start from.")
     model: dict[str, Any] = HfArg(
-        default_factory=dict, help="Configuration fields of a new model, also one by one: --model.hidden_size=256."
+        default_factory=dict,
+        help="Configuration fields of a new model, also one by one: --model.hidden_size=256. Of a trained "
+        "tokenizer its *_loss_weight fields alone.",
     )
     # Optimizer
     max_steps: Changeable[int] = HfArg(default=10_000, help="Optimizer steps.")
@@ -119,7 +125,8 @@ class TokenizerArguments(TrainingArguments):
     trainable: Literal["all", "decoder"] = HfArg(
         default="all", help="decoder: vision model, encoder and codebook stay, and with them all image tokens."
     )
-    # Losses; a weight of 0 switches a term off
+    # Losses on pixels; those of features and codebook are weighted in the model's configuration (*_loss_weight). A
+    # weight of 0 switches a term off.
     l1_weight: float = HfArg(default=0.0, help="Of the absolute error of pixels.")
     mse_weight: float = HfArg(default=2.0, help="Of the squared error of pixels, which the original counts twice.")
     lpips_weight: float = HfArg(default=0.0, help="Of LPIPS.")
@@ -128,10 +135,6 @@ class TokenizerArguments(TrainingArguments):
         default=None, help="File of torchvision's VGG-16 for LPIPS. Default: torch's cache, or a download into it."
     )
     perceptual_weight: float = HfArg(default=1.0, help="Of the distance between features of the frozen vision model.")
-    feature_weight: float = HfArg(default=1.0, help="Of the reconstruction of the vision model's features.")
-    codebook_weight: float = HfArg(default=1.0, help="Of the codebook loss.")
-    commitment_weight: float = HfArg(default=1.0, help="Of the commitment loss, times the model's commitment_cost.")
-    entropy_weight: float = HfArg(default=1.0, help="Of the entropy loss, times the model's entropy_loss_ratio.")
     adversarial_weight: float = HfArg(default=0.0, help="Of the adversarial loss.")
     adversarial_start_step: int = HfArg(default=0, help="Steps before discriminator and adversarial loss begin.")
     adaptive_adversarial_weight: bool = HfArg(
@@ -344,13 +347,14 @@ def check_resumed_arguments(arguments: ImageArguments, file: Path) -> None:
         ValueError: others have changed, or belong to another script or version.
     """
     saved = yaml.safe_load(file.read_text(encoding="utf-8"))
-    before, now = {RENAMED.get(name, name): value for name, value in saved.items()}, dataclasses.asdict(arguments)
-    unknown = sorted(before.keys() - now.keys())
+    now = dataclasses.asdict(arguments)
+    unknown = sorted(name for name in saved if RENAMED.get(name, name) not in now)
     if unknown:
         raise ValueError(
             f"{file.parent} is a run of another script or version, with arguments {', '.join(unknown)}: start another "
             "run in a new --output, with --init_from if it should begin at trained weights."
         )
+    before = {RENAMED.get(name, name): value for name, value in saved.items()}
     types = typing.get_type_hints(type(arguments), include_extras=True)
     fixed = [name for name in before if MAY_CHANGE not in getattr(types[name], "__metadata__", ())]
     changed = [name for name in fixed if before[name] != now[name]]

@@ -21,10 +21,9 @@ class TokenizerObjective(nn.Module):
 
     Args:
         model (`VFMTokModel`): the tokenizer.
-        weights (`dict[str, float]`): weight of each term: `l1`, `mse`, `lpips`, `perceptual` (distance between
-            features of the frozen vision model), `feature`, `codebook`, `commitment`, `entropy`. The last two come on
-            top of the model configuration's own. A term of weight 0 is not computed where that saves work. The
-            original's pixel loss is `mse` 2.
+        weights (`dict[str, float]`): weights of the terms on pixels: `l1`, `mse`, `lpips`, `perceptual` (distance
+            between features of the frozen vision model). Those of the model's own terms are in its configuration. A
+            term of weight 0 is not computed where that saves work. The original's pixel loss is `mse` 2.
         train_encoder (`bool`): False keeps everything up to the image tokens fixed and trains the decoders only;
             tokens are then computed in float32, as a finished tokenizer computes them.
         lpips (`LPIPS`, *optional*): needed where its weight is above 0.
@@ -38,6 +37,7 @@ class TokenizerObjective(nn.Module):
         self.weights = weights
         self.train_encoder = train_encoder
         self.lpips = lpips
+        self.feature_weight = model.config.feature_loss_weight
         # DDP waits for the gradient of every trainable parameter: those that no term reaches are frozen.
         encoder = (model.anchor_encoder, model.quant_proj, model.quantizer)
         features = (
@@ -48,7 +48,7 @@ class TokenizerObjective(nn.Module):
         for part in encoder:
             part.requires_grad_(train_encoder)
         for part in features:
-            part.requires_grad_(weights["feature"] > 0)
+            part.requires_grad_(self.feature_weight > 0)
 
     def forward(self, pixel_values: torch.Tensor, quantize: bool = True) -> dict[str, Any]:
         """
@@ -58,8 +58,8 @@ class TokenizerObjective(nn.Module):
 
         Returns:
             `loss` (the weighted sum), `image_loss` (the weighted sum of the terms on pixels, which the adaptive
-            adversarial weight compares with), `terms` (named, not weighted), `reconstruction`, `latents` and
-            `image_tokens`. All losses are float32 under any autocast.
+            adversarial weight compares with), `terms` (named; the quantizer's as the model weights them, the others
+            without weight), `reconstruction`, `latents` and `image_tokens`. All losses are float32 under any autocast.
         """
         precision = nullcontext() if self.train_encoder else torch.autocast(pixel_values.device.type, enabled=False)
         with precision, torch.set_grad_enabled(self.train_encoder):
@@ -68,20 +68,23 @@ class TokenizerObjective(nn.Module):
             latents = self.model.encode_features(vision_features)
             quantized = self.model.quantizer(latents)
         memory = quantized.quantized_latents if quantize else F.normalize(latents.float(), dim=-1)
-        decoded = self.model.decode(quantized_latents=memory, output_features=self.weights["feature"] > 0)
+        decoded = self.model.decode(quantized_latents=memory, output_features=self.feature_weight > 0)
         reconstruction = decoded.reconstruction.float()
 
-        image_terms = self._image_terms(reconstruction, pixel_values, vision_features)
-        terms = dict(image_terms)
-        if self.weights["feature"] > 0:
+        terms = self._image_terms(reconstruction, pixel_values, vision_features)
+        image_loss = sum(self.weights[name] * value for name, value in terms.items())
+        loss = image_loss
+        if self.feature_weight > 0:
             terms["feature"] = self.model.feature_loss(decoded.reconstructed_features, vision_features[-1])
+            loss = loss + self.feature_weight * terms["feature"]
         if self.train_encoder:
-            terms |= {name: quantized[f"{name}_loss"] for name in QUANTIZER_TERMS}
-        # During the warm-up the quantizer's terms stay in the graph with weight 0, for DDP's sake.
-        weights = self.weights if quantize else self.weights | dict.fromkeys(QUANTIZER_TERMS, 0.0)
+            quantizer_terms = {name: quantized[f"{name}_loss"] for name in QUANTIZER_TERMS}
+            # During the warm-up they stay in the graph with weight 0, for DDP's sake.
+            loss = loss + (1.0 if quantize else 0.0) * sum(quantizer_terms.values())
+            terms |= quantizer_terms
         return {
-            "loss": sum(weights[name] * value for name, value in terms.items()),
-            "image_loss": sum(weights[name] * value for name, value in image_terms.items()),
+            "loss": loss,
+            "image_loss": image_loss,
             "terms": terms,
             "reconstruction": reconstruction,
             "latents": latents.detach(),

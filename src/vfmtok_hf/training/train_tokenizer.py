@@ -65,10 +65,16 @@ def build_model(arguments: TokenizerArguments) -> VFMTokModel:
     if (arguments.init_from is None) == (arguments.vision_model is None):
         raise ValueError("Give exactly one of --init_from (a tokenizer) and --vision_model (for a new tokenizer).")
     if arguments.init_from is not None:
-        if arguments.model:
-            raise ValueError("--model describes a new tokenizer; --init_from brings its own configuration.")
+        fixed = [name for name in arguments.model if not name.endswith("_loss_weight")]
+        if fixed:
+            raise ValueError(
+                f"--model.{fixed[0]} describes a new tokenizer; --init_from brings its own configuration, of which only "
+                "the loss weights may change."
+            )
         # Averages and updates need float32, in which `mixed_precision` alone changes what is computed.
-        return VFMTokModel.from_pretrained(arguments.init_from, load_vision_model=True, dtype=torch.float32)
+        return VFMTokModel.from_pretrained(
+            arguments.init_from, load_vision_model=True, dtype=torch.float32, **arguments.model
+        )
     vision_config = AutoConfig.from_pretrained(arguments.vision_model)
     vision_config.name_or_path = ""  # often a folder of this machine
     model = VFMTokModel(VFMTokConfig(vision_config=vision_config, **arguments.model))
@@ -82,10 +88,6 @@ def build_objective(model: VFMTokModel, arguments: TokenizerArguments) -> Tokeni
         "mse": arguments.mse_weight,
         "lpips": arguments.lpips_weight,
         "perceptual": arguments.perceptual_weight,
-        "feature": arguments.feature_weight,
-        "codebook": arguments.codebook_weight,
-        "commitment": arguments.commitment_weight,
-        "entropy": arguments.entropy_weight,
     }
     lpips = LPIPS("vgg", arguments.vgg_weights, arguments.lpips_dropout) if arguments.lpips_weight > 0 else None
     return TokenizerObjective(model, weights, arguments.trainable == "all", lpips).train()
