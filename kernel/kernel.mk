@@ -24,4 +24,4 @@ kernel-benchmark: kernel  ## plain torch against the kernel, eager and compiled,
 		--output benchmarks/results/deformable_attention.csv
 
 kernel-gpu: install  ## every check and benchmark of the CUDA kernel, on a machine with a GPU
-	PYTHON=$(abspath $(BIN))/python kernel/tests/run_on_gpu outputs
+	$(BIN)/python benchmarks/run_on_gpu outputs/gpu --parts kernel

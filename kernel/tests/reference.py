@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from kernels import get_kernel, get_local_kernel
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from dev_build import KERNEL_DIR, variant_name
 
 
 REPO_ID = "vfmtok-hf/vfmtok-msda"
-KERNEL_DIR = Path(__file__).resolve().parent.parent
 
 
 def load_kernel(backend: str = "cpu"):
-    """The build that LOCAL_KERNELS names, else the one in kernel/build."""
+    """
+    The build that LOCAL_KERNELS names, by the `kernels` library, else the one in kernel/build. That is an ordinary package,
+    imported as such: machines with a GPU need not have the library.
+    """
     if REPO_ID in os.environ.get("LOCAL_KERNELS", ""):
+        from kernels import get_kernel
+
         return get_kernel(REPO_ID, version=1, backend=backend)
-    return get_local_kernel(KERNEL_DIR, backend=backend)
+    folder = KERNEL_DIR / "build" / variant_name(backend)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no {folder}")
+    name = f"vfmtok_msda_{backend}"
+    spec = importlib.util.spec_from_file_location(name, folder / "__init__.py")
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def ms_deform_attn_reference(value, spatial_shapes, sampling_locations, attention_weights):
