@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := src tests examples kernel benchmarks spaces
 
-.PHONY: install test demo space docs docs-serve notebooks quality style emoji-checkpoint clean
+.PHONY: install test demo space docs docs-serve notebooks gpu quality style emoji-checkpoint clean
 
 include kernel/kernel.mk
 
@@ -35,6 +35,9 @@ docs-serve: install  ## the same, shown and rebuilt while you write
 
 notebooks: install  ## run the notebooks again and keep their outputs
 	$(BIN)/python examples/notebooks/execute.py
+
+gpu: install  ## test and measure everything on a GPU, in 9 minutes, into outputs/gpu
+	$(BIN)/python benchmarks/run_on_gpu outputs/gpu
 
 quality: install  ## lint, format, type and import checks
 	$(BIN)/ruff check $(SOURCES)

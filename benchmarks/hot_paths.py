@@ -13,12 +13,13 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from decode import draw, random_generator
-from measuring import machine, seconds_of, write_table
+from decode import draw
+from measuring import machine, seconds_of
+from random_models import generator_config, random_generator, random_tokenizer, tokenizer_config
+from result_tables import write_table
 from torch.profiler import ProfilerActivity, profile
 from training_step import BATCH_SIZES, build_step
 
-from vfmtok_hf import VFMTokConfig, VFMTokModel
 from vfmtok_hf.cpu.packing import keep_freed_memory, pack_weights
 
 
@@ -68,7 +69,7 @@ def main() -> None:
 
     keep_freed_memory()
     for name in arguments.models:
-        generator = pack_weights(random_generator(name, dtype))
+        generator = pack_weights(random_generator(generator_config(name), dtype))
         for rows in (1, 8):
             report(
                 f"{name}, batch {rows}", arguments, partial(draw, generator, torch.arange(rows), arguments.steps, 1.0)
@@ -76,13 +77,13 @@ def main() -> None:
     report_images(arguments, dtype)
     for name in arguments.training:
         batch_size = BATCH_SIZES[name]
-        step = build_step(name, "ours", dtype is torch.bfloat16, batch_size, arguments.threads)
+        step = build_step(name, "ours", dtype, batch_size, arguments.threads)
         report(f"training step, {name}, batch {batch_size}", arguments, step)
 
 
 @torch.no_grad()
 def report_images(arguments: argparse.Namespace, dtype: torch.dtype) -> None:
-    tokenizer = pack_weights(VFMTokModel(VFMTokConfig()).eval().to(dtype))
+    tokenizer = pack_weights(random_tokenizer(tokenizer_config()).to(dtype))
     images = torch.randn(1, 3, 336, 336).clamp(-1, 1)
     image_tokens = tokenizer.encode(images).image_tokens
     report("encode", arguments, partial(tokenizer.encode, images))

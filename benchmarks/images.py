@@ -1,13 +1,15 @@
 """
 Images to tokens and back: the straightforward float32 graph against ours; preprocessing and memory beside it.
 
-    python benchmarks/images.py --batch-size 1
-    python benchmarks/images.py --measure preprocessing memory --batch-size 8
+    python benchmarks/images.py --batch-sizes 1
+    python benchmarks/images.py --measure preprocessing memory --batch-sizes 8
 
 Random weights of the released tokenizer (DINOv2-L, 336 x 336). The straightforward side runs the same modules as torch
 has them, upsampling as the original does, without a compiled kernel. Each side has a process of its own, in which ours
 keeps freed memory. `limit` is the share of the arithmetic that a large matrix product in the same dtype reaches in the
-same run, oneDNN's if that is the faster one; all sides are counted the straightforward one's operations.
+same run, oneDNN's if that is the faster one; all sides are counted the straightforward one's operations. Sides in bfloat16
+are left out where the machine has no matrix products of it. With `--device cuda` nothing is packed, and the graphs are all
+there is to measure.
 
 `preprocessing` compares the image processor, in one thread, to `encode` in the fastest form: images per second of each.
 `memory` is what a process of its own holds at most while it encodes or decodes, less what it held before: the activations.
@@ -23,54 +25,55 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from measuring import SideProcess, alternate, flop_counter, in_fresh_process, machine, memory, show_table
+from measuring import (
+    SideProcess,
+    add_machine_options,
+    alternate,
+    arithmetic_limit,
+    flop_counter,
+    in_fresh_process,
+    machine,
+    median_seconds,
+    memory,
+    name_of,
+    usable_dtypes,
+)
 from original_upsampling import original_upsampling
 from PIL import Image
-from torch import nn
+from random_models import random_tokenizer, tokenizer_config
+from result_tables import show_table
 
 from vfmtok_hf import VFMTokConfig, VFMTokImageProcessor, VFMTokModel, disable_kernels, enable_kernels
-from vfmtok_hf.cpu.packing import PackedLinear, keep_freed_memory, pack_weights
+from vfmtok_hf.cpu.packing import keep_freed_memory, pack_weights
 from vfmtok_hf.hub_kernels import active_implementation
 
 
-def arithmetic_limit(dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a matrix product of 2048^3."""
-    linear = nn.Linear(2048, 2048, bias=False).to(dtype)
-    packed, inputs = PackedLinear(linear), torch.randn(2048, 2048).to(dtype)
-    with torch.no_grad():
-        seconds = alternate({"plain": lambda: F.linear(inputs, linear.weight), "packed": lambda: packed(inputs)}, 7)
-    return 2 * 2048**3 / min(seconds.values())
+STRAIGHTFORWARD = "straightforward float32"
 
 
-# Names of our sides; dtype, and whether the compiled kernel is on.
-GRAPH_SIDES = {
-    f"packed {str(dtype).removeprefix('torch.')}{', kernel' if with_kernel else ''}": (dtype, with_kernel)
-    for dtype in (torch.float32, torch.bfloat16)
-    for with_kernel in (False, True)
-}
+def graph_sides(device: str) -> list[str]:
+    """The straightforward side, and ours in each dtype, without and with the compiled kernel."""
+    prefix = "packed" if device == "cpu" else "ours"
+    ours = [f"{prefix} {name_of(dtype)}{kernel}" for dtype in usable_dtypes(device) for kernel in ("", ", kernel")]
+    return [STRAIGHTFORWARD, *ours]
 
 
-def random_tokenizer() -> VFMTokModel:
-    torch.manual_seed(0)
-    return VFMTokModel(VFMTokConfig()).eval()
+def dtype_of(side: str) -> torch.dtype:
+    return torch.bfloat16 if "bfloat16" in side else torch.float32
 
 
-def build_graph(side: str, batch_size: int, threads: int) -> Callable[[str], None]:
+def build_graph(side: str, batch_size: int, threads: int, device: str, tiny: bool) -> Callable[[str], None]:
     """Runs a part of the tokenizer by its name."""
     torch.set_num_threads(threads)
-    model = disable_kernels(random_tokenizer())
-    is_ours = side in GRAPH_SIDES
-    if is_ours:
+    model = disable_kernels(random_tokenizer(tokenizer_config(tiny), device)).to(dtype_of(side))
+    if side.endswith("kernel"):
+        enable_kernels(model)
+    if side != STRAIGHTFORWARD and device == "cpu":
         keep_freed_memory()
-        dtype, with_kernel = GRAPH_SIDES[side]
-        model.to(dtype)
-        if with_kernel:
-            enable_kernels(model)
         pack_weights(model)
-        print(f"{side}: {active_implementation(model)}", flush=True)
+    print(f"{side}: {active_implementation(model)}", flush=True)
     parts = graph_parts(model, batch_size)
-    upsampling = nullcontext if is_ours else original_upsampling
+    upsampling = original_upsampling if side == STRAIGHTFORWARD else nullcontext
 
     def run(part: str) -> None:
         with upsampling():
@@ -80,8 +83,9 @@ def build_graph(side: str, batch_size: int, threads: int) -> Callable[[str], Non
 
 
 def graph_parts(model: VFMTokModel, batch_size: int) -> dict[str, Callable[[], object]]:
-    images = torch.randn(batch_size, 3, model.config.image_size, model.config.image_size).clamp(-1, 1)
-    image_tokens = torch.randint(model.config.codebook_size, (batch_size, model.config.num_anchors))
+    with model.device:
+        images = torch.randn(batch_size, 3, model.config.image_size, model.config.image_size).clamp(-1, 1)
+        image_tokens = torch.randint(model.config.codebook_size, (batch_size, model.config.num_anchors))
     return {
         "vision model": lambda: model.extract_vision_features(images),
         "encode": lambda: model.encode(images),
@@ -89,22 +93,25 @@ def graph_parts(model: VFMTokModel, batch_size: int) -> dict[str, Callable[[], o
     }
 
 
-def count_operations(batch_size: int) -> dict[str, int]:
+def count_operations(config: VFMTokConfig, batch_size: int, device: str) -> dict[str, int]:
     counts = {}
     with torch.no_grad(), original_upsampling():
-        for part, run in graph_parts(disable_kernels(random_tokenizer()), batch_size).items():
+        for part, run in graph_parts(disable_kernels(random_tokenizer(config, device)), batch_size).items():
             with flop_counter() as counter:
                 run()
             counts[part] = counter.get_total_flops()
     return counts
 
 
-def measure_graphs(batch_size: int, runs: int) -> None:
-    limits = {torch.float32: arithmetic_limit(torch.float32), torch.bfloat16: arithmetic_limit(torch.bfloat16)}
-    print({str(dtype): f"{limit / 1e9:.0f} GFLOP/s" for dtype, limit in limits.items()})
-    operations, threads = count_operations(batch_size), torch.get_num_threads()
-    names = ["straightforward float32", *GRAPH_SIDES]
-    sides = {name: SideProcess(build_graph, name, batch_size, threads) for name in names}
+def measure_graphs(batch_size: int, runs: int, device: str, tiny: bool) -> None:
+    limits = {dtype: arithmetic_limit(dtype, device) for dtype in usable_dtypes(device)}
+    print({name_of(dtype): f"{limit / 1e9:.0f} GFLOP/s" for dtype, limit in limits.items()})
+    operations = count_operations(tokenizer_config(tiny), batch_size, device)
+    threads = torch.get_num_threads()
+    sides = {
+        name: SideProcess(build_graph, name, batch_size, threads, device, tiny, device=device)
+        for name in graph_sides(device)
+    }
     for part, count in operations.items():
         seconds = alternate({name: partial(side, part) for name, side in sides.items()}, runs)
         table = [
@@ -113,19 +120,15 @@ def measure_graphs(batch_size: int, runs: int) -> None:
                 "threads": threads,
                 "batch": batch_size,
                 "side": name,
-                "seconds per image": f"{time / batch_size:.3f}",
+                "seconds per image": f"{time / batch_size:.2g}" if device == "cuda" else f"{time / batch_size:.3f}",
                 "limit": f"{count / time / limits[dtype_of(name)]:.0%}",
-                "times straightforward": f"{seconds['straightforward float32'] / time:.2f}",
+                "times straightforward": f"{seconds[STRAIGHTFORWARD] / time:.2f}",
             }
             for name, time in seconds.items()
         ]
         show_table("images", table)
     for process in sides.values():
         process.close()
-
-
-def dtype_of(name: str) -> torch.dtype:
-    return torch.bfloat16 if "bfloat16" in name else torch.float32
 
 
 def jpeg(width: int, height: int) -> bytes:
@@ -138,25 +141,26 @@ def jpeg(width: int, height: int) -> bytes:
 
 def measure_preprocessing(batch_size: int, runs: int, config: VFMTokConfig) -> None:
     """JPEG files in memory to `pixel_values`, and those to image tokens."""
-    torch.manual_seed(0)
     processor = VFMTokImageProcessor(size=config.image_size)
-    model = pack_weights(enable_kernels(VFMTokModel(config).eval().to(torch.bfloat16)))
+    dtype = usable_dtypes("cpu")[-1]
+    model = pack_weights(enable_kernels(random_tokenizer(config).to(dtype)))
     pixel_values = torch.randn(batch_size, 3, config.image_size, config.image_size).clamp(-1, 1)
     files = {f"{width} x {height}": jpeg(width, height) for width, height in ((500, 375), (1024, 768), (4000, 3000))}
-    sides = {
+    encode = f"encode, packed {name_of(dtype)}"
+    sides = {encode: partial(model.encode, pixel_values)}
+    sides |= {
         f"decode and preprocess {size}": partial(preprocess, processor, [file] * batch_size)
         for size, file in files.items()
     }
     with torch.no_grad():
-        seconds = alternate({"encode, packed bfloat16": partial(model.encode, pixel_values), **sides}, runs)
-    encode = seconds["encode, packed bfloat16"]
+        seconds = median_seconds(sides, runs)
     table = [
         {
             "threads": torch.get_num_threads(),
             "batch": batch_size,
             "side": side,
             "images/s": f"{batch_size / time:.2f}",
-            "times encode": f"{encode / time:.1f}",
+            "times encode": f"{seconds[encode] / time:.1f}",
         }
         for side, time in seconds.items()
     ]
@@ -168,22 +172,22 @@ def preprocess(processor: VFMTokImageProcessor, files: list[bytes]) -> torch.Ten
     return processor(images, return_tensors="pt")["pixel_values"]
 
 
-MEMORY_SIDES = {
-    "straightforward float32": (torch.float32, False),
-    "packed float32": (torch.float32, True),
-    "packed bfloat16": (torch.bfloat16, True),
-}
+def memory_sides() -> list[str]:
+    return [STRAIGHTFORWARD, *(f"packed {name_of(dtype)}" for dtype in usable_dtypes("cpu"))]
 
 
-def measure_memory(batch_size: int) -> None:
+def measure_memory(batch_size: int, tiny: bool) -> None:
     threads, table = torch.get_num_threads(), []
     for part in ("encode", "decode"):
-        for side in MEMORY_SIDES:
-            result = in_fresh_process(__file__, "--peak-of", part, side, batch_size, threads)
-            row = {"part": part, "threads": threads, "batch": batch_size, "side": side}
+        for side in memory_sides():
+            options = ["--tiny"] if tiny else []
+            result = in_fresh_process(__file__, "--peak-of", part, side, batch_size, threads, *options)
             table.append(
                 {
-                    **row,
+                    "part": part,
+                    "threads": threads,
+                    "batch": batch_size,
+                    "side": side,
                     "peak MB above the model": f"{result['bytes'] / 1e6:.0f}",
                     "MB per image": f"{result['bytes'] / 1e6 / batch_size:.0f}",
                 }
@@ -192,15 +196,14 @@ def measure_memory(batch_size: int) -> None:
 
 
 def print_peak(part: str, side: str, batch_size: int, config: VFMTokConfig) -> None:
-    dtype, packed = MEMORY_SIDES[side]
-    model = VFMTokModel(config).eval().to(dtype)
-    if packed:
+    model = VFMTokModel(config).eval().to(dtype_of(side))
+    if side != STRAIGHTFORWARD:
         pack_weights(model)
         keep_freed_memory()
     images = torch.zeros(batch_size, 3, config.image_size, config.image_size)
     image_tokens = torch.zeros(batch_size, config.num_anchors, dtype=torch.int64)
     before = reset_peak()
-    with torch.no_grad(), nullcontext() if packed else original_upsampling():
+    with torch.no_grad(), original_upsampling() if side == STRAIGHTFORWARD else nullcontext():
         model.encode(images) if part == "encode" else model.decode(image_tokens=image_tokens)
     print(json.dumps({"bytes": memory("VmHWM") - before}))
 
@@ -213,30 +216,28 @@ def reset_peak() -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
-    parser.add_argument(
-        "--measure",
-        choices=["graphs", "preprocessing", "memory"],
-        nargs="+",
-        default=["graphs", "preprocessing", "memory"],
-    )
-    parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    measures = ["graphs", "preprocessing", "memory"]
+    parser.add_argument("--measure", choices=measures, nargs="+", help="default: all, on CUDA the graphs")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1])
     parser.add_argument("--peak-of", nargs=4, help=argparse.SUPPRESS)
+    add_machine_options(parser)
     arguments = parser.parse_args()
+    config = tokenizer_config(arguments.tiny)
     if arguments.peak_of:
         part, side, batch_size, threads = arguments.peak_of
         torch.set_num_threads(int(threads))
-        print_peak(part, side, int(batch_size), VFMTokConfig())
+        print_peak(part, side, int(batch_size), config)
         return
     torch.set_num_threads(arguments.threads)
-    print(machine())
-    if "graphs" in arguments.measure:
-        measure_graphs(arguments.batch_size, arguments.runs)
-    if "preprocessing" in arguments.measure:
-        measure_preprocessing(arguments.batch_size, arguments.runs, VFMTokConfig())
-    if "memory" in arguments.measure:
-        measure_memory(arguments.batch_size)
+    print(machine(arguments.device))
+    wanted = arguments.measure or (measures if arguments.device == "cpu" else ["graphs"])
+    for batch_size in arguments.batch_sizes:
+        if "graphs" in wanted:
+            measure_graphs(batch_size, arguments.runs, arguments.device, arguments.tiny)
+        if "preprocessing" in wanted:
+            measure_preprocessing(batch_size, arguments.runs, config)
+        if "memory" in wanted:
+            measure_memory(batch_size, arguments.tiny)
 
 
 if __name__ == "__main__":

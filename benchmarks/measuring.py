@@ -1,6 +1,6 @@
-"""What the benchmarks share: alternating medians, fresh processes, the machine's memory bandwidth, operations counted, tables."""
+"""What the benchmarks share: alternating medians, processes, the limits of the machine, operations counted."""
 
-import csv
+import argparse
 import json
 import multiprocessing
 import platform
@@ -10,63 +10,105 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-
-RESULTS = Path(__file__).parent / "results"
-
-
-def seconds_of(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+from vfmtok_hf.cpu.packing import PackedLinear, can_pack, has_product
 
 
-def alternate(sides: dict[str, Callable[[], object]], runs: int) -> dict[str, float]:
-    """Median seconds of each side: one warm-up each, then `runs` rounds in which the sides take turns."""
-    for function in sides.values():
+def add_machine_options(parser: argparse.ArgumentParser) -> None:
+    """`--device`, `--threads`, `--runs` and `--tiny`, which most benchmarks have."""
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--runs", type=int, default=3, help="rounds in which the sides take turns, after one to warm up"
+    )
+    parser.add_argument("--tiny", action="store_true", help="a trial at the sizes of the checkpoint in the package")
+
+
+def usable_dtypes(device: str) -> list[torch.dtype]:
+    """float32, and bfloat16 where the machine has matrix products of it: not on CPUs that stop at AVX2."""
+    has_bfloat16 = device == "cuda" or has_product(torch.bfloat16)
+    return [torch.float32, torch.bfloat16] if has_bfloat16 else [torch.float32]
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def seconds_of(function: Callable[[], object], device: str = "cpu") -> float:
+    """Time of one call; on CUDA between two events, so that it ends when the device has done the work."""
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
         function()
-    rounds = [{name: seconds_of(function) for name, function in sides.items()} for _ in range(runs)]
-    return {name: statistics.median(times[name] for times in rounds) for name in sides}
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+    before = time.perf_counter()
+    function()
+    return time.perf_counter() - before
+
+
+def alternate(sides: dict[str, Callable[[], float]], runs: int) -> dict[str, float]:
+    """Median of what each side measures: one round to warm up, then `runs` rounds in which the sides take turns."""
+    rounds = [{name: measure() for name, measure in sides.items()} for _ in range(runs + 1)][1:]
+    return {name: statistics.median(one[name] for one in rounds) for name in sides}
+
+
+def median_seconds(sides: dict[str, Callable[[], object]], runs: int, device: str = "cpu") -> dict[str, float]:
+    """Median time of each function; see `alternate`."""
+    return alternate({name: partial(seconds_of, function, device) for name, function in sides.items()}, runs)
 
 
 class SideProcess:
     """
-    A side in a process of its own, whose memory no other side has had in its hands: what `build(*arguments)` returns
-    there is called, with the same arguments, when this object is. Only one of several works at a time.
+    A side in a process of its own, whose memory no other side has touched: calling this object calls what
+    `build(*arguments)` returned there, with the same arguments, and returns its seconds. Several are built at the same time,
+    before their first call returns.
     """
 
-    def __init__(self, build: Callable[..., Callable[..., object]], *arguments: object):
+    def __init__(self, build: Callable[..., Callable[..., object]], *arguments: object, device: str = "cpu"):
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, build, arguments), daemon=True)
+        self.process = context.Process(target=serve, args=(theirs, build, arguments, device), daemon=True)
         self.process.start()
         theirs.close()
-        self.connection.recv()
 
-    def __call__(self, *arguments: object) -> None:
-        self.connection.send(arguments)
-        self.connection.recv()
+    def __call__(self, *arguments: object) -> float:
+        return self.ask(arguments)
 
-    def close(self) -> None:
-        self.connection.close()
+    def close(self) -> int:
+        """End the process; returns the most bytes that it held, see `peak_memory`."""
+        peak = self.ask(None)
         self.process.join()
+        return peak
+
+    def ask(self, call: tuple | None) -> float:
+        try:
+            self.connection.send(call)
+            return self.connection.recv()
+        except (EOFError, ConnectionError):
+            sys.exit("The process of a side has ended, for the reason that it printed.")
 
 
-def serve(connection: Connection, build: Callable[..., Callable[..., object]], arguments: tuple) -> None:
-    """The other end of a [`SideProcess`]: answers once it is built, and each time that it has run."""
+def serve(connection: Connection, build: Callable[..., Callable[..., object]], arguments: tuple, device: str) -> None:
+    """The other end of a [`SideProcess`]: answers with the seconds of each call, at last with its peak of memory."""
     side = build(*arguments)
-    try:
-        while True:
-            connection.send(None)
-            side(*connection.recv())
-    except EOFError:
-        pass
+    while (call := connection.recv()) is not None:
+        connection.send(seconds_of(partial(side, *call), device))
+    connection.send(peak_memory(device))
+
+
+def peak_memory(device: str) -> int:
+    """Most bytes that this process held: of tensors on CUDA, of everything, mapped files included, on the CPU."""
+    return torch.cuda.max_memory_allocated() if device == "cuda" else memory("VmHWM")
 
 
 def memory(field: str) -> int:
@@ -84,13 +126,30 @@ def in_fresh_process(script: str, *arguments: object) -> dict[str, float]:
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
 
 
-def matrix_vector_bandwidth(dtype: torch.dtype, megabytes: int = 512) -> float:
-    """Bytes per second that a plain large matrix-vector product of torch reads: the decode loop's yardstick."""
+def memory_bandwidth(dtype: torch.dtype, device: str = "cpu", megabytes: int = 512) -> float:
+    """
+    Bytes per second, the yardstick of the decode loop: on CPUs those that a large matrix-vector product of torch reads, on
+    CUDA those that a copy reads and writes.
+    """
     columns = 8192
-    matrix = torch.randn(megabytes * 2**20 // (columns * dtype.itemsize), columns).to(dtype)
+    matrix = torch.randn(megabytes * 2**20 // (columns * dtype.itemsize), columns, device=device).to(dtype)
+    if device == "cuda":
+        target = torch.empty_like(matrix)
+        return 2 * matrix.nbytes / median_seconds({"copy": lambda: target.copy_(matrix)}, 9, device)["copy"]
     vector = torch.randn(1, columns).to(dtype)
-    seconds = alternate({"product": lambda: F.linear(vector, matrix)}, runs=9)["product"]
-    return matrix.numel() * matrix.element_size() / seconds
+    return matrix.nbytes / median_seconds({"product": lambda: F.linear(vector, matrix)}, 9)["product"]
+
+
+def arithmetic_limit(dtype: torch.dtype, device: str = "cpu") -> float:
+    """Floating-point operations per second of a large matrix product; on CPUs of oneDNN's if that is the faster one."""
+    size = 8192 if device == "cuda" else 2048
+    with torch.device(device):
+        linear, inputs = nn.Linear(size, size, bias=False).to(dtype), torch.randn(size, size).to(dtype)
+    sides = {"plain": partial(linear, inputs)}
+    if can_pack(linear):
+        sides["packed"] = partial(PackedLinear(linear), inputs)
+    with torch.no_grad():
+        return 2 * size**3 / min(median_seconds(sides, 7, device).values())
 
 
 def flop_counter() -> FlopCounterMode:
@@ -109,37 +168,11 @@ def flop_counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping=attention)
 
 
-def machine() -> str:
-    """Processor, threads and torch, which every table names."""
+def machine(device: str = "cpu") -> str:
+    """Processor and threads, or the card, and torch: what every table names."""
+    if device == "cuda":
+        return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, torch {torch.__version__}"
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     processor = names[0] if names else platform.processor()
     return f"{processor}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
-def show_table(name: str, rows: list[dict[str, object]]) -> None:
-    """Print the rows, and keep them by `write_table`."""
-    for row in rows:
-        print(*row.values(), sep="  ", flush=True)
-    write_table(name, rows)
-
-
-def write_table(name: str, rows: list[dict[str, object]]) -> None:
-    """
-    Add rows to results/NAME.csv, replacing those that measured the same thing, and write results/NAME.md from all.
-
-    Columns up to and including `side` say what was measured.
-    """
-    keys = list(rows[0])[: list(rows[0]).index("side") + 1]
-    path = RESULTS / f"{name}.csv"
-    path.parent.mkdir(exist_ok=True)
-    kept = list(csv.DictReader(path.open())) if path.exists() else []
-    rows = [{key: str(value) for key, value in row.items()} for row in rows]
-    measured = {tuple(row[key] for key in keys) for row in rows}
-    rows = [row for row in kept if tuple(row[key] for key in keys) not in measured] + rows
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
-    path.with_suffix(".md").write_text("".join("| " + " | ".join(line) + " |\n" for line in lines))

@@ -57,10 +57,13 @@ class OriginalDecoder:
         config = self.config
         self.length = (config.num_image_tokens + 1 + 7) // 8 * 8
         shape = (batch_size, config.num_attention_heads, self.length, config.head_dim)
-        self.caches = [(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)) for _ in self.model.layers]
-        self.mask = torch.tril(torch.ones(self.length, self.length, dtype=torch.bool)).expand(batch_size, -1, -1)
-        positions = torch.arange(config.num_image_tokens + 1)
-        self.table = rotary_table(positions, config.grid_size, config.head_dim, config.rope_theta)
+        with self.model.device:
+            self.caches = [
+                (torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)) for _ in self.model.layers
+            ]
+            self.mask = torch.ones(self.length, self.length, dtype=torch.bool).tril().expand(batch_size, -1, -1)
+            positions = torch.arange(config.num_image_tokens + 1)
+            self.table = rotary_table(positions, config.grid_size, config.head_dim, config.rope_theta)
 
     def step(self, states: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         config = self.config
@@ -88,7 +91,7 @@ class OriginalDecoder:
         self.set_up(len(labels), self.fused[0].dtype)
         states = self.model.class_embedding(labels)[:, None]
         drawn = []
-        position = torch.zeros(1, dtype=torch.long)
+        position = torch.zeros(1, dtype=torch.long, device=labels.device)
         for _ in range(steps):
             drawn.append(draw(guide(self.step(states, position), scale if passes == 2 else None)))
             states = self.model.embed_tokens(drawn[-1].repeat(passes, 1))

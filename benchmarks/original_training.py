@@ -84,10 +84,10 @@ class OriginalTokenizerStep:
         self.optimizer = torch.optim.Adam(self.trainable, lr=1e-4, betas=BETAS)
         self.judge_optimizer = torch.optim.Adam(self.judge, lr=1e-4, betas=BETAS)
         self.average = copy.deepcopy(model).requires_grad_(False)
-        self.used = torch.zeros(HISTORY)
+        self.used = torch.zeros(HISTORY, device=model.device)
 
     def __call__(self, pixel_values: torch.Tensor) -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.autocast):
             loss, reconstruction = self.loss(pixel_values)
             loss = loss + 0.0 * F.softplus(-self.discriminator.discriminator(reconstruction)).mean()
         self.optimizer.zero_grad()
@@ -97,7 +97,7 @@ class OriginalTokenizerStep:
         update_average(self.average, self.model)
 
         self.judge_optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.autocast):
             verdict = 0.0 * self.discriminator(reconstruction.detach(), pixel_values)["discriminator"]
         verdict.backward()
         torch.nn.utils.clip_grad_norm_(self.judge, 1.0)
@@ -143,7 +143,7 @@ class OriginalTokenizerStep:
         memory = decoder.image_norm(memory + decoder.anchor_position_embeddings)
         queries = torch.cat([queries, norm(decoder.register_tokens)], dim=1).expand(len(memory), -1, -1)
         states = torch.cat([memory, queries], dim=1)
-        mask = torch.ones(states.shape[1], states.shape[1], dtype=torch.bool).tril()
+        mask = torch.ones(states.shape[1], states.shape[1], dtype=torch.bool, device=states.device).tril()
         for layer in decoder.layers:
             attention, normed = layer.self_attn, layer.self_attn_norm(states)
             projected = attention.q_proj(normed), attention.k_proj(normed), attention.v_proj(normed)
@@ -182,7 +182,7 @@ class OriginalARStep:
         self.average = copy.deepcopy(model).requires_grad_(False)
 
     def __call__(self, class_labels: torch.Tensor, image_tokens: torch.Tensor) -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.autocast):
             loss = self.loss(class_labels, image_tokens)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -195,7 +195,7 @@ class OriginalARStep:
         labels = drop_labels(class_labels, config.class_dropout, config.num_classes)
         states = torch.cat([model.class_embedding(labels)[:, None], model.embed_tokens(image_tokens[:, :-1])], dim=1)
         states = model.token_dropout(states)
-        positions = torch.arange(config.num_image_tokens)
+        positions = torch.arange(config.num_image_tokens, device=labels.device)
         table = rotary_table(positions, config.grid_size, config.head_dim, config.rope_theta)
         for layer in model.layers:
             attention, normed = layer.self_attn, rms_norm(states, layer.input_layernorm)
@@ -227,7 +227,7 @@ class OriginalRARStep:
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4, betas=(0.9, 0.96), weight_decay=0.03)
 
     def __call__(self, class_labels: torch.Tensor, image_tokens: torch.Tensor) -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.autocast):
             loss = self.model(class_labels, image_tokens, return_loss=True, random_ratio=1.0).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)

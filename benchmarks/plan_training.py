@@ -15,17 +15,11 @@ from unittest.mock import patch
 
 import torch
 from measuring import flop_counter
+from random_models import MODEL_CLASSES, generator_config, tokenizer_config
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vfmtok_hf import (
-    VFMTokARConfig,
-    VFMTokARForImageGeneration,
-    VFMTokConfig,
-    VFMTokModel,
-    VFMTokRARConfig,
-    VFMTokRARForImageGeneration,
-)
+from vfmtok_hf import VFMTokModel
 
 
 IMAGENET_IMAGES = 1_281_167
@@ -96,20 +90,16 @@ def tokenizer_cost() -> Cost:
         out = model(torch.empty(images, 3, 336, 336), return_loss=True)
         return out.loss + out.reconstruction.square().mean()
 
-    return measure(lambda: VFMTokModel(VFMTokConfig()), loss_of)
+    return measure(lambda: VFMTokModel(tokenizer_config()), loss_of)
 
 
-def generator_cost(kind: str, variant: str) -> Cost:
-    config_class, model_class = {
-        "AR": (VFMTokARConfig, VFMTokARForImageGeneration),
-        "RAR": (VFMTokRARConfig, VFMTokRARForImageGeneration),
-    }[kind]
-
+def generator_cost(name: str) -> Cost:
     def loss_of(model: nn.Module, images: int) -> torch.Tensor:
         labels, tokens = torch.zeros(images, dtype=torch.int64), torch.zeros(images, 256, dtype=torch.int64)
         return model(class_labels=labels, image_tokens=tokens, return_loss=True).loss
 
-    return measure(lambda: model_class(config_class.from_variant(variant)), loss_of)
+    config = generator_config(name)
+    return measure(lambda: MODEL_CLASSES[type(config)](config), loss_of)
 
 
 def recipes() -> list[tuple[Recipe, Cost]]:
@@ -117,9 +107,9 @@ def recipes() -> list[tuple[Recipe, Cost]]:
     planned = [(Recipe("tokenizer", round(50 * steps_of_epoch), 256), tokenizer_cost())]
     for size, epochs in AR_EPOCHS.items():
         steps = round(epochs * IMAGENET_IMAGES / 512)
-        planned.append((Recipe(f"AR-{size}", steps, 512), generator_cost("AR", size)))
+        planned.append((Recipe(f"AR-{size}", steps, 512), generator_cost(f"AR-{size}")))
     for size in ("L", "XL", "XXL"):
-        planned.append((Recipe(f"RAR-{size}", 250_000, 2048, sequences=2), generator_cost("RAR", size)))
+        planned.append((Recipe(f"RAR-{size}", 250_000, 2048, sequences=2), generator_cost(f"RAR-{size}")))
     return planned
 
 

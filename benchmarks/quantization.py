@@ -17,8 +17,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from decode import draw, random_generator
-from measuring import alternate, machine, show_table
+from decode import draw
+from measuring import machine, median_seconds, usable_dtypes
+from random_models import generator_config, random_generator
+from result_tables import show_table
 from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
 from transformers import TorchAoConfig
 from transformers.image_utils import load_image
@@ -35,6 +37,11 @@ QUANTIZATIONS = {
     "int8": Int8WeightOnlyConfig(),
     "int4": IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)),
 }
+
+
+def usable(sides: list[str]) -> list[str]:
+    """Those that this machine has products for."""
+    return [side for side in sides if "bfloat16" not in side or torch.bfloat16 in usable_dtypes("cpu")]
 
 
 def load_side(folder: str | Path, side: str) -> VFMTokARForImageGeneration:
@@ -80,9 +87,9 @@ def bytes_on_disk(model: VFMTokARForImageGeneration) -> int:
 
 
 def measure_speed(arguments: argparse.Namespace) -> None:
-    names = ["float32", "float32, packed", "bfloat16, packed", "int8", "int8, packed", "int4, packed"]
+    names = usable(["float32", "float32, packed", "bfloat16, packed", "int8", "int8, packed", "int4, packed"])
     with tempfile.TemporaryDirectory() as folder:
-        random_generator(arguments.model, torch.float32).save_pretrained(folder)
+        random_generator(generator_config(arguments.model)).save_pretrained(folder)
         sides = {name: load_side(folder, name) for name in names}
     sizes = {
         name: {
@@ -94,7 +101,7 @@ def measure_speed(arguments: argparse.Namespace) -> None:
     for batch_size in arguments.batch_sizes:
         labels = torch.arange(batch_size)
         calls = {name: partial(draw, model, labels, arguments.steps, 1.0) for name, model in sides.items()}
-        seconds = alternate(calls, arguments.runs)
+        seconds = median_seconds(calls, arguments.runs)
         table = [
             {
                 "model": arguments.model,
@@ -142,7 +149,7 @@ def measure_quality(arguments: argparse.Namespace) -> None:
     pixel_values, labels, image_tokens = validation_tokens(pipe, arguments.validation)
     reference = pooled_features(pipe, pixel_values)
     table, float32 = [], {}
-    for name in ["float32", "bfloat16, packed", "int8, packed", "int4, packed"]:
+    for name in usable(["float32", "bfloat16, packed", "int8, packed", "int4, packed"]):
         model = load_side(Path(DEFAULT_CHECKPOINT) / "transformer", name)
         scored = [
             model(*batch, return_loss=True) for batch in zip(labels.split(32), image_tokens.split(32), strict=True)

@@ -19,8 +19,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from measuring import alternate, in_fresh_process, machine, memory, seconds_of, show_table
+from measuring import in_fresh_process, machine, median_seconds, memory, seconds_of
 from PIL import Image
+from random_models import random_generator
+from result_tables import show_table
 
 from vfmtok_hf import VFMTokARConfig, VFMTokARForImageGeneration
 from vfmtok_hf.cpu.packing import pack_weights
@@ -36,10 +38,7 @@ IMAGES = (10, 100, 1000, 10_000)
 
 
 def packed_generator(config: VFMTokARConfig) -> VFMTokARForImageGeneration:
-    torch.manual_seed(0)
-    model = VFMTokARForImageGeneration(config).eval()
-    torch.nn.init.normal_(model.lm_head.weight, std=0.02)
-    return pack_weights(model)
+    return pack_weights(random_generator(config))
 
 
 def draw(model: VFMTokARForImageGeneration, batch_size: int = 1, steps: int = STEPS, threads: int = 0) -> None:
@@ -51,7 +50,7 @@ def sweep(
     axis: str, tokens: dict[int, int], sides: dict[int, Callable[[], None]], runs: int
 ) -> list[dict[str, object]]:
     """Rows of one axis. `tokens` are those that each side draws."""
-    seconds = alternate({str(value): side for value, side in sides.items()}, runs)
+    seconds = median_seconds({str(value): side for value, side in sides.items()}, runs)
     return [
         {"axis": axis, "side": value, "seconds": f"{seconds[str(value)]:.3f}", "tokens/s": f"{count / seconds[str(value)]:.1f}"}
         for value, count in tokens.items()

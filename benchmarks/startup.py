@@ -11,7 +11,6 @@ tokenizer and AR-L) and random weights; it is written to a temporary folder firs
 import argparse
 import importlib.util
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,17 +19,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import torch
-from measuring import in_fresh_process, machine, memory, seconds_of, show_table
+from measuring import alternate, in_fresh_process, machine, memory, seconds_of
+from random_models import generator_config, random_generator, random_tokenizer, tokenizer_config
+from result_tables import show_table
 
-from vfmtok_hf import (
-    VFMTokARConfig,
-    VFMTokARForImageGeneration,
-    VFMTokConfig,
-    VFMTokImageProcessor,
-    VFMTokModel,
-    VFMTokPipeline,
-)
+from vfmtok_hf import VFMTokImageProcessor, VFMTokPipeline
 from vfmtok_hf.cpu.packing import pack_weights
 
 
@@ -57,9 +50,8 @@ assert drawing.pictures
 
 
 def write_pipeline(folder: Path) -> None:
-    torch.manual_seed(0)
-    generator = VFMTokARForImageGeneration(VFMTokARConfig.from_variant("L"))
-    VFMTokPipeline(VFMTokModel(VFMTokConfig()), generator, VFMTokImageProcessor()).save_pretrained(folder)
+    tokenizer, generator = random_tokenizer(tokenizer_config()), random_generator(generator_config("AR-L"))
+    VFMTokPipeline(tokenizer, generator, VFMTokImageProcessor()).save_pretrained(folder)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -108,12 +100,6 @@ def print_loading(folder: str, side: str) -> None:
     print(json.dumps({"seconds": seconds, **{field: memory(field) - bytes for field, bytes in before.items()}}))
 
 
-def alternate_medians(sides: dict[str, Callable[[], float]], runs: int) -> dict[str, float]:
-    """Median of what each side measures; the first round warms the page cache up."""
-    rounds = [{name: measure() for name, measure in sides.items()} for _ in range(runs + 1)][1:]
-    return {name: statistics.median(one[name] for one in rounds) for name in sides}
-
-
 def seconds_of_command(arguments: list[str], folder: Path | None = None) -> float:
     command = [sys.executable, *arguments]
     return seconds_of(lambda: subprocess.run(command, stdout=subprocess.DEVNULL, check=True, cwd=folder))
@@ -123,7 +109,7 @@ def measure_start(runs: int) -> list[dict[str, object]]:
     sides = {name: partial(seconds_of_command, arguments) for name, arguments in START.items()}
     if importlib.util.find_spec("gradio"):
         sides["demo's first picture"] = partial(seconds_of_command, ["-c", DEMO], SPACE)
-    seconds = alternate_medians(sides, runs)
+    seconds = alternate(sides, runs)
     return [
         {"side": name, "seconds": f"{time:.2f}", "beyond import torch": f"{time - seconds['import torch']:+.2f}"}
         for name, time in seconds.items()
@@ -138,7 +124,7 @@ def measure_loading(folder: Path, runs: int) -> list[dict[str, object]]:
 
     results: dict[str, dict[str, float]] = {}
     size = sum(path.stat().st_size for path in weight_files(folder))
-    seconds = alternate_medians({side: partial(run, side) for side in LOADING}, runs)
+    seconds = alternate({side: partial(run, side) for side in LOADING}, runs)
     return [
         {
             "files GB": f"{size / 1e9:.2f}",

@@ -9,19 +9,19 @@ discriminator's vision model have random weights too. The original's generators 
 RAR's with the second-nearest tokens of each as a sequence of its own; ours reads tokens that were computed once
 (`--variants`, `--neighbours`). The row `tokens at hand` leaves the encoding out.
 Each side has a process of its own, in which ours keeps freed memory as the scripts do; peak memory is that of the whole
-process. Ours has the scripts' defaults, and the original's weights of the losses. `--compile` adds a side under
-torch.compile, which takes minutes.
+process, on CUDA that of its tensors. Ours has the scripts' defaults, and the original's weights of the losses. `--compile`
+adds a side under torch.compile, which takes minutes. Steps in bfloat16 run under autocast, and by default only where the
+machine has matrix products of it.
 """
 
 import argparse
-import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
-from measuring import SideProcess, alternate, in_fresh_process, machine, memory, show_table
+from measuring import SideProcess, add_machine_options, alternate, machine, name_of, usable_dtypes
 from original_training import (
     OriginalARStep,
     OriginalLPIPS,
@@ -29,18 +29,13 @@ from original_training import (
     OriginalTokenizerStep,
     nearest_two_tokens,
 )
+from random_models import MODEL_CLASSES, GeneratorConfig, generator_config, random_tokenizer, tokenizer_config
+from result_tables import show_table
 from safetensors.torch import save_file
 from torchvision.models import vgg16
 from transformers import ViTConfig, ViTModel
 
-from vfmtok_hf import (
-    VFMTokARConfig,
-    VFMTokARForImageGeneration,
-    VFMTokConfig,
-    VFMTokModel,
-    VFMTokRARConfig,
-    VFMTokRARForImageGeneration,
-)
+from vfmtok_hf import VFMTokConfig, VFMTokRARConfig
 from vfmtok_hf.cpu.packing import keep_freed_memory
 from vfmtok_hf.image_distances import LPIPS
 from vfmtok_hf.training.arguments import TokenizerArguments
@@ -62,7 +57,6 @@ SIDES = {
 }
 BATCH_SIZES = {"tokenizer": 1, "AR-B": 4, "RAR-B": 4}
 COMPILED = "ours, compiled"
-RAR_B = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
 
 
 def random_lpips(dropout: float) -> LPIPS:
@@ -82,12 +76,13 @@ def our_step(
     model: torch.nn.Module, loss_of: Callable[[], torch.Tensor], autocast: bool, weight_decay: float, average: bool
 ) -> Step:
     """What the loops of the training scripts do with a loss."""
+    device = next(model.parameters()).device.type
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-4, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
     ema = EMA(model, 0.9999) if average else None
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
             loss = loss_of()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)
@@ -99,19 +94,25 @@ def our_step(
     return step
 
 
-def tokenizer_step(side: str, autocast: bool, batch_size: int, config: VFMTokConfig, judge_config: ViTConfig) -> Step:
-    model = VFMTokModel(config).train()
-    images = torch.randn(batch_size, 3, config.image_size, config.image_size).clamp(-1, 1)
+def random_images(batch_size: int, config: VFMTokConfig, device: str) -> torch.Tensor:
+    return torch.randn(batch_size, 3, config.image_size, config.image_size, device=device).clamp(-1, 1)
+
+
+def tokenizer_step(
+    side: str, autocast: bool, batch_size: int, config: VFMTokConfig, judge_config: ViTConfig, device: str
+) -> Step:
+    model = random_tokenizer(config, device).train()
+    images = random_images(batch_size, config, device)
     if side == "straightforward":
-        judge = random_discriminator(judge_config)
-        lpips = OriginalLPIPS(random_lpips(dropout=0.5))
+        judge = random_discriminator(judge_config).to(device)
+        lpips = OriginalLPIPS(random_lpips(dropout=0.5)).to(device)
         return partial(OriginalTokenizerStep(model, lpips, judge, autocast), images)
-    objective = TokenizerObjective(model, WEIGHTS, lpips=random_lpips(dropout=0.0)).train()
+    objective = TokenizerObjective(model, WEIGHTS, lpips=random_lpips(dropout=0.0).to(device)).train()
     precision = "bf16" if autocast else "no"
     arguments = TokenizerArguments(train_data="", output="", mixed_precision=precision, compile=side == COMPILED)
     set_up_layers(objective, arguments, model.device)
     run = torch.compile(objective) if side == COMPILED else objective
-    usage = CodebookUsage(config.codebook_size)
+    usage = CodebookUsage(config.codebook_size, device)
 
     def loss_of() -> torch.Tensor:
         out = run(images)
@@ -122,12 +123,13 @@ def tokenizer_step(side: str, autocast: bool, batch_size: int, config: VFMTokCon
 
 
 def generator_step(
-    side: str, autocast: bool, batch_size: int, config: VFMTokARConfig | VFMTokRARConfig, tokenizer: VFMTokConfig
+    side: str, autocast: bool, batch_size: int, config: GeneratorConfig, tokenizer: VFMTokConfig, device: str
 ) -> Step:
     is_rar = isinstance(config, VFMTokRARConfig)
-    model = (VFMTokRARForImageGeneration if is_rar else VFMTokARForImageGeneration)(config).train()
-    labels = torch.randint(config.num_classes, (batch_size,))
-    tokens = torch.randint(config.codebook_size, (batch_size, config.num_image_tokens))
+    with torch.device(device):
+        model = MODEL_CLASSES[type(config)](config).train()
+        labels = torch.randint(config.num_classes, (batch_size,))
+        tokens = torch.randint(config.codebook_size, (batch_size, config.num_image_tokens))
     order = {"random_ratio": 1.0} if is_rar else {}
     precision = "bf16" if autocast else "no"
     if side.startswith("ours"):
@@ -143,10 +145,9 @@ def generator_step(
     step = OriginalRARStep(model, autocast) if is_rar else OriginalARStep(model, autocast)
     if side.endswith("tokens at hand"):
         return partial(step, labels, tokens)
-    encoder = VFMTokModel(tokenizer).eval()
+    encoder = random_tokenizer(tokenizer, device)
     # RAR gets two sequences of each image.
-    num_images = batch_size // 2 if is_rar else batch_size
-    images = torch.randn(num_images, 3, tokenizer.image_size, tokenizer.image_size).clamp(-1, 1)
+    images = random_images(batch_size // 2 if is_rar else batch_size, tokenizer, device)
 
     def encode_and_step() -> None:
         with torch.no_grad():
@@ -156,71 +157,62 @@ def generator_step(
     return encode_and_step
 
 
-def build_step(name: str, side: str, autocast: bool, batch_size: int, threads: int) -> Step:
+def build_step(
+    name: str, side: str, dtype: torch.dtype, batch_size: int, threads: int, device: str = "cpu", tiny: bool = False
+) -> Step:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    if side.startswith("ours"):
+    if side.startswith("ours") and device == "cpu":
         keep_freed_memory()
+    autocast, tokenizer = dtype is torch.bfloat16, tokenizer_config(tiny)
     if name == "tokenizer":
         # ViT-S/16 of DINO
         judge_config = ViTConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536)
-        return tokenizer_step(side, autocast, batch_size, VFMTokConfig(), judge_config)
-    config = VFMTokARConfig.from_variant("B") if name == "AR-B" else VFMTokRARConfig(**RAR_B)
-    return generator_step(side, autocast, batch_size, config, VFMTokConfig())
+        return tokenizer_step(side, autocast, batch_size, tokenizer, judge_config, device)
+    return generator_step(side, autocast, batch_size, generator_config(name, tiny), tokenizer, device)
 
 
-def measure(name: str, names: Sequence[str], dtype: str, batch_size: int, runs: int) -> list[dict[str, object]]:
-    """Rows of the sides `names` of the model `name`."""
-    threads = torch.get_num_threads()
-    sides = {side: SideProcess(build_step, name, side, dtype == "bfloat16", batch_size, threads) for side in names}
-    seconds = alternate(sides, runs)
-    for process in sides.values():
-        process.close()
-    peaks = {side: in_fresh_process(__file__, "--peak-of", name, side, dtype, batch_size, threads) for side in seconds}
+def measure(name: str, dtype: torch.dtype, batch_size: int, arguments: argparse.Namespace) -> list[dict[str, object]]:
+    """A row for each side of the model `name`."""
+    build = partial(build_step, name)
+    inputs = (dtype, batch_size, arguments.threads, arguments.device, arguments.tiny)
+    names = [*SIDES[name], *([COMPILED] if arguments.compile else [])]
+    names = [side for side in names if side == "straightforward" or side in (arguments.only or names)]
+    sides = {side: SideProcess(build, side, *inputs, device=arguments.device) for side in names}
+    seconds = alternate(sides, arguments.runs)
+    peaks = {side: process.close() for side, process in sides.items()}
     return [
         {
             "model": name,
-            "dtype": dtype,
-            "threads": threads,
+            "dtype": name_of(dtype),
+            "threads": arguments.threads,
             "batch": batch_size,
             "side": side,
-            "seconds per step": f"{time:.2f}",
-            "peak GB": f"{peaks[side]['bytes'] / 1e9:.2f}",
+            "seconds per step": f"{time:.3f}" if arguments.device == "cuda" else f"{time:.2f}",
+            "peak GB": f"{peaks[side] / 1e9:.2f}",
             "times straightforward": f"{seconds['straightforward'] / time:.2f}",
         }
         for side, time in seconds.items()
     ]
 
 
-def print_peak(name: str, side: str, dtype: str, batch_size: str, threads: str) -> None:
-    step = build_step(name, side, dtype == "bfloat16", int(batch_size), int(threads))
-    for _ in range(2):
-        step()
-    print(json.dumps({"bytes": memory("VmHWM")}))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
     parser.add_argument("--models", choices=SIDES, nargs="+", default=list(SIDES))
-    parser.add_argument("--dtypes", choices=["float32", "bfloat16"], nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--dtypes", choices=["float32", "bfloat16"], nargs="+", help="default: what the machine has")
     parser.add_argument(
         "--batch-size", type=int, help="default: 1 for the tokenizer, 4 sequences for the generators; even for RAR"
     )
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--compile", action="store_true", help="measure the scripts' --compile true as well")
-    parser.add_argument("--peak-of", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--only", nargs="+", help="sides to measure besides the straightforward one")
+    add_machine_options(parser)
     arguments = parser.parse_args()
-    if arguments.peak_of:
-        print_peak(*arguments.peak_of)
-        return
     torch.set_num_threads(arguments.threads)
-    print(machine())
+    print(machine(arguments.device))
+    named = [getattr(torch, name) for name in arguments.dtypes or ()]
     for name in arguments.models:
-        for dtype in arguments.dtypes:
-            batch_size = arguments.batch_size or BATCH_SIZES[name]
-            sides = SIDES[name] + ((COMPILED,) if arguments.compile else ())
-            table = measure(name, sides, dtype, batch_size, arguments.runs)
+        for dtype in named or usable_dtypes(arguments.device):
+            table = measure(name, dtype, arguments.batch_size or BATCH_SIZES[name], arguments)
             show_table("training_step", table)
 
 

@@ -11,6 +11,14 @@ from vfmtok_hf import VFMTokConfig, VFMTokModel
 
 
 REFERENCE = Path(__file__).parent / "fixtures" / "reference"
+# What the shapes of the reference's tiny checkpoints cannot tell.
+REFERENCE_TOKENIZER_CONFIG = {
+    "encoder_num_heads": 8,
+    "decoder_num_heads": 4,
+    "decoder_dropout": 0.0,
+    "vision_config": {"num_attention_heads": 2},
+}
+REFERENCE_AR_CONFIG = {"num_attention_heads": 4, "num_image_tokens": 16}
 
 TINY_VISION_CONFIG = {
     "model_type": "dinov2_with_registers",

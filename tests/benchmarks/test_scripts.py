@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.testing import tiny_config
 from vfmtok_hf import DEFAULT_CHECKPOINT, VFMTokARConfig
@@ -20,9 +21,9 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 @pytest.fixture(autouse=True)
 def benchmarks(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(BENCHMARKS)
-    import measuring
+    import result_tables
 
-    monkeypatch.setattr(measuring, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(result_tables, "RESULTS", tmp_path / "results")
 
 
 def table_of(tmp_path, name):
@@ -47,9 +48,8 @@ def test_a_side_runs_in_its_own_process(tmp_path):
     from measuring import SideProcess
 
     side = SideProcess(partial, shutil.copyfile, "/proc/self/stat")
-    for name in ("first", "second"):
-        side(tmp_path / name)
-    side.close()
+    assert all(side(tmp_path / name) > 0 for name in ("first", "second"))
+    assert side.close() > 2**20
     assert not side.process.is_alive()
     processes = {int((tmp_path / name).read_text().split()[0]) for name in ("first", "second")}
     assert processes == {side.process.pid} != {os.getpid()}
@@ -62,6 +62,17 @@ def test_preprocessing_and_peaks_of_images(tmp_path, capsys):
     assert len(table_of(tmp_path, "preprocessing")) == 2 + 4
     images.print_peak("decode", "packed float32", 2, tiny_config())
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["bytes"] >= 0
+
+
+def test_images_without_products_of_bfloat16(tmp_path, monkeypatch):
+    """As on a CPU that stops at AVX2, where oneDNN refuses them."""
+    import images
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert images.graph_sides("cpu") == ["straightforward float32", "packed float32", "packed float32, kernel"]
+    assert images.memory_sides() == ["straightforward float32", "packed float32"]
+    images.measure_preprocessing(1, 1, tiny_config())
+    assert "encode, packed float32" in table_of(tmp_path, "preprocessing")[2]
 
 
 def test_scaling(tmp_path, monkeypatch):

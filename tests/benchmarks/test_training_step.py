@@ -79,14 +79,13 @@ def test_next_token_losses_are_equal():
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("kind", ["ar", "rar"])
-def test_generator_steps_train(kind, autocast, monkeypatch):
+def test_generator_steps_train(kind, autocast):
     import training_step
 
     config = {"ar": tiny_ar, "rar": tiny_rar}[kind]().config
-    monkeypatch.setattr(training_step, "VFMTokConfig", tiny_config)
     for side in training_step.SIDES[f"{kind.upper()}-B"]:
         tokenizer = tiny_config(num_anchors=config.num_image_tokens, codebook_size=config.codebook_size)
-        step = training_step.generator_step(side, autocast, 2, config, tokenizer)
+        step = training_step.generator_step(side, autocast, 2, config, tokenizer, "cpu")
         step()
         step()
 
@@ -97,6 +96,6 @@ def test_tokenizer_steps_train(side, monkeypatch):
 
     monkeypatch.setattr(training_step, "random_lpips", lambda dropout: Distance())
     monkeypatch.setattr(training_step, "OriginalLPIPS", lambda distance: distance)
-    step = training_step.tokenizer_step(side, True, 2, tiny_config(), JUDGE)
+    step = training_step.tokenizer_step(side, True, 2, tiny_config(), JUDGE, "cpu")
     step()
     step()

@@ -17,7 +17,7 @@ from tests.modeling.generators import (
     tiny_ar,
     tiny_batch,
 )
-from tests.testing import REFERENCE, reference_tensors
+from tests.testing import REFERENCE, REFERENCE_AR_CONFIG, reference_tensors
 from vfmtok_hf.conversion import convert_ar, export_original_ar
 from vfmtok_hf.cpu.packing import pack_weights
 from vfmtok_hf.modeling import generation_vfmtok
@@ -41,9 +41,7 @@ def converted(tmp_path_factory):
     folders = {}
     for weights in ("ema", "model"):
         folders[weights] = tmp_path_factory.mktemp("ar") / weights
-        # What no shape tells: the original's argument file is not part of a converted checkpoint.
-        sizes = {"num_attention_heads": 4, "num_image_tokens": 16}
-        convert_ar(REFERENCE / "gpt" / "gpt.pt", folders[weights], weights=weights, config=sizes)
+        convert_ar(REFERENCE / "gpt" / "gpt.pt", folders[weights], weights=weights, config=REFERENCE_AR_CONFIG)
     return lambda weights: VFMTokARForImageGeneration.from_pretrained(folders[weights]).eval()
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.testing import REFERENCE, reference_images, reference_tensors
+from tests.testing import REFERENCE, REFERENCE_TOKENIZER_CONFIG, reference_images, reference_tensors
 from vfmtok_hf import VFMTokImageProcessor, VFMTokModel
 from vfmtok_hf.conversion import convert_tokenizer, export_original_tokenizer
 from vfmtok_hf.cpu import training as cpu_training
@@ -27,13 +27,6 @@ from vfmtok_hf.training.train_tokenizer import set_up_layers
 
 
 BATCHES = {"b336": ("b336_0", "b336_1"), "b256": ("b256_0", "b256_1")}
-# What the shapes of the tiny checkpoint cannot tell.
-CONFIG = {
-    "encoder_num_heads": 8,
-    "decoder_num_heads": 4,
-    "decoder_dropout": 0.0,
-    "vision_config": {"num_attention_heads": 2},
-}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +44,7 @@ def folders(tmp_path_factory):
             folders[weights],
             vision_checkpoint=REFERENCE / "tokenizer" / "backbone.pt",
             weights=weights,
-            config=CONFIG,
+            config=REFERENCE_TOKENIZER_CONFIG,
         )
     return folders
 

@@ -1,0 +1,59 @@
+"""Models with random weights: at the released sizes, or `tiny`, at those of the checkpoint in the package, for a trial."""
+
+from pathlib import Path
+
+import torch
+
+from vfmtok_hf import (
+    DEFAULT_CHECKPOINT,
+    VFMTokARConfig,
+    VFMTokARForImageGeneration,
+    VFMTokConfig,
+    VFMTokModel,
+    VFMTokRARConfig,
+    VFMTokRARForImageGeneration,
+)
+
+
+GeneratorConfig = VFMTokARConfig | VFMTokRARConfig
+Generator = VFMTokARForImageGeneration | VFMTokRARForImageGeneration
+MODEL_CLASSES = {VFMTokARConfig: VFMTokARForImageGeneration, VFMTokRARConfig: VFMTokRARForImageGeneration}
+# The paper has no RAR of this size.
+RAR_B = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+SIZES = ("codebook_size", "num_classes", "num_image_tokens", "intermediate_size")
+SIZES += ("hidden_size", "num_hidden_layers", "num_attention_heads")
+
+
+def tokenizer_config(tiny: bool = False) -> VFMTokConfig:
+    """DINOv2-L at 336 x 336, the released model."""
+    if not tiny:
+        return VFMTokConfig()
+    # The checkpoint has no registers, without which the restated original does not work.
+    config = VFMTokConfig.from_pretrained(Path(DEFAULT_CHECKPOINT, "vq_model"), num_register_tokens=1)
+    config.dtype = config.vision_config.dtype = torch.float32
+    return config
+
+
+def generator_config(name: str, tiny: bool = False) -> GeneratorConfig:
+    """`name` as in AR-B or RAR-L; a tiny one has the family of its name."""
+    family, variant = name.split("-")
+    config_class = {"AR": VFMTokARConfig, "RAR": VFMTokRARConfig}[family]
+    if tiny:
+        checkpoint = VFMTokARConfig.from_pretrained(Path(DEFAULT_CHECKPOINT, "transformer"))
+        return config_class(**{field: getattr(checkpoint, field) for field in SIZES})
+    return config_class(**RAR_B) if name == "RAR-B" else config_class.from_variant(variant)
+
+
+def random_tokenizer(config: VFMTokConfig, device: str = "cpu") -> VFMTokModel:
+    torch.manual_seed(0)
+    with torch.device(device):
+        return VFMTokModel(config).eval()
+
+
+def random_generator(config: GeneratorConfig, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Generator:
+    """The head is initialized to zeros, which would draw all tokens alike: it gets random weights as well."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = MODEL_CLASSES[type(config)](config).eval()
+    torch.nn.init.normal_(model.lm_head.weight, std=0.02)
+    return model.to(dtype)
