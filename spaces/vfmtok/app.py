@@ -4,6 +4,7 @@ The page: pictures from class labels, with and without guidance, and a look insi
 Run it with `python app.py`. `VFMTOK_MODEL` names another pipeline, a folder or a repository on the Hub.
 """
 
+import os
 from collections.abc import Iterator
 
 import gradio as gr
@@ -11,12 +12,12 @@ import PIL.Image
 
 from inspection import decode_tokens, inspect
 from model import gpu
-from neighbours import EXAMPLES, nearest
+from neighbors import EXAMPLES, nearest
 from pictures import picture_upload
-from sampling import draw, draw_at_once
+from sampling import generate_at_once, generate_stepwise
 from settings import DEFAULT_LABEL, RANGES, Settings, class_choices, random_seed
 from theme import STYLE, THEME, template
-from views import comparison_view, drawing_view, neighbours_view, page_facts, picture_captions
+from views import comparison_view, generation_view, neighbors_view, page_facts, picture_captions
 
 
 HISTORY = 24
@@ -46,11 +47,11 @@ def generate(
     settings = Settings.checked(
         label, images=images, seed=seed, temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance
     )
-    for drawing in draw(settings):
-        yield drawing_view(settings, drawing), gr.skip(), gr.skip()
-    pictures = list(zip(drawing.pictures, picture_captions(settings), strict=True))
+    for generation in generate_stepwise(settings):
+        yield generation_view(settings, generation), gr.skip(), gr.skip()
+    pictures = list(zip(generation.pictures, picture_captions(settings), strict=True))
     history = (pictures + history)[:HISTORY]
-    yield drawing_view(settings, drawing), history, history
+    yield generation_view(settings, generation), history, history
 
 
 @gpu
@@ -58,7 +59,7 @@ def compare(label: str, images: int, seed: int, guidance: float) -> dict:
     """The same class and seeds without and with guidance."""
     plain = Settings.checked(label, images=images, seed=seed)
     guided = Settings.checked(label, images=images, seed=seed, guidance=guidance)
-    return comparison_view(plain, draw_at_once(plain), guided, draw_at_once(guided))
+    return comparison_view(plain, generate_at_once(plain), guided, generate_at_once(guided))
 
 
 @gpu
@@ -82,7 +83,7 @@ def decode_edit(event: gr.EventData) -> dict:
 @gpu
 def find_nearest(picture: PIL.Image.Image | None) -> dict | None:
     """The nearest examples of a picture."""
-    return None if picture is None else neighbours_view(nearest(picture))
+    return None if picture is None else neighbors_view(nearest(picture))
 
 
 def first_picture(picture: PIL.Image.Image | None) -> str | dict:
@@ -141,37 +142,39 @@ def generate_tab(page: gr.Blocks) -> None:
                 top_k = number_slider("top_k", "Top-k", info="0 is off.")
                 top_p = number_slider("top_p", "Top-p", info="1 is off.")
             with gr.Row():
-                start = gr.Button("Draw", variant="primary", scale=2, min_width=120)
+                start = gr.Button("Generate", variant="primary", scale=2, min_width=120)
                 stop = gr.Button("Stop", min_width=80)
             link = gr.Textbox(
                 label="Link to these settings", buttons=["copy"], interactive=False, visible=False, elem_id="link"
             )
             share = gr.Button("Copy a link to these settings", size="sm")
         with gr.Column(scale=4, min_width=300):
-            sheet = gr.HTML(html_template=template("drawing.html"), js_on_load=None, elem_id="drawing")
+            sheet = gr.HTML(html_template=template("generation.html"), js_on_load=None, elem_id="generation")
             gallery = gr.Gallery(
-                label="Drawn so far", format="png", height="auto", object_fit="contain", show_label=False,
+                label="Generated so far", format="png", height="auto", object_fit="contain", show_label=False,
                 container=False, buttons=["download", "fullscreen"], interactive=False,
-                elem_classes="vt-gallery vt-drawn",
+                elem_classes="vt-gallery vt-generated",
             )  # fmt: skip
     history = gr.State([], time_to_live=3600)
     form = [label, images, seed, temperature, top_k, top_p, guidance]
-    drawing = start.click(generate, [*form, history], [sheet, gallery, history], show_progress="hidden", **MODEL_EVENT)
-    stop.click(None, cancels=drawing)
+    generation = start.click(
+        generate, [*form, history], [sheet, gallery, history], show_progress="hidden", **MODEL_EVENT
+    )
+    stop.click(None, cancels=generation)
     share.click(None, form, link, js=LINK).then(lambda: gr.update(visible=True), outputs=link, **QUIET)
     # In the queue, for warnings reach the page only from there.
     page.load(settings_of_link, outputs=form, show_progress="hidden", api_visibility="private")
 
 
 def guidance_tab() -> None:
-    """Two drawings beside each other."""
+    """The same seeds without and with guidance, beside each other."""
     with gr.Tab("Guidance"), gr.Row():
         with gr.Column(scale=2, min_width=300):
             label = class_picker()
             images = number_slider("images", "Pictures", value=1)
             seed = seed_with_dice()
             guidance = number_slider("guidance", "Guidance of the second side", value=2)
-            start = gr.Button("Draw both", variant="primary")
+            start = gr.Button("Generate both", variant="primary")
         with gr.Column(scale=4, min_width=300):
             sides = gr.HTML(html_template=template("comparison.html"), js_on_load=None, elem_id="comparison")
     start.click(compare, [label, images, seed, guidance], sides, show_progress="minimal", **MODEL_EVENT)
@@ -191,14 +194,14 @@ def inspector_tab() -> None:
             )
     tab.select(first_picture, picture, picture, **QUIET)
     picture.change(look_inside, picture, inspector, show_progress="minimal", **MODEL_EVENT)
-    inspector.tokens_changed(
+    inspector.input(
         decode_edit, outputs=inspector, show_progress="hidden", trigger_mode="always_last", api_visibility="private",
         **MODEL_EVENT,
     )  # fmt: skip
 
 
 def nearest_tab() -> None:
-    """An upload or an example, and its neighbours."""
+    """An upload or an example, and its neighbors."""
     with gr.Tab("Nearest") as tab, gr.Row():
         with gr.Column(scale=2, min_width=260):
             picture = picture_upload(height=240, elem_classes="vt-upload", elem_id="query")
@@ -207,10 +210,10 @@ def nearest_tab() -> None:
                 interactive=False, object_fit="contain", buttons=[], elem_classes="vt-gallery vt-pool",
             )  # fmt: skip
         with gr.Column(scale=5, min_width=320):
-            neighbours = gr.HTML(html_template=template("neighbours.html"), js_on_load=None, elem_id="neighbours")
+            neighbors = gr.HTML(html_template=template("neighbors.html"), js_on_load=None, elem_id="neighbors")
     tab.select(first_picture, picture, picture, **QUIET)
     gallery.select(chosen_example, outputs=picture, **QUIET)
-    picture.change(find_nearest, picture, neighbours, show_progress="minimal", **MODEL_EVENT)
+    picture.change(find_nearest, picture, neighbors, show_progress="minimal", **MODEL_EVENT)
 
 
 def build_page() -> gr.Blocks:
@@ -227,6 +230,8 @@ def build_page() -> gr.Blocks:
 
 
 if __name__ == "__main__":
+    # Newer releases of gradio would keep what visitors do in their browsers; older ones have no such argument of launch.
+    os.environ.setdefault("GRADIO_RUN_HISTORY", "False")
     build_page().launch(
-        theme=THEME, css_paths=STYLE, max_file_size="10mb", footer_links=["api", "gradio"], run_history=False
+        theme=THEME, css_paths=STYLE, max_file_size="10mb", footer_links=["api", "gradio"]
     )  # fmt: skip

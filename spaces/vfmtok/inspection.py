@@ -4,6 +4,8 @@ import gradio as gr
 import PIL.Image
 import torch
 
+from vfmtok_hf.data.statistics import psnr
+
 from model import CODEBOOK_SIZE, GRID_SIZE, NUM_TOKENS, PIPE
 from pictures import data_url, pixel_values_of
 from sampling import blank_tokens
@@ -25,6 +27,7 @@ def inspect(picture: PIL.Image.Image) -> dict:
     pixel_values = pixel_values_of(picture)
     encoded = PIPE.vq_model.encode(pixel_values, output_sampling_locations=True)
     reconstruction = PIPE.vq_model.decode(image_tokens=encoded.image_tokens).reconstruction
+    eight_bit = (PIPE.image_processor.postprocess(images, "pt") for images in (pixel_values, reconstruction))
     _, _, _, levels, points_per_level, _ = encoded.sampling_locations[-1].shape
     # (1, tokens, heads, levels, points, 2) -> tokens, places, 2
     locations = encoded.sampling_locations[-1][0].flatten(1, 3)
@@ -40,7 +43,7 @@ def inspect(picture: PIL.Image.Image) -> dict:
         "levels": levels,
         "points_per_level": points_per_level,
         "spread": weight_outside_own_cell(locations, weights),
-        "psnr": psnr(pixel_values, reconstruction),
+        "psnr": psnr(*eight_bit, data_range=1).item(),
         "original": to_url(pixel_values),
         "reconstruction": to_url(reconstruction),
     }
@@ -52,12 +55,6 @@ def weight_outside_own_cell(locations: torch.Tensor, weights: torch.Tensor) -> f
     own = torch.arange(NUM_TOKENS, device=locations.device)[:, None]
     outside = (cells[..., 0] != own % GRID_SIZE) | (cells[..., 1] != own // GRID_SIZE)
     return float((weights * outside).sum() / weights.sum())
-
-
-def psnr(pixel_values: torch.Tensor, reconstruction: torch.Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of the 8-bit pictures."""
-    original, decoded = (PIPE.image_processor.postprocess(images, "pt") for images in (pixel_values, reconstruction))
-    return float(-10 * (original - decoded).square().mean().log10())
 
 
 def to_url(pixel_values: torch.Tensor) -> str:

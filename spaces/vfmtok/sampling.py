@@ -16,17 +16,17 @@ from settings import Settings
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """Pictures as far as they are drawn."""
+class Generation:
+    """Pictures as far as they are generated."""
 
     pictures: list[PIL.Image.Image]
-    tokens_drawn: int  # of each picture
+    tokens_generated: int  # of each picture
     seconds: float  # spent on sampling tokens; turning them into pictures is not counted
 
     @property
     def tokens_per_second(self) -> float:
         """Over all pictures."""
-        return len(self.pictures) * self.tokens_drawn / self.seconds
+        return len(self.pictures) * self.tokens_generated / self.seconds
 
 
 class Stopwatch:
@@ -48,14 +48,14 @@ class Stopwatch:
 
 @cache
 def blank_tokens() -> torch.Tensor:
-    """Image tokens of a white picture, `(num_tokens,)`: what is not drawn yet looks like paper."""
+    """Image tokens of a white picture, `(num_tokens,)`: what is not known yet looks like paper."""
     return PIPE.tokenize(PIL.Image.new("RGB", (64, 64), "white"))[0]
 
 
-def draw_on_paper(image_tokens: torch.Tensor, tokens_drawn: int) -> list[PIL.Image.Image]:
-    """Pictures of `(batch_size, num_tokens)` image tokens of which the first `tokens_drawn` are known."""
+def decode_on_paper(image_tokens: torch.Tensor, tokens_generated: int) -> list[PIL.Image.Image]:
+    """Pictures of `(batch_size, num_tokens)` image tokens of which the first `tokens_generated` are known."""
     paper = blank_tokens().expand_as(image_tokens)
-    return PIPE.detokenize(torch.cat([image_tokens[:, :tokens_drawn], paper[:, tokens_drawn:]], dim=1))
+    return PIPE.detokenize(torch.cat([image_tokens[:, :tokens_generated], paper[:, tokens_generated:]], dim=1))
 
 
 def sample(settings: Settings, callback: Callable[[int, torch.Tensor], bool | None] | None = None) -> torch.Tensor:
@@ -73,42 +73,44 @@ def sample(settings: Settings, callback: Callable[[int, torch.Tensor], bool | No
     )
 
 
-def draw(settings: Settings) -> Iterator[Drawing]:
+def generate_stepwise(settings: Settings) -> Iterator[Generation]:
     """
     Pictures after each row of tokens, whole at the end. Closing the iterator stops the sampling.
 
     Sampling pushes tokens and a page pulls pictures, hence the thread between them.
     """
-    drawings: queue.SimpleQueue[Drawing | None] = queue.SimpleQueue()
+    generations: queue.SimpleQueue[Generation | None] = queue.SimpleQueue()
     stopped = threading.Event()
     watch = Stopwatch()
 
     def on_token(step: int, image_tokens: torch.Tensor) -> bool:
-        tokens_drawn = step + 1
-        if tokens_drawn % GRID_SIZE == 0 or tokens_drawn == NUM_TOKENS:
+        tokens_generated = step + 1
+        if tokens_generated % GRID_SIZE == 0 or tokens_generated == NUM_TOKENS:
             watch.pause()
-            drawings.put(Drawing(draw_on_paper(image_tokens, tokens_drawn), tokens_drawn, watch.seconds))
+            generations.put(
+                Generation(decode_on_paper(image_tokens, tokens_generated), tokens_generated, watch.seconds)
+            )
             watch.start()
         return not stopped.is_set()
 
     with ThreadPoolExecutor(max_workers=1) as executor:
         watch.start()
         sampling = executor.submit(sample, settings, on_token)
-        sampling.add_done_callback(lambda _: drawings.put(None))
+        sampling.add_done_callback(lambda _: generations.put(None))
         try:
-            while (drawing := drawings.get()) is not None:
-                yield drawing
+            while (generation := generations.get()) is not None:
+                yield generation
         finally:
             stopped.set()
         sampling.result()
 
 
-def draw_at_once(settings: Settings) -> Drawing:
+def generate_at_once(settings: Settings) -> Generation:
     """The same pictures, timed without pauses."""
     watch = Stopwatch()
-    # What the first steps of a process or of a batch size set up is not the time of drawing.
+    # What the first steps of a process or of a batch size set up is not the time of generation.
     sample(settings, callback=lambda step, image_tokens: step < 2)
     watch.start()
     image_tokens = sample(settings)
     watch.pause()
-    return Drawing(PIPE.detokenize(image_tokens), NUM_TOKENS, watch.seconds)
+    return Generation(PIPE.detokenize(image_tokens), NUM_TOKENS, watch.seconds)

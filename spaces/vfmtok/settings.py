@@ -42,7 +42,7 @@ def means_class(name: str, class_id: int) -> bool:
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of one drawing. `top_k` 0, `top_p` 1 and `guidance` 1 are off."""
+    """Settings of one generation. `top_k` 0, `top_p` 1 and `guidance` 1 are off."""
 
     label: str
     images: int = 4

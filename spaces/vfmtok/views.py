@@ -2,7 +2,7 @@
 
 from model import GRID_SIZE, NUM_TOKENS, PIPE
 from pictures import data_url
-from sampling import Drawing
+from sampling import Generation
 from settings import Settings
 
 
@@ -19,50 +19,56 @@ def page_facts() -> dict:
     }
 
 
-def drawing_view(settings: Settings, drawing: Drawing) -> dict:
+def generation_view(settings: Settings, generation: Generation) -> dict:
     """Pictures with captions, and the numbers below them."""
     captions = picture_captions(settings)
     return {
         "pictures": [
             {"url": data_url(picture), "caption": caption, "file": f"{caption.replace(' ', '-')}.png"}
-            for picture, caption in zip(drawing.pictures, captions, strict=True)
+            for picture, caption in zip(generation.pictures, captions, strict=True)
         ],
-        "whole": drawing.tokens_drawn == NUM_TOKENS,
-        "percent": round(100 * drawing.tokens_drawn / NUM_TOKENS),
-        "tokens": f"{drawing.tokens_drawn} / {NUM_TOKENS}",
-        "rate": f"{drawing.tokens_per_second:,.0f}",
-        "seconds": f"{drawing.seconds:.2f}",
+        "whole": generation.tokens_generated == NUM_TOKENS,
+        "percent": round(100 * generation.tokens_generated / NUM_TOKENS),
+        "tokens": f"{generation.tokens_generated} / {NUM_TOKENS}",
+        "rate": f"{generation.tokens_per_second:,.0f}",
+        "seconds": f"{generation.seconds:.2f}",
         "passes": 2 if settings.guidance > 1 else 1,
     }
 
 
 def picture_captions(settings: Settings) -> list[str]:
-    """Class and seed of each picture; seeds of one drawing follow each other."""
+    """Class and seed of each picture; seeds of one generation follow each other."""
     name = PIPE.id2label[settings.class_id].split(",")[0]
     return [f"{name} {settings.seed + picture}" for picture in range(settings.images)]
 
 
-def comparison_view(plain: Settings, plain_drawing: Drawing, guided: Settings, guided_drawing: Drawing) -> dict:
-    """Two drawings beside each other, and one sentence."""
-    longer = max(plain_drawing.seconds, guided_drawing.seconds)
+def comparison_view(
+    plain: Settings, plain_generation: Generation, guided: Settings, guided_generation: Generation
+) -> dict:
+    """Two generations beside each other, and one sentence."""
+    longer = max(plain_generation.seconds, guided_generation.seconds)
     sides = [
-        {"title": title, "drawing": drawing_view(settings, drawing), "share": round(100 * drawing.seconds / longer)}
-        for title, settings, drawing in (
-            ("Without guidance", plain, plain_drawing),
-            (f"Guidance {guided.guidance:g}", guided, guided_drawing),
+        {
+            "title": title,
+            "generation": generation_view(settings, generation),
+            "share": round(100 * generation.seconds / longer),
+        }
+        for title, settings, generation in (
+            ("Without guidance", plain, plain_generation),
+            (f"Guidance {guided.guidance:g}", guided, guided_generation),
         )
     ]
-    factor = guided_drawing.seconds / plain_drawing.seconds
+    factor = guided_generation.seconds / plain_generation.seconds
     return {
         "sides": sides,
         "summary": f"Guidance took {factor:.1f} times as long here. Same seeds, same sampling settings.",
     }
 
 
-def neighbours_view(neighbours: dict) -> dict:
-    """The neighbours, with a veil over the cells that are not shared."""
-    shared = [{**neighbour, "mask": veil(set(neighbour["cells"]))} for neighbour in neighbours["shared"]]
-    return {**neighbours, "shared": shared}
+def neighbors_view(neighbors: dict) -> dict:
+    """The neighbors, with a veil over the cells that are not shared."""
+    shared = [{**neighbor, "mask": veil(set(neighbor["cells"]))} for neighbor in neighbors["shared"]]
+    return {**neighbors, "shared": shared}
 
 
 def veil(open_cells: set[int]) -> str:

@@ -5,13 +5,8 @@ import torch
 
 from tests.evaluation.folders import write_images
 from tests.pipelines.tiny_pipeline import tiny_pipeline
-from vfmtok_hf.evaluation.tokens import (
-    AnchorTracker,
-    codebook_statistics,
-    entropy_bits,
-    evaluate_tokens,
-    token_count_remarks,
-)
+from vfmtok_hf.data.statistics import entropy_bits
+from vfmtok_hf.evaluation.tokens import AnchorTracker, evaluate_tokens, token_count_remarks
 
 
 SIDE = 3
@@ -28,15 +23,8 @@ def tracked(offsets: torch.Tensor):
     return tracker.statistics()
 
 
-def test_codebook_statistics_of_known_counts():
-    uniform = codebook_statistics(torch.tensor([5, 5, 5, 5, 0, 0, 0, 0]))
-    assert (uniform.usage, uniform.entropy, uniform.perplexity) == (0.5, pytest.approx(2), pytest.approx(4))
-    assert codebook_statistics(torch.tensor([7, 0])).perplexity == 1
-    assert entropy_bits(torch.tensor([[1, 1], [3, 0]])).tolist() == [1, 0]
-
-
 def test_usage_of_few_tokens_is_remarked_on():
-    """40 tokens for 4 codes are ten a code; of 39, evenly drawn, the share of codes that stay unseen is not below 0.01 %."""
+    """40 tokens for 4 codes are ten a code; of 39, evenly sampled, the share of codes that stay unseen is not below 0.01 %."""
     assert token_count_remarks(torch.tensor([10, 10, 10, 10])) == []
     (remark,) = token_count_remarks(torch.tensor([10, 10, 10, 9]))
     assert "39 tokens for 4 codes" in remark

@@ -25,8 +25,8 @@ def new_client(space):
 
 
 def generate(client, label, seed, images=1, **changes):
-    drawing, _ = client.predict(label, images, seed, *{**SETTINGS, **changes}.values(), api_name="/generate")
-    return [picture["url"] for picture in drawing["pictures"]]
+    generation, _ = client.predict(label, images, seed, *{**SETTINGS, **changes}.values(), api_name="/generate")
+    return [picture["url"] for picture in generation["pictures"]]
 
 
 def upload(path):
@@ -40,14 +40,14 @@ def decoded(url: str) -> PIL.Image.Image:
 def test_pictures_stream_while_they_grow(client):
     job = client.submit("heart", 2, 0, *SETTINGS.values(), api_name="/generate")
     job.result()
-    drawings = [drawing for drawing, _ in job.outputs()]
-    assert len(drawings) > 3
-    shares = [drawing["percent"] for drawing in drawings]
+    generations = [generation for generation, _ in job.outputs()]
+    assert len(generations) > 3
+    shares = [generation["percent"] for generation in generations]
     assert shares == sorted(shares)
-    assert [drawing["whole"] for drawing in drawings[:-2]] == [False] * (len(drawings) - 2)
-    assert (drawings[-1]["tokens"], drawings[-1]["whole"], drawings[-1]["passes"]) == ("144 / 144", True, 1)
-    assert [picture["caption"] for picture in drawings[-1]["pictures"]] == ["heart 0", "heart 1"]
-    assert decoded(drawings[-1]["pictures"][0]["url"]).size == (64, 64)
+    assert [generation["whole"] for generation in generations[:-2]] == [False] * (len(generations) - 2)
+    assert (generations[-1]["tokens"], generations[-1]["whole"], generations[-1]["passes"]) == ("144 / 144", True, 1)
+    assert [picture["caption"] for picture in generations[-1]["pictures"]] == ["heart 0", "heart 1"]
+    assert decoded(generations[-1]["pictures"][0]["url"]).size == (64, 64)
 
 
 def test_the_gallery_keeps_what_a_session_drew_newest_first(space):
@@ -67,9 +67,9 @@ def test_two_visitors_at_once_get_what_each_gets_alone(space):
     assert alone[0] != alone[1]
 
 
-def test_both_sides_of_the_comparison_are_what_each_setting_draws(client):
+def test_both_sides_of_the_comparison_are_what_each_setting_generates(client):
     comparison = client.predict("smiley", 1, 3, 2.0, api_name="/compare")
-    sides = [side["drawing"] for side in comparison["sides"]]
+    sides = [side["generation"] for side in comparison["sides"]]
     assert [side["passes"] for side in sides] == [1, 2]
     assert [side["pictures"][0]["url"] for side in sides] == [
         generate(client, "smiley", 3)[0],
@@ -88,15 +88,15 @@ def test_tokens_of_a_picture_decode_to_its_reconstruction(client):
 def test_the_nearest_of_an_example_are_others_of_its_kind(client):
     found = client.predict(upload(EXAMPLES / "heart_noto_1f9e1.png"), api_name="/find_nearest")
     assert {found[by][0]["name"] for by in ("shared", "embedding")} == {"heart"}
-    counts = [int(neighbour["score"].split()[0]) for neighbour in found["shared"]]
+    counts = [int(neighbor["score"].split()[0]) for neighbor in found["shared"]]
     assert counts == sorted(counts, reverse=True)
-    assert [len(neighbour["cells"]) for neighbour in found["shared"]] == counts
-    cosines = [float(neighbour["score"]) for neighbour in found["embedding"]]
+    assert [len(neighbor["cells"]) for neighbor in found["shared"]] == counts
+    cosines = [float(neighbor["score"]) for neighbor in found["embedding"]]
     assert cosines == sorted(cosines, reverse=True)
     assert cosines[0] < 0.999, "the picture itself is left out"
 
 
-def test_a_blank_picture_has_neighbours_too(client, tmp_path):
+def test_a_blank_picture_has_neighbors_too(client, tmp_path):
     PIL.Image.new("RGB", (64, 64), "white").save(tmp_path / "blank.png")
     found = client.predict(upload(tmp_path / "blank.png"), api_name="/find_nearest")
     assert len(found["shared"]) == len(found["embedding"]) == 6

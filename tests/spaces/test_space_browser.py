@@ -48,7 +48,7 @@ def visit(browser, space):
         page = context.new_page()
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(space.url + link)
-        expect(page.get_by_role("button", name="Draw", exact=True)).to_be_visible(timeout=PATIENCE)
+        expect(page.get_by_role("button", name="Generate", exact=True)).to_be_visible(timeout=PATIENCE)
         if seed := re.search(r"seed=(\d+)", link):  # the form follows the link only after it is shown
             expect(page.get_by_label("Seed").first).to_have_value(seed[1], timeout=PATIENCE)
         return page
@@ -93,14 +93,14 @@ def photograph(page, name):
 @pytest.mark.parametrize(("device", "settings"), [("laptop", LAPTOP), ("phone", PHONE)], ids=["laptop", "phone"])
 def test_every_tab_shows_its_result_within_the_page(device, settings, scheme, visit):
     page = visit("?label=heart&seed=8", **settings, color_scheme=scheme)
-    press(page, "Draw")
-    expect(page.locator(".vt-drawing a[download]")).to_have_count(4, timeout=PATIENCE)
-    expect(page.locator(".vt-drawn .thumbnail-item")).to_have_count(4)
+    press(page, "Generate")
+    expect(page.locator(".vt-generation a[download]")).to_have_count(4, timeout=PATIENCE)
+    expect(page.locator(".vt-generated .thumbnail-item")).to_have_count(4)
     assert fits_its_width(page)
     photograph(page, f"{device}-{scheme}-generate")
 
     show_tab(page, "Guidance")
-    press(page, "Draw both")
+    press(page, "Generate both")
     expect(page.locator(".vt-side img")).to_have_count(2, timeout=PATIENCE)
     assert fits_its_width(page)
     photograph(page, f"{device}-{scheme}-guidance")
@@ -126,13 +126,13 @@ def test_guidance_starts_off_and_classes_are_found_by_name(visit):
     page.keyboard.type("vehic")
     expect(page.get_by_role("option")).to_have_count(1)  # until then the list is the whole one
     page.get_by_role("option", name="car, vehicle, automobile").click()
-    press(page, "Draw")
-    expect(page.locator(".vt-drawing img").first).to_have_attribute("alt", "car 1", timeout=PATIENCE)
+    press(page, "Generate")
+    expect(page.locator(".vt-generation img").first).to_have_attribute("alt", "car 1", timeout=PATIENCE)
 
 
 def test_a_picture_grows_and_can_be_stopped(visit):
     page = visit("?images=8&seed=1")
-    press(page, "Draw")
+    press(page, "Generate")
     progress = page.get_by_role("progressbar")
     expect(progress).to_be_attached(timeout=PATIENCE)
     press(page, "Stop")
@@ -141,13 +141,13 @@ def test_a_picture_grows_and_can_be_stopped(visit):
     assert int(stopped_at) < 100
     page.wait_for_timeout(1000)
     assert progress.get_attribute("aria-valuenow") == stopped_at
-    press(page, "Draw")
+    press(page, "Generate")
     expect(progress).to_have_attribute("aria-valuenow", "100", timeout=PATIENCE)
 
 
 def test_a_picture_downloads(visit):
     page = visit("?label=clock&images=1&seed=4")
-    press(page, "Draw")
+    press(page, "Generate")
     with page.expect_download() as download:
         page.get_by_label("Download clock 4").click()
     assert download.value.suggested_filename == "clock-4.png"
@@ -179,7 +179,7 @@ def test_an_unknown_class_gets_a_suggestion(visit):
     page = visit()
     page.get_by_label("Class").first.fill("hart")
     page.keyboard.press("Enter")
-    press(page, "Draw")
+    press(page, "Generate")
     expect(page.get_by_test_id("toast-body")).to_contain_text("Did you mean 'heart'?", timeout=PATIENCE)
 
 
@@ -239,7 +239,7 @@ def test_uploads_are_inspected_and_damaged_ones_explained(visit, tmp_path):
     expect(page.get_by_test_id("toast-body")).to_contain_text("cannot be read as a picture", timeout=PATIENCE)
 
 
-def test_an_example_can_be_chosen_for_its_neighbours(visit):
+def test_an_example_can_be_chosen_for_its_neighbors(visit):
     page = visit()
     show_tab(page, "Nearest")
     expect(visible(page, ".vt-row img")).to_have_count(12, timeout=PATIENCE)

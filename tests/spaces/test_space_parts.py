@@ -183,27 +183,29 @@ def test_a_strip_of_a_picture_is_refused():
         pixel_values_of(PIL.Image.new("RGB", (2000, 4)))
 
 
-# -- drawing
+# -- generation
 
 
-def test_pictures_grow_row_by_row_into_what_the_pipeline_draws():
+def test_pictures_grow_row_by_row_into_what_the_pipeline_generates():
     from model import GRID_SIZE, NUM_TOKENS, PIPE
-    from sampling import draw
+    from sampling import generate_stepwise
     from settings import Settings
 
-    drawings = list(draw(Settings("clock", images=2, seed=3)))
-    assert [drawing.tokens_drawn for drawing in drawings] == list(range(GRID_SIZE, NUM_TOKENS + 1, GRID_SIZE))
-    assert all(later.seconds > earlier.seconds for earlier, later in zip(drawings, drawings[1:], strict=False))
+    generations = list(generate_stepwise(Settings("clock", images=2, seed=3)))
+    assert [generation.tokens_generated for generation in generations] == list(
+        range(GRID_SIZE, NUM_TOKENS + 1, GRID_SIZE)
+    )
+    assert all(later.seconds > earlier.seconds for earlier, later in zip(generations, generations[1:], strict=False))
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
     expected = PIPE("clock", num_images_per_label=2, temperature=0.9, top_k=100, generator=generators).images
-    assert [picture.tobytes() for picture in drawings[-1].pictures] == [picture.tobytes() for picture in expected]
+    assert [picture.tobytes() for picture in generations[-1].pictures] == [picture.tobytes() for picture in expected]
 
 
 def test_what_is_not_drawn_yet_is_blank_paper():
-    from sampling import draw
+    from sampling import generate_stepwise
     from settings import Settings
 
-    first = next(draw(Settings("heart", images=1)))
+    first = next(generate_stepwise(Settings("heart", images=1)))
     lower_half = np.asarray(first.pictures[0])[32:]
     assert lower_half.mean() > 250
 
@@ -224,9 +226,9 @@ def test_closing_a_drawing_stops_the_sampling(monkeypatch):
 
     monkeypatch.setattr(sampling, "sample", counting_sample)
     # The first picture takes a while, so that the sampling thread cannot be at its end when it is stopped.
-    drawing = sampling.draw(Settings("heart", images=8))
-    next(drawing)
-    drawing.close()
+    generation = sampling.generate_stepwise(Settings("heart", images=8))
+    next(generation)
+    generation.close()
     assert len(steps) < 144
 
 
@@ -239,7 +241,7 @@ def test_a_failure_while_sampling_reaches_the_visitor(monkeypatch):
 
     monkeypatch.setattr(sampling, "sample", failing_sample)
     with pytest.raises(RuntimeError, match="out of memory"):
-        list(sampling.draw(Settings("heart")))
+        list(sampling.generate_stepwise(Settings("heart")))
 
 
 # -- tokens
@@ -248,7 +250,7 @@ def test_a_failure_while_sampling_reaches_the_visitor(monkeypatch):
 def test_inspection_agrees_with_the_model():
     from inspection import UNITS, inspect
     from model import PIPE
-    from neighbours import EXAMPLES
+    from neighbors import EXAMPLES
 
     shown = inspect(PIL.Image.open(EXAMPLES[0]))
     pixel_values = PIPE.image_processor(PIL.Image.open(EXAMPLES[0]), return_tensors="pt")["pixel_values"]
@@ -272,9 +274,9 @@ def test_weight_in_the_own_cell_does_not_count_as_spread():
     from model import GRID_SIZE, NUM_TOKENS
 
     cells = torch.arange(NUM_TOKENS)
-    centres = (torch.stack([cells % GRID_SIZE, cells // GRID_SIZE], dim=-1) + 0.5) / GRID_SIZE
-    corner = torch.full_like(centres, -0.01)
-    locations = torch.stack([centres, corner], dim=1)
+    centers = (torch.stack([cells % GRID_SIZE, cells // GRID_SIZE], dim=-1) + 0.5) / GRID_SIZE
+    corner = torch.full_like(centers, -0.01)
+    locations = torch.stack([centers, corner], dim=1)
     weights = torch.tensor([0.75, 0.25]).expand(NUM_TOKENS, 2)
     assert weight_outside_own_cell(locations, weights) == pytest.approx(0.25)
 

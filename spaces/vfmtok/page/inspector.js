@@ -11,8 +11,8 @@ const HINTS = {
   erase: "Click or drag over tokens: they become those of blank paper.",
   swap: "Click two tokens to exchange them.",
 };
-// One colour per feature level, from fine to coarse; readable on emoji and in both themes.
-const LEVEL_COLOURS = ["#2f6bff", "#d6249f", "#00997a", "#7a3cff"];
+// One color per feature level, from fine to coarse; readable on emoji and in both themes.
+const LEVEL_COLORS = ["#2f6bff", "#d6249f", "#00997a", "#7a3cff"];
 
 let data = null;      // what is shown
 let tokens = [];      // the tokens as edited
@@ -58,9 +58,9 @@ function drawGridLines(context, side) {
   context.stroke();
 }
 
-function outline(context, side, cell, colour, width = 2) {
+function outline(context, side, cell, color, width = 2) {
   const size = side / data.grid;
-  context.strokeStyle = colour;
+  context.strokeStyle = color;
   context.lineWidth = width;
   context.strokeRect((cell % data.grid) * size, Math.floor(cell / data.grid) * size, size, size);
 }
@@ -68,7 +68,7 @@ function outline(context, side, cell, colour, width = 2) {
 function drawPoints(context, side, cell) {
   const flat = data.points[cell];
   const size = side / data.grid;
-  const centre = [((cell % data.grid) + 0.5) * size, (Math.floor(cell / data.grid) + 0.5) * size];
+  const center = [((cell % data.grid) + 0.5) * size, (Math.floor(cell / data.grid) + 0.5) * size];
   const places = [];
   for (let at = 0; at < flat.length; at += 3) {
     const level = Math.floor(at / 3 / data.points_per_level) % data.levels;
@@ -77,9 +77,9 @@ function drawPoints(context, side, cell) {
   const heaviest = Math.max(...places.map((place) => place.weight), 1);
   for (const { x, y, weight, level } of places) {
     const share = weight / heaviest;
-    context.strokeStyle = context.fillStyle = LEVEL_COLOURS[level % LEVEL_COLOURS.length];
+    context.strokeStyle = context.fillStyle = LEVEL_COLORS[level % LEVEL_COLORS.length];
     context.globalAlpha = 0.5 * share;
-    context.beginPath(); context.moveTo(...centre); context.lineTo(x, y); context.lineWidth = 1; context.stroke();
+    context.beginPath(); context.moveTo(...center); context.lineTo(x, y); context.lineWidth = 1; context.stroke();
     context.globalAlpha = share;
     context.beginPath(); context.arc(x, y, Math.max(side / 64, 4), 0, 2 * Math.PI); context.fill();
   }
@@ -170,7 +170,7 @@ function showIds() {
   const cell = active();
   [...find(".vt-ids").children].forEach((button, at) => {
     button.textContent = tokens[at];
-    // Neighbouring ids are unrelated: the golden angle gives them unrelated hues.
+    // Neighboring ids are unrelated: the golden angle gives them unrelated hues.
     button.style.setProperty("--hue", (tokens[at] * 137.508) % 360);
     button.classList.toggle("vt-active", at === cell);
     button.classList.toggle("vt-changed", tokens[at] !== data.tokens[at]);
@@ -208,7 +208,7 @@ function commit(next) {
 }
 
 function decode() {
-  if (changed().length) trigger("tokens_changed", { tokens });
+  if (changed().length) trigger("input", { tokens });
   else { pictures.edited = null; show(); }
 }
 
@@ -322,8 +322,8 @@ async function load() {
   pictures = { original, reconstruction, edited: null };
   pointed = null;
   held = Math.floor(data.grid / 2) * data.grid + Math.floor(data.grid / 2);
-  const used = LEVEL_COLOURS.slice(0, data.levels);
-  find('[data-text="legend"]').innerHTML = used.map((colour) => `<i style="background:${colour}"></i>`).join("") + " fine to coarse features; opacity is the weight";
+  const used = LEVEL_COLORS.slice(0, data.levels);
+  find('[data-text="legend"]').innerHTML = used.map((color) => `<i style="background:${color}"></i>`).join("") + " fine to coarse features; opacity is the weight";
   write("spread", `${Math.round(100 * data.spread)} % of the weight lies outside of the token's own cell. On a fixed grid it would be none.`);
   buildIds();
   drawHeatMaps();

@@ -6,7 +6,6 @@ in chunks, whole or not at all, so that a run cut off is continued by running it
 missing is generated, by any number of processes, and the result is the same.
 """
 
-import hashlib
 import json
 import zipfile
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from vfmtok_hf.data.fingerprints import weights_sha256
 from vfmtok_hf.data.image_sets import ImageSet, NpzImages, write_npz
 from vfmtok_hf.data.output_files import whole_file
 from vfmtok_hf.evaluation.features import FeatureExtractor, ProgressCallback, extract_features
@@ -78,13 +78,7 @@ def balanced_labels(num_samples: int, num_classes: int) -> torch.Tensor:
 
 def model_fingerprint(pipe: VFMTokPipeline) -> str:
     """Changes with any weight of the generator or the tokenizer's decoder side."""
-    digest = hashlib.sha256()
-    for model in (pipe.transformer, pipe.vq_model):
-        for name, tensor in sorted(model.state_dict().items()):
-            if not name.startswith("vision_model."):
-                digest.update(name.encode())
-                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return weights_sha256(pipe.transformer, pipe.vq_model, skip=("vision_model.",))
 
 
 class SampleFolder:

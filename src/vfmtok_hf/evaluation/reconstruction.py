@@ -7,10 +7,11 @@ from typing import Literal
 import numpy as np
 import torch
 
+from vfmtok_hf.data import statistics
 from vfmtok_hf.data.pictures import Picture, batches_of
 from vfmtok_hf.evaluation.features import FeatureExtractor, Features, ProgressCallback, check_finite_features
 from vfmtok_hf.evaluation.metrics import Reference, compare_features
-from vfmtok_hf.evaluation.tokens import codebook_statistics, token_count_remarks
+from vfmtok_hf.evaluation.tokens import token_count_remarks
 from vfmtok_hf.pipelines import VFMTokPipeline
 
 
@@ -30,8 +31,7 @@ def psnr(originals: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor
     Returns:
         `torch.Tensor` of shape `(batch_size,)`, float64 on the CPU.
     """
-    squared_error = (originals.cpu().double() - reconstructions.cpu().double()).square().flatten(1).mean(dim=1)
-    return 10 * (255**2 / squared_error).log10()
+    return statistics.psnr(originals.cpu().double(), reconstructions.cpu().double(), data_range=255)
 
 
 def ssim(
@@ -195,8 +195,8 @@ def evaluate_reconstruction(
         distances, more = compare_features(Features.concatenate(features), reference)
         remarks += more
         values |= {RECONSTRUCTION_NAMES.get(name, name): value for name, value in distances.items()}
-    statistics = codebook_statistics(counts)
-    values |= {"codebook_usage": statistics.usage, "codebook_perplexity": statistics.perplexity}
+    codebook = statistics.codebook_statistics(counts)
+    values |= {"codebook_usage": codebook.usage, "codebook_perplexity": codebook.perplexity}
     protocol = {
         "size": size,
         "resize": resize_mode if size != model.config.image_size else "none",

@@ -6,38 +6,10 @@ from dataclasses import dataclass
 import torch
 
 from vfmtok_hf.data.pictures import Picture, batches_of
+from vfmtok_hf.data.statistics import CodebookStatistics, codebook_statistics, entropy_bits
 from vfmtok_hf.evaluation.features import ProgressCallback
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 from vfmtok_hf.pipelines import VFMTokPipeline
-
-
-@dataclass
-class CodebookStatistics:
-    """
-    Args:
-        usage (`float`): share of the codebook that occurs, in [0, 1].
-        entropy (`float`): of the code distribution, in bits.
-        perplexity (`float`): 2 ** entropy, how many equally frequent codes would have that entropy.
-    """
-
-    usage: float
-    entropy: float
-    perplexity: float
-
-
-def entropy_bits(counts: torch.Tensor) -> torch.Tensor:
-    """Entropy in bits of the distributions that counts `(..., codes)` describe, `(...)` float64."""
-    probabilities = counts.double() / counts.sum(-1, keepdim=True)
-    return torch.special.entr(probabilities).sum(-1) / torch.log(torch.tensor(2.0, dtype=torch.float64))
-
-
-def codebook_statistics(counts: torch.Tensor) -> CodebookStatistics:
-    """
-    Args:
-        counts (`torch.LongTensor` of shape `(codebook_size,)`): how often each code occurred.
-    """
-    entropy = entropy_bits(counts).item()
-    return CodebookStatistics((counts > 0).double().mean().item(), entropy, 2**entropy)
 
 
 def token_count_remarks(counts: torch.Tensor) -> list[str]:

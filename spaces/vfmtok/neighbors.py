@@ -14,7 +14,7 @@ from sampling import blank_tokens
 
 
 EXAMPLES = sorted((Path(__file__).parent / "examples").glob("*.png"))
-NUM_NEIGHBOURS = 6
+NUM_NEIGHBORS = 6
 BATCH_SIZE = 16
 
 
@@ -49,18 +49,18 @@ def nearest(picture: PIL.Image.Image) -> dict:
     """
     pixel_values = pixel_values_of(picture)
     query, examples = encode(pixel_values), encoded_examples()
-    drawn = query.image_tokens[0] != blank_tokens().to(pixel_values.device)
-    equal = (examples.image_tokens == query.image_tokens) & drawn
+    filled = query.image_tokens[0] != blank_tokens().to(pixel_values.device)
+    equal = (examples.image_tokens == query.image_tokens) & filled
     shared, cosines = equal.sum(dim=1), examples.embeddings @ query.embeddings[0]
     others = ~(examples.image_tokens == query.image_tokens).all(dim=1)
     return {
         "grid": GRID_SIZE,
-        "drawn": int(drawn.sum()),
+        "filled": int(filled.sum()),
         "query": data_url(PIPE.image_processor.postprocess(pixel_values)[0]),
         "shared": [
             {
                 **shown(index),
-                "score": f"{shared[index]} of {drawn.sum()}",
+                "score": f"{shared[index]} of {filled.sum()}",
                 "cells": equal[index].nonzero()[:, 0].tolist(),
             }
             for index in ranking(shared, others)
@@ -72,7 +72,7 @@ def nearest(picture: PIL.Image.Image) -> dict:
 def ranking(scores: torch.Tensor, others: torch.Tensor) -> list[int]:
     """Indices of the best scores among `others`, best first; the first of equals comes first."""
     order = scores.float().masked_fill(~others, -torch.inf).argsort(descending=True, stable=True)
-    return order[:NUM_NEIGHBOURS].tolist()
+    return order[:NUM_NEIGHBORS].tolist()
 
 
 def shown(index: int) -> dict:
