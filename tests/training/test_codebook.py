@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vfmtok_hf.training.codebook import CodebookUsage, perplexity, restart_dead_rows, spherical_kmeans
+from vfmtok_hf.training.codebook import CodebookUsage, restart_dead_rows, spherical_kmeans
 
 
 def test_kmeans_finds_separate_clusters():
@@ -27,8 +27,3 @@ def test_restart_replaces_exactly_the_idle_rows():
     for row in codebook[[1, 2, 4]]:
         assert (directions == row).all(-1).any()
     assert usage.idle_steps.tolist() == [0, 0, 0, 0, 0]
-
-
-def test_perplexity_of_an_even_use_is_its_size():
-    assert perplexity(torch.tensor([3] * 8 + [0] * 24)) == pytest.approx(8)
-    assert perplexity(torch.tensor([9] + [0] * 31)) == pytest.approx(1)

@@ -87,28 +87,23 @@ def check_ssim_window(size: int, convention: SSIMConvention) -> None:
 
 def load_lpips(network: Literal["alex", "vgg", "squeeze"] = "alex", device: torch.device | str = "cpu"):
     """
-    LPIPS (Zhang et al. 2018) as torchmetrics computes it.
+    LPIPS (Zhang et al. 2018) between 8-bit images, by [`~vfmtok_hf.image_distances.LPIPS`].
 
     Returns:
         A function of two batches of 8-bit images `(batch_size, 3, height, width)` that gives the distance of each pair.
 
     Raises:
-        OSError: the network's weights could not be downloaded.
+        FileNotFoundError: the network's weights could not be downloaded.
+        ImportError: the `lpips` package is missing.
     """
-    from torchmetrics.functional.image.lpips import _LPIPS
+    from vfmtok_hf.image_distances import LPIPS
 
-    try:
-        model = _LPIPS(pretrained=True, net=network).to(device)
-    except OSError as error:
-        raise OSError(
-            f"LPIPS' {network} network could not be downloaded ({error}): leave LPIPS out, or put torchvision's weights "
-            "into the folder torch.hub keeps them in."
-        ) from error
+    model = LPIPS(network).eval().to(device)
 
     @torch.no_grad()
     def distance(originals: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
         pairs = (batch.to(device).float() / 127.5 - 1 for batch in (originals, reconstructions))
-        return model(*pairs).flatten().cpu().double()
+        return model(*pairs).cpu().double()
 
     return distance
 

@@ -40,11 +40,6 @@ class CodebookUsage:
         self.idle_steps.copy_(state["idle_steps"])
 
 
-def perplexity(counts: torch.LongTensor) -> float:
-    """`exp(entropy)` of how often each row occurs: how many an even use would look like, in [1, codebook_size]."""
-    return torch.special.entr(counts.double() / counts.sum()).sum().exp().item()
-
-
 @torch.no_grad()
 def spherical_kmeans(
     vectors: torch.Tensor, num_clusters: int, generator: torch.Generator, iterations: int = 20

@@ -24,6 +24,7 @@ from transformers import AutoConfig
 from vfmtok_hf.cpu.training import pack_frozen_weights, use_winograd
 from vfmtok_hf.data.image_datasets import ImageDataset, ImageStream
 from vfmtok_hf.data.loaders import TrainingLoader
+from vfmtok_hf.data.statistics import codebook_statistics, psnr
 from vfmtok_hf.data.transforms import Augmentation
 from vfmtok_hf.hub_kernels import use_found_kernels
 from vfmtok_hf.image_distances import LPIPS
@@ -31,7 +32,7 @@ from vfmtok_hf.modeling.configuration_vfmtok import VFMTokConfig
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 from vfmtok_hf.training.arguments import TokenizerArguments, parse_arguments
 from vfmtok_hf.training.checkpoints import Progress, open_output, save_checkpoint, save_model, start_run
-from vfmtok_hf.training.codebook import CodebookUsage, initialise_codebook, perplexity, restart_dead_rows
+from vfmtok_hf.training.codebook import CodebookUsage, initialise_codebook, restart_dead_rows
 from vfmtok_hf.training.discriminator import (
     DinoDiscriminator,
     DiscriminatorObjective,
@@ -151,10 +152,9 @@ def kmeans_batches(data: ImageDataset | ImageStream, arguments: TokenizerArgumen
         yield batch["pixel_values"]
 
 
-def peak_signal_to_noise(reconstruction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """PSNR in dB of each image, `(batch_size,)`; both in [-1, 1], the reconstruction clamped to it."""
-    squared_error = ((reconstruction.clamp(-1, 1) - target) / 2).square().flatten(1).mean(1)
-    return -10 * squared_error.clamp_min(1e-10).log10()
+def bounded_psnr(pixel_values: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:
+    """PSNR of images in [-1, 1], `(batch_size,)`, at most 100 dB: JSON has no infinity."""
+    return psnr(pixel_values, reconstruction.clamp(-1, 1), data_range=2).clamp_max(100)
 
 
 @torch.no_grad()
@@ -178,20 +178,16 @@ def validate(
         encoded = model.encode(pixel_values)
         memory = encoded.quantized_latents if quantize else F.normalize(encoded.latents, dim=-1)
         reconstruction = model.decode(quantized_latents=memory).reconstruction
-        psnr = peak_signal_to_noise(reconstruction, pixel_values)
-        sums += torch.stack([psnr.sum(), torch.full_like(psnr[0], len(psnr))])
+        decibels = bounded_psnr(pixel_values, reconstruction)
+        sums += torch.stack([decibels.sum(), torch.full_like(decibels[0], len(decibels))])
         counts += torch.bincount(encoded.image_tokens.flatten(), minlength=len(counts))
         if len(originals) * arguments.batch_size < arguments.grid_images:
             originals.append(pixel_values)
             reconstructions.append(reconstruction)
     model.train()
     total, num_images = accelerator.reduce(sums).tolist()
-    counts = accelerator.reduce(counts)
-    metrics = {
-        "psnr": total / num_images,
-        "usage": (counts > 0).double().mean().item(),
-        "perplexity": perplexity(counts),
-    }
+    codebook = codebook_statistics(accelerator.reduce(counts))
+    metrics = {"psnr": total / num_images, "usage": codebook.usage, "perplexity": codebook.perplexity}
     return metrics, (originals, reconstructions)
 
 
@@ -288,8 +284,8 @@ def main(argv: list[str] | None = None) -> None:
                     # The weight matters to the clipping of the gradient.
                     accelerator.backward(arguments.adversarial_weight * verdict["discriminator"])
                     terms |= verdict
-            psnr = peak_signal_to_noise(reconstruction.detach(), pixel_values).mean()
-            parts.append({"loss": loss, **terms, "psnr": psnr})
+            decibels = bounded_psnr(pixel_values, reconstruction.detach()).mean()
+            parts.append({"loss": loss, **terms, "psnr": decibels})
             indices.append(batch["index"])
             # Gathered part by part they come in the order of one large batch, so that restarts choose alike.
             image_tokens.append(accelerator.gather(out["image_tokens"]))
