@@ -51,7 +51,7 @@ def test_reconstructs_images_it_was_not_trained_on(pipe):
 
 
 def test_images_of_a_class_look_like_that_class(pipe):
-    """Mean colour tells hearts of seed 0 to 7 apart from clocks: a crude check that labels reach the image."""
+    """Mean color tells hearts of seed 0 to 7 apart from clocks: a crude check that labels reach the image."""
     seeds = [torch.Generator().manual_seed(seed) for seed in range(16)]
     images = pipe(["heart", "clock"], num_images_per_label=8, generator=seeds, output_type="pt").images
     saturation = images.amax(1) - images.amin(1)

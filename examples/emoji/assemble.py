@@ -65,7 +65,7 @@ folder: PSNR **{psnr:.2f} dB**; **{usage:.1%}** of the codebook occurs in their 
 {comparison}
 
 The judge is a logistic regression on EfficientNet-Lite0's features of the training images. The tokenizer sees through the
-same network, which may favour what it draws. Precision and recall compare samples with training images in these features.
+same network, which may favor what it draws. Precision and recall compare samples with training images in these features.
 The loss is that of held-out images. `examples/emoji/class_fidelity.py` repeats it.
 
 ## Data
@@ -77,7 +77,7 @@ training images.
 `make emoji-checkpoint` repeats it: `examples/emoji` makes the data, `configs/emoji` holds the settings of the training
 runs.
 
-## Licence
+## License
 The weights are under Apache-2.0. Those of the vision model are Google's EfficientNet-Lite0, converted by ML Illustrated
 (Apache-2.0); its notice is in `LICENSE.efficientnet-lite0`.
 """

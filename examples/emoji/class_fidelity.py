@@ -5,7 +5,7 @@ How often pipelines draw the class that they were asked for, as a classifier see
         --pipelines src/vfmtok_hf/checkpoints/emoji
 
 The judge is a logistic regression on EfficientNet-Lite0's pooled features of the training images. The emoji tokenizer sees
-through the same network, which may favour what it draws. Prints a Markdown table: the share that the judge puts into the
+through the same network, which may favor what it draws. Prints a Markdown table: the share that the judge puts into the
 right class, of held-out images, of their reconstructions and of samples; precision and recall (Kynkäänniemi et al. 2019)
 of the samples against training images in the same features, which tell good drawings from few different ones; and the
 loss on held-out images.

@@ -1,4 +1,4 @@
-"""Build a labelled 64 x 64 image folder of emoji from pinned npm packages.
+"""Build a labeled 64 x 64 image folder of emoji from pinned npm packages.
 
     python examples/emoji/prepare_data.py --output data/emoji64
 
@@ -7,7 +7,7 @@ so that two runs give the same pictures:
 
     OUTPUT/train/<class>/<style>_<codepoint>.png         OUTPUT/validation/<class>/...
     OUTPUT/classes.json        labels, synonyms, counts, held-out emoji
-    OUTPUT/ATTRIBUTION.md      who drew the pictures, under which licence
+    OUTPUT/ATTRIBUTION.md      who drew the pictures, under which license
 
 The validation split holds out whole emoji: every style and every skin tone of a held-out emoji is in `validation`.
 """
@@ -201,7 +201,7 @@ def decode(data: bytes) -> Image.Image:
 
 
 def composite(image: Image.Image) -> Image.Image:
-    """RGBA of any size -> `IMAGE_SIZE` square RGB: fitted into `CONTENT_SIZE`, centred on white."""
+    """RGBA of any size -> `IMAGE_SIZE` square RGB: fitted into `CONTENT_SIZE`, centered on white."""
     white = Image.new("RGBA", image.size, "white")
     opaque = Image.alpha_composite(white, image).convert("RGB")
     scale = CONTENT_SIZE / max(opaque.size)
@@ -248,18 +248,18 @@ def write_dataset(pictures: list[Picture], output: Path, validation_share: float
 
 def attribution() -> str:
     rows = "\n".join(
-        f"| `{s.style}` | {s.author} | {s.licence} | {s.url} | `{s.package}@{s.version}` |" for s in SOURCES
+        f"| `{s.style}` | {s.author} | {s.license} | {s.url} | `{s.package}@{s.version}` |" for s in SOURCES
     )
     return f"""# Attribution
 
 The pictures in this folder are emoji, scaled to {IMAGE_SIZE} x {IMAGE_SIZE} pixels on white.
 File names begin with the style.
 
-| style | drawn by | licence | project | package |
+| style | drawn by | license | project | package |
 |---|---|---|---|---|
 {rows}
 
-Licences: Apache-2.0 https://www.apache.org/licenses/LICENSE-2.0,
+Licenses: Apache-2.0 https://www.apache.org/licenses/LICENSE-2.0,
 CC-BY-4.0 https://creativecommons.org/licenses/by/4.0/,
 MIT https://github.com/microsoft/fluentui-emoji/blob/main/LICENSE.
 Changes made: rasterised, scaled, composited on white.

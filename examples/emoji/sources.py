@@ -1,4 +1,4 @@
-"""The drawing styles of the emoji dataset: pinned packages, whom to credit and under which licence."""
+"""The drawing styles of the emoji dataset: pinned packages, whom to credit and under which license."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Source(NamedTuple):
     sha256: str
     pictures: str  # folder of `<codepoints>.<extension>` files, or an iconify `icons.json`
     author: str
-    licence: str
+    license: str
     url: str
 
     @property

@@ -107,10 +107,10 @@ def build_vision_model(
     return model.eval()
 
 
-def package_licence() -> str:
-    """Text of the licence file inside the installed package."""
-    licence = next(file for file in distribution(PACKAGE).files if file.name == "LICENSE")
-    return licence.read_text()
+def package_license() -> str:
+    """Text of the license file inside the installed package."""
+    license_file = next(file for file in distribution(PACKAGE).files if file.name == "LICENSE")
+    return license_file.read_text()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -134,7 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as temporary:
         partial = Path(temporary) / output.name
         build_vision_model(weights, options.classifier).save_pretrained(partial)
-        (partial / "LICENSE").write_text(package_licence())
+        (partial / "LICENSE").write_text(package_license())
         os.replace(partial, output)
     print(f"{ARCHITECTURE} in {output}")
     return 0

@@ -1,5 +1,5 @@
 """
-A small image folder with new classes: emoji that the shipped checkpoint knows as "heart", "hand" and "moon", by colour,
+A small image folder with new classes: emoji that the shipped checkpoint knows as "heart", "hand" and "moon", by color,
 skin tone and phase.
 
     python examples/finetune/prepare_data.py --emoji data/emoji64 --output data/finetune

@@ -25,7 +25,7 @@ def executed(path: Path, timeout: int = 600) -> nbformat.NotebookNode:
 
 
 def shrink_pictures(notebook: nbformat.NotebookNode) -> None:
-    """Pictures in 128 colours take a third of the bytes."""
+    """Pictures in 128 colors take a third of the bytes."""
     for cell in notebook.cells:
         for output in cell.get("outputs", ()):
             if "image/png" in output.get("data", {}):

@@ -18,7 +18,7 @@ UNITS = 1000
 @torch.no_grad()
 def inspect(picture: PIL.Image.Image) -> dict:
     """
-    All that the page shows of a picture's tokens, JSON-serialisable.
+    All that the page shows of a picture's tokens, JSON-serializable.
 
     `points` has x, y and weight of each place where the token looks in the encoder's last layer, in `UNITS`, token by
     token; all heads and feature levels together, the weights of a token summing to the number of heads. `spread` is the

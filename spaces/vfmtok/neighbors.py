@@ -44,7 +44,7 @@ def encoded_examples() -> Encoded:
 
 def nearest(picture: PIL.Image.Image) -> dict:
     """
-    The nearest examples, JSON-serialisable: `shared` by the tokens that are equal at the same place, not counting those
+    The nearest examples, JSON-serializable: `shared` by the tokens that are equal at the same place, not counting those
     that are blank in the picture, `embedding` by the cosine of embeddings. The picture itself is left out.
     """
     pixel_values = pixel_values_of(picture)

@@ -1,4 +1,4 @@
-"""Results as the templates of the `page` folder want them, JSON-serialisable."""
+"""Results as the templates of the `page` folder want them, JSON-serializable."""
 
 from model import GRID_SIZE, NUM_TOKENS, PIPE
 from pictures import data_url

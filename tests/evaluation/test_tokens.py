@@ -30,7 +30,7 @@ def test_usage_of_few_tokens_is_remarked_on():
     assert "39 tokens for 4 codes" in remark
 
 
-def test_anchors_that_stay_at_their_centres():
+def test_anchors_that_stay_at_their_centers():
     statistics = tracked(torch.zeros(2, 9, 1, 1, 4, 2))
     for values in vars(statistics).values():
         assert values.abs().max() < 1e-6

@@ -106,7 +106,7 @@ def test_written_split_keeps_every_style_and_tone_of_a_family_together(tmp_path)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (120, 40), (30, 200)])
-def test_composite_is_a_centred_picture_on_white(size):
+def test_composite_is_a_centered_picture_on_white(size):
     image = prepare_data.composite(Image.new("RGBA", size, "black"))
     assert image.mode == "RGB"
     assert image.size == (64, 64)
@@ -114,7 +114,7 @@ def test_composite_is_a_centred_picture_on_white(size):
     assert image.getpixel((32, 32)) == (0, 0, 0)
 
 
-def test_composite_hides_the_colour_of_transparent_pixels():
+def test_composite_hides_the_color_of_transparent_pixels():
     image = prepare_data.composite(Image.new("RGBA", (64, 64), (255, 0, 0, 0)))
     assert image.getcolors() == [(64 * 64, (255, 255, 255))]
 
