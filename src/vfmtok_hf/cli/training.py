@@ -36,14 +36,16 @@ def extract_tokens(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the shards. An unfinished one goes on.")],
     crops: Annotated[Crops, typer.Option(help="Views of each image.")] = Crops.random,
-    variants: Annotated[int, typer.Option(min=1, help="Random crops of each image.")] = 4,
+    num_crops: Annotated[int, typer.Option(min=1, help="Random crops of each image.")] = 4,
     crop_scale: Annotated[
         tuple[float, float], typer.Option(help="Range of their side, as a share of the image's shorter side.")
     ] = (0.8, 1.0),
     horizontal_flip: Annotated[
         bool, typer.Option(help="Mirror half of them, or add the central one's mirror image.")
     ] = True,
-    neighbors: Annotated[int, typer.Option(min=1, help="2 adds the second-nearest codebook rows (VFMTok-RAR).")] = 1,
+    codebook_top_k: Annotated[
+        int, typer.Option(min=1, help="2 adds the second-nearest codebook rows (VFMTok-RAR).")
+    ] = 1,
     split: Annotated[str, typer.Option(help="Of what the `datasets` library reads.")] = "train",
     shard_size: Annotated[int, typer.Option(min=1, help="Images in a file.")] = 4096,
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -68,14 +70,21 @@ def extract_tokens(
         views = Variants(
             tokenizer.config.image_size,
             crops.value,
-            variants,
+            num_crops,
             crop_scale,
             horizontal_flip=horizontal_flip,
             seed=seed,
         )
         with progress("Tokenizing", len(records)) as progress_callback:
             index = extract_tokens(
-                tokenizer, records, output, views, neighbors, shard_size, batch_size, on_progress=progress_callback
+                tokenizer,
+                records,
+                output,
+                views,
+                codebook_top_k,
+                shard_size,
+                batch_size,
+                on_progress=progress_callback,
             )
         for name in index["unreadable"]:
             report_skipped(name)
