@@ -15,6 +15,7 @@ from vfmtok_hf.training import (
     generator_data,
     image_data,
     logs,
+    run_data,
     schedule,
     train_generator,
     train_tokenizer,
@@ -161,7 +162,9 @@ def test_runs_whose_loss_weights_were_arguments_are_refused(tmp_path):
     ],
 )
 def test_every_argument_is_read(script, own_modules, arguments_class):
-    shared = [checkpoints, distributed, logs, schedule] if issubclass(arguments_class, TrainingArguments) else []
+    shared = (
+        [checkpoints, distributed, logs, run_data, schedule] if issubclass(arguments_class, TrainingArguments) else []
+    )
     read = {
         node.attr
         for module in (script, *own_modules, *shared)

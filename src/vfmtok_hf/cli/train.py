@@ -1,8 +1,8 @@
 """`vfmtok train tokenizer` and `vfmtok train generator`."""
 
-import typer
+from functools import partial
 
-from vfmtok_hf.cli.options import one_line_errors
+import typer
 
 
 train_app = typer.Typer(help="Train image tokenizers and generators.", no_args_is_help=True)
@@ -13,16 +13,16 @@ OWN_PARSER = {"allow_extra_args": True, "ignore_unknown_options": True, "help_op
 @train_app.command(context_settings=OWN_PARSER)
 def tokenizer(context: typer.Context) -> None:
     """Train the image tokenizer on images. `--help` lists its arguments."""
-    with one_line_errors():
-        from vfmtok_hf.training.train_tokenizer import main
+    from vfmtok_hf.training.logs import run_script
+    from vfmtok_hf.training.train_tokenizer import main
 
-        main(context.args)
+    run_script(partial(main, context.args))
 
 
 @train_app.command(context_settings=OWN_PARSER)
 def generator(context: typer.Context) -> None:
     """Train a class-conditional generator of image tokens. `--help` lists its arguments."""
-    with one_line_errors():
-        from vfmtok_hf.training.train_generator import main
+    from vfmtok_hf.training.logs import run_script
+    from vfmtok_hf.training.train_generator import main
 
-        main(context.args)
+    run_script(partial(main, context.args))

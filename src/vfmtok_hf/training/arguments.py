@@ -72,6 +72,9 @@ class TrainingArguments(ImageArguments):
     # Run
     output: Changeable[str] = HfArg(help="Folder of the run.")
     resume: Changeable[bool] = HfArg(default=False, help="Continue from the newest checkpoint in --output.")
+    accept_changed_data: Changeable[bool] = HfArg(
+        default=False, help="Continue though the data are others than at the start of the run."
+    )
     init_from: str | None = HfArg(default=None, help="Folder or repository of a trained model to start from.")
     model: dict[str, Any] = HfArg(
         default_factory=dict,

@@ -143,9 +143,13 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
         error = caught
     if any_process(accelerator, error is not None):
         reason = reason_of(error) if error else "another process failed"
-        raise ValueError(
-            f"{checkpoint} cannot be read: {reason}. If it is damaged, delete it to continue from the one before."
-        ) from error
+        if "Error(s) in loading state_dict" in reason or "parameter group" in reason:
+            cure = (
+                "It is of another model: continue with the data, --tokenizer and --init_from that the run began with."
+            )
+        else:
+            cure = "If its files are damaged, move it elsewhere to continue from the one before."
+        raise ValueError(f"{checkpoint} cannot be read: {reason}. {cure}") from error
     if num_processes != accelerator.num_processes:
         raise ValueError(
             f"{checkpoint} was written by {num_processes} process(es), this run has {accelerator.num_processes}: their "

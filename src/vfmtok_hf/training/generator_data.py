@@ -13,6 +13,7 @@ from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 from vfmtok_hf.training.arguments import GeneratorArguments
 from vfmtok_hf.training.extract_tokens import extract_tokens
 from vfmtok_hf.training.image_data import open_training_images, open_validation_images, training_augmentation
+from vfmtok_hf.training.run_data import check_data
 
 
 def open_token_data(
@@ -25,27 +26,33 @@ def open_token_data(
         ValueError: there are no validation data and none can be held out, or they have other classes.
     """
     held_out = None
-    train_data: TokenShards | ImageDataset | ImageStream
+    train_source: TokenShards | ImageRecords | ImageStream
     if is_token_folder(arguments.train_data):
         if arguments.validation_data is None:
             raise ValueError("Of token shards no part can be held out: give --validation_data.")
-        train_data = open_shards(arguments.train_data, arguments, tokenizer, accelerator)
+        train_source = open_shards(arguments.train_data, arguments, tokenizer, accelerator)
     else:
         if arguments.streaming and arguments.num_crops:
             raise ValueError(
                 "The images of a stream become tokens in every step: --streaming true needs --num_crops 0."
             )
-        images, held_out = open_training_images(arguments, tokenizer.config.image_size, accelerator)
-        train_data = images if isinstance(images, ImageStream) else tokens_of(images, arguments, tokenizer)
-
+        train_source, held_out = open_training_images(arguments, tokenizer.config.image_size, accelerator)
+    validation_source: TokenShards | ImageRecords
     if arguments.validation_data is not None and is_token_folder(arguments.validation_data):
-        validation_data = open_shards(arguments.validation_data, arguments, tokenizer, accelerator)
+        validation_source = open_shards(arguments.validation_data, arguments, tokenizer, accelerator)
     else:
-        records = open_validation_images(arguments, held_out, accelerator)
-        central = Variants(tokenizer.config.image_size, crops="center", horizontal_flip=False)
-        validation_data = tokenize_once(records, "validation", central, 1, arguments, tokenizer)
-    if validation_data.class_names != train_data.class_names:
+        validation_source = open_validation_images(arguments, held_out, accelerator)
+    if validation_source.class_names != train_source.class_names:
         raise ValueError(f"{arguments.validation_data} and {arguments.train_data} must have the same classes.")
+    check_data(arguments, train_source, validation_source, accelerator.is_main_process, classes_may_change=False)
+
+    train_data: TokenShards | ImageDataset | ImageStream | ImageRecords = train_source
+    if isinstance(train_source, ImageRecords):
+        train_data = tokens_of(train_source, arguments, tokenizer)
+    validation_data = validation_source
+    if isinstance(validation_source, ImageRecords):
+        central = Variants(tokenizer.config.image_size, crops="center", horizontal_flip=False)
+        validation_data = tokenize_once(validation_source, "validation", central, 1, arguments, tokenizer)
     return train_data, validation_data
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from torchvision.utils import make_grid
 
@@ -37,7 +38,7 @@ def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main`; what can go wrong outside this program becomes one line on stderr and exit code 1."""
     try:
         main()
-    except (ImportError, OSError, ValueError, FloatingPointError) as error:
+    except (ImportError, OSError, ValueError, FloatingPointError, StrictDataclassError) as error:
         sys.exit("Error: " + (" ".join(str(error).split()) or type(error).__name__))
 
 

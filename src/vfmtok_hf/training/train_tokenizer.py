@@ -55,6 +55,7 @@ from vfmtok_hf.training.image_data import (
 from vfmtok_hf.training.logs import WindowMeans, configure_logging, run_script, save_grid
 from vfmtok_hf.training.objective import TokenizerObjective, compile_objective
 from vfmtok_hf.training.precision import choose_attention, choose_mixed_precision
+from vfmtok_hf.training.run_data import check_data
 from vfmtok_hf.training.schedule import learning_rate_at, set_learning_rate
 
 
@@ -66,11 +67,12 @@ def build_model(arguments: TokenizerArguments) -> VFMTokModel:
     if (arguments.init_from is None) == (arguments.vision_model is None):
         raise ValueError("Give exactly one of --init_from (a tokenizer) and --vision_model (for a new tokenizer).")
     if arguments.init_from is not None:
-        fixed = [name for name in arguments.model if not name.endswith("_loss_weight")]
+        weights = [name for name in VFMTokConfig.__dataclass_fields__ if name.endswith("_loss_weight")]
+        fixed = [name for name in arguments.model if name not in weights]
         if fixed:
             raise ValueError(
                 f"--model.{fixed[0]} describes a new tokenizer; --init_from brings its own configuration, of which only "
-                "the loss weights may change."
+                f"{', '.join(weights)} may change."
             )
         # Averages and updates need float32, in which `mixed_precision` alone changes what is computed.
         return VFMTokModel.from_pretrained(
@@ -136,10 +138,11 @@ def open_images(
         raise ValueError("A stream is not kept in memory: --cache_images true needs --streaming false.")
     labelled = arguments.balance_power > 0
     train_data, held_out = open_training_images(arguments, image_size, accelerator, labelled)
+    records = open_validation_images(arguments, held_out, accelerator, labelled)
+    check_data(arguments, train_data, records, accelerator.is_main_process, classes_may_change=True)
     if not isinstance(train_data, ImageStream):
         augmentation = training_augmentation(arguments, image_size)
         train_data = ImageDataset(train_data, augmentation, arguments.cache_images, arguments.seed)
-    records = open_validation_images(arguments, held_out, accelerator, labelled)
     return train_data, ImageDataset(records, Augmentation(image_size), arguments.cache_images)
 
 

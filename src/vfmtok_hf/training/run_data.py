@@ -1,0 +1,78 @@
+"""Whether a continued run sees the data that it began with: images, classes, and the part that is held out."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from vfmtok_hf.data.image_datasets import ImageStream
+from vfmtok_hf.data.output_files import whole_file
+from vfmtok_hf.data.sources import ImageRecords
+from vfmtok_hf.training.arguments import TrainingArguments
+from vfmtok_hf.training.checkpoints import finished_checkpoints
+from vfmtok_hf.training.logs import logger
+
+
+DATA_FILE = "data.json"
+
+
+def check_data(
+    arguments: TrainingArguments, train: Any, validation: Any, is_main_process: bool, classes_may_change: bool
+) -> None:
+    """
+    Note the data of a new run in its folder, and compare those of a continued one with the note.
+
+    Args:
+        train, validation: [`ImageRecords`], [`ImageStream`] or a token set.
+        classes_may_change (`bool`): whether the model has nothing to do with them.
+
+    Raises:
+        ValueError: the data differ, and `accept_changed_data` is false or classes may not change. Names the difference.
+    """
+    output = Path(arguments.output)
+    file = output / DATA_FILE
+    now = {"training": identity_of(train), "validation": identity_of(validation)}
+    if finished_checkpoints(output) and file.is_file():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        other_classes = before["training"]["classes"] != now["training"]["classes"]
+        differences = [text for part in now for text in _differences(part, before[part], now[part])]
+        if differences and (not arguments.accept_changed_data or (other_classes and not classes_may_change)):
+            raise ValueError(_refusal(output, differences, other_classes and not classes_may_change))
+        if differences:
+            logger.warning("the data differ from those that the run began with: %s", "; ".join(differences))
+    if is_main_process:
+        with whole_file(file) as temporary:
+            temporary.write_text(json.dumps(now, indent=1), encoding="utf-8")
+
+
+def identity_of(data: Any) -> dict[str, Any]:
+    """Number of images, names of classes, and a digest of what else tells data apart; all stay when the data move."""
+    if isinstance(data, ImageStream):
+        return {"images": data.epoch_images, "classes": data.class_names, "sha256": None}
+    content: list[Any] = [data.labels]
+    if isinstance(data, ImageRecords):
+        # Of files the fingerprint is names and sizes; the library's of tables changes with their place.
+        content += [data.fingerprint] if isinstance(data.images, list) else [data.rows]
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return {"images": len(data), "classes": data.class_names, "sha256": digest}
+
+
+def _differences(part: str, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    found = []
+    if before["images"] != now["images"]:
+        found.append(f"{before['images']} -> {now['images']} {part} images")
+    for verb, one, other in (("new", now, before), ("missing", before, now)):
+        if names := [name for name in one["classes"] if name not in other["classes"]]:
+            found.append(f"{verb} {part} classes: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}")
+    if not found and before["classes"] != now["classes"]:
+        found.append(f"{part} classes in another order")
+    if not found and before["sha256"] != now["sha256"]:
+        found.append(f"other names, sizes or labels among the {now['images']} {part} images")
+    return found
+
+
+def _refusal(output: Path, differences: list[str], by_classes: bool) -> str:
+    cure = "Restore them, or start another run in a new --output with --init_from"
+    if not by_classes:
+        cure += "; --accept_changed_data continues on them as they are"
+    return f"The data differ from those that the run in {output} began with: {'; '.join(differences)}. {cure}."
