@@ -63,7 +63,7 @@ def renamed_class(data):
 
 
 CHANGES = [
-    (more_images, "-> .* training images"),
+    (more_images, "4 -> 5 validation images"),
     (fewer_images, "-> .* training images"),
     (renamed_image, "other names, sizes or labels"),
     (another_size, "other names, sizes or labels"),

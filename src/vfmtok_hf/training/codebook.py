@@ -48,9 +48,9 @@ def spherical_kmeans(
     Centres of unit vectors under cosine similarity.
 
     Args:
-        vectors (`torch.FloatTensor` of shape `(count, dim)`): not necessarily normalised; count >= num_clusters.
-        num_clusters (`int`): number of centres.
-        generator (`torch.Generator`): for the first centres and for those that lose all members.
+        vectors (`torch.FloatTensor` of shape `(count, dim)`): not necessarily normalized; count >= num_clusters.
+        num_clusters (`int`): number of centers.
+        generator (`torch.Generator`): for the first centers and for those that lose all members.
 
     Returns:
         `torch.FloatTensor` of shape `(num_clusters, dim)`: unit vectors.
@@ -64,18 +64,18 @@ def spherical_kmeans(
             "use more images, more anchors or a smaller codebook_size."
         )
     vectors = F.normalize(vectors.float(), dim=-1)
-    centres = vectors[torch.randperm(len(vectors), generator=generator)[:num_clusters].to(vectors.device)]
+    centers = vectors[torch.randperm(len(vectors), generator=generator)[:num_clusters].to(vectors.device)]
     for _ in range(iterations):
-        nearest = (vectors @ centres.T).argmax(-1)
-        sums = torch.zeros_like(centres).index_add_(0, nearest, vectors)
+        nearest = (vectors @ centers.T).argmax(-1)
+        sums = torch.zeros_like(centers).index_add_(0, nearest, vectors)
         counts = torch.bincount(nearest, minlength=num_clusters)
         strays = vectors[torch.randint(len(vectors), (num_clusters,), generator=generator).to(vectors.device)]
-        centres = torch.where((counts > 0)[:, None], F.normalize(sums, dim=-1), strays)
-    return centres
+        centers = torch.where((counts > 0)[:, None], F.normalize(sums, dim=-1), strays)
+    return centers
 
 
 @torch.no_grad()
-def initialise_codebook(model: VFMTokModel, batches: Iterable[torch.Tensor], seed: int) -> None:
+def initialize_codebook(model: VFMTokModel, batches: Iterable[torch.Tensor], seed: int) -> None:
     """k-means over the latents of batches of `pixel_values`. A function of weights, images and seed alone."""
     latents = torch.cat([model.encode(batch.to(model.device)).latents.flatten(0, 1) for batch in batches])
     codebook = model.quantizer.codebook.weight

@@ -13,7 +13,7 @@ from transformers import ViTModel
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-# Images that share the statistics of a batch normalisation.
+# Images that share the statistics of a batch normalization.
 VIRTUAL_BATCH = 8
 
 
@@ -104,7 +104,7 @@ class DinoDiscriminatorHead(nn.Module):
 
 class LocalBatchNorm(nn.Module):
     """
-    Batch normalisation of `(batch_size, channels, length)` within equal groups of at most `VIRTUAL_BATCH` images, in
+    Batch normalization of `(batch_size, channels, length)` within equal groups of at most `VIRTUAL_BATCH` images, in
     float32 and without running statistics: it computes alike in training and evaluation, on one process or several.
     """
 
@@ -129,7 +129,7 @@ def check_virtual_batches(batch_size: int) -> None:
     num_groups = -(-batch_size // VIRTUAL_BATCH)
     if batch_size % num_groups:
         raise ValueError(
-            f"The DINO discriminator normalises within equal groups of at most {VIRTUAL_BATCH} images, and "
+            f"The DINO discriminator normalizes within equal groups of at most {VIRTUAL_BATCH} images, and "
             f"--batch_size {batch_size} does not split into {num_groups}: take a multiple of {VIRTUAL_BATCH}."
         )
 

@@ -54,7 +54,7 @@ class TokenizerObjective(nn.Module):
         """
         Args:
             pixel_values (`torch.FloatTensor` of shape `(batch_size, 3, image_size, image_size)`): in [-1, 1].
-            quantize (`bool`): False bypasses the codebook: the decoder gets the l2-normalised latents (warm-up).
+            quantize (`bool`): False bypasses the codebook: the decoder gets the l2-normalized latents (warm-up).
 
         Returns:
             `loss` (the weighted sum), `image_loss` (the weighted sum of the terms on pixels, which the adaptive

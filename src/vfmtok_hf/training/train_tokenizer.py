@@ -32,7 +32,7 @@ from vfmtok_hf.modeling.configuration_vfmtok import VFMTokConfig
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 from vfmtok_hf.training.arguments import TokenizerArguments, parse_arguments
 from vfmtok_hf.training.checkpoints import Progress, open_output, save_checkpoint, save_model, start_run
-from vfmtok_hf.training.codebook import CodebookUsage, initialise_codebook, restart_dead_rows
+from vfmtok_hf.training.codebook import CodebookUsage, initialize_codebook, restart_dead_rows
 from vfmtok_hf.training.discriminator import (
     DinoDiscriminator,
     DiscriminatorObjective,
@@ -136,9 +136,9 @@ def open_images(
     """
     if arguments.streaming and arguments.cache_images:
         raise ValueError("A stream is not kept in memory: --cache_images true needs --streaming false.")
-    labelled = arguments.balance_power > 0
-    train_data, held_out = open_training_images(arguments, image_size, accelerator, labelled)
-    records = open_validation_images(arguments, held_out, accelerator, labelled)
+    labeled = arguments.balance_power > 0
+    train_data, held_out = open_training_images(arguments, image_size, accelerator, labeled)
+    records = open_validation_images(arguments, held_out, accelerator, labeled)
     check_data(arguments, train_data, records, accelerator.is_main_process, classes_may_change=True)
     if not isinstance(train_data, ImageStream):
         augmentation = training_augmentation(arguments, image_size)
@@ -259,7 +259,7 @@ def main(argv: list[str] | None = None) -> None:
         is_adversarial = discriminator_objective is not None and step >= arguments.adversarial_start_step
         if step == warmup_steps > 0:
             model.eval()
-            initialise_codebook(model, kmeans_batches(train_data, arguments), arguments.seed)
+            initialize_codebook(model, kmeans_batches(train_data, arguments), arguments.seed)
             model.train()
             ema.averages[CODEBOOK].copy_(codebook)
         learning_rate = learning_rate_at(step, arguments)
