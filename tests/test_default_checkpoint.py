@@ -7,9 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
+from transformers import AutoModel
 
-from vfmtok_hf import DEFAULT_CHECKPOINT, VFMTokPipeline
+from vfmtok_hf import (
+    DEFAULT_CHECKPOINT,
+    VFMTokARForImageGeneration,
+    VFMTokModel,
+    VFMTokPipeline,
+    VFMTokRARForImageGeneration,
+)
 from vfmtok_hf.evaluation.reconstruction import psnr
 
 
@@ -40,6 +48,38 @@ def test_card_and_notices_are_there():
     assert re.search(r"PSNR \*\*\d\d\.\d\d dB\*\*", card)
     for name in ("ATTRIBUTION.md", "LICENSE.efficientnet-lite0", "samples.png", "reconstructions.png"):
         assert (Path(DEFAULT_CHECKPOINT) / name).stat().st_size > 0
+
+
+def test_the_generic_class_loads_it(pipe):
+    loaded = DiffusionPipeline.from_pretrained(DEFAULT_CHECKPOINT, trust_remote_code=True)
+    assert type(loaded) is VFMTokPipeline
+    for name in ("vq_model", "transformer", "image_processor"):
+        assert type(getattr(loaded, name)) is type(getattr(pipe, name))
+    assert loaded.id2label == pipe.id2label
+
+
+@pytest.mark.parametrize("model_class", [VFMTokModel, VFMTokARForImageGeneration])
+def test_a_model_names_its_subfolder(model_class, pipe):
+    folder = {VFMTokModel: "vq_model", VFMTokARForImageGeneration: "transformer"}[model_class]
+    with pytest.raises(ValueError, match=f"whole pipeline: load its {model_class.__name__} with subfolder='{folder}'"):
+        model_class.from_pretrained(DEFAULT_CHECKPOINT)
+    assert type(model_class.from_pretrained(DEFAULT_CHECKPOINT, subfolder=folder)) is model_class
+
+
+def test_a_class_that_it_lacks_gets_no_hint():
+    with pytest.raises((OSError, ValueError)) as caught:
+        VFMTokRARForImageGeneration.from_pretrained(DEFAULT_CHECKPOINT)
+    assert "subfolder" not in str(caught.value)
+
+
+@pytest.mark.parametrize("load", [VFMTokModel.from_pretrained, AutoModel.from_pretrained])
+def test_half_precision_files_are_loaded_in_float32_unless_asked(load):
+    for options, dtype in (
+        ({}, torch.float32),
+        ({"dtype": "auto"}, torch.float16),
+        ({"dtype": torch.bfloat16}, torch.bfloat16),
+    ):
+        assert load(DEFAULT_CHECKPOINT, subfolder="vq_model", **options).dtype == dtype
 
 
 def test_reconstructs_images_it_was_not_trained_on(pipe):

@@ -22,7 +22,8 @@ def exported_names(tree: ast.Module) -> set[str]:
 def public_interfaces() -> dict[str, tuple[Function | ast.ClassDef, str]]:
     """Exported classes and functions and the public methods of the former, each with the docstring that describes it."""
     interfaces = {}
-    trees = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
+    modules = (path for path in sorted(PACKAGE.rglob("*.py")) if (path.parent / "__init__.py").is_file())
+    trees = {path: ast.parse(path.read_text()) for path in modules}
     for path, tree in trees.items():
         exporting = (tree, trees[PACKAGE / "__init__.py"], trees[path.parent / "__init__.py"])
         exported = set().union(*map(exported_names, exporting))

@@ -19,12 +19,20 @@ from PIL import Image
 
 from vfmtok_hf import VFMTokARForImageGeneration, VFMTokImageProcessor, VFMTokModel, VFMTokPipeline
 from vfmtok_hf.evaluation.reconstruction import psnr
-from vfmtok_hf.pipelines.portable_vfmtok import INDEX_FILE, use_this_code
+from vfmtok_hf.pipelines.portable_vfmtok import ENTRY_MODULE, INDEX_FILE, use_this_code
 from vfmtok_hf.plotting import image_grid
 
 
 # Chosen by looking at grids of all classes at several values.
 SAMPLING = {"temperature": 0.9, "top_k": 100}
+
+ENTRY = '''"""Where `DiffusionPipeline.from_pretrained(vfmtok_hf.DEFAULT_CHECKPOINT, trust_remote_code=True)` finds the class."""
+
+from vfmtok_hf import VFMTokPipeline
+
+
+__all__ = ["VFMTokPipeline"]
+'''
 
 CARD = """---
 license: apache-2.0
@@ -118,14 +126,16 @@ def save_pipeline(tokenizer: Path, generator: Path, folder: Path) -> None:
 
 
 def leave_code_out(folder: Path) -> None:
-    """The package that the checkpoint is a part of has it."""
+    """The package that the checkpoint is a part of has it: diffusers' way in leads there."""
     for code in folder.rglob("*.py"):
         code.unlink()
+    (folder / f"{ENTRY_MODULE}.py").write_text(ENTRY)
     for file in folder.rglob("*.json"):
         settings = json.loads(file.read_text())
         settings.pop("auto_map", None)
         if file.name == INDEX_FILE:
             use_this_code(settings)
+            settings["_class_name"] = [ENTRY_MODULE, settings["_class_name"]]
         file.write_text(json.dumps(settings, indent=2) + "\n")
 
 

@@ -254,6 +254,30 @@ def test_a_logits_processor_sees_the_tokens_so_far_and_decides(model):
     assert all(torch.equal(seen, tokens[:, :step]) for step, seen in enumerate(recorder.tokens))
 
 
+def test_labels_may_be_a_list(model):
+    assert torch.equal(model.generate([0, 1, 4, 2], do_sample=False), model.generate(LABELS, do_sample=False))
+    with pytest.raises(TypeError, match="class numbers.*VFMTokPipeline takes names"):
+        model.generate(["heart"])
+    with pytest.raises(TypeError, match="class_labels must be a tensor, got list"):
+        model(class_labels=[0], image_tokens=torch.zeros(1, 9, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_tokens_that_the_callback_returns_take_the_place_of_those_drawn(model, guidance_scale):
+    """The next token is the one that follows the returned tokens in a full pass."""
+
+    def replace(step, image_tokens):
+        return torch.where(torch.arange(9) == step, 7 * step % 32, image_tokens)
+
+    recorder = Recorder()
+    options = {"do_sample": False, "guidance_scale": guidance_scale, "logits_processor": recorder}
+    tokens = model.generate(LABELS, callback=replace, **options)
+    assert torch.equal(tokens, (7 * torch.arange(9) % 32).expand(4, -1))
+    if guidance_scale == 1:
+        expected = model(LABELS, tokens).logits
+        torch.testing.assert_close(recorder.step_logits, expected, atol=1e-5, rtol=1e-4)
+
+
 def test_the_callback_sees_each_step_and_may_stop(model):
     seen = []
 

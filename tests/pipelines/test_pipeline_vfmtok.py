@@ -6,6 +6,8 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from accelerate import cpu_offload
+from datasets import Dataset
 
 from tests.pipelines.tiny_pipeline import ID2LABEL, tiny_generator, tiny_pipeline
 from tests.testing import tiny_model
@@ -88,6 +90,86 @@ def test_a_pipeline_without_names_asks_for_numbers():
     assert pipe.get_label_ids([3]) == [3]
     with pytest.raises(ValueError, match="has no class names: pass class numbers"):
         pipe("heart")
+
+
+# -- class names live in the generator's configuration
+
+
+RENAMED = ["heart", "smiley", "zebra", "yak", "emu"]
+
+
+def renamed_generator():
+    generator = tiny_generator()
+    generator.resize_class_embeddings(RENAMED)
+    return generator
+
+
+def passed(folder, pipe):
+    return VFMTokPipeline.from_pretrained(folder, transformer=renamed_generator())
+
+
+def from_pipe(folder, pipe):
+    return VFMTokPipeline.from_pipe(pipe, transformer=renamed_generator())
+
+
+def assigned(folder, pipe):
+    pipe.transformer = renamed_generator()
+    return pipe
+
+
+def registered(folder, pipe):
+    pipe.register_modules(transformer=renamed_generator())
+    return pipe
+
+
+def resized(folder, pipe):
+    pipe.transformer.resize_class_embeddings(RENAMED)
+    return pipe
+
+
+def configured(folder, pipe):
+    pipe.transformer.config.id2label = dict(enumerate(RENAMED))
+    return pipe
+
+
+def built_with_other_names(folder, pipe):
+    return VFMTokPipeline(pipe.vq_model, renamed_generator(), pipe.image_processor, id2label=ID2LABEL)
+
+
+@pytest.mark.parametrize(
+    "change", [passed, from_pipe, assigned, registered, resized, configured, built_with_other_names]
+)
+def test_names_are_those_of_the_generator_at_hand(ar_pipe, change, tmp_path):
+    ar_pipe.save_pretrained(tmp_path / "before")
+    pipe = change(tmp_path / "before", ar_pipe)
+    assert pipe.id2label == dict(enumerate(RENAMED))
+    assert pipe.get_label_ids(["heart", "zebra"]) == [0, 2]
+    with pytest.raises(ValueError, match="no class 'crane'"):
+        pipe.get_label_ids("crane")
+    pipe.save_pretrained(tmp_path / "after")
+    assert VFMTokPipeline.from_pretrained(tmp_path / "after").get_label_ids("smiley") == [1]
+    index = json.loads((tmp_path / "after" / "model_index.json").read_text())
+    assert index["id2label"] == {str(class_id): name for class_id, name in enumerate(RENAMED)}
+
+
+def test_names_given_to_a_nameless_generator_are_kept_in_its_configuration(tmp_path):
+    names = {str(class_id): name for class_id, name in ID2LABEL.items()}
+    pipe = VFMTokPipeline(tiny_model(), tiny_generator(id2label=None), VFMTokImageProcessor(size=32), id2label=names)
+    assert pipe.transformer.config.id2label == pipe.id2label == ID2LABEL
+    pipe.save_pretrained(tmp_path)
+    assert type(pipe.transformer).from_pretrained(tmp_path / "transformer").config.id2label == ID2LABEL
+
+
+def test_a_pipeline_without_generator_still_says_its_names(ar_pipe, tmp_path):
+    ar_pipe.save_pretrained(tmp_path / "whole")
+    VFMTokPipeline.from_pretrained(tmp_path / "whole", transformer=None).save_pretrained(tmp_path / "part")
+    assert VFMTokPipeline.from_pretrained(tmp_path / "part", transformer=None).id2label == ID2LABEL
+
+
+def test_an_assigned_generator_of_another_tokenizer_is_refused(ar_pipe):
+    ar_pipe.transformer = tiny_generator(codebook_size=32)
+    with pytest.raises(ValueError, match="another image tokenizer.*codebook_size is 32.*is 64"):
+        ar_pipe(0)
 
 
 # -- sampling
@@ -183,6 +265,59 @@ def test_a_callback_can_stop(pipe):
     assert not tokens[:, 3:].any()
 
 
+def test_tokens_that_the_callback_returns_are_used(pipe):
+
+    def change(called_pipe, step, timestep, tensors):
+        tokens = tensors["image_tokens"].clone()
+        if step == 3:
+            tokens[:, 3] = (tokens[:, 3] + 1) % 64
+        return {"image_tokens": tokens}
+
+    plain = pipe([0, 1], do_sample=False, output_type="tokens").images
+    changed = pipe([0, 1], do_sample=False, output_type="tokens", callback_on_step_end=change).images
+    assert torch.equal(changed[:, :3], plain[:, :3])
+    assert torch.equal(changed[:, 3], (plain[:, 3] + 1) % 64)
+
+
+def test_returned_tokens_are_in_raster_order(rar_pipe):
+    orders = torch.arange(9).flip(0)
+
+    def change(called_pipe, step, timestep, tensors):
+        if step == 0:
+            assert (tensors["image_tokens"][:, :8] == 0).all()
+            return {"image_tokens": torch.nn.functional.pad(torch.tensor([[63]]), (8, 0))}
+
+    tokens = rar_pipe(0, orders=orders, output_type="tokens", callback_on_step_end=change).images
+    assert tokens[0, 8] == 63
+
+
+@pytest.mark.parametrize("returned", [torch.full((1, 9), 64), torch.zeros(1, 8, dtype=torch.int64), torch.zeros(1, 9)])
+def test_unusable_tokens_of_a_callback_are_refused(pipe, returned):
+    with pytest.raises((ValueError, TypeError), match="image_tokens must"):
+        pipe(0, callback_on_step_end=lambda *_: {"image_tokens": returned})
+
+
+def test_tensor_inputs_of_the_callback(pipe):
+    seen = []
+    pipe(0, callback_on_step_end=lambda *arguments: seen.append(arguments[3]), callback_on_step_end_tensor_inputs=[])
+    assert seen == [{}] * 9
+    with pytest.raises(ValueError, match=r"may hold \['image_tokens'\], got \['latents'\]"):
+        pipe(0, callback_on_step_end=print, callback_on_step_end_tensor_inputs=["latents"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ({"callback": print}, "callback_on_step_end"),
+        ({"num_images_per_prompt": 2}, "num_images_per_label"),
+        ({"seed": 0}, "generator=torch.Generator"),
+    ],
+)
+def test_arguments_of_other_pipelines_are_named(pipe, wrong, right):
+    with pytest.raises(TypeError, match=f"no argument '{next(iter(wrong))}': pass {right}"):
+        pipe(0, **wrong)
+
+
 def test_progress_bar_counts_tokens(pipe, capsys):
     pipe.set_progress_bar_config(disable=False)
     pipe([0, 1])
@@ -235,6 +370,58 @@ def test_detokenize_at_another_size(ar_pipe):
         expected = ar_pipe.image_processor.postprocess(reconstruction, "np", 20, resize_mode)
         actual = ar_pipe.detokenize(tokens, "np", size=20, resize_mode=resize_mode)
         np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        torch.Tensor.tolist,
+        torch.Tensor.numpy,
+        torch.Tensor.int,
+        lambda tokens: tokens.numpy().astype(np.uint16),
+        list,
+        lambda tokens: tuple(map(tuple, tokens.tolist())),
+        lambda tokens: Dataset.from_dict({"image_tokens": tokens.tolist()})["image_tokens"],
+    ],
+)
+def test_detokenize_takes_tokens_in_whatever_holds_them(ar_pipe, convert):
+    tokens = torch.randint(64, (2, 9))
+    expected = ar_pipe.detokenize(tokens, "np")
+    np.testing.assert_array_equal(ar_pipe.detokenize(convert(tokens), "np"), expected)
+
+
+@pytest.mark.parametrize("convert", [torch.Tensor.clone, torch.Tensor.tolist, torch.Tensor.numpy])
+def test_a_single_sequence_is_a_batch_of_one(ar_pipe, convert):
+    tokens = torch.randint(64, (9,))
+    np.testing.assert_array_equal(ar_pipe.detokenize(convert(tokens), "np"), ar_pipe.detokenize(tokens[None], "np"))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([[0.5] * 9], "integers, got float64"),
+        (torch.zeros(1, 9), "integers, got torch.float32"),
+        ([["a"] * 9], "integers, got <U1"),
+        ([[0] * 9, [0] * 8], "unequal numbers"),
+        ([], "no image tokens"),
+        ([0] * 8, "9 tokens per image, got 8"),
+        (np.zeros((1, 3, 3), np.int64), "of shape"),
+    ],
+)
+def test_what_detokenize_refuses(ar_pipe, tokens, message):
+    with pytest.raises(ValueError, match=message):
+        ar_pipe.detokenize(tokens)
+
+
+@torch.no_grad()
+def test_offloaded_models(pipe):
+    images = [photograph(), photograph(1)]
+    expected = pipe.tokenize(images), pipe.reconstruct(images, "np").images, pipe(0, generator=seeds(0)).images[0]
+    for model in (pipe.vq_model, pipe.transformer):
+        cpu_offload(model, execution_device="cpu", offload_buffers=True)
+    assert torch.equal(pipe.tokenize(images), expected[0])
+    np.testing.assert_array_equal(pipe.reconstruct(images, "np").images, expected[1])
+    np.testing.assert_array_equal(pipe(0, generator=seeds(0)).images[0], expected[2])
 
 
 def test_nothing_to_do_is_an_error(ar_pipe):

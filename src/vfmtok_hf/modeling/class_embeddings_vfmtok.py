@@ -59,7 +59,7 @@ class ClassEmbeddingsMixin:
             `list[int | None]`: for each new class the old class whose embedding it has; None for the null class.
 
         Raises:
-            ValueError: there are no names, or one occurs twice.
+            ValueError: there are no names, one occurs twice, or accelerate has put the embeddings elsewhere.
         """
         class_names = list(class_names)
         if not class_names or len(set(class_names)) < len(class_names):
@@ -67,6 +67,10 @@ class ClassEmbeddingsMixin:
         old_names = [name for _, name in sorted((self.config.id2label or {}).items())]
         origins = match_class_names(class_names, old_names)
         table, first = self.class_embedding_table()
+        if table.weight.is_meta:  # its hook would go on loading the old table
+            raise ValueError(
+                "The class embeddings are offloaded: resize them before the model is given to accelerate."
+            )
         null_row = len(table.weight) - 1
         rows = [*range(first), *(null_row if origin is None else first + origin for origin in origins), null_row]
         table.weight = nn.Parameter(table.weight[rows], requires_grad=table.weight.requires_grad)

@@ -313,7 +313,7 @@ class VFMTokGenerationMixin(GenerationMixin):
     @torch.no_grad()
     def generate(  # type: ignore[override]
         self,
-        class_labels: torch.Tensor,
+        class_labels: torch.Tensor | Sequence[int],
         guidance_scale: float | None = None,
         guidance_interval: int | None = None,
         temperature: float | None = None,
@@ -322,7 +322,7 @@ class VFMTokGenerationMixin(GenerationMixin):
         do_sample: bool | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         logits_processor: LogitsProcessorList | None = None,
-        callback: Callable[[int, torch.Tensor], bool | None] | None = None,
+        callback: Callable[[int, torch.Tensor], bool | torch.Tensor | None] | None = None,
     ) -> torch.Tensor:
         """
         Sample the image tokens of one image per class label.
@@ -330,7 +330,7 @@ class VFMTokGenerationMixin(GenerationMixin):
         Settings left at None come from the model's `generation_config`, else from the default named here.
 
         Args:
-            class_labels (`torch.LongTensor` of shape `(batch_size,)`):
+            class_labels (`torch.LongTensor` of shape `(batch_size,)`, or a list):
                 Labels in 0 to `num_classes - 1`; `num_classes` is the null class (no condition).
             guidance_scale (`float`, defaults to 1.0):
                 Classifier-free guidance. Up to 1 there is none, and each step is a single pass over the batch.
@@ -347,6 +347,7 @@ class VFMTokGenerationMixin(GenerationMixin):
             callback (`Callable`, *optional*):
                 Called as `callback(step, image_tokens)` after each token; `image_tokens` is `(batch_size,
                 num_image_tokens)` with 0 where nothing is drawn yet, and must not be changed. Returning `False` stops.
+                Returning a tensor like it replaces the tokens drawn so far, of which the model has read all but the newest.
 
         Returns:
             `torch.LongTensor` of shape `(batch_size, num_image_tokens)`, in raster order. After a stop by the
@@ -364,7 +365,7 @@ class VFMTokGenerationMixin(GenerationMixin):
             top_p=top_p,
             do_sample=do_sample,
         )
-        self._check_class_labels(class_labels, wait_for_device=True)
+        class_labels = self._as_class_labels(class_labels)
         scales = constant_guidance(
             self.config.num_image_tokens, settings.effective_guidance_scale, settings.guidance_interval
         )
@@ -377,7 +378,7 @@ class VFMTokGenerationMixin(GenerationMixin):
         settings: SamplingSettings,
         generator: torch.Generator | Sequence[torch.Generator] | None,
         logits_processor: LogitsProcessorList | None,
-        callback: Callable[[int, torch.Tensor], bool | None] | None,
+        callback: Callable[[int, torch.Tensor], bool | torch.Tensor | None] | None,
         orders: torch.Tensor | None = None,
         known_tokens: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -421,8 +422,13 @@ class VFMTokGenerationMixin(GenerationMixin):
                 drawn = logits.argmax(dim=-1)
             largest_logits[:, step] = logits.amax(dim=-1)
             tokens[:, step] = drawn.repeat(num_passes)
-            if callback is not None and callback(step, to_raster(tokens[:batch_size], orders)) is False:
+            answer = None if callback is None else callback(step, to_raster(tokens[:batch_size], orders))
+            if answer is False:
                 break
+            if isinstance(answer, torch.Tensor):
+                self._check_image_tokens(answer, class_labels)
+                changed = answer if orders is None else answer.take_along_dim(orders, dim=1)
+                tokens = changed.to(tokens.device).repeat(num_passes, 1)
 
         # NaN survives every operation above, so that one look at the end, the loop's only wait, finds it.
         if not largest_logits.isfinite().all():
@@ -432,7 +438,23 @@ class VFMTokGenerationMixin(GenerationMixin):
             )
         return to_raster(tokens[:batch_size], orders)
 
+    def _as_class_labels(self, class_labels: torch.Tensor | Sequence[int]) -> torch.Tensor:
+        """Checked labels. Those of a list go where the model is; an offloaded model moves them itself."""
+        if not isinstance(class_labels, torch.Tensor):
+            try:
+                class_labels = torch.as_tensor(class_labels)
+            except (TypeError, ValueError) as error:
+                raise TypeError(
+                    f"class_labels are class numbers, got {class_labels!r}: VFMTokPipeline takes names."
+                ) from error
+            if self.device.type != "meta":  # type: ignore[attr-defined]
+                class_labels = class_labels.to(self.device)  # type: ignore[attr-defined]
+        self._check_class_labels(class_labels, wait_for_device=True)
+        return class_labels
+
     def _check_class_labels(self, class_labels: torch.Tensor, wait_for_device: bool = False) -> None:
+        if not isinstance(class_labels, torch.Tensor):
+            raise TypeError(f"class_labels must be a tensor, got {type(class_labels).__name__}: use torch.as_tensor.")
         if class_labels.ndim != 1:
             raise ValueError(f"class_labels must have shape (batch_size,), got {tuple(class_labels.shape)}.")
         # The null class, one past the last label, is a valid condition.

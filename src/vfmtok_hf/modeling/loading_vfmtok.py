@@ -8,10 +8,13 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from huggingface_hub.errors import HTTPError  # of whichever HTTP client the Hub's library uses
 from safetensors import SafetensorError
+from transformers.utils import cached_file
 
 
 @contextmanager
@@ -82,7 +85,7 @@ class CheckedConfigMixin:
 
 
 class CheckedModelMixin:
-    """Models that are filled by their checkpoint, or not loaded."""
+    """Models that are filled by their checkpoint, in float32 unless asked otherwise, or not loaded."""
 
     @classmethod
     def from_pretrained(
@@ -94,18 +97,39 @@ class CheckedModelMixin:
         **kwargs,
     ):
         """
-        As in transformers, but a checkpoint that does not fill the model is an error, unless the caller asks for
-        `output_loading_info`, to look at what is missing, or for `ignore_mismatched_sizes`, to train it anew.
+        As in transformers, with two differences.
+
+        - Weights are loaded in float32 unless `dtype` says otherwise; `dtype="auto"` keeps the precision of the files.
+          Half precision in files saves disk space. To compute in it is many times slower on CPUs, gives other image tokens,
+          and to train in it loses small updates.
+        - A checkpoint that does not fill the model is an error, unless the caller asks for `output_loading_info`, to look
+          at what is missing, or for `ignore_mismatched_sizes`, to train it anew.
 
         Raises:
             OSError: there is no such folder, repository, revision or file, or no access or connection to it.
-            ValueError: the checkpoint is damaged, of another model type, or has missing, unknown or mis-shaped weights.
+            ValueError: the checkpoint is damaged, of another model type, a whole pipeline, or has missing, unknown or
+                mis-shaped weights.
         """
         source = str(pretrained_model_name_or_path)
+        if "torch_dtype" not in kwargs:  # the older name, which transformers accepts too
+            kwargs.setdefault("dtype", torch.float32)
         with one_line_errors(source):
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-            )
+            try:
+                model, info = super().from_pretrained(
+                    pretrained_model_name_or_path,
+                    *args,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,
+                    **kwargs,
+                )
+            except (OSError, ValueError) as error:
+                subfolder = None if "subfolder" in kwargs else component_folder(source, cls.__name__, kwargs)
+                if subfolder is None:
+                    raise
+                raise ValueError(
+                    f"{source} is a whole pipeline: load its {cls.__name__} with subfolder={subfolder!r}, or the pipeline "
+                    "with VFMTokPipeline.from_pretrained."
+                ) from error
         if not ignore_mismatched_sizes:
             check_shapes(source, info)
             if not output_loading_info:
@@ -127,6 +151,20 @@ def quantized_state_dict(quantizer: Any, model: Any) -> tuple[dict[str, Any] | N
         names = json.loads(metadata["tensor_names"])
         metadata["tensor_names"] = json.dumps([name for name in names if "." in name])
     return state_dict, metadata
+
+
+def component_folder(source: str, class_name: str, kwargs: dict[str, Any]) -> str | None:
+    """Where a pipeline has its component of a class. None if `source`, a folder or repository, is no pipeline with one."""
+    where = {name: kwargs[name] for name in ("cache_dir", "local_files_only", "revision", "token") if name in kwargs}
+    try:
+        index = json.loads(Path(cached_file(source, "model_index.json", **where)).read_text(encoding="utf-8"))
+        for name, entry in index.items():
+            is_wanted = not name.startswith("_") and isinstance(entry, list) and entry[1] == class_name
+            if is_wanted and cached_file(source, "config.json", subfolder=name, **where) is not None:
+                return name
+    except (OSError, ValueError):  # no such file, or a damaged one
+        pass
+    return None
 
 
 def check_shapes(source: str, info: dict[str, Any]) -> None:

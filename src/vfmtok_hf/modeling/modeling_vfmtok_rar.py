@@ -372,7 +372,7 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
     @torch.no_grad()
     def generate(  # type: ignore[override]
         self,
-        class_labels: torch.Tensor,
+        class_labels: torch.Tensor | Sequence[int],
         guidance_scale: float | None = None,
         guidance_interval: int | None = None,
         temperature: float | None = None,
@@ -381,7 +381,7 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
         do_sample: bool | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         logits_processor: LogitsProcessorList | None = None,
-        callback: Callable[[int, torch.Tensor], bool | None] | None = None,
+        callback: Callable[[int, torch.Tensor], bool | torch.Tensor | None] | None = None,
         guidance_scale_pow: float | None = None,
         orders: torch.Tensor | None = None,
         image_tokens: torch.Tensor | None = None,
@@ -415,7 +415,7 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
             top_p=top_p,
             do_sample=do_sample,
         )
-        self._check_class_labels(class_labels, wait_for_device=True)
+        class_labels = self._as_class_labels(class_labels)
         if orders is not None:
             orders = orders.expand(len(class_labels), -1)
             self._check_orders(orders, len(class_labels), wait_for_device=True)

@@ -28,7 +28,18 @@ from .portable_vfmtok import use_this_code, write_portable_code
 
 ClassLabels = int | str | Sequence[int | str]
 InputImages = ImageInput | str | bytes | os.PathLike | Iterable[Any]
+ImageTokens = torch.Tensor | np.ndarray | Sequence[int] | Sequence[Sequence[int]]
 Images = list[PIL.Image.Image] | np.ndarray | torch.Tensor
+
+# What other pipelines call an argument of this one.
+NAMES_HERE = {
+    "callback": "callback_on_step_end",
+    "callback_steps": "callback_on_step_end, which is called after each token",
+    "eta": "temperature",
+    "num_images": "num_images_per_label",
+    "num_images_per_prompt": "num_images_per_label",
+    "seed": "generator=torch.Generator().manual_seed(seed)",
+}
 
 # Weights without and with a variant in their file name.
 DEFAULT_WEIGHTS = ("*/model.safetensors", "*/model-*.safetensors", "*/model.safetensors.index.json")
@@ -48,6 +59,28 @@ def concatenate(parts: list[Images]) -> Images:
     if isinstance(parts[0], np.ndarray):
         return np.concatenate(parts)
     return [image for part in parts for image in part]
+
+
+def as_image_tokens(image_tokens: ImageTokens) -> torch.Tensor:
+    """
+    `(number of images, num_image_tokens)` int64 tokens of a batch, or of a single image, in whatever holds them.
+
+    Raises:
+        ValueError: they are no integers, of unequal lengths, or none.
+    """
+    if not isinstance(image_tokens, torch.Tensor):
+        try:
+            image_tokens = np.asarray(image_tokens)
+        except ValueError as error:  # numpy's own words are about inhomogeneous parts
+            raise ValueError("The images have unequal numbers of tokens.") from error
+        if image_tokens.size and image_tokens.dtype.kind not in "iu":
+            raise ValueError(f"Image tokens are integers, got {image_tokens.dtype}.")
+        image_tokens = torch.from_numpy(image_tokens.astype(np.int64))
+    if image_tokens.is_floating_point():
+        raise ValueError(f"Image tokens are integers, got {image_tokens.dtype}.")
+    if not image_tokens.numel():
+        raise ValueError("There are no image tokens: pass those of at least one image.")
+    return torch.atleast_2d(image_tokens.long())
 
 
 def use_compiled_attention(model: VFMTokModel, device: torch.device) -> None:
@@ -118,7 +151,7 @@ class VFMTokPipeline(DiffusionPipeline):
             `VFMTokPipeline.from_pretrained(path, transformer=None)`.
         image_processor ([`VFMTokImageProcessor`]): images to `pixel_values` and back.
         id2label (`dict[int, str]`, *optional*):
-            Class names; synonyms are separated by commas. Defaults to the generator's own.
+            Class names for a generator whose configuration has none; synonyms are separated by commas.
 
     Example:
 
@@ -144,23 +177,13 @@ class VFMTokPipeline(DiffusionPipeline):
         id2label: dict[int, str] | dict[str, str] | None = None,
     ):
         super().__init__()
-        if transformer is not None:
-            self._check_components(vq_model, transformer)
-            id2label = id2label or transformer.config.id2label
         self.register_modules(vq_model=vq_model, transformer=transformer, image_processor=image_processor)
         self.register_to_config(id2label=id2label)
-        self._label_names = LabelNames(id2label or {})
+        if transformer is not None:
+            self._generator_model()
+            if id2label is not None and transformer.config.id2label is None:
+                transformer.config.id2label = {int(class_id): name for class_id, name in id2label.items()}
         self._interrupt = False
-
-    @staticmethod
-    def _check_components(vq_model, transformer) -> None:
-        for of_vq_model, of_transformer in (("num_anchors", "num_image_tokens"), ("codebook_size", "codebook_size")):
-            expected, actual = getattr(vq_model.config, of_vq_model), getattr(transformer.config, of_transformer)
-            if expected != actual:
-                raise ValueError(
-                    f"The generator was made for another image tokenizer: its {of_transformer} is {actual}, the "
-                    f"tokenizer's {of_vq_model} is {expected}."
-                )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "VFMTokPipeline":
@@ -199,6 +222,7 @@ class VFMTokPipeline(DiffusionPipeline):
         As in diffusers, and the pipeline's code goes along: what `save_pretrained` and `push_to_hub` write also loads
         where this package is not installed, by `DiffusionPipeline.from_pretrained(path, trust_remote_code=True)`.
         """
+        self.register_to_config(id2label=self.id2label or None)
         super().save_config(save_directory, push_to_hub, **kwargs)
         write_portable_code(save_directory)
 
@@ -252,8 +276,9 @@ class VFMTokPipeline(DiffusionPipeline):
 
     @property
     def id2label(self) -> dict[int, str]:
-        """Class names."""
-        return self._label_names.id2label
+        """Class names, which are the generator's: `transformer.config.id2label`."""
+        names = self.config.id2label if self.transformer is None else self.transformer.config.id2label
+        return {int(class_id): name for class_id, name in (names or {}).items()}
 
     @property
     def interrupt(self) -> bool:
@@ -271,10 +296,8 @@ class VFMTokPipeline(DiffusionPipeline):
         """
         if isinstance(class_labels, str) or not isinstance(class_labels, Iterable):
             class_labels = [class_labels]
-        class_ids = [
-            self._label_names.find(label) if isinstance(label, str) else operator.index(label)
-            for label in class_labels
-        ]
+        names = LabelNames(self.id2label)
+        class_ids = [names.find(label) if isinstance(label, str) else operator.index(label) for label in class_labels]
         if not class_ids:
             raise ValueError("There are no class labels: pass at least one.")
         num_classes = self._generator_model().config.num_classes
@@ -286,6 +309,14 @@ class VFMTokPipeline(DiffusionPipeline):
     def _generator_model(self) -> VFMTokARForImageGeneration | VFMTokRARForImageGeneration:
         if self.transformer is None:
             raise ValueError("This pipeline was loaded without a generator: load it without transformer=None.")
+        for of_vq_model, of_transformer in (("num_anchors", "num_image_tokens"), ("codebook_size", "codebook_size")):
+            expected = getattr(self.vq_model.config, of_vq_model)
+            actual = getattr(self.transformer.config, of_transformer)
+            if expected != actual:
+                raise ValueError(
+                    f"The generator was made for another image tokenizer: its {of_transformer} is {actual}, the "
+                    f"tokenizer's {of_vq_model} is {expected}."
+                )
         return self.transformer
 
     @torch.no_grad()
@@ -301,6 +332,7 @@ class VFMTokPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[["VFMTokPipeline", int, int, dict[str, Any]], Any] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("image_tokens",),
         decode_batch_size: int = 16,
         **generate_kwargs,
     ) -> ImagePipelineOutput | tuple:
@@ -325,8 +357,11 @@ class VFMTokPipeline(DiffusionPipeline):
             return_dict (`bool`, defaults to `True`): `False` returns `(images,)`.
             callback_on_step_end (`Callable`, *optional*):
                 Called as `callback(pipe, step, step, {"image_tokens": tokens})` after each token; the third argument
-                stands where diffusers has the timestep. What it returns is not used. Setting `pipe._interrupt = True`
-                in it stops sampling; tokens not drawn yet are 0.
+                stands where diffusers has the timestep. A dictionary that it returns with `image_tokens` replaces
+                those drawn so far; the generator has already read all but the newest. Setting `pipe._interrupt = True` in
+                it stops sampling; tokens not drawn yet are 0.
+            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["image_tokens"]`):
+                What the callback's dictionary holds: `image_tokens` or nothing.
             decode_batch_size (`int`, defaults to 16): images decoded at once, which bounds memory.
             generate_kwargs:
                 Further arguments of the generator's `generate`: `guidance_interval`, `do_sample`, `logits_processor`;
@@ -337,6 +372,7 @@ class VFMTokPipeline(DiffusionPipeline):
 
         Raises:
             ValueError: unknown labels or output type, a number of images below 1, or what the generator refuses.
+            TypeError: unknown arguments.
         """
         self._check_output_type(output_type)
         if num_images_per_label < 1:
@@ -345,6 +381,7 @@ class VFMTokPipeline(DiffusionPipeline):
         image_tokens = self._sample(
             class_ids,
             callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
             guidance_scale=guidance_scale,
             temperature=temperature,
             top_k=top_k,
@@ -354,16 +391,32 @@ class VFMTokPipeline(DiffusionPipeline):
         )
         return self._output(image_tokens, output_type, return_dict, decode_batch_size)
 
-    def _sample(self, class_ids: list[int], callback_on_step_end: Callable | None, **generate_kwargs) -> torch.Tensor:
+    def _sample(
+        self,
+        class_ids: list[int],
+        callback_on_step_end: Callable | None,
+        tensor_inputs: Sequence[str],
+        **generate_kwargs,
+    ) -> torch.Tensor:
         transformer = self._generator_model()
+        if foreign := sorted(generate_kwargs.keys() & NAMES_HERE.keys()):
+            raise TypeError(f"There is no argument {foreign[0]!r}: pass {NAMES_HERE[foreign[0]]} instead.")
+        if unknown := set(tensor_inputs) - set(self._callback_tensor_inputs):
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs may hold {self._callback_tensor_inputs}, got {sorted(unknown)}."
+            )
         self._interrupt = False
         with self.progress_bar(total=transformer.config.num_image_tokens) as progress_bar:
 
-            def callback(step: int, image_tokens: torch.Tensor) -> bool:
+            def callback(step: int, image_tokens: torch.Tensor) -> bool | torch.Tensor | None:
                 progress_bar.update(step + 1 - progress_bar.n)  # kept tokens of an edited image are not drawn
+                returned = None
                 if callback_on_step_end is not None:
-                    callback_on_step_end(self, step, step, {"image_tokens": image_tokens})
-                return not self._interrupt
+                    tensors = {"image_tokens": image_tokens} if tensor_inputs else {}
+                    returned = callback_on_step_end(self, step, step, tensors)
+                if self._interrupt:
+                    return False
+                return None if returned is None else returned.get("image_tokens")
 
             labels = torch.tensor(class_ids, device=self._execution_device)
             return transformer.generate(labels, callback=callback, **generate_kwargs)
@@ -401,15 +454,19 @@ class VFMTokPipeline(DiffusionPipeline):
         remaining, tokens = each_image(images), []
         while batch := list(islice(remaining, batch_size)):
             pixel_values = self.image_processor(batch, return_tensors="pt")["pixel_values"]
-            tokens.append(self.vq_model.encode(pixel_values.to(self.vq_model.device)).image_tokens)
+            tokens.append(self.vq_model.encode(self._on_tokenizer_device(pixel_values)).image_tokens)
         if not tokens:
             raise ValueError("There are no images: pass at least one.")
         return torch.cat(tokens)
 
+    def _on_tokenizer_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        # Hooks of accelerate move a model's inputs themselves; the weights that they manage tell no device.
+        return tensor if hasattr(self.vq_model, "_hf_hook") else tensor.to(self.vq_model.device)
+
     @torch.no_grad()
     def detokenize(
         self,
-        image_tokens: torch.Tensor,
+        image_tokens: ImageTokens,
         output_type: str = "pil",
         size: int | None = None,
         resize_mode: str = "generation",
@@ -419,18 +476,17 @@ class VFMTokPipeline(DiffusionPipeline):
         Images of image tokens.
 
         Args:
-            image_tokens (`torch.LongTensor` of shape `(number of images, num_image_tokens)`): in [0, codebook_size).
+            image_tokens (`torch.Tensor`, `np.ndarray` or list of shape `(number of images, num_image_tokens)`):
+                Integers in [0, codebook_size). A single sequence is a batch of one.
             output_type, size, resize_mode: as in [`VFMTokImageProcessor.postprocess`].
             batch_size (`int`, defaults to 16): images decoded at once, which bounds memory.
 
         Raises:
-            ValueError: no tokens, or tokens of another model.
+            ValueError: no tokens, tokens that are no integers, or those of another model.
         """
-        if not len(image_tokens):
-            raise ValueError("There are no image tokens: pass those of at least one image.")
         parts = []
-        for batch in batches(image_tokens, batch_size):
-            reconstruction = self.vq_model.decode(image_tokens=batch.to(self.vq_model.device)).reconstruction
+        for batch in batches(as_image_tokens(image_tokens), batch_size):
+            reconstruction = self.vq_model.decode(image_tokens=self._on_tokenizer_device(batch)).reconstruction
             parts.append(self.image_processor.postprocess(reconstruction, output_type, size, resize_mode))
         return concatenate(parts)
 
@@ -465,6 +521,7 @@ class VFMTokPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[["VFMTokPipeline", int, int, dict[str, Any]], Any] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("image_tokens",),
         decode_batch_size: int = 16,
         **generate_kwargs,
     ) -> ImagePipelineOutput | tuple:
@@ -481,7 +538,7 @@ class VFMTokPipeline(DiffusionPipeline):
                 A picture, white where to redraw: it is cropped as the images are, and a token is redrawn if more than
                 half of its cell is white. Or a bool tensor `(num_image_tokens,)`, True where to redraw. One for all.
             guidance_scale, temperature, top_k, top_p, generator, output_type, return_dict, callback_on_step_end,
-            decode_batch_size, generate_kwargs: as in `__call__`.
+            callback_on_step_end_tensor_inputs, decode_batch_size, generate_kwargs: as in `__call__`.
 
         Raises:
             ValueError: the generator keeps to raster order, the mask is empty, or labels and images do not pair up.
@@ -504,6 +561,7 @@ class VFMTokPipeline(DiffusionPipeline):
         edited_tokens = self._sample(
             class_ids * (len(image_tokens) // len(class_ids)),
             callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
             image_tokens=image_tokens.to(self._execution_device),
             keep_mask=~redraw.to(self._execution_device),
             guidance_scale=guidance_scale,
