@@ -1,12 +1,21 @@
 import os
+import shutil
+import tempfile
 
 
 # Before torch is imported: the suite's models are tiny, threads only cost, and nothing may reach for the network.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# The cache of data sets is otherwise in the home folder.
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
 import pytest
 import torch
+
+
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from tests.pipelines.tiny_pipeline import ID2LABEL, tiny_pipeline
 from vfmtok_hf import cli, conversion
 from vfmtok_hf.cli import options as cli_options
 from vfmtok_hf.data.token_files import load_tokens
-from vfmtok_hf.data.token_sets import TokenShards
+from vfmtok_hf.data.token_sets import TokenSet
 
 
 @pytest.fixture(scope="module")
@@ -199,9 +199,29 @@ def test_tokenize_stops_at_a_damaged_image_or_skips_it(model, photographs, tmp_p
     assert "None of the images can be used" in stderr
 
 
+@pytest.mark.parametrize("command", ["detokenize", "reconstruct"])
+def test_two_images_that_would_become_one_file_are_refused_first(model, photographs, tmp_path, command):
+    shutil.copy(photographs / "a.png", photographs / "b.jpg.png")  # as b.jpg is named once it is decoded
+    vfmtok("tokenize", photographs, "-o", tmp_path / "tokens.parquet")
+    source = photographs if command == "reconstruct" else tmp_path / "tokens.parquet"
+    _, stderr = vfmtok(command, source, "-o", tmp_path / "images", code=1)
+    assert "'b.jpg' and 'b.jpg.png' would both become b.jpg.png" in stderr
+    assert not (tmp_path / "images").exists()
+
+
+def test_tokens_as_a_data_set_are_those_of_other_files(model, photographs, tmp_path):
+    for suffix in (".safetensors", ".parquet"):
+        vfmtok("tokenize", photographs, "-o", tmp_path / f"tokens{suffix}")
+    (names, tokens), (other_names, other_tokens) = map(load_tokens, sorted(tmp_path.glob("tokens.*")))
+    assert names == other_names
+    assert torch.equal(tokens, other_tokens)
+    vfmtok("detokenize", tmp_path / "tokens.parquet", "-o", tmp_path / "images")
+    assert len(os.listdir(tmp_path / "images")) == 3
+
+
 def test_token_files_of_another_kind_are_refused_first(model, photographs, tmp_path):
     _, stderr = vfmtok("tokenize", photographs, "-o", tmp_path / "tokens.pt", code=1)
-    assert "end in .safetensors or .npy" in stderr
+    assert "end in .safetensors or .npy or .parquet" in stderr
     np.save(tmp_path / "long.npy", np.zeros((1, 10), dtype=np.int32))
     _, stderr = vfmtok("detokenize", tmp_path / "long.npy", "-o", tmp_path / "images", code=1)
     assert "9 tokens per image, got 10" in stderr
@@ -209,12 +229,22 @@ def test_token_files_of_another_kind_are_refused_first(model, photographs, tmp_p
 
 def test_extract_tokens_for_training(model, photographs, tmp_path):
     (photographs / "bad.png").write_bytes(b"no image")
-    command = ["extract-tokens", tmp_path, "-o", tmp_path / "tokens", "--crops", "center", "--no-horizontal-flip"]
+    (tmp_path / "data").mkdir()
+    photographs = photographs.rename(tmp_path / "data" / "photographs")
+    command = [
+        "extract-tokens",
+        tmp_path / "data",
+        "-o",
+        tmp_path / "tokens",
+        "--crops",
+        "center",
+        "--no-horizontal-flip",
+    ]
     stdout, stderr = vfmtok(*command)
     assert re.fullmatch(rf"3 tokenized images in [\d.]+ s: {re.escape(str(tmp_path / 'tokens'))}\n", stdout)
     assert "Skipped: " in stderr
     assert "bad.png" in stderr
-    shards = TokenShards(tmp_path / "tokens")
+    shards = TokenSet(tmp_path / "tokens")
     assert (len(shards), shards.num_sequences, shards.class_names) == (3, 1, ["photographs"])
     _, stderr = vfmtok(*command, "--seed", 1, code=1)
     assert "choose another --output" in stderr

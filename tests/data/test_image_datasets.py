@@ -36,13 +36,6 @@ def number_of(pixel_values: torch.Tensor) -> int:
     return round((((pixel_values.mean() + 1) * 127.5).item() - 8) / 10)
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch):
-    """The library's cache of data sets, which is otherwise in the home folder."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
-
-
 @pytest.fixture
 def folder(tmp_path):
     return write_folder(tmp_path / "images")

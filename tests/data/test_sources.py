@@ -17,13 +17,6 @@ from vfmtok_hf.training.checkpoints import Progress
 AUGMENTATION = Augmentation(16)
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch):
-    """The library's cache of data sets, which is otherwise in the home folder."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
-
-
 def table(labels, feature, images=None):
     images = images or [{"bytes": png(picture(number)), "path": None} for number in range(len(labels))]
     features = datasets.Features({"image": datasets.Image(), "label": feature})

@@ -12,7 +12,7 @@ import torch
 
 from tests.training.tiny_runs import DROPOUTS, generator_options, log_of, run, tokenizer_options, write_vision_model
 from vfmtok_hf import VFMTokPipeline
-from vfmtok_hf.data.token_sets import TokenShards
+from vfmtok_hf.data.token_sets import TokenSet
 from vfmtok_hf.training import train_generator, train_tokenizer
 
 
@@ -84,7 +84,7 @@ def test_a_generator_learns_their_tokens_by_heart(generator, tokenizer, images, 
     argv = generator_options(images, tokenizer / "model", tmp_path / "run", **PLAIN, **RARELY, **options)
     run(lambda: train_generator.main(argv))
     assert log_of(tmp_path / "run", "validation")[-1]["loss"] < 0.02  # nats a token
-    shards = TokenShards(tmp_path / "run" / "tokens" / "train")
+    shards = TokenSet(tmp_path / "run" / "tokens" / "train")
     tokens = torch.stack([shards.sequence(index, 0) for index in range(len(shards))])
     assert len(tokens.unique(dim=0)) == len(NAMES)
     pipe = VFMTokPipeline.from_pretrained(tmp_path / "run" / "pipeline")

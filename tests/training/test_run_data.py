@@ -2,7 +2,6 @@
 
 import shutil
 
-import datasets
 import pytest
 import torch
 
@@ -24,13 +23,6 @@ from vfmtok_hf.training import checkpoints, train_generator, train_tokenizer
 @pytest.fixture(scope="module")
 def vision_model(tmp_path_factory):
     return write_vision_model(tmp_path_factory.mktemp("vision") / "model")
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch):
-    """The library's cache of data sets, which is otherwise in the home folder."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
 
 
 def train(data, vision_model, output, num_processes=1, **options):

@@ -18,7 +18,7 @@ from PIL import Image
 
 from tests.testing import tiny_model
 from vfmtok_hf.data.sources import open_records
-from vfmtok_hf.data.token_sets import TokenShards, encode_sequences, tokenizer_identity
+from vfmtok_hf.data.token_sets import TokenSet, encode_sequences, tokenizer_identity
 from vfmtok_hf.data.transforms import Variants
 from vfmtok_hf.modeling.image_reading_vfmtok import read_image
 from vfmtok_hf.training import train_generator
@@ -78,7 +78,7 @@ def files_of(folder):
 
 
 def test_every_image_is_there_once_with_all_its_views(images, tokenizer, shards):
-    records, data = open_records(images), TokenShards(shards)
+    records, data = open_records(images), TokenSet(shards)
     kept = [number for number in range(NUM_IMAGES) if number not in (DAMAGED, DUPLICATE)]
     assert [int(data.name(index)[-6:-4]) for index in range(len(data))] == kept
     assert data.labels == [records.labels[number] for number in kept]
@@ -92,7 +92,7 @@ def test_every_image_is_there_once_with_all_its_views(images, tokenizer, shards)
 
 
 def test_an_items_sequence_changes_with_the_epoch_and_repeats(shards):
-    data = TokenShards(shards)
+    data = TokenSet(shards)
     epochs = []
     for epoch in (0, 1, 0):
         data.set_epoch(epoch)
@@ -117,7 +117,7 @@ def test_ten_crops_with_neighbours(images, tokenizer, tmp_path):
     variants = Variants(32, crops="ten", ten_crop_ranges=(1.1, 1.05))
     records = open_records(images)
     extract_tokens(tokenizer, records, tmp_path, variants, neighbours=2, batch_size=7)
-    data = TokenShards(tmp_path)
+    data = TokenSet(tmp_path)
     assert data.num_sequences == 40
     views = variants(read_image(records.encoded(0)), 0)
     expected = encode_sequences(tokenizer, views, 2).flatten(0, 1)
@@ -128,15 +128,15 @@ def test_ten_crops_with_neighbours(images, tokenizer, tmp_path):
 
 
 def test_missing_and_damaged_shards_are_made_again_and_no_others(images, tokenizer, shards, copied_shards, caplog):
-    (copied_shards / "shard-00001.safetensors").unlink()
-    damaged = copied_shards / "shard-00003.safetensors"
+    (copied_shards / "tokens-00001.parquet").unlink()
+    damaged = copied_shards / "tokens-00003.parquet"
     damaged.write_bytes(damaged.read_bytes()[:-10])
-    (copied_shards / ".shard-00002.123.partial.safetensors").write_bytes(b"half")
-    kept = (copied_shards / "shard-00000.safetensors").stat().st_mtime_ns
+    (copied_shards / ".123.partial.parquet").write_bytes(b"half")
+    kept = (copied_shards / "tokens-00000.parquet").stat().st_mtime_ns
     with caplog.at_level(logging.INFO, "vfmtok_hf.training"):
         extract_tokens(tokenizer, open_records(images), copied_shards, VARIANTS, shard_size=5, batch_size=6)
     assert files_of(copied_shards) == files_of(shards)
-    assert (copied_shards / "shard-00000.safetensors").stat().st_mtime_ns == kept
+    assert (copied_shards / "tokens-00000.parquet").stat().st_mtime_ns == kept
     assert sum(" of 5:" in record.getMessage() for record in caplog.records) == 2
 
 
@@ -153,13 +153,13 @@ def test_killed_extraction_goes_on(images, tokenizer, shards, tmp_path):
     """kill -9 as soon as two shards are there; what the second run writes is what one run would have written."""
     process = multiprocessing.get_context("fork").Process(target=extract, args=(tokenizer, images, tmp_path))
     process.start()
-    while len(list(tmp_path.glob("shard-*"))) < 2:
+    while len(list(tmp_path.glob("tokens-*"))) < 2:
         assert process.is_alive()
         time.sleep(0.001)
     process.kill()
     process.join()
     with pytest.raises(FileNotFoundError, match="extraction has not finished"):
-        TokenShards(tmp_path)
+        TokenSet(tmp_path)
     extract(tokenizer, images, tmp_path)
     assert files_of(tmp_path) == files_of(shards)
 
@@ -205,25 +205,24 @@ def test_the_command_and_the_function_have_the_same_defaults():
 
 
 def test_damage_is_named(copied_shards):
-    file = copied_shards / "shard-00002.safetensors"
+    file = copied_shards / "tokens-00002.parquet"
     whole = file.read_bytes()
-    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(ValueError, match=r"shard-00002\.safetensors is damaged"):
-        TokenShards(copied_shards)
-    TokenShards(copied_shards, verify=False)
+    file.write_bytes(whole[:500] + bytes([whole[500] ^ 1]) + whole[501:])
+    with pytest.raises(ValueError, match=r"tokens-00002\.parquet is damaged"):
+        TokenSet(copied_shards)
     file.write_bytes(whole[:-1])
-    with pytest.raises(ValueError, match=r"shard-00002\.safetensors has \d+ bytes, not \d+"):
-        TokenShards(copied_shards, verify=False)
+    with pytest.raises(ValueError, match=r"tokens-00002\.parquet has \d+ bytes, not \d+"):
+        TokenSet(copied_shards, verify=False)
     file.unlink()
-    with pytest.raises(FileNotFoundError, match=r"shard-00002\.safetensors is missing"):
-        TokenShards(copied_shards)
+    with pytest.raises(FileNotFoundError, match=r"tokens-00002\.parquet is missing"):
+        TokenSet(copied_shards)
     (copied_shards / "index.json").write_text(json.dumps({"format": "other"}))
     with pytest.raises(ValueError, match="format 'other'"):
-        TokenShards(copied_shards)
+        TokenSet(copied_shards)
 
 
 def test_tokens_of_another_tokenizer_are_refused(tokenizer, tokenizer_folder, shards):
-    data = TokenShards(shards)
+    data = TokenSet(shards)
     data.check_tokenizer(type(tokenizer).from_pretrained(tokenizer_folder))
     torch.manual_seed(1)
     other = tiny_model()

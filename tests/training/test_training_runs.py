@@ -320,7 +320,7 @@ def test_generator_run(generator, model_class, tokenizer, data, tmp_path):
 
 def test_a_continued_run_keeps_its_tokens_and_its_tokenizer(tokenizer, data, tmp_path):
     output = train_generator_for(2, tokenizer, data, tmp_path / "run")
-    file = output / "tokens" / "train" / "shard-00000.safetensors"
+    file = output / "tokens" / "train" / "tokens-00000.parquet"
     first = file.stat().st_mtime_ns
     train_generator_for(4, tokenizer, data, output, resume="true")
     assert file.stat().st_mtime_ns == first

@@ -27,7 +27,12 @@ from vfmtok_hf.cli.options import (
 def tokenize(
     images: ImagesArgument,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="`.safetensors`, or `.npy` with the names in a file beside it.")
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="`.safetensors`, `.parquet` (a data set), or `.npy` with the names in a file beside it.",
+        ),
     ] = Path("tokens.safetensors"),
     skip_errors: Annotated[bool, typer.Option(help="Report images that cannot be used, and go on.")] = False,
     model: ModelOption = None,
@@ -56,7 +61,7 @@ def tokenize(
                 progress_callback(batch_size)
         if not names:
             raise ValueError("None of the images can be used.")
-        save_tokens(output, names, torch.cat(parts))
+        save_tokens(output, names, torch.cat(parts), files, pipe.vq_model)
         report_written(len(names), "tokenized image", output)
 
 

@@ -34,7 +34,7 @@ def extract_tokens(
             show_default=False,
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the shards. An unfinished one goes on.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the set. An unfinished one goes on.")],
     crops: Annotated[Crops, typer.Option(help="Views of each image.")] = Crops.random,
     num_crops: Annotated[int, typer.Option(min=1, help="Random crops of each image.")] = 4,
     crop_scale: Annotated[
@@ -54,7 +54,7 @@ def extract_tokens(
     batch_size: BatchSizeOption = 32,
 ) -> None:
     """
-    Labeled images to token shards for the training of generators.
+    Labeled images to a set of image tokens for the training of generators.
 
     Several processes: `torchrun --nproc_per_node N -m vfmtok_hf.training.extract_tokens`.
     """

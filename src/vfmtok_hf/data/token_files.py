@@ -1,7 +1,8 @@
 """Image tokens of many image files, on disk with the names of their images."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,14 +11,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from vfmtok_hf.data.files import file_sha256
 from vfmtok_hf.data.output_files import whole_file
+from vfmtok_hf.data.token_sets import tokenizer_identity, write_token_table
+from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 
 
 if TYPE_CHECKING:
     from vfmtok_hf.pipelines import VFMTokPipeline
 
 
-TOKEN_FILE_SUFFIXES = (".safetensors", ".npy")
+TOKEN_FILE_SUFFIXES = (".safetensors", ".npy", ".parquet")
 
 
 def tokenize_files(
@@ -64,17 +68,33 @@ def names_file(path: Path) -> Path:
     return path.with_suffix(".names.json")
 
 
-def save_tokens(path: Path, names: Sequence[str], image_tokens: torch.Tensor) -> None:
+def save_tokens(
+    path: Path,
+    names: Sequence[str],
+    image_tokens: torch.Tensor,
+    files: Mapping[str, Path] | None = None,
+    tokenizer: VFMTokModel | None = None,
+) -> None:
     """
     Write image tokens as int32 `(number of images, num_image_tokens)`, whole or not at all.
 
     `.safetensors` holds them as `image_tokens`, with the names as a JSON list in its metadata entry `names`; `.npy`
-    holds the array, with the names in a `.names.json` beside it.
+    holds the array, with the names in a `.names.json` beside it; `.parquet` is a data set as of
+    `vfmtok_hf.data.token_sets`, without labels, and needs the image `files` by name and the `tokenizer`.
 
     Raises:
         ValueError: another suffix.
+        ImportError: `.parquet` without the `datasets` library.
     """
     check_suffix(path)
+    if path.suffix == ".parquet":
+        if files is None or tokenizer is None:
+            raise ValueError(f"{path.name} needs the image files and the tokenizer.")
+        digests = [file_sha256(files[name]) for name in names]
+        identity, codebook_size = tokenizer_identity(tokenizer), tokenizer.config.codebook_size
+        with whole_file(path) as temporary:
+            write_token_table(temporary, image_tokens.numpy(), names, digests, identity, codebook_size)
+        return
     image_tokens = image_tokens.to(torch.int32).contiguous()
     if path.suffix == ".npy":
         with whole_file(names_file(path)) as temporary:
@@ -98,7 +118,7 @@ def load_tokens(path: Path) -> tuple[list[str], torch.Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no token file {path}.")
     try:
-        names, image_tokens = _load_npy(path) if path.suffix == ".npy" else _load_safetensors(path)
+        names, image_tokens = LOADERS[path.suffix](path)
     except (KeyError, ValueError, SafetensorError) as error:
         raise ValueError(f"{path} is not a file of image tokens: {error}.") from error
     if image_tokens.ndim != 2 or image_tokens.is_floating_point():
@@ -125,7 +145,26 @@ def _load_safetensors(path: Path) -> tuple[list[str] | None, torch.Tensor]:
         return None if names is None else json.loads(names), file.get_tensor("image_tokens")
 
 
+def _load_parquet(path: Path) -> tuple[list[str] | None, torch.Tensor]:
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path)
+    names = table["image"].to_pylist() if "image" in table.column_names else None
+    return names, torch.tensor(table["image_tokens"].to_pylist())
+
+
+LOADERS = {".npy": _load_npy, ".safetensors": _load_safetensors, ".parquet": _load_parquet}
+
+
 def check_suffix(path: Path) -> None:
-    """Raise `ValueError` unless the suffix is one of a token file."""
+    """
+    Check in advance that a token file can be of this kind.
+
+    Raises:
+        ValueError: the suffix of `path` is not one of a token file.
+        ImportError: `.parquet` without the `datasets` library.
+    """
     if path.suffix not in TOKEN_FILE_SUFFIXES:
         raise ValueError(f"Token files end in {' or '.join(TOKEN_FILE_SUFFIXES)}, got {path.name!r}.")
+    if path.suffix == ".parquet" and find_spec("datasets") is None:
+        raise ImportError(f'{path.name} needs the `datasets` library: pip install "vfmtok-hf[train]".')

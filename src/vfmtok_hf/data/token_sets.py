@@ -1,30 +1,35 @@
 """
-Image tokens of training images, kept as shards in a folder.
+Image tokens on disk: ordinary data sets of parquet files, which `datasets.load_dataset` reads and `push_to_hub` publishes.
 
-    index.json                  what made the tokens, class names, and file, size and sha256 of each shard
-    shard-00000.safetensors     image_tokens (images, sequences, num_image_tokens), labels (images,),
-                                digests (images, 32): sha256 of each encoded image
+    image_tokens   one token sequence (num_image_tokens,); the feature of its numbers has the tokenizer's identity as `id`
+    label          class of the image; only where images are labeled
+    image          name of the image: path of a file, or row of a data set
+    sha256         of the encoded image
 
-An image has several token sequences, one for each of its views. `extract_tokens.py` writes such folders.
+A row is one view of an image, and the views of an image follow each other. `extract_tokens.py` writes a folder of such files
+with an `index.json` (what made the tokens, what was left out, and sha256 of each file); `vfmtok tokenize` writes one file.
 """
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
 
-from vfmtok_hf.data.files import file_sha256
+from vfmtok_hf.data.files import file_sha256, holds_data_files
+from vfmtok_hf.data.sources import find_label_column, known_class_names, load_dataset
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 
 
 INDEX_FILE = "index.json"
-FORMAT = "vfmtok-image-tokens-1"
-SHARD_FACTS = "vfmtok"  # metadata entry of a shard: names of its images, and of those that cannot be decoded
+FORMAT = "vfmtok-image-tokens-2"
+SHARDS = "tokens-*.parquet"
+EARLIER_SHARDS = "shard-*.safetensors"
+FACTS = b"vfmtok"  # schema metadata of a shard: what it belongs to, and its unreadable images
 # What decoding alone depends on: it may differ between tokenizers that give the same tokens.
 DECODING_PARTS = ("post_quant_proj", "vit_decoder", "pixel_decoder")
 DECODING_FIELDS = ("decoder_", "pixel_decoder_", "num_register_tokens")
@@ -57,6 +62,11 @@ def _without_bookkeeping(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def identity_text(identity: dict[str, str]) -> str:
+    """A tokenizer's identity as the `id` of a feature."""
+    return "vfmtok " + " ".join(f"{name}={digest}" for name, digest in sorted(identity.items()))
+
+
 @torch.no_grad()
 def encode_sequences(tokenizer: VFMTokModel, pixel_values: torch.Tensor, neighbours: int = 1) -> torch.Tensor:
     """
@@ -69,91 +79,76 @@ def encode_sequences(tokenizer: VFMTokModel, pixel_values: torch.Tensor, neighbo
     return tokenizer.quantizer.top_k(latents, neighbours).movedim(-1, 1)
 
 
-def is_token_folder(path: str | Path) -> bool:
-    """Whether a folder holds token shards, finished or not."""
-    return (Path(path) / INDEX_FILE).is_file() or any(Path(path).glob("shard-*.safetensors"))
+# ---------------------------------------------------------------------------------------------------------------
+# Writing
 
 
-class TokenShards(Dataset):
+def write_token_table(
+    file: Path,
+    image_tokens: np.ndarray,
+    images: Sequence[str],
+    sha256: Sequence[str],
+    identity: dict[str, str],
+    codebook_size: int,
+    labels: Sequence[int] | None = None,
+    class_names: list[str] | None = None,
+    facts: dict[str, Any] | None = None,
+) -> None:
     """
-    Token sequences of a folder of shards. Which of an image's sequences an item is is a function of
-    (seed, epoch, index).
+    Write one parquet file.
 
     Args:
-        folder (`str` or `Path`): as written by `extract_tokens.py`.
-        seed (`int`): of the choice.
-        verify (`bool`): compare the sha256 of each shard with the index. Sizes are compared in any case.
-
-    Raises:
-        FileNotFoundError: there is no index, so that the extraction has not finished; or a shard is missing.
-        ValueError: a shard is damaged; the message names it.
+        image_tokens (`np.ndarray` of shape `(rows, num_image_tokens)`): below `codebook_size`.
+        images, sha256, labels: one for each row; `class_names` go with labels.
+        identity: [`tokenizer_identity`] of what made the tokens.
+        facts (`dict`, *optional*): kept in the file's metadata, for the extraction that goes on.
     """
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
-    def __init__(self, folder: str | Path, seed: int = 0, verify: bool = True):
-        self.folder = Path(folder)
-        self.seed = seed
-        self.epoch = 0
-        self.index = read_index(self.folder)
-        self.class_names: list[str] = self.index["class_names"]
-        self.num_sequences: int = self.index["num_sequences"]
-        self.places: list[tuple[int, int]] = []  # shard and row of each image
-        self.labels: list[int] = []
-        self._opened: dict[int, Any] = {}
-        duplicates = {tuple(place) for place in self.index["duplicates"]}
-        for number, shard in enumerate(self.index["shards"]):
-            check_shard(self.folder, shard, verify)
-            for row, label in enumerate(self._file(number).get_tensor("labels").tolist()):
-                if (number, row) not in duplicates:
-                    self.places.append((number, row))
-                    self.labels.append(label)
+    dtype = "uint16" if codebook_size <= 2**16 else "int32"
+    code = datasets.Value(dtype, id=identity_text(identity))
+    features = datasets.Features({"image_tokens": datasets.List(code, length=image_tokens.shape[1])})
+    flat = pa.array(image_tokens.astype(dtype).reshape(-1))
+    columns: dict[str, Any] = {"image_tokens": pa.FixedSizeListArray.from_arrays(flat, image_tokens.shape[1])}
+    if labels is not None:
+        features["label"] = datasets.ClassLabel(names=class_names)
+        columns["label"] = pa.array(labels, pa.int64())
+    for name, values in (("image", images), ("sha256", sha256)):
+        features[name] = datasets.Value("string")
+        columns[name] = pa.array(values, pa.string())
+    schema = features.arrow_schema
+    if facts is not None:
+        schema = schema.with_metadata({**schema.metadata, FACTS: json.dumps(facts).encode()})
+    pq.write_table(pa.table(columns, schema=schema), file)
 
-    def _file(self, shard: int) -> Any:
-        """A shard, mapped into memory."""
-        if shard not in self._opened:
-            self._opened[shard] = safe_open(self.folder / self.index["shards"][shard]["file"], framework="np")
-        return self._opened[shard]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": {}}  # worker processes open the files themselves
+def shard_facts(file: Path) -> dict[str, Any] | None:
+    """What a parquet file says of the extraction that it belongs to: nothing if it is of none, None if it is damaged."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
-    def check_tokenizer(self, tokenizer: VFMTokModel) -> None:
-        """
-        Raises:
-            ValueError: the tokens were made by another tokenizer.
-        """
-        if tokenizer_identity(tokenizer) != self.index["tokenizer"]:
-            raise ValueError(
-                f"The tokens of {self.folder} were made by another tokenizer: extract them again with this one, or pass "
-                "the one that made them."
-            )
-
-    @property
-    def num_unreadable(self) -> int:
-        """Images that were left out because they cannot be decoded."""
-        return len(self.index["unreadable"])
-
-    def name(self, index: int) -> str:
-        shard, row = self.places[index]
-        return shard_facts(self._file(shard))["names"][row]
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
-        """`image_tokens` (num_image_tokens,), `label`, `index`."""
-        sequence = int(np.random.default_rng((self.seed, self.epoch, index)).integers(self.num_sequences))
-        return {"image_tokens": self.sequence(index, sequence), "label": self.labels[index], "index": index}
-
-    def sequence(self, index: int, sequence: int) -> torch.Tensor:
-        """One sequence of an image, `(num_image_tokens,)` int64."""
-        shard, row = self.places[index]
-        return torch.from_numpy(self._file(shard).get_slice("image_tokens")[row, sequence].astype(np.int64))
+    try:
+        metadata = pq.read_schema(file).metadata or {}
+    except (OSError, pa.ArrowException):
+        return None
+    return json.loads(metadata.get(FACTS, b"{}"))
 
 
 def read_index(folder: Path) -> dict[str, Any]:
+    """
+    The index of an extraction.
+
+    Raises:
+        FileNotFoundError: the extraction has not finished.
+        ValueError: the folder is of another format.
+    """
+    if any(folder.glob(EARLIER_SHARDS)):
+        raise ValueError(
+            f"{folder} holds token shards of an earlier format (.safetensors), which is no longer read: extract the tokens "
+            "again into another folder."
+        )
     file = folder / INDEX_FILE
     if not file.is_file():
         raise FileNotFoundError(f"{folder} has no {INDEX_FILE}: the extraction has not finished. Run it again.")
@@ -175,15 +170,139 @@ def check_shard(folder: Path, shard: dict[str, Any], verify: bool) -> None:
         raise ValueError(f"The token shard {file} is damaged, its sha256 is not that of the index: {cure}")
 
 
-def shard_facts(shard: Any) -> dict[str, Any]:
-    """What an opened shard says of itself; of other files, that they belong to nothing."""
-    return json.loads((shard.metadata() or {}).get(SHARD_FACTS, '{"fingerprint": null}'))
+# ---------------------------------------------------------------------------------------------------------------
+# Reading
 
 
-def readable_shard(file: Path) -> bool:
-    """Whether a file is a whole safetensors file; its header tells its length."""
-    try:
-        with safe_open(file, framework="np"):
+def is_token_set(source: str | Path, split: str = "train") -> bool:
+    """Whether a source of data holds image tokens rather than images: an extraction, finished or not, or such a column."""
+    folder = Path(source)
+    if folder.is_dir():
+        if is_extraction(folder):
             return True
-    except SafetensorError:
-        return False
+        if not holds_data_files(folder):
+            return False
+    dataset = load_dataset(source, split, streaming=True)
+    return "image_tokens" in (dataset.features or dataset._resolve_features().features)
+
+
+def is_extraction(folder: Path) -> bool:
+    """Whether a folder was written by `extract_tokens.py`, perhaps not to its end or in an earlier format."""
+    return (
+        (folder / INDEX_FILE).is_file()
+        or any(folder.glob(EARLIER_SHARDS))
+        or any(shard_facts(file) for file in folder.glob(SHARDS))
+    )
+
+
+class TokenSet(Dataset):
+    """
+    Token sequences of labeled images. Which of an image's sequences an item is is a function of (seed, epoch, index).
+    Images that occur twice, byte for byte, count once.
+
+    Args:
+        source (`str` or `Path`): a folder by `extract_tokens.py`, or anything that
+            [`~vfmtok_hf.data.sources.load_dataset`] reads and that has the columns of this module.
+        seed (`int`): of the choice.
+        verify (`bool`): compare the sha256 of each file of an extraction with its index. Sizes are compared in any case.
+        split (`str`): of what has several.
+
+    Raises:
+        FileNotFoundError: an extraction has not finished, or one of its files is missing.
+        ValueError: a file is damaged, and named; or a column is missing.
+    """
+
+    def __init__(self, source: str | Path, seed: int = 0, verify: bool = True, split: str = "train"):
+        self.source = str(source)
+        self.seed = seed
+        self.epoch = 0
+        self.index: dict[str, Any] = {"unreadable": []}
+        folder = Path(source)
+        if folder.is_dir() and is_extraction(folder):
+            self.index = read_index(folder)
+            for shard in self.index["shards"]:
+                check_shard(folder, shard, verify)
+            source = folder / SHARDS  # whatever the split is called
+        self.dataset = load_dataset(source, split, streaming=False)
+        label_column = find_label_column(self.source, self.dataset.features, None)
+        self.class_names = known_class_names(self.dataset.features, label_column)
+        missing = {"image_tokens", "image", "sha256"} - set(self.dataset.features)
+        if missing or self.class_names is None:
+            raise ValueError(
+                f"{source} is no set of labeled image tokens: it lacks {', '.join(sorted(missing)) or 'names of the classes'}."
+            )
+        self.first_rows, self.num_views = self._images()
+        rows = self.dataset.select_columns([label_column]).with_format("numpy")
+        self.labels: list[int] = rows[self.first_rows][label_column].tolist()
+        self.tokens = self.dataset.select_columns(["image_tokens"]).with_format("numpy")
+
+    def _images(self) -> tuple[np.ndarray, np.ndarray]:
+        """First row and number of rows of each image that has not been before."""
+        import pyarrow.compute as pc
+
+        table = self.dataset.select_columns(["image", "sha256"]).with_format("arrow")[:]
+        columns = [
+            pc.dictionary_encode(table[name]).combine_chunks().indices.to_numpy() for name in table.column_names
+        ]
+        rows = np.stack(columns)
+        is_first = (
+            np.concatenate([[True], (rows[:, 1:] != rows[:, :-1]).any(axis=0)]) if len(table) else np.zeros(0, bool)
+        )
+        first_rows = np.flatnonzero(is_first)
+        num_views = np.diff(first_rows, append=len(table))
+        _, new = np.unique(rows[1, first_rows], return_index=True)
+        new.sort()
+        return first_rows[new], num_views[new]
+
+    @property
+    def num_sequences(self) -> int:
+        """The most sequences that an image has."""
+        return int(self.num_views.max(initial=0))
+
+    @property
+    def num_unreadable(self) -> int:
+        """Images that the extraction left out because they cannot be decoded or have no label."""
+        return len(self.index["unreadable"])
+
+    def check_tokenizer(self, tokenizer: VFMTokModel) -> None:
+        """
+        Raises:
+            ValueError: the tokens were made by another tokenizer.
+        """
+        made_by = self.dataset.features["image_tokens"].feature.id
+        if made_by != identity_text(tokenizer_identity(tokenizer)):
+            raise ValueError(
+                f"The tokens of {self.source} were made by another tokenizer: extract them again with this one, or pass "
+                "the one that made them."
+            )
+
+    def name(self, index: int) -> str:
+        return self.dataset[int(self.first_rows[index])]["image"]
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
+        """`image_tokens` (num_image_tokens,), `label`, `index`."""
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, torch.Tensor | int]]:
+        """Several items at once, as loaders ask for them."""
+        views = [
+            np.random.default_rng((self.seed, self.epoch, index)).integers(self.num_views[index]) for index in indices
+        ]
+        sequences = self._read([self.first_rows[index] + view for index, view in zip(indices, views, strict=True)])
+        return [
+            {"image_tokens": sequence, "label": self.labels[index], "index": index}
+            for index, sequence in zip(indices, sequences, strict=True)
+        ]
+
+    def sequence(self, index: int, view: int) -> torch.Tensor:
+        """One sequence of an image, `(num_image_tokens,)` int64."""
+        return self._read([self.first_rows[index] + view])[0]
+
+    def _read(self, rows: list[int]) -> torch.Tensor:
+        return torch.from_numpy(np.stack(list(self.tokens[rows]["image_tokens"])).astype(np.int64))

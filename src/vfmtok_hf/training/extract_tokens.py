@@ -15,25 +15,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator, PartialState
-from safetensors import safe_open
-from safetensors.numpy import save_file
 from torch.utils.data import DataLoader, Dataset
 
 from vfmtok_hf.data.files import file_sha256
 from vfmtok_hf.data.output_files import whole_file
 from vfmtok_hf.data.sources import ImageRecords, open_records, read_class_names
 from vfmtok_hf.data.token_sets import (
+    EARLIER_SHARDS,
     FORMAT,
     INDEX_FILE,
-    SHARD_FACTS,
+    SHARDS,
     check_shard,
     encode_sequences,
     read_index,
-    readable_shard,
     shard_facts,
     tokenizer_identity,
+    write_token_table,
 )
 from vfmtok_hf.data.transforms import Variants
 from vfmtok_hf.modeling.image_reading_vfmtok import UnreadableImage, read_image
@@ -56,7 +56,7 @@ def extract_tokens(
     on_progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """
-    Write the token shards of all images, and return their index. Shards that are there already are kept.
+    Write the tokens of all images as parquet files, and return their index. Files that are there already are kept.
 
     Several processes (of `torchrun` or `accelerate launch`) take turns at the shards, so that each image is encoded
     by exactly one. Images that cannot be decoded are left out and named in the log and in the index. An image that
@@ -78,7 +78,7 @@ def extract_tokens(
     tokenizer.eval()
     identity = tokenizer_identity(tokenizer)
     settings = {**asdict(variants), "neighbours": neighbours, "shard_size": shard_size}
-    fingerprint = _fingerprint(identity, records.fingerprint, settings)
+    fingerprint = _fingerprint(FORMAT, identity, records.fingerprint, settings)
     num_shards = -(-len(records) // shard_size)
     finished = finished_index(output, fingerprint)
     state.wait_for_everyone()
@@ -92,16 +92,23 @@ def extract_tokens(
     for number in missing[state.process_index :: state.num_processes]:
         indices = range(number * shard_size, min((number + 1) * shard_size, len(records)))
         views = _Views(records, variants, indices)
-        shard = _encode_shard(tokenizer, views, neighbours, batch_size, num_workers, on_progress)
-        facts = {
-            "fingerprint": fingerprint,
-            "names": [records.name(index) for index in shard["indices"]],
-            "unreadable": [records.name(index) for index in sorted({*indices} - {*shard["indices"]})],
-        }
+        images, image_tokens = _encode_shard(tokenizer, views, neighbours, batch_size, num_workers, on_progress)
+        unreadable = sorted({*indices} - {image["index"] for image in images})
+        facts = {"fingerprint": fingerprint, "unreadable": [records.name(index) for index in unreadable]}
+        rows = [image for image in images for _ in range(variants.num_views * neighbours)]
         with whole_file(output / shard_name(number)) as temporary:
-            # One entry: safetensors writes several in an order that changes, and with it the file's digest.
-            save_file(shard["tensors"], temporary, {SHARD_FACTS: json.dumps(facts)})
-        logger.info("shard %d of %d: %d images", number + 1, num_shards, len(shard["indices"]))
+            write_token_table(
+                temporary,
+                image_tokens,
+                [records.name(image["index"]) for image in rows],
+                [image["sha256"] for image in rows],
+                identity,
+                tokenizer.config.codebook_size,
+                [image["label"] for image in rows],
+                records.class_names,
+                facts,
+            )
+        logger.info("shard %d of %d: %d images", number + 1, num_shards, len(images))
     state.wait_for_everyone()
     if state.is_main_process:
         index = {
@@ -111,7 +118,7 @@ def extract_tokens(
             "codebook_size": tokenizer.config.codebook_size,
             "num_image_tokens": tokenizer.config.num_anchors,
             "settings": settings,
-            "class_names": records.class_names,
+            "num_sequences": variants.num_views * neighbours,
             **_summary(records, [output / shard_name(number) for number in range(num_shards)]),
         }
         if index["num_images"] == 0:
@@ -134,7 +141,7 @@ def finished_index(output: Path, fingerprint: str) -> dict[str, Any] | None:
 
 
 def shard_name(number: int) -> str:
-    return f"shard-{number:05d}.safetensors"
+    return SHARDS.replace("*", f"{number:05d}")
 
 
 def _fingerprint(*parts: Any) -> str:
@@ -146,13 +153,13 @@ def _prepare(output: Path, fingerprint: str, overwrite: bool) -> None:
     output.mkdir(parents=True, exist_ok=True)
     for partial in output.glob(".*.partial*"):
         partial.unlink()
-    for file in output.glob("shard-*.safetensors"):
-        if not readable_shard(file):
+    for file in (*output.glob(SHARDS), *output.glob(EARLIER_SHARDS)):
+        facts = shard_facts(file) if file.match(SHARDS) else {}
+        if facts is None:
             logger.warning("%s is damaged: made again", file)
             file.unlink()
             continue
-        with safe_open(file, framework="np") as shard:
-            belongs = shard_facts(shard)["fingerprint"] == fingerprint
+        belongs = facts.get("fingerprint") == fingerprint
         if not belongs and not overwrite:
             raise ValueError(
                 f"{output} holds tokens of another tokenizer, other images or other settings: choose another --output."
@@ -182,8 +189,8 @@ class _Views(Dataset):
         except UnreadableImage as error:
             logger.warning("skipping an image: %s", error)
             return {"views": None, "index": index}
-        digest = np.frombuffer(hashlib.sha256(encoded).digest(), np.uint8)
-        return {"views": views, "index": index, "label": self.records.labels[index], "digest": digest}
+        sha256 = hashlib.sha256(encoded).hexdigest()
+        return {"views": views, "index": index, "label": self.records.labels[index], "sha256": sha256}
 
 
 def _encode_shard(
@@ -193,53 +200,41 @@ def _encode_shard(
     batch_size: int,
     num_workers: int,
     on_progress: Callable[[int], None] | None,
-) -> dict[str, Any]:
-    dtype = np.uint16 if tokenizer.config.codebook_size <= 2**16 else np.int32
-    num_views = views.variants.num_views
-    images_at_once = max(batch_size // num_views, 1)
+) -> tuple[list[dict[str, Any]], np.ndarray]:
+    """The readable images of a shard, and the tokens of all their views in turn."""
+    images_at_once = max(batch_size // views.variants.num_views, 1)
     loader = DataLoader(
         views, batch_size=images_at_once, num_workers=num_workers, collate_fn=list, generator=torch.Generator()
     )
-    # An array of each kind even if no image of the shard can be decoded.
-    sequences = [np.empty((0, num_views * neighbours, tokenizer.config.num_anchors), dtype)]
+    # An array even if no image of the shard can be decoded.
+    sequences = [np.empty((0, tokenizer.config.num_anchors), np.int64)]
     readable: list[dict[str, Any]] = []
     for images in loader:
         found = [image for image in images if image["views"] is not None]
         if found:
             pixel_values = torch.cat([image.pop("views") for image in found]).to(tokenizer.device)
             parts = [encode_sequences(tokenizer, part, neighbours) for part in pixel_values.split(batch_size)]
-            # images * views, neighbours, tokens -> images, views * neighbours, tokens
-            tokens = torch.cat(parts).reshape(len(found), num_views * neighbours, -1)
-            sequences.append(tokens.cpu().numpy().astype(dtype))
+            # images * views, neighbours, tokens -> images * views * neighbours, tokens
+            sequences.append(torch.cat(parts).flatten(0, 1).cpu().numpy())
             readable += found
         if on_progress is not None:
             on_progress(len(images))
-    tensors = {
-        "image_tokens": np.concatenate(sequences),
-        "labels": np.array([image["label"] for image in readable], np.int32),
-        "digests": np.array([image["digest"] for image in readable], np.uint8).reshape(-1, 32),
-    }
-    return {"tensors": tensors, "indices": [image["index"] for image in readable]}
+    return readable, np.concatenate(sequences)
 
 
 def _summary(records: ImageRecords, files: list[Path]) -> dict[str, Any]:
     """What the index says of the shards: their digests, images left out, and images that came before."""
-    shards, unreadable, duplicates, num_sequences = [], [*records.unlabeled], [], 0
-    seen: set[bytes] = set()
-    for number, file in enumerate(files):
-        with safe_open(file, framework="np") as shard:
-            digests = shard.get_tensor("digests")
-            num_sequences = max(num_sequences, shard.get_slice("image_tokens").get_shape()[1])
-            unreadable += shard_facts(shard)["unreadable"]
-        for row, digest in enumerate(digests):
-            if digest.tobytes() in seen:
-                duplicates.append([number, row])
-            seen.add(digest.tobytes())
+    shards, unreadable, duplicates = [], [*records.unlabeled], []
+    first_name: dict[str, str] = {}  # by digest
+    for file in files:
+        unreadable += shard_facts(file)["unreadable"]
+        table = pq.read_table(file, columns=["image", "sha256"])
+        images = dict(zip(table["image"].to_pylist(), table["sha256"].to_pylist(), strict=True))
+        duplicates += [name for name, digest in images.items() if first_name.setdefault(digest, name) != name]
         size = file.stat().st_size
-        shards.append({"file": file.name, "images": len(digests), "bytes": size, "sha256": file_sha256(file)})
+        shards.append({"file": file.name, "images": len(images), "bytes": size, "sha256": file_sha256(file)})
     return {
-        "num_images": len(seen),
-        "num_sequences": num_sequences,
+        "num_images": len(first_name),
         "unreadable": unreadable,
         "duplicates": duplicates,
         "shards": shards,

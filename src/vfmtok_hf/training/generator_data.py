@@ -1,4 +1,4 @@
-"""What a generator is trained and validated on: token shards, images that become tokens once, or in every step."""
+"""What a generator is trained and validated on: token sets, images that become tokens once, or in every step."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from accelerate import Accelerator
 
 from vfmtok_hf.data.image_datasets import ImageDataset, ImageStream
 from vfmtok_hf.data.sources import ImageRecords
-from vfmtok_hf.data.token_sets import TokenShards, encode_sequences, is_token_folder
+from vfmtok_hf.data.token_sets import TokenSet, encode_sequences, is_token_set
 from vfmtok_hf.data.transforms import Variants
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 from vfmtok_hf.training.arguments import GeneratorArguments
@@ -18,7 +18,7 @@ from vfmtok_hf.training.run_data import check_data
 
 def open_token_data(
     arguments: GeneratorArguments, tokenizer: VFMTokModel, accelerator: Accelerator
-) -> tuple[TokenShards | ImageDataset | ImageStream, TokenShards]:
+) -> tuple[TokenSet | ImageDataset | ImageStream, TokenSet]:
     """
     Training data, as tokens or as images; and validation data, as tokens.
 
@@ -26,27 +26,29 @@ def open_token_data(
         ValueError: there are no validation data and none can be held out, or they have other classes.
     """
     held_out = None
-    train_source: TokenShards | ImageRecords | ImageStream
-    if is_token_folder(arguments.train_data):
+    train_source: TokenSet | ImageRecords | ImageStream
+    if is_token_set(arguments.train_data, arguments.split):
         if arguments.validation_data is None:
-            raise ValueError("Of token shards no part can be held out: give --validation_data.")
-        train_source = open_shards(arguments.train_data, arguments, tokenizer, accelerator)
+            raise ValueError("Token sets cannot be split: pass --validation_data.")
+        train_source = open_token_set(arguments.train_data, arguments.split, arguments, tokenizer, accelerator)
     else:
         if arguments.streaming and arguments.num_crops:
             raise ValueError(
                 "The images of a stream become tokens in every step: --streaming true needs --num_crops 0."
             )
         train_source, held_out = open_training_images(arguments, tokenizer.config.image_size, accelerator)
-    validation_source: TokenShards | ImageRecords
-    if arguments.validation_data is not None and is_token_folder(arguments.validation_data):
-        validation_source = open_shards(arguments.validation_data, arguments, tokenizer, accelerator)
+    validation_source: TokenSet | ImageRecords
+    if arguments.validation_data is not None and is_token_set(arguments.validation_data, arguments.validation_split):
+        validation_source = open_token_set(
+            arguments.validation_data, arguments.validation_split, arguments, tokenizer, accelerator
+        )
     else:
         validation_source = open_validation_images(arguments, held_out, accelerator)
     if validation_source.class_names != train_source.class_names:
         raise ValueError(f"{arguments.validation_data} and {arguments.train_data} must have the same classes.")
     check_data(arguments, train_source, validation_source, accelerator.is_main_process, classes_may_change=False)
 
-    train_data: TokenShards | ImageDataset | ImageStream | ImageRecords = train_source
+    train_data: TokenSet | ImageDataset | ImageStream | ImageRecords = train_source
     if isinstance(train_source, ImageRecords):
         train_data = tokens_of(train_source, arguments, tokenizer)
     validation_data = validation_source
@@ -56,17 +58,16 @@ def open_token_data(
     return train_data, validation_data
 
 
-def open_shards(
-    folder: str, arguments: GeneratorArguments, tokenizer: VFMTokModel, accelerator: Accelerator
-) -> TokenShards:
-    shards = TokenShards(folder, arguments.seed, verify=accelerator.is_local_main_process)
-    shards.check_tokenizer(tokenizer)
-    return shards
+def open_token_set(
+    source: str, split: str, arguments: GeneratorArguments, tokenizer: VFMTokModel, accelerator: Accelerator
+) -> TokenSet:
+    with accelerator.main_process_first():  # the datasets library prepares its cache
+        tokens = TokenSet(source, arguments.seed, verify=accelerator.is_local_main_process, split=split)
+    tokens.check_tokenizer(tokenizer)
+    return tokens
 
 
-def tokens_of(
-    records: ImageRecords, arguments: GeneratorArguments, tokenizer: VFMTokModel
-) -> TokenShards | ImageDataset:
+def tokens_of(records: ImageRecords, arguments: GeneratorArguments, tokenizer: VFMTokModel) -> TokenSet | ImageDataset:
     """Images for tokens in every step, or the tokens of their variants."""
     augmentation = training_augmentation(arguments, tokenizer.config.image_size)
     if arguments.num_crops == 0:
@@ -88,12 +89,12 @@ def tokenize_once(
     neighbours: int,
     arguments: GeneratorArguments,
     tokenizer: VFMTokModel,
-) -> TokenShards:
+) -> TokenSet:
     """The tokens of images, kept in the run's folder; those of another tokenizer or other images are replaced."""
     folder = Path(arguments.output) / "tokens" / name
     workers = arguments.num_workers
     extract_tokens(tokenizer, records, folder, variants, neighbours, num_workers=workers, overwrite=True)
-    return TokenShards(folder, arguments.seed)
+    return TokenSet(folder, arguments.seed)
 
 
 def token_batch(

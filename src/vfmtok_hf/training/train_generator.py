@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Subset
 
-from vfmtok_hf.data.token_sets import TokenShards
+from vfmtok_hf.data.token_sets import TokenSet
 from vfmtok_hf.modeling.configuration_vfmtok_ar import VFMTokARConfig
 from vfmtok_hf.modeling.configuration_vfmtok_rar import VFMTokRARConfig
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
@@ -120,7 +120,7 @@ def parameter_groups(model: Generator, arguments: GeneratorArguments) -> list[di
 
 
 @torch.no_grad()
-def validate(model: Generator, data: TokenShards, batch_size: int, accelerator: Accelerator) -> dict[str, float]:
+def validate(model: Generator, data: TokenSet, batch_size: int, accelerator: Accelerator) -> dict[str, float]:
     """Mean cross-entropy of unseen images' tokens in nats, in raster order. The processes share the images."""
     model.eval()
     count = accelerator.num_processes

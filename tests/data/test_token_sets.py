@@ -1,0 +1,157 @@
+"""Token sets are ordinary data sets: they are read, changed and written by the `datasets` library, and train all the same."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+from tests.data.image_sources import DAMAGED, NUM_IMAGES, write_folder
+from tests.pipelines.tiny_pipeline import tiny_pipeline
+from tests.testing import tiny_model
+from vfmtok_hf.data.files import file_sha256, find_images
+from vfmtok_hf.data.sources import open_records
+from vfmtok_hf.data.token_files import load_tokens, save_tokens
+from vfmtok_hf.data.token_sets import TokenSet, is_token_set, write_token_table
+from vfmtok_hf.data.transforms import Variants
+from vfmtok_hf.training.extract_tokens import extract_tokens
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    torch.manual_seed(0)
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def folder(tokenizer, tmp_path_factory):
+    """Two views of each of 21 readable images, in three files."""
+    root = tmp_path_factory.mktemp("tokens")
+    records = open_records(write_folder(root / "images"))
+    extract_tokens(tokenizer, records, root / "tokens", Variants(32, count=2), shard_size=10)
+    return root / "tokens"
+
+
+def assert_equal_sets(one, other):
+    assert (one.class_names, one.labels) == (other.class_names, other.labels)
+    assert [one.name(index) for index in range(len(one))] == [other.name(index) for index in range(len(other))]
+    for index in range(len(one)):
+        assert torch.equal(one[index]["image_tokens"], other[index]["image_tokens"])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_load_dataset_reads_an_extraction(folder, streaming):
+    rows = datasets.load_dataset(str(folder), split="train", streaming=streaming)
+    assert list(rows.features) == ["image_tokens", "label", "image", "sha256"]
+    assert rows.features["label"].names == ["first", "second"]
+    rows, tokens = list(rows), TokenSet(folder)
+    assert len(rows) == 2 * (NUM_IMAGES - len(DAMAGED)) == 2 * len(tokens)
+    for number in (0, 1, 41):
+        expected = tokens.sequence(number // 2, number % 2).tolist()
+        assert rows[number]["image_tokens"] == expected
+        assert rows[number]["label"] == tokens.labels[number // 2]
+        assert rows[number]["image"] == tokens.name(number // 2)
+    assert rows[0]["sha256"] == file_sha256(folder.parent / "images" / "first" / "00.png")
+
+
+def test_folders_of_one_name_are_not_taken_for_each_other(folder, tokenizer, tmp_path):
+    """The library caches what it reads; a card that names the files would make it tell folders apart by their names alone."""
+    records = open_records(folder.parent / "images").hold_out(0.2, seed=0)[1]
+    extract_tokens(tokenizer, records, tmp_path / folder.name, Variants(32, count=2), shard_size=10)
+    for source in (folder, tmp_path / folder.name):
+        rows = datasets.load_dataset(str(source), split="train")
+        tokens = TokenSet(source)
+        assert len(rows) == 2 * len(tokens)
+        assert rows[-1]["image"] == tokens.name(len(tokens) - 1)
+    assert len(tokens) < len(TokenSet(folder))
+
+
+def test_what_the_library_writes_trains_alike(folder, tokenizer, tmp_path):
+    """Parquet files as `push_to_hub` uploads them, and a folder of `save_to_disk`."""
+    rows, expected = datasets.load_dataset(str(folder), split="train"), TokenSet(folder)
+    (tmp_path / "pushed" / "data").mkdir(parents=True)
+    for part in range(2):
+        shard = rows.shard(2, part, contiguous=True)
+        shard.to_parquet(tmp_path / "pushed" / "data" / f"train-{part:05d}-of-00002.parquet")
+    rows.save_to_disk(tmp_path / "saved")
+    for source in (tmp_path / "pushed", tmp_path / "saved", tmp_path / "pushed" / "data" / "*.parquet"):
+        assert is_token_set(source)
+        tokens = TokenSet(source)
+        assert_equal_sets(tokens, expected)
+        tokens.check_tokenizer(tokenizer)
+        torch.manual_seed(1)
+        with pytest.raises(ValueError, match="made by another tokenizer"):
+            tokens.check_tokenizer(tiny_model())
+
+
+def test_rows_may_be_selected(folder, tokenizer, tmp_path):
+    """Views that no longer follow each other: each image that is left counts once."""
+    rows = datasets.load_dataset(str(folder), split="train").filter(lambda row: row["label"] == 1)
+    rows.shuffle(seed=0).to_parquet(tmp_path / "tokens.parquet")
+    tokens = TokenSet(tmp_path / "tokens.parquet")
+    tokens.check_tokenizer(tokenizer)
+    assert set(tokens.labels) == {1}
+    assert len(tokens) == 12
+    assert len({tokens.name(index) for index in range(12)}) == 12
+
+
+def test_items_come_together_or_one_by_one(folder):
+    tokens = TokenSet(folder, seed=3)
+    tokens.set_epoch(2)
+    together = tokens.__getitems__([5, 0, 20])
+    for index, item in zip([5, 0, 20], together, strict=True):
+        assert item["index"] == index
+        assert torch.equal(item["image_tokens"], tokens[index]["image_tokens"])
+
+
+def test_images_are_no_tokens(tmp_path, folder):
+    assert is_token_set(folder)
+    assert not is_token_set(write_folder(tmp_path / "images"))
+
+
+def test_tokens_without_classes_are_refused_for_training(tmp_path):
+    identity = {"config_sha256": "0", "weights_sha256": "1"}
+    write_token_table(tmp_path / "a.parquet", np.zeros((2, 9), int), ["a", "b"], ["0", "1"], identity, 64)
+    with pytest.raises(ValueError, match="label_column"):
+        TokenSet(tmp_path / "a.parquet")
+    labels = {"labels": [0, 1], "class_names": ["a", "b"]}
+    write_token_table(tmp_path / "b.parquet", np.zeros((2, 9), int), ["a", "b"], ["0", "1"], identity, 64, **labels)
+    datasets.load_dataset("parquet", data_files=str(tmp_path / "b.parquet"), split="train").remove_columns(
+        "sha256"
+    ).to_parquet(tmp_path / "c.parquet")
+    with pytest.raises(ValueError, match="lacks sha256"):
+        TokenSet(tmp_path / "c.parquet")
+
+
+def test_codes_of_a_large_codebook_fit(tmp_path):
+    identity = {"config_sha256": "0", "weights_sha256": "1"}
+    tokens = np.array([[70_000, 0, 1]])
+    write_token_table(tmp_path / "a.parquet", tokens, ["a"], ["0"], identity, 2**17)
+    assert load_tokens(tmp_path / "a.parquet")[1].tolist() == tokens.tolist()
+
+
+def test_shards_of_the_earlier_format_say_what_to_do(tmp_path, tokenizer):
+    (tmp_path / "shard-00000.safetensors").write_bytes(b"")
+    assert is_token_set(tmp_path)
+    with pytest.raises(ValueError, match="earlier format.*extract the tokens again"):
+        TokenSet(tmp_path)
+    records = open_records(write_folder(tmp_path.with_name("images")))
+    with pytest.raises(ValueError, match="choose another --output"):
+        extract_tokens(tokenizer, records, tmp_path, Variants(32, count=1))
+
+
+def test_tokenized_files_are_such_a_data_set_too(tmp_path):
+    pipe = tiny_pipeline()
+    files = find_images([write_folder(tmp_path / "images") / "second"])
+    image_tokens = pipe.tokenize(list(files.values()))
+    save_tokens(tmp_path / "tokens.parquet", list(files), image_tokens, files, pipe.vq_model)
+    names, loaded = load_tokens(tmp_path / "tokens.parquet")
+    assert names == list(files)
+    assert torch.equal(loaded, image_tokens)
+    rows = datasets.load_dataset("parquet", data_files=str(tmp_path / "tokens.parquet"), split="train")
+    assert rows[2] == {
+        "image_tokens": image_tokens[2].tolist(),
+        "image": names[2],
+        "sha256": file_sha256(files[names[2]]),
+    }
+    with pytest.raises(ValueError, match="needs the image files"):
+        save_tokens(tmp_path / "other.parquet", names, image_tokens)
