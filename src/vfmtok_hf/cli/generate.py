@@ -46,7 +46,7 @@ def generate(
     temperature: Annotated[float | None, typer.Option(help="*Default: the checkpoint's.*")] = None,
     top_k: Annotated[int | None, typer.Option(help="0 is off. *Default: the checkpoint's.*")] = None,
     top_p: Annotated[float | None, typer.Option(help="1 is off. *Default: the checkpoint's.*")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Image i is drawn from seed + i, whatever the batch size.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Image i is generated from seed + i, whatever the batch size.")] = 0,
     output: PicturesOption = Path("grid.png"),
     model: ModelOption = None,
     device: DeviceOption = None,
@@ -54,7 +54,7 @@ def generate(
     batch_size: BatchSizeOption = 16,
 ) -> None:
     """
-    Draw images of classes.
+    Generate images of classes.
 
     `vfmtok generate --labels smiley heart --seed 0 --output grid.png`
     """

@@ -38,7 +38,7 @@ def push(
     results: Annotated[
         list[Path] | None, typer.Option(help="Result of `vfmtok evaluate` for the card. *May be repeated.*")
     ] = None,
-    samples: Annotated[int, typer.Option(min=0, help="Images to draw for the card of a pipeline.")] = 0,
+    samples: Annotated[int, typer.Option(min=0, help="Images to generate for the card of a pipeline.")] = 0,
     private: Annotated[bool, typer.Option("--private", help="Make a private repository.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Do everything, show files and card, and send nothing.")
