@@ -224,9 +224,10 @@ class VFMTokARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGener
     def forward(
         self,
         class_labels: torch.Tensor,
-        image_tokens: torch.Tensor,
-        return_loss: bool = False,
+        image_tokens: torch.Tensor | None = None,
+        return_loss: bool | None = None,
         cache: KeyValueCache | None = None,
+        labels: torch.Tensor | None = None,
     ) -> VFMTokAROutput:
         """
         Args:
@@ -236,12 +237,18 @@ class VFMTokARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGener
             image_tokens (`torch.LongTensor` of shape `(batch_size, num_image_tokens)`):
                 The tokens to score, in raster order. With `cache` the tokens so far instead, `num_image_tokens - 1`
                 at most.
-            return_loss (`bool`, defaults to `False`):
-                Whether to compute the cross-entropy of `image_tokens`.
+            return_loss (`bool`, *optional*):
+                Whether to compute the cross-entropy of `image_tokens`. Defaults to whether the model is in training mode.
             cache (`KeyValueCache`, *optional*):
                 For decoding: only positions that it does not hold are computed, and the output has a single position,
                 the prediction of the token after `image_tokens`. After the first call one token comes at a time.
+            labels (`torch.LongTensor` of shape `(batch_size, num_image_tokens)`, *optional*):
+                The `image_tokens` under the name that transformers' `Trainer` knows, with their loss.
         """
+        image_tokens = labels if image_tokens is None else image_tokens
+        if image_tokens is None:
+            raise ValueError("image_tokens are missing: all tokens of one image per label, or labels in their place.")
+        return_loss = labels is not None or (self.training if return_loss is None else return_loss)
         if cache is not None:
             hidden_states = self.decode_sequence(class_labels, image_tokens, cache)[:, -1:]
             return VFMTokAROutput(logits=self._layer_function(cache)(self.lm_head, hidden_states).float())

@@ -323,11 +323,12 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
     def forward(
         self,
         class_labels: torch.Tensor,
-        image_tokens: torch.Tensor,
-        return_loss: bool = False,
+        image_tokens: torch.Tensor | None = None,
+        return_loss: bool | None = None,
         orders: torch.Tensor | None = None,
         random_ratio: float = 0.0,
         cache: VFMTokRARCache | None = None,
+        labels: torch.Tensor | None = None,
     ) -> VFMTokAROutput:
         """
         Args:
@@ -338,8 +339,8 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
                 The tokens to score, in raster order whatever `orders` says, as are the logits: `logits[:, i]` predicts
                 `image_tokens[:, i]`. With `cache` the first tokens of the order instead, `num_image_tokens - 1` at
                 most.
-            return_loss (`bool`, defaults to `False`):
-                Whether to compute the cross-entropy of `image_tokens`.
+            return_loss (`bool`, *optional*):
+                Whether to compute the cross-entropy of `image_tokens`. Defaults to whether the model is in training mode.
             orders (`torch.LongTensor` of shape `(batch_size, num_image_tokens)`, *optional*):
                 Permutations: entry j is the raster position predicted at step j.
             random_ratio (`float`, defaults to 0.0):
@@ -348,7 +349,13 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
             cache (`VFMTokRARCache`, *optional*):
                 For decoding: only positions that it does not hold are computed, and the output has a single position,
                 the prediction of the token after `image_tokens`. After the first call one token comes at a time.
+            labels (`torch.LongTensor` of shape `(batch_size, num_image_tokens)`, *optional*):
+                The `image_tokens` under the name that transformers' `Trainer` knows, with their loss.
         """
+        image_tokens = labels if image_tokens is None else image_tokens
+        if image_tokens is None:
+            raise ValueError("image_tokens are missing: all tokens of one image per label, or labels in their place.")
+        return_loss = labels is not None or (self.training if return_loss is None else return_loss)
         if cache is not None:
             hidden_states = self.decode_sequence(class_labels, image_tokens, orders, cache)[:, -1:]
             return VFMTokAROutput(logits=self._layer_function(cache)(self.lm_head, hidden_states).float())
