@@ -21,6 +21,7 @@ import torch
 from torch.utils.data import Dataset
 
 from vfmtok_hf.data.files import file_sha256, holds_data_files
+from vfmtok_hf.data.fingerprints import weights_sha256
 from vfmtok_hf.data.sources import find_label_column, known_class_names, load_dataset
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 
@@ -38,11 +39,6 @@ BOOKKEEPING_FIELDS = ("_name_or_path", "name_or_path", "transformers_version", "
 
 def tokenizer_identity(tokenizer: VFMTokModel) -> dict[str, str]:
     """Digests of all that image tokens depend on: settings, and weights as they are loaded."""
-    weights = hashlib.sha256()
-    for name, tensor in sorted(tokenizer.state_dict().items()):
-        if not name.startswith(DECODING_PARTS):
-            weights.update(name.encode())
-            weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     config = {
         name: value
         for name, value in _without_bookkeeping(tokenizer.config.to_dict()).items()
@@ -50,7 +46,7 @@ def tokenizer_identity(tokenizer: VFMTokModel) -> dict[str, str]:
     }
     return {
         "config_sha256": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
-        "weights_sha256": weights.hexdigest(),
+        "weights_sha256": weights_sha256(tokenizer, skip=DECODING_PARTS),
     }
 
 
