@@ -2,7 +2,6 @@ import pytest
 import torch
 
 from tests.modeling.generators import tiny_ar, tiny_batch, tiny_rar
-from vfmtok_hf.modeling.class_embeddings_vfmtok import match_class_names
 
 
 OLD_NAMES = {0: "tench, Tinca tinca", 1: "crane", 2: "heart, love", 3: "Moon", 4: "crane"}
@@ -16,11 +15,6 @@ def model(request):
 @torch.no_grad()
 def logits(model, labels, tokens):
     return model(torch.tensor(labels), tokens).logits
-
-
-def test_names_match_whole_or_by_synonym():
-    names = ["moon", "love", "TENCH", "heart, red heart", "crane", "sun", "Tinca  tinca"]
-    assert match_class_names(names, list(OLD_NAMES.values())) == [3, 2, 0, 2, None, None, 0]
 
 
 @pytest.mark.parametrize("names", [["sun", "moon"], ["moon", *"abcdefg", "heart", "tench"]], ids=["fewer", "more"])

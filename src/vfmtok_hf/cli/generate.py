@@ -63,6 +63,7 @@ def generate(
 
         from vfmtok_hf.cpu.packing import AdaptiveThreads
         from vfmtok_hf.data.output_files import check_picture_output, fitting
+        from vfmtok_hf.modeling.class_names_vfmtok import short_class_name
         from vfmtok_hf.plotting import picture_output
 
         check_picture_output(output)
@@ -93,7 +94,7 @@ def generate(
                     callback_on_step_end=after_step,
                 ).images
                 for index, (class_id, image) in enumerate(zip(batch, images, strict=True), start):
-                    name = pipe.id2label.get(class_id, str(class_id)).partition(",")[0].strip()
+                    name = short_class_name(pipe.id2label, class_id)
                     slug = re.sub(r"\W+", "-", name).strip("-")
                     add(image, fitting(f"{index:05d}-{slug}.png"), name)
         report_written(len(class_ids), "image", output)

@@ -2,7 +2,6 @@
 
 import io
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +14,7 @@ from vfmtok_hf.conversion.convert import PROVENANCE_FILE
 from vfmtok_hf.data.output_files import is_picture
 from vfmtok_hf.evaluation.results import Result, card_metrics, published_and_measured, results_table
 from vfmtok_hf.hub.saved_models import SavedModel, read_json, read_saved_model
+from vfmtok_hf.modeling.class_names_vfmtok import ClassNames, short_class_name
 from vfmtok_hf.pipelines import VFMTokPipeline
 from vfmtok_hf.plotting import image_grid
 
@@ -142,8 +142,9 @@ def model_card(
 
 def _snippet_values(saved: SavedModel, repo_id: str) -> dict[str, Any]:
     light = saved.kind == "vfmtok" and not saved.configs[""].get("save_vision_model", True)
-    names = [name.split(",")[0].strip() for name in (saved.index.get("id2label") or {}).values()]
-    unique = [name for name, count in Counter(names).items() if count == 1]
+    classes = ClassNames(saved.index.get("id2label") or {})
+    names = [short_class_name(classes.id2label, class_id) for class_id in classes.id2label]
+    unique = [name for name in names if len(classes.ids(name)) == 1]
     return {
         "repo_id": repo_id,
         "label": json.dumps(unique[0] if unique else 0, ensure_ascii=False),
@@ -198,7 +199,7 @@ def draw_samples(folder: str | Path, count: int) -> tuple[bytes, str]:
     pipe.set_progress_bar_config(disable=True)
     class_ids = [index % pipe.transformer.config.num_classes for index in range(count)]
     seeds = [torch.Generator().manual_seed(seed) for seed in range(count)]
-    names = [pipe.id2label.get(class_id, str(class_id)).split(",")[0] for class_id in class_ids]
+    names = [short_class_name(pipe.id2label, class_id) for class_id in class_ids]
     buffer = io.BytesIO()
     image_grid(pipe(class_ids, generator=seeds).images, min(count, 8), names).save(buffer, "PNG")
     return buffer.getvalue(), f"Samples of seeds 0 to {count - 1}, none picked, without guidance"

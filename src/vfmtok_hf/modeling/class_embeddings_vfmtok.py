@@ -6,33 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-
-def match_class_names(new_names: Sequence[str], old_names: Sequence[str]) -> list[int | None]:
-    """
-    For each class of `new_names` the number of the one of `old_names` that it continues, or None.
-
-    Classes match by whole name, else by a synonym (names hold them separated by commas), in any case. A name that fits
-    several old classes, as "crane" does in ImageNet, matches none of them.
-    """
-    whole: dict[str, list[int]] = {}
-    synonyms: dict[str, list[int]] = {}
-    for number, name in enumerate(old_names):
-        whole.setdefault(_normalized(name), []).append(number)
-        for part in {_normalized(part) for part in name.split(",")}:
-            synonyms.setdefault(part, []).append(number)
-
-    def match(name: str) -> int | None:
-        keys = [_normalized(name), *map(_normalized, name.split(","))]
-        for candidates in [whole.get(keys[0]), *map(synonyms.get, keys)]:
-            if candidates:
-                return candidates[0] if len(candidates) == 1 else None
-        return None
-
-    return [match(name) for name in new_names]
-
-
-def _normalized(name: str) -> str:
-    return " ".join(name.casefold().split())
+from .class_names_vfmtok import match_class_names
 
 
 class ClassEmbeddingsMixin:
@@ -81,4 +55,4 @@ class ClassEmbeddingsMixin:
         return origins
 
 
-__all__ = ["ClassEmbeddingsMixin", "match_class_names"]
+__all__ = ["ClassEmbeddingsMixin"]

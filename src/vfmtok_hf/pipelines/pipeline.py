@@ -17,6 +17,7 @@ else:
     from .attention_vfmtok import eager_attention_forward  # noqa: F401
     from .auto_vfmtok import register_config, register_image_processor, register_model
     from .class_embeddings_vfmtok import ClassEmbeddingsMixin  # noqa: F401
+    from .class_names_vfmtok import ClassNames  # noqa: F401
     from .configuration_vfmtok import VFMTokConfig
     from .configuration_vfmtok_ar import VFMTokARConfig
     from .configuration_vfmtok_rar import VFMTokRARConfig

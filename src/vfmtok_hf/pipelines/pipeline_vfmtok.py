@@ -1,6 +1,5 @@
 """The diffusers pipeline: class labels to images, images to image tokens and back."""
 
-import difflib
 import inspect
 import operator
 import os
@@ -16,6 +15,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from huggingface_hub import snapshot_download
 from transformers.image_utils import ImageInput
 
+from vfmtok_hf.modeling.class_names_vfmtok import ClassNames
 from vfmtok_hf.modeling.image_processing_vfmtok import VFMTokImageProcessor
 from vfmtok_hf.modeling.image_reading_vfmtok import each_image
 from vfmtok_hf.modeling.loading_vfmtok import one_line_errors
@@ -90,54 +90,6 @@ def use_compiled_attention(model: VFMTokModel, device: torch.device) -> None:
     except ImportError:  # this file is also loaded from Hub repositories, without the package
         return
     use_found_kernels(model, device)
-
-
-class LabelNames:
-    """
-    Class ids by name. A class answers to its whole name and to each of its comma-separated synonyms, in any case.
-
-    Args:
-        id2label (`dict`): class id (JSON makes it a string) to name, such as `"tench, Tinca tinca"`.
-    """
-
-    def __init__(self, id2label: dict[int | str, str]):
-        self.id2label = {int(class_id): name for class_id, name in id2label.items()}
-        self.whole_names: dict[str, list[int]] = {}
-        self.synonyms: dict[str, list[int]] = {}
-        for class_id, name in self.id2label.items():
-            self.whole_names.setdefault(self._normalize(name), []).append(class_id)
-            for synonym in dict.fromkeys(self._normalize(part) for part in name.split(",")):
-                self.synonyms.setdefault(synonym, []).append(class_id)
-
-    @staticmethod
-    def _normalize(name: str) -> str:
-        return " ".join(name.casefold().split())
-
-    def find(self, name: str) -> int:
-        """
-        The class of that name, or of that number written out.
-
-        Raises:
-            ValueError: no class or several have that name.
-        """
-        normalized = self._normalize(name)
-        class_ids = self.whole_names.get(normalized) or self.synonyms.get(normalized)
-        if class_ids is None and normalized.isdecimal():
-            return int(normalized)
-        if class_ids is None:
-            raise ValueError(f"There is no class {name!r}. {self._suggestion(normalized)}")
-        if len(class_ids) > 1:
-            candidates = ", ".join(f"{class_id} ({self.id2label[class_id]})" for class_id in class_ids)
-            raise ValueError(f"{name!r} names several classes: {candidates}. Pass the number of one.")
-        return class_ids[0]
-
-    def _suggestion(self, normalized: str) -> str:
-        if not self.id2label:
-            return "This pipeline has no class names: pass class numbers."
-        closest = difflib.get_close_matches(normalized, self.synonyms, n=5)
-        if closest:
-            return f"Did you mean {', '.join(map(repr, closest))}?"
-        return f"The names are pipe.id2label.values(), such as {', '.join(map(repr, list(self.synonyms)[:5]))}."
 
 
 class VFMTokPipeline(DiffusionPipeline):
@@ -296,7 +248,7 @@ class VFMTokPipeline(DiffusionPipeline):
         """
         if isinstance(class_labels, str) or not isinstance(class_labels, Iterable):
             class_labels = [class_labels]
-        names = LabelNames(self.id2label)
+        names = ClassNames(self.id2label)
         class_ids = [names.find(label) if isinstance(label, str) else operator.index(label) for label in class_labels]
         if not class_ids:
             raise ValueError("There are no class labels: pass at least one.")
