@@ -14,8 +14,12 @@ from transformers import (
 
 from tests.testing import tiny_images, tiny_model
 from vfmtok_hf import VFMTokModel
-from vfmtok_hf.modeling.configuration_vfmtok import HALF_MEAN_STD, IMAGENET_MEAN_STD, OPENAI_CLIP_MEAN_STD
 
+
+# Written out: what the families were trained with.
+IMAGENET_MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+OPENAI_CLIP_MEAN_STD = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+HALF_MEAN_STD = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 SIZES = {
     "hidden_size": 16,

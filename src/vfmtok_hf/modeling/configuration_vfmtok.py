@@ -5,21 +5,26 @@ import math
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_STANDARD_MEAN,
+    IMAGENET_STANDARD_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+)
 
 from .loading_vfmtok import CheckedConfigMixin
 
 
-IMAGENET_MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-OPENAI_CLIP_MEAN_STD = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-HALF_MEAN_STD = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-
-# What each family's own image processor normalises with. timm models carry theirs in `pretrained_cfg`.
+# What each family's own image processor normalizes with. timm models carry theirs in `pretrained_cfg`.
+IMAGENET_MEAN_STD = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 MEAN_STD_BY_VISION_MODEL_TYPE = {
     "dinov2": IMAGENET_MEAN_STD,
     "dinov2_with_registers": IMAGENET_MEAN_STD,
     "dinov3_vit": IMAGENET_MEAN_STD,
-    "clip_vision_model": OPENAI_CLIP_MEAN_STD,
-    "siglip_vision_model": HALF_MEAN_STD,
+    "clip_vision_model": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
+    "siglip_vision_model": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),
     "timm_wrapper": IMAGENET_MEAN_STD,
     "timm_backbone": IMAGENET_MEAN_STD,
 }

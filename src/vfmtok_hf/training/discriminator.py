@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 from transformers import ViTModel
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 # Images that share the statistics of a batch normalization.
 VIRTUAL_BATCH = 8
 
@@ -52,7 +51,7 @@ class DinoDiscriminator(nn.Module):
         depth = vision_model.config.num_hidden_layers
         self.levels = [depth * quarter // 4 for quarter in range(5)]
         self.heads = nn.ModuleList(DinoDiscriminatorHead(vision_model.config.hidden_size) for _ in self.levels)
-        for name, constants in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
+        for name, constants in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
             self.register_buffer(name, torch.tensor(constants).view(3, 1, 1), persistent=False)
 
     def train(self, mode: bool = True) -> "DinoDiscriminator":
