@@ -64,7 +64,7 @@ def test_second_nearest_tokens_are_equal():
     from original_training import nearest_two_tokens
 
     model, images = tiny_model(), tiny_images()
-    expected = encode_sequences(model, images, neighbours=2).flatten(0, 1)
+    expected = encode_sequences(model, images, codebook_top_k=2).flatten(0, 1)
     assert nearest_two_tokens(model, images).equal(expected)
 
 

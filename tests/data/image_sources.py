@@ -14,7 +14,7 @@ DAMAGED = {3, 4, 7}
 
 
 def picture(number: int) -> Image.Image:
-    """Noise around a grey that tells the number."""
+    """Noise around a gray that tells the number."""
     noise = np.random.default_rng(number).integers(-5, 6, (20, 24, 3))
     return Image.fromarray((10 * number + 8 + noise).clip(0, 255).astype(np.uint8))
 

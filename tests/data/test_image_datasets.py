@@ -59,7 +59,7 @@ def table():
         (Image.new("RGBA", (4, 4), (200, 0, 0, 0)), (255, 255, 255)),
         (Image.new("LA", (4, 4), (100, 255)), (100, 100, 100)),
     ],
-    ids=["grey", "bilevel", "16 bit", "palette", "transparent", "grey with alpha"],
+    ids=["gray", "bilevel", "16 bit", "palette", "transparent", "gray with alpha"],
 )
 def test_any_mode_becomes_rgb(image, expected):
     decoded = read_image(png(image))

@@ -103,7 +103,7 @@ def test_an_items_sequence_changes_with_the_epoch_and_repeats(shards):
 
 def test_second_nearest_rows_are_a_sequence_of_their_own(tokenizer):
     pixel_values = torch.rand(4, 3, 32, 32) * 2 - 1
-    sequences = encode_sequences(tokenizer, pixel_values, neighbours=2)
+    sequences = encode_sequences(tokenizer, pixel_values, codebook_top_k=2)
     assert sequences.shape == (4, 2, 9)
     with torch.no_grad():
         encoded = tokenizer.encode(pixel_values)
@@ -113,10 +113,10 @@ def test_second_nearest_rows_are_a_sequence_of_their_own(tokenizer):
     assert torch.equal(sequences[:, 1], similarity.argmax(-1))
 
 
-def test_ten_crops_with_neighbours(images, tokenizer, tmp_path):
+def test_ten_crops_with_second_nearest_rows(images, tokenizer, tmp_path):
     variants = Variants(32, crops="ten", ten_crop_ranges=(1.1, 1.05))
     records = open_records(images)
-    extract_tokens(tokenizer, records, tmp_path, variants, neighbours=2, batch_size=7)
+    extract_tokens(tokenizer, records, tmp_path, variants, codebook_top_k=2, batch_size=7)
     data = TokenSet(tmp_path)
     assert data.num_sequences == 40
     views = variants(read_image(records.encoded(0)), 0)

@@ -11,6 +11,7 @@ import torch
 from vfmtok_hf.data.files import find_images
 from vfmtok_hf.data.output_files import whole_file
 from vfmtok_hf.modeling.image_processing_vfmtok import VFMTokImageProcessor
+from vfmtok_hf.modeling.image_reading_vfmtok import read_image
 
 
 class ImageSet(Protocol):
@@ -64,7 +65,7 @@ class FolderImages:
 
     def _read(self, file: Path) -> torch.Tensor:
         options = {"do_resize": False, "do_center_crop": False} if self.size is None else {"size": self.size}
-        return self.processor(file, return_tensors="pt", **options)["pixel_values"][0]
+        return self.processor(read_image(file), return_tensors="pt", **options)["pixel_values"][0]
 
 
 class NpzImages:

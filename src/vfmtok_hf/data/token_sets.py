@@ -64,15 +64,15 @@ def identity_text(identity: dict[str, str]) -> str:
 
 
 @torch.no_grad()
-def encode_sequences(tokenizer: VFMTokModel, pixel_values: torch.Tensor, neighbours: int = 1) -> torch.Tensor:
+def encode_sequences(tokenizer: VFMTokModel, pixel_values: torch.Tensor, codebook_top_k: int = 1) -> torch.Tensor:
     """
-    `(images, neighbours, num_image_tokens)`, computed in the tokenizer's own precision without autocast.
+    `(images, codebook_top_k, num_image_tokens)`, computed in the tokenizer's own precision without autocast.
 
-    With `neighbours` 2 each image also gives the sequence of its second-nearest codebook rows, as in the training of
+    With `codebook_top_k` 2 each image also gives the sequence of its second-nearest codebook rows, as in the training of
     VFMTok-RAR (`encode_topk_indices` and `get_neighboring_codes` of the original's `vq_model.py`).
     """
     latents = tokenizer.encode(pixel_values).latents
-    return tokenizer.quantizer.top_k(latents, neighbours).movedim(-1, 1)
+    return tokenizer.quantizer.top_k(latents, codebook_top_k).movedim(-1, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------

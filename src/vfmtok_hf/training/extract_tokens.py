@@ -48,7 +48,7 @@ def extract_tokens(
     records: ImageRecords,
     output: str | Path,
     variants: Variants,
-    neighbours: int = 1,
+    codebook_top_k: int = 1,
     shard_size: int = 4096,
     batch_size: int = 32,
     num_workers: int = 0,
@@ -65,7 +65,7 @@ def extract_tokens(
     Args:
         tokenizer ([`VFMTokModel`]): on the device to use.
         variants ([`Variants`]): the views of an image.
-        neighbours (`int`): token sequences of each view, see [`encode_sequences`].
+        codebook_top_k (`int`): token sequences of each view, see [`encode_sequences`].
         shard_size (`int`): images in a shard.
         batch_size (`int`): views encoded at once. It changes no result.
         overwrite (`bool`): replace what another tokenizer, other images or other settings made, which else raises.
@@ -77,7 +77,7 @@ def extract_tokens(
     state, output = PartialState(), Path(output)
     tokenizer.eval()
     identity = tokenizer_identity(tokenizer)
-    settings = {**asdict(variants), "neighbours": neighbours, "shard_size": shard_size}
+    settings = {**asdict(variants), "codebook_top_k": codebook_top_k, "shard_size": shard_size}
     fingerprint = _fingerprint(FORMAT, identity, records.fingerprint, settings)
     num_shards = -(-len(records) // shard_size)
     finished = finished_index(output, fingerprint)
@@ -92,10 +92,10 @@ def extract_tokens(
     for number in missing[state.process_index :: state.num_processes]:
         indices = range(number * shard_size, min((number + 1) * shard_size, len(records)))
         views = _Views(records, variants, indices)
-        images, image_tokens = _encode_shard(tokenizer, views, neighbours, batch_size, num_workers, on_progress)
+        images, image_tokens = _encode_shard(tokenizer, views, codebook_top_k, batch_size, num_workers, on_progress)
         unreadable = sorted({*indices} - {image["index"] for image in images})
         facts = {"fingerprint": fingerprint, "unreadable": [records.name(index) for index in unreadable]}
-        rows = [image for image in images for _ in range(variants.num_views * neighbours)]
+        rows = [image for image in images for _ in range(variants.num_views * codebook_top_k)]
         with whole_file(output / shard_name(number)) as temporary:
             write_token_table(
                 temporary,
@@ -118,7 +118,7 @@ def extract_tokens(
             "codebook_size": tokenizer.config.codebook_size,
             "num_image_tokens": tokenizer.config.num_anchors,
             "settings": settings,
-            "num_sequences": variants.num_views * neighbours,
+            "num_sequences": variants.num_views * codebook_top_k,
             **_summary(records, [output / shard_name(number) for number in range(num_shards)]),
         }
         if index["num_images"] == 0:
@@ -196,7 +196,7 @@ class _Views(Dataset):
 def _encode_shard(
     tokenizer: VFMTokModel,
     views: _Views,
-    neighbours: int,
+    codebook_top_k: int,
     batch_size: int,
     num_workers: int,
     on_progress: Callable[[int], None] | None,
@@ -213,8 +213,8 @@ def _encode_shard(
         found = [image for image in images if image["views"] is not None]
         if found:
             pixel_values = torch.cat([image.pop("views") for image in found]).to(tokenizer.device)
-            parts = [encode_sequences(tokenizer, part, neighbours) for part in pixel_values.split(batch_size)]
-            # images * views, neighbours, tokens -> images * views * neighbours, tokens
+            parts = [encode_sequences(tokenizer, part, codebook_top_k) for part in pixel_values.split(batch_size)]
+            # images * views, codebook_top_k, tokens -> images * views * codebook_top_k, tokens
             sequences.append(torch.cat(parts).flatten(0, 1).cpu().numpy())
             readable += found
         if on_progress is not None:

@@ -86,22 +86,22 @@ def tokenize_once(
     records: ImageRecords,
     name: str,
     variants: Variants,
-    neighbours: int,
+    codebook_top_k: int,
     arguments: GeneratorArguments,
     tokenizer: VFMTokModel,
 ) -> TokenSet:
     """The tokens of images, kept in the run's folder; those of another tokenizer or other images are replaced."""
     folder = Path(arguments.output) / "tokens" / name
     workers = arguments.num_workers
-    extract_tokens(tokenizer, records, folder, variants, neighbours, num_workers=workers, overwrite=True)
+    extract_tokens(tokenizer, records, folder, variants, codebook_top_k, num_workers=workers, overwrite=True)
     return TokenSet(folder, arguments.seed)
 
 
 def token_batch(
-    batch: dict[str, torch.Tensor], tokenizer: VFMTokModel, neighbours: int
+    batch: dict[str, torch.Tensor], tokenizer: VFMTokModel, codebook_top_k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Class labels and image tokens. Of images, each gives `neighbours` sequences that follow each other."""
+    """Class labels and image tokens. Of images, each gives `codebook_top_k` sequences that follow each other."""
     if "image_tokens" in batch:
         return batch["label"], batch["image_tokens"]
-    sequences = encode_sequences(tokenizer, batch["pixel_values"], neighbours)
-    return batch["label"].repeat_interleave(neighbours), sequences.flatten(0, 1)
+    sequences = encode_sequences(tokenizer, batch["pixel_values"], codebook_top_k)
+    return batch["label"].repeat_interleave(codebook_top_k), sequences.flatten(0, 1)

@@ -17,19 +17,19 @@ def training_augmentation(arguments: TrainingArguments, image_size: int) -> Augm
 
 
 def open_training_images(
-    arguments: TrainingArguments, image_size: int, accelerator: Accelerator, labelled: bool = True
+    arguments: TrainingArguments, image_size: int, accelerator: Accelerator, labeled: bool = True
 ) -> tuple[ImageRecords | ImageStream, ImageRecords | None]:
     """
     The images to train on; and those that are held out of them, where there are no `validation_data`.
 
     Args:
-        labelled (`bool`): as in [`open_records`].
+        labeled (`bool`): as in [`open_records`].
 
     Raises:
         ValueError: nothing can be held out of a stream.
     """
     if not arguments.streaming:
-        records = open_split(arguments, arguments.train_data, arguments.split, accelerator, labelled)
+        records = open_split(arguments, arguments.train_data, arguments.split, accelerator, labeled)
         if arguments.validation_data is not None:
             return records, None
         return records.hold_out(arguments.validation_share, arguments.seed)
@@ -45,26 +45,26 @@ def open_training_images(
         arguments.epoch_images,
         arguments.shuffle_buffer,
         arguments.seed,
-        labelled,
+        labeled,
     )
     return stream, None
 
 
 def open_validation_images(
-    arguments: TrainingArguments, held_out: ImageRecords | None, accelerator: Accelerator, labelled: bool = True
+    arguments: TrainingArguments, held_out: ImageRecords | None, accelerator: Accelerator, labeled: bool = True
 ) -> ImageRecords:
     """The images held out of the training data, or those of `validation_data`."""
     if held_out is not None:
         return held_out
-    return open_split(arguments, arguments.validation_data, arguments.validation_split, accelerator, labelled)
+    return open_split(arguments, arguments.validation_data, arguments.validation_split, accelerator, labeled)
 
 
 def open_split(
-    arguments: TrainingArguments, source: str, split: str, accelerator: Accelerator, labelled: bool
+    arguments: TrainingArguments, source: str, split: str, accelerator: Accelerator, labeled: bool
 ) -> ImageRecords:
     class_names = read_class_names(arguments.class_names)
     with accelerator.main_process_first():  # the datasets library prepares its cache
-        return open_records(source, split, arguments.image_column, arguments.label_column, class_names, labelled)
+        return open_records(source, split, arguments.image_column, arguments.label_column, class_names, labeled)
 
 
 def training_loader(data: Dataset, arguments: TrainingArguments, accelerator: Accelerator) -> TrainingLoader:
