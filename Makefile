@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := src tests examples kernel benchmarks spaces
 
-.PHONY: install test demo space docs docs-serve notebooks gpu quality style emoji-checkpoint clean
+.PHONY: install check test demo space docs docs-serve notebooks gpu quality style emoji-checkpoint clean
 
 include kernel/kernel.mk
 
@@ -19,6 +19,10 @@ $(VENV)/.installed: pyproject.toml
 
 test: install  ## the default test suite, a process for each core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+
+check: install  ## its part that needs no minutes, to run while working
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile \
+		-m "not kernel and not browser and not train and not docs and not process"
 
 demo: install  ## draw images with the checkpoint that comes with the package
 	$(BIN)/vfmtok generate --num-images-per-label 6 --seed 0 --output outputs/demo/generated.png

@@ -26,10 +26,39 @@ def _seed():
 # Files whose tests fork processes that train.
 FORKING = ("tests/training/", "tests/benchmarks/test_plan_training.py")
 
+# Marks of whole files and folders.
+MARKS = {
+    "kernel": ("tests/test_hub_kernels.py",),
+    "browser": ("tests/spaces/test_space_api.py", "tests/spaces/test_space_browser.py"),
+    "train": ("tests/training/", "tests/benchmarks/test_plan_training.py", "tests/benchmarks/test_training_step.py"),
+    "docs": (
+        "tests/test_docs.py",
+        "tests/test_docstrings.py",
+        "tests/benchmarks/test_scripts.py",
+        "tests/examples/test_claims_page.py",
+        "tests/examples/test_notebooks.py",
+    ),
+    "process": (
+        "tests/evaluation/test_killed_generation.py",
+        "tests/hub/test_loading.py",
+        "tests/hub/test_portable.py",
+        "tests/hub/test_pushes.py",
+    ),
+}
 
-def pytest_collection_modifyitems(items):
+
+def pytest_collection_modifyitems(config, items):
     """
-    They come first. Once torch has started autograd threads in a process, as a backward pass on tensors without values does, it
-    refuses backward passes in all that are forked from it; no other test's doings are to reach these.
+    Mark whole files, leave slow tests out unless they are asked for, and put those that fork first. Once torch has started
+    autograd threads in a process, as a backward pass on tensors without values does, it refuses backward passes in all that
+    are forked from it; no other test's doings are to reach these.
     """
+    for item in items:
+        for mark, places in MARKS.items():
+            if item.nodeid.startswith(places):
+                item.add_marker(mark)
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if slow and "slow" not in config.option.markexpr:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
     items.sort(key=lambda item: not item.nodeid.startswith(FORKING))
