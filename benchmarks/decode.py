@@ -3,7 +3,7 @@ Decoding of image tokens: the original's loop against ours, plain and with packe
 
     python benchmarks/decode.py --model AR-B --dtype float32 --batch-sizes 1 8 32
 
-`--compile` adds compiled layers. `--busy` spins on a second core meanwhile, as another program would. `--only` takes
+`--compile` adds compiled steps. `--busy` spins on a second core meanwhile, as another program would. `--only` takes
 the sides that are named, so that a piece stays short. `--device cuda` leaves out what is the CPU's: packed weights. Random
 weights of the released sizes. `limit` is the share of the memory bandwidth that a plain large matrix-vector product of
 torch, on CUDA a copy, reaches in the same run: bytes of weights and of filled cache that a step has to read, over its time.
@@ -21,7 +21,8 @@ from original_decode import OriginalDecoder, OriginalRARDecoder
 from random_models import MODEL_CLASSES, Generator, GeneratorConfig, generator_config, random_generator
 from result_tables import show_table
 
-from vfmtok_hf.cpu.packing import AdaptiveThreads, pack_weights
+from vfmtok_hf.cpu.compiling import use_row_sums
+from vfmtok_hf.cpu.packing import pack_weights
 from vfmtok_hf.modeling.modeling_vfmtok_rar import ROWS_OF_MODULATIONS
 
 
@@ -42,16 +43,6 @@ def step_bytes(config: GeneratorConfig, dtype: torch.dtype, rows: int, steps: in
 
 def draw(model: Generator, class_labels: torch.Tensor, steps: int, scale: float) -> None:
     model.generate(class_labels, guidance_scale=scale, callback=lambda step, _: step + 1 < steps)
-
-
-def draw_adapting(model: Generator, class_labels: torch.Tensor, steps: int, scale: float) -> None:
-    with AdaptiveThreads() as threads:
-
-        def after_step(step: int, image_tokens: torch.Tensor) -> bool:
-            threads()
-            return step + 1 < steps
-
-        model.generate(class_labels, guidance_scale=scale, callback=after_step)
 
 
 def spin() -> None:
@@ -82,10 +73,9 @@ def build_sides(arguments: argparse.Namespace, dtype: torch.dtype) -> dict[str, 
         "ours": partial(draw, model),
     }
     if arguments.device == "cpu":
-        packed = pack_weights(build())
-        sides |= {"ours, packed": partial(draw, packed), "ours, packed, adaptive": partial(draw_adapting, packed)}
+        sides["ours, packed"] = partial(draw, pack_weights(build()))
     if arguments.compile:
-        compiled = build()
+        compiled = use_row_sums(build()) if arguments.device == "cpu" else build()
         compiled.compile_decoding()
         sides["ours, compiled"] = partial(draw, compiled)
     return {name: side for name, side in sides.items() if name == "original" or name in (arguments.only or sides)}

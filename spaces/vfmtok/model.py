@@ -5,6 +5,7 @@ import os
 import torch
 
 from vfmtok_hf import DEFAULT_CHECKPOINT, VFMTokPipeline
+from vfmtok_hf.cpu.threads import use_one_thread_for_small_models
 
 
 try:
@@ -16,16 +17,12 @@ except ImportError:  # not on the Hub's ZeroGPU hardware
         return gpu if function is None else function
 
 
-SMALL_MODEL = 50_000_000
-
-
 def load_pipeline(name_or_path: str) -> VFMTokPipeline:
     """The pipeline, on the GPU if there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = VFMTokPipeline.from_pretrained(name_or_path).to(device)
-    if device == "cpu" and pipe.transformer.num_parameters() < SMALL_MODEL:
-        # A step of a small model is shorter than the wait for other threads, and visitors share the cores.
-        torch.set_num_threads(1)
+    if device == "cpu":
+        use_one_thread_for_small_models(pipe.vq_model, pipe.transformer)
     return pipe
 
 

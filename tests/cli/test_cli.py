@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import vfmtok_hf
 from tests.pipelines.tiny_pipeline import ID2LABEL, tiny_pipeline
 from vfmtok_hf import cli, conversion
-from vfmtok_hf.cli import options as cli_options
+from vfmtok_hf.cpu import threads as cpu_threads
 from vfmtok_hf.data.token_files import load_tokens
 from vfmtok_hf.data.token_sets import TokenSet
 
@@ -75,7 +75,7 @@ def test_labels_take_several_words(model, tmp_path, labels):
 @pytest.mark.parametrize(("limit", "threads"), [(0, 2), (10**9, 1)])
 def test_small_models_run_on_one_thread(model, tmp_path, monkeypatch, limit, threads):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(cli_options, "SMALL_PIPELINE_PARAMETERS", limit)
+    monkeypatch.setattr(cpu_threads, "SMALL", limit)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

@@ -65,22 +65,34 @@ class Recorder:
 
 
 def record_forward_rows(model) -> list[int]:
-    """A list that grows by the batch size of every forward call."""
-    rows = []
+    """A list that grows by the batch size of every forward call and decode step."""
+    rows, decode_step = [], model.decode_step
     model.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+
+    def recorded(tokens, position, cache):
+        rows.append(len(tokens))
+        return decode_step(tokens, position, cache)
+
+    model.decode_step = recorded
     return rows
 
 
+def record_step_logits(model) -> list[torch.Tensor]:
+    """A list that grows by the `(rows, codebook_size)` logits of every step, guidance not applied."""
+    logits, decode_step = [], model.decode_step
+    model.register_forward_hook(lambda module, args, output: logits.append(output.logits[:, -1]))
+
+    def recorded(tokens, position, cache):
+        logits.append(decode_step(tokens, position, cache))
+        return logits[-1]
+
+    model.decode_step = recorded
+    return logits
+
+
 def draw_with(uniform: torch.Tensor):
-    """A stand-in for `sample_tokens`: inverse-transform draws from `(steps, batch_size)` float64 uniform numbers."""
-    steps = iter(uniform)
-
-    def sample_tokens(logits, generator=None):
-        cumulative = logits.softmax(dim=-1).double().cumsum(dim=-1)
-        cumulative = cumulative / cumulative[:, -1:]
-        return (cumulative <= next(steps)[:, None]).sum(dim=-1)
-
-    return sample_tokens
+    """A stand-in for `uniform_numbers` that returns `(steps, batch_size)` recorded ones."""
+    return lambda num_steps, batch_size, generator, device: uniform[:num_steps, :batch_size]
 
 
 def assert_gradient_norms(gradients: dict[str, torch.Tensor], expected: dict[str, float]) -> None:

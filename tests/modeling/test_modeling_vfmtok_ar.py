@@ -14,13 +14,15 @@ from tests.modeling.generators import (
     assert_gradient_norms,
     draw_with,
     move_gradients_to_weights,
+    record_step_logits,
     tiny_ar,
     tiny_batch,
 )
 from tests.testing import REFERENCE, REFERENCE_AR_CONFIG, reference_tensors
 from vfmtok_hf.conversion import convert_ar, export_original_ar
+from vfmtok_hf.cpu.compiling import use_row_sums
 from vfmtok_hf.cpu.packing import pack_weights
-from vfmtok_hf.modeling import generation_vfmtok
+from vfmtok_hf.modeling import cache_vfmtok, generation_vfmtok
 from vfmtok_hf.modeling.configuration_vfmtok_ar import VFMTokARConfig
 from vfmtok_hf.modeling.modeling_vfmtok_ar import VFMTokARForImageGeneration, apply_rotary, rotary_table
 
@@ -122,29 +124,28 @@ def test_reference_greedy_tokens_and_step_logits(reference, converted, name, gui
     torch.testing.assert_close(recorder.step_logits, reference[f"gen.{name}.step_logits"], **GUIDED_LOGITS_BOUND)
 
 
-def test_reference_greedy_tokens_of_compiled_layers(reference, converted):
-    """In the graph of many rows, and in that of a single one, which has sums in place of matrix products."""
-    model, labels = converted("ema"), reference["labels"]
+def test_reference_greedy_tokens_of_compiled_steps(reference, converted, monkeypatch):
+    """Of several rows with a logits processor, and of a single one with sums over products and the draw in the graph."""
+    monkeypatch.setattr(cache_vfmtok, "NUM_BUCKETS", 2)
+    labels, expected, recorder = reference["labels"], reference["gen.cfg1.0.tokens"], Recorder()
+    compiled = use_row_sums(converted("ema"))
     torch._dynamo.reset()
-    model.compile_decoding()
-    for rows in (len(labels), 1):
-        recorder = Recorder()
-        tokens = model.generate(labels[:rows], do_sample=False, logits_processor=recorder)
-        assert torch.equal(tokens, reference["gen.cfg1.0.tokens"][:rows])
-        expected = reference["gen.cfg1.0.step_logits"][:rows]
-        torch.testing.assert_close(recorder.step_logits, expected, **LOGITS_BOUND)
+    compiled.compile_decoding()
+    assert torch.equal(compiled.generate(labels, do_sample=False, logits_processor=recorder), expected)
+    torch.testing.assert_close(recorder.step_logits, reference["gen.cfg1.0.step_logits"], **LOGITS_BOUND)
+    assert torch.equal(compiled.generate(labels[:1], do_sample=False), expected[:1])
 
 
 def test_reference_logits_of_both_halves_before_guidance(reference, converted):
-    model, raw_logits = converted("ema"), []
-    model.register_forward_hook(lambda module, args, output: raw_logits.append(output.logits[:, -1]))
+    model = converted("ema")
+    raw_logits = record_step_logits(model)
     model.generate(reference["labels"], do_sample=False, guidance_scale=1.5)
     expected = reference["gen.cfg1.5.raw_step_logits.first4"]
     torch.testing.assert_close(torch.stack(raw_logits[:4], dim=1), expected, **LOGITS_BOUND)
 
 
 def test_reference_sampling_from_recorded_uniform_numbers(reference, converted, monkeypatch):
-    monkeypatch.setattr(generation_vfmtok, "sample_tokens", draw_with(reference["gen.uniform_driven.u"]))
+    monkeypatch.setattr(generation_vfmtok, "uniform_numbers", draw_with(reference["gen.uniform_driven.u"]))
     recorder = Recorder()
     tokens = converted("ema").generate(
         reference["labels"], guidance_scale=1.5, temperature=0.9, top_k=40, top_p=0.95, logits_processor=recorder
@@ -310,7 +311,7 @@ def test_saved_and_loaded_models_compute_the_same(tmp_path, dtype):
     model = tiny_ar().to(dtype)
     batch = tiny_batch(model)
     model.save_pretrained(tmp_path)
-    loaded = VFMTokARForImageGeneration.from_pretrained(tmp_path).eval()
+    loaded = VFMTokARForImageGeneration.from_pretrained(tmp_path, dtype=dtype).eval()
     assert loaded.dtype == dtype
     assert torch.equal(loaded(*batch).logits, model(*batch).logits)
 

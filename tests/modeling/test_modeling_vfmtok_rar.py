@@ -15,13 +15,15 @@ from tests.modeling.generators import (
     draw_with,
     move_gradients_to_weights,
     record_forward_rows,
+    record_step_logits,
     tiny_batch,
     tiny_rar,
 )
 from tests.testing import REFERENCE, reference_tensors
 from vfmtok_hf.conversion import convert_rar, export_original_rar
+from vfmtok_hf.cpu.compiling import use_row_sums
 from vfmtok_hf.cpu.packing import pack_weights
-from vfmtok_hf.modeling import generation_vfmtok, modeling_vfmtok_rar
+from vfmtok_hf.modeling import cache_vfmtok, generation_vfmtok, modeling_vfmtok_rar
 from vfmtok_hf.modeling.configuration_vfmtok_rar import VFMTokRARConfig
 from vfmtok_hf.modeling.modeling_vfmtok_rar import VFMTokRARForImageGeneration, draw_orders, keep_first
 
@@ -149,29 +151,27 @@ def test_reference_greedy_tokens_and_step_logits(reference, model, name, setting
     torch.testing.assert_close(step_logits, reference[f"gen.{name}.step_logits"], **GUIDED_LOGITS_BOUND)
 
 
-def test_reference_greedy_tokens_of_compiled_layers(reference, model):
-    """In the graph of many rows, and in that of a single one, which has sums in place of matrix products."""
-    labels = reference["labels"]
+def test_reference_greedy_tokens_of_compiled_steps(reference, model, monkeypatch):
+    """Of several rows with a logits processor, and of a single one with sums over products and the draw in the graph."""
+    monkeypatch.setattr(cache_vfmtok, "NUM_BUCKETS", 2)
+    labels, expected, recorder = reference["labels"], reference["gen.guidance0.tokens"], Recorder()
+    compiled = use_row_sums(model)
     torch._dynamo.reset()
-    model.compile_decoding()
-    for rows in (len(labels), 1):
-        recorder = Recorder()
-        tokens = model.generate(labels[:rows], do_sample=False, logits_processor=recorder)
-        assert torch.equal(tokens, reference["gen.guidance0.tokens"][:rows])
-        expected = reference["gen.guidance0.step_logits"][:rows]
-        torch.testing.assert_close(recorder.step_logits, expected, **LOGITS_BOUND)
+    compiled.compile_decoding()
+    assert torch.equal(compiled.generate(labels, do_sample=False, logits_processor=recorder), expected)
+    torch.testing.assert_close(recorder.step_logits, reference["gen.guidance0.step_logits"], **LOGITS_BOUND)
+    assert torch.equal(compiled.generate(labels[:1], do_sample=False), expected[:1])
 
 
 def test_reference_logits_of_both_halves_before_guidance(reference, model):
-    raw_logits = []
-    model.register_forward_hook(lambda module, args, output: raw_logits.append(output.logits[:, -1]))
+    raw_logits = record_step_logits(model)
     model.generate(reference["labels"], do_sample=False, guidance_scale=4.0, guidance_scale_pow=2.75)
     expected = reference["gen.guidance4.0_pow2.75.raw_step_logits.first4"]
     torch.testing.assert_close(torch.stack(raw_logits[:4], dim=1), expected, **LOGITS_BOUND)
 
 
 def test_reference_sampling_from_recorded_uniform_numbers(reference, model, monkeypatch):
-    monkeypatch.setattr(generation_vfmtok, "sample_tokens", draw_with(reference["gen.uniform_driven.u"]))
+    monkeypatch.setattr(generation_vfmtok, "uniform_numbers", draw_with(reference["gen.uniform_driven.u"]))
     recorder = Recorder()
     tokens = model.generate(
         reference["labels"], guidance_scale=4.0, guidance_scale_pow=1.0, temperature=0.9, logits_processor=recorder
@@ -331,9 +331,9 @@ def test_orders_that_are_no_permutations_are_refused(orders, error, message):
     [
         (128, None, [(8, 6)]),
         (24, None, [(4, 6), (4, 6)]),
-        (18, None, [(3, 6), (3, 6), (2, 6)]),
+        (18, None, [(3, 6)] * 3),
         (5, None, [(1, 6)] * 8),
-        (12, 0, [(2, 6), (4, 3), (2, 3)]),  # the unconditional half is dropped in the middle of the first block
+        (12, 0, [(2, 6)] * 4),  # shapes stay those of both halves
     ],
 )
 def test_modulation_weights_are_read_once_per_block_of_steps(monkeypatch, max_rows, interval, blocks):
@@ -366,18 +366,17 @@ def test_guided_steps_of_any_block_equal_uncached_forwards_of_both_halves(monkey
     assert torch.equal(tokens, expected.argmax(dim=-1))
 
 
-def test_one_graph_of_a_layer_serves_every_block(monkeypatch):
-    monkeypatch.setattr(modeling_vfmtok_rar, "ROWS_OF_MODULATIONS", 12)
-    model, counter = tiny_rar(), CompileCounter()
+def test_blocks_share_their_graphs(monkeypatch):
+    model, counts = tiny_rar(), []
     labels, _ = tiny_batch(model)
-    settings = {"guidance_scale": 3.0, "guidance_interval": 0, "do_sample": False}
-    plain = model.generate(labels, **settings)
-    torch._dynamo.reset()
-    model.compile_decoding(backend=counter)
-    assert torch.equal(model.generate(labels, **settings), plain)
-    assert counter.frame_count == 2  # the output head has the other one
-    model.generate(labels[:1], **settings)
-    assert counter.frame_count == 4
+    for max_rows in (128, 12):
+        monkeypatch.setattr(modeling_vfmtok_rar, "ROWS_OF_MODULATIONS", max_rows)
+        counter = CompileCounter()
+        torch._dynamo.reset()
+        model.compile_decoding(backend=counter)
+        model.generate(labels, guidance_scale=3.0, guidance_interval=0)
+        counts.append(counter.frame_count)
+    assert counts[0] == counts[1] <= 8
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -524,7 +523,7 @@ def test_saved_and_loaded_models_compute_the_same(tmp_path, dtype):
     model = tiny_rar().to(dtype)
     batch = tiny_batch(model)
     model.save_pretrained(tmp_path)
-    loaded = VFMTokRARForImageGeneration.from_pretrained(tmp_path).eval()
+    loaded = VFMTokRARForImageGeneration.from_pretrained(tmp_path, dtype=dtype).eval()
     assert loaded.dtype == dtype
     assert torch.equal(loaded(*batch).logits, model(*batch).logits)
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from vfmtok_hf.cpu.attention import BLOCKWISE_ATTENTION
 from vfmtok_hf.training import precision
 from vfmtok_hf.training.precision import choose_attention, choose_mixed_precision
 
@@ -11,8 +12,8 @@ from vfmtok_hf.training.precision import choose_attention, choose_mixed_precisio
     ("device", "mixed_precision", "dropout", "expected"),
     [
         ("cpu", "no", 0.0, "sdpa"),
-        ("cpu", "no", 0.1, "eager"),
-        ("cpu", "bf16", 0.0, "eager"),
+        ("cpu", "no", 0.1, BLOCKWISE_ATTENTION),
+        ("cpu", "bf16", 0.0, BLOCKWISE_ATTENTION),
         ("cuda", "bf16", 0.1, "sdpa"),
     ],
 )

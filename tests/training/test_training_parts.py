@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from tests.testing import tiny_images, tiny_model
-from vfmtok_hf.cpu import training as cpu_training
-from vfmtok_hf.cpu.training import FrozenProduct, WinogradConvolution
+from vfmtok_hf.cpu.attention import BLOCKWISE_ATTENTION
+from vfmtok_hf.cpu.training import FrozenProduct
 from vfmtok_hf.data.loaders import EpochSampler
 from vfmtok_hf.training import train_tokenizer
 from vfmtok_hf.training.arguments import TokenizerArguments
@@ -33,7 +33,7 @@ def test_layers_of_a_tokenizer(precision, vision):
 
     expected = {enabled: features(enabled) for enabled in (False, True)}
     assert set_up(model, mixed_precision=precision) == {torch.bfloat16 if precision == "bf16" else torch.float32}
-    assert model.config._attn_implementation == "eager"
+    assert model.config._attn_implementation == BLOCKWISE_ATTENTION
     assert model.vision_model.config._attn_implementation == vision
     for enabled in (False, True):
         torch.testing.assert_close(features(enabled), expected[enabled])
@@ -49,20 +49,6 @@ def test_a_frozen_encoder_is_set_up_for_the_precision_it_computes_in():
 
 def test_a_compiled_tokenizer_keeps_its_layers():
     assert set_up(tiny_model(), compile=True) == set()
-
-
-@pytest.mark.skipif(
-    not torch.backends.nnpack.is_available(), reason="torch has no NNPACK here: x86 with AVX2 runs this"
-)
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [({}, True), ({"mixed_precision": "bf16"}, False), ({"channels_last": True}, False), ({"compile": True}, False)],
-)
-def test_convolutions_of_a_tokenizer(settings, expected, monkeypatch):
-    monkeypatch.setattr(cpu_training, "MIN_CHANNELS", 1)
-    model = tiny_model()
-    set_up(model, **settings)
-    assert isinstance(vars(model.pixel_decoder.conv_in).get("forward"), WinogradConvolution) is expected
 
 
 # -- order of images

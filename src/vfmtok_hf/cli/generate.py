@@ -61,7 +61,6 @@ def generate(
     with one_line_errors():
         from torch import Generator
 
-        from vfmtok_hf.cpu.packing import AdaptiveThreads
         from vfmtok_hf.data.output_files import check_picture_output, fitting
         from vfmtok_hf.modeling.class_names_vfmtok import short_class_name
         from vfmtok_hf.plotting import picture_output
@@ -72,16 +71,7 @@ def generate(
         class_ids = [class_id for class_id in class_ids for _ in range(num_images_per_label)]
         num_steps = math.ceil(len(class_ids) / batch_size) * pipe.transformer.config.num_image_tokens
         columns = num_images_per_label if num_images_per_label > 1 else None
-        with (
-            picture_output(output, columns) as add,
-            progress("Drawing", num_steps) as progress_callback,
-            AdaptiveThreads() as threads,
-        ):
-
-            def after_step(*_) -> None:
-                threads()
-                progress_callback(1)
-
+        with picture_output(output, columns) as add, progress("Drawing", num_steps) as progress_callback:
             for start in range(0, len(class_ids), batch_size):
                 batch = class_ids[start : start + batch_size]
                 images = pipe(
@@ -91,7 +81,7 @@ def generate(
                     top_k=top_k,
                     top_p=top_p,
                     generator=[Generator().manual_seed(seed + start + index) for index in range(len(batch))],
-                    callback_on_step_end=after_step,
+                    callback_on_step_end=lambda *_: progress_callback(1),
                 ).images
                 for index, (class_id, image) in enumerate(zip(batch, images, strict=True), start):
                     name = short_class_name(pipe.id2label, class_id)

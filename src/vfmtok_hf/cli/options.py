@@ -1,6 +1,5 @@
 """What the commands of `vfmtok` share: options, the two consoles, progress, errors in one line, and loading a pipeline."""
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
 
 
 STARTED = time.perf_counter()
-SMALL_PIPELINE_PARAMETERS = 30_000_000
 
 output_console = Console()
 error_console = Console(stderr=True)
@@ -98,6 +96,7 @@ def load_pipeline(
     from vfmtok_hf import VFMTokPipeline
     from vfmtok_hf.cli.environment import default_device
     from vfmtok_hf.cpu.packing import keep_freed_memory, pack_weights
+    from vfmtok_hf.cpu.threads import use_one_thread_for_small_models
 
     name_or_path, torch_dtype = resolve_model(model), getattr(torch, dtype.value)
     transformers.utils.logging.disable_progress_bar()
@@ -114,24 +113,11 @@ def load_pipeline(
     pipe.to(device or default_device())
     if pipe.device.type == "cpu":
         keep_freed_memory()
-        if "OMP_NUM_THREADS" not in os.environ:
-            use_one_thread_for_small_models(pipe)
+        use_one_thread_for_small_models(pipe.vq_model, pipe.transformer)
         for model in (pipe.vq_model, pipe.transformer):
             if model is not None:
                 pack_weights(model)
     return pipe
-
-
-def use_one_thread_for_small_models(pipe: "VFMTokPipeline") -> None:
-    """
-    The steps of a small model are shorter than the wait for other threads: with a core taken away the embedded
-    checkpoint's generator was 27 times slower on two threads than on one.
-    """
-    import torch
-
-    models = [pipe.vq_model, pipe.transformer]
-    if sum(model.num_parameters() for model in models if model is not None) < SMALL_PIPELINE_PARAMETERS:
-        torch.set_num_threads(1)
 
 
 def report_written(count: int, what: str, output: Path) -> None:

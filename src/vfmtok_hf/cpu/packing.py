@@ -1,6 +1,6 @@
 """
-Faster inference on CPUs, with equal results: linear layers by oneDNN on weights in its own memory layout, as many threads
-as are awake, and no memory given away that is needed again.
+Faster inference on CPUs, with equal results: linear layers by oneDNN on weights in its own memory layout, and no memory
+given away that is needed again.
 
 torch gives float32 products to the BLAS library it was built with, which need not know the machine: MKL, for one, runs
 AVX2 code on AMD processors that have AVX-512. oneDNN, which is part of torch too, knows them, and reads weights that lie
@@ -9,18 +9,18 @@ in blocks at nearly the speed of memory (docs/performance.md has the measurement
 
 import ctypes
 import sys
-import time
-from collections import deque
-from collections.abc import Generator, Sequence
-from statistics import median
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 
+from vfmtok_hf.cpu.attention import BLOCKWISE_ATTENTION
 from vfmtok_hf.cpu.quantization import PackedQuantizedLinear, packed_class
+from vfmtok_hf.modeling.modeling_vfmtok_ar import VFMTokARAttention, VFMTokARMLP
+from vfmtok_hf.modeling.modeling_vfmtok_rar import VFMTokRARAttention
 
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -44,6 +44,7 @@ class PackedLinear(nn.Module):
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
         self.bias = None if linear.bias is None else linear.bias.detach()
 
+    @torch.compiler.disable(reason="torch.compile cannot read packed weights: call unpack_weights(model) first.")
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """
         `hidden_states` `(..., in_features)` to `(..., out_features)`.
@@ -99,10 +100,19 @@ class JointProduct:
         if layers[0].bias is not None:
             stacked.bias = nn.Parameter(torch.cat([layer.bias.detach() for layer in layers]))
         self.packed = PackedLinear(stacked)
+        self._last: tuple[torch.Tensor, Sequence[torch.Tensor]] | None = None
 
-    def __call__(self, hidden_states: torch.Tensor) -> Sequence[torch.Tensor]:
-        """`hidden_states` `(..., in_features)` to one `(..., out_features)` per layer, views of one tensor."""
-        return self.packed(hidden_states).split(self.sizes, dim=-1)
+    def output(self, index: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        """
+        What layer `index` makes of `hidden_states` `(..., in_features)`: a view of the product that its siblings share.
+
+        The first layer computes it, the others, called in turn with the same tensor, find it.
+        """
+        last = self._last
+        if index == 0 or last is None or last[0] is not hidden_states:
+            last = hidden_states, self.packed(hidden_states).split(self.sizes, dim=-1)
+        self._last = None if index == len(self.sizes) - 1 else last
+        return last[1][index]
 
     def to_linears(self) -> list[nn.Linear]:
         """The layers with plain weights, equal to the last bit."""
@@ -123,7 +133,7 @@ class JointProduct:
 
 class PackedPart(nn.Module):
     """
-    One layer of a [`JointProduct`], which `apply_jointly` calls once for all of them. Saved as the layer it was.
+    One layer of a [`JointProduct`]. Saved as the layer it was.
 
     Args:
         joint_product (`JointProduct`): shared by all parts.
@@ -135,8 +145,8 @@ class PackedPart(nn.Module):
         self.joint_product, self.index = joint_product, index
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`hidden_states` `(..., in_features)` to `(..., out_features)` of this layer alone."""
-        return self.joint_product(hidden_states)[self.index]
+        """`hidden_states` `(..., in_features)` to `(..., out_features)` of this layer."""
+        return self.joint_product.output(self.index, hidden_states)
 
     def to_linear(self) -> nn.Linear:
         """The layer with a plain weight, equal to the last bit."""
@@ -151,6 +161,14 @@ class PackedPart(nn.Module):
     def _apply(self, fn, recurse=True):
         self.joint_product.packed._apply(fn, recurse)
         return self
+
+
+# Layers that their module calls one after the other with the same input.
+JOINT_LAYERS = {
+    VFMTokARAttention: ("q_proj", "k_proj", "v_proj"),
+    VFMTokARMLP: ("gate_proj", "up_proj"),
+    VFMTokRARAttention: ("q_proj", "k_proj", "v_proj"),
+}
 
 
 def has_product(dtype: torch.dtype) -> bool:
@@ -176,12 +194,12 @@ def pack_weights(model: ModuleT) -> ModuleT:
     """
     Prepare a model for fast inference on the CPU, in place; layers that oneDNN has no product for stay.
 
-    Linear layers change places with [`PackedLinear`], one at a time, so that memory grows by one layer; those that a
-    module names in `joint_layers` (query, key and value; gate and up) become one [`JointProduct`]. Convolutions
-    get channels-last weights, which their activations follow. Results change by rounding only, of layers that torchao
-    quantized to 8 or 4 bits (they go to torch's kernels for such weights) by bfloat16's. Models in bfloat16 get the
-    `eager` attention, as torch's fused one is slow in bfloat16. Training needs [`unpack_weights`] first; `torch.compile`
-    packs weights itself and wants the model as it was.
+    Linear layers change places with [`PackedLinear`], one at a time, so that memory grows by one layer; a generator's query,
+    key and value become one [`JointProduct`], so do gate and up. Convolutions get channels-last weights, which their
+    activations follow. Results change by rounding only, of layers that torchao quantized to 8 or 4 bits (they go to
+    torch's kernels for such weights) by bfloat16's. Models in bfloat16 get [`blockwise_attention_forward`], and the vision
+    models inside `eager` attention, as torch's fused one is slow in bfloat16. Training needs [`unpack_weights`] first;
+    `torch.compile` packs weights itself and wants the model as it was.
 
     Args:
         model (`torch.nn.Module`): a tokenizer or generator, in float32 or bfloat16.
@@ -190,7 +208,7 @@ def pack_weights(model: ModuleT) -> ModuleT:
         `torch.nn.Module`: the argument.
     """
     for parent in list(model.modules()):
-        names = getattr(parent, "joint_layers", ())
+        names = JOINT_LAYERS.get(type(parent), ())
         layers = [getattr(parent, name) for name in names]
         if layers and all(map(can_pack, layers)):
             product = JointProduct(layers)
@@ -208,7 +226,7 @@ def pack_weights(model: ModuleT) -> ModuleT:
         if not hasattr(model, "_unpacked_attention"):
             model._unpacked_attention = [part.config._attn_implementation for part in parts]
         for part in parts:
-            part.set_attn_implementation({"": "eager"})
+            part.set_attn_implementation({"": BLOCKWISE_ATTENTION if part is model else "eager"})
     return model
 
 
@@ -252,80 +270,7 @@ def keep_freed_memory() -> None:
         set_option(option, value)
 
 
-class AdaptiveThreads:
-    """
-    Keeps torch on the number of threads that is fastest at the moment.
-
-    All threads wait for the last one many times in a step. While another program uses one of the cores, that is a wait for
-    its turn on it, and fewer threads are faster. This object, called after each step, times a few steps with all threads,
-    with one less and with half of them, and stays with the fastest: with all of them until steps become slower, with fewer
-    for a while, which doubles as long as fewer stay faster. Results change by rounding, since attention sums in
-    parts, one a thread.
-
-    It serves as `callback` of `generate` and as `callback_on_step_end` of the pipeline. Leaving its `with` block restores
-    the number of threads:
-
-    ```python
-    with AdaptiveThreads() as threads:
-        images = pipe("heart", callback_on_step_end=threads).images
-    ```
-    """
-
-    timed_steps = 4
-    slower = 1.25  # times the fastest that all threads were
-    pauses = (16, 128)  # steps with fewer threads between two looks: the first ones, and the most
-
-    def __init__(self):
-        self.all_threads = torch.get_num_threads()
-        self.choices = sorted({self.all_threads, max(self.all_threads - 1, 1), max(self.all_threads // 2, 1)})
-        self._plan = self._threads_of_steps()
-        self._last_step: float | None = None
-
-    def __enter__(self) -> "AdaptiveThreads":
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        torch.set_num_threads(self.all_threads)
-
-    def __call__(self, *step: Any) -> None:
-        """To be called after each step; what a callback is told of the step does not matter."""
-        now = time.perf_counter()
-        threads = next(self._plan) if self._last_step is None else self._plan.send(now - self._last_step)
-        torch.set_num_threads(threads)
-        self._last_step = now
-
-    def _threads_of_steps(self) -> Generator[int, float, None]:
-        """Threads for one step after the other, each answered by the seconds that it took."""
-        pause = self.pauses[0]
-        while True:
-            seconds = {}
-            for choice in self.choices:
-                yield choice  # not timed: threads are put to sleep or woken
-                seconds[choice] = 0.0
-                for _ in range(self.timed_steps):
-                    seconds[choice] += yield choice
-            fastest = min(seconds, key=lambda choice: seconds[choice])
-            if fastest == self.all_threads:
-                pause = self.pauses[0]
-                yield from self._until_slower(seconds[fastest] / self.timed_steps)
-            else:
-                for _ in range(pause):
-                    yield fastest
-                pause = min(2 * pause, self.pauses[1])
-
-    def _until_slower(self, usual: float) -> Generator[int, float, None]:
-        """All threads, as long as the median of the last few steps is not much above the least so far."""
-        recent: deque[float] = deque(maxlen=self.timed_steps)
-        while True:
-            recent.append((yield self.all_threads))
-            if len(recent) == self.timed_steps:
-                if median(recent) > self.slower * usual:
-                    return
-                usual = min(usual, median(recent))
-
-
 __all__ = [
-    "AdaptiveThreads",
     "JointProduct",
     "PackedLinear",
     "PackedPart",

@@ -21,7 +21,6 @@ from vfmtok_hf.data.image_sets import ImageSet, NpzImages, write_npz
 from vfmtok_hf.data.output_files import whole_file
 from vfmtok_hf.evaluation.features import FeatureExtractor, ProgressCallback, extract_features
 from vfmtok_hf.evaluation.metrics import FeatureStatistics, Reference, compare_features
-from vfmtok_hf.modeling import generation_vfmtok
 from vfmtok_hf.modeling.modeling_vfmtok_rar import VFMTokRARForImageGeneration
 from vfmtok_hf.pipelines import VFMTokPipeline
 
@@ -51,6 +50,12 @@ class SamplingSettings:
     resize_mode: Literal["generation", "reconstruction"] = "generation"
     chunk_size: int = 64
 
+    @property
+    def sampling(self) -> dict[str, float]:
+        """The settings that the generator's `generate` takes."""
+        names = ("guidance_scale", "guidance_scale_pow", "temperature", "top_k", "top_p")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
 
 def check_sampling(pipe: VFMTokPipeline, settings: SamplingSettings) -> None:
     """
@@ -61,14 +66,7 @@ def check_sampling(pipe: VFMTokPipeline, settings: SamplingSettings) -> None:
     """
     if settings.guidance_scale_pow is not None and not isinstance(pipe.transformer, VFMTokRARForImageGeneration):
         raise ValueError("guidance_scale_pow is a setting of RAR generators alone: leave it out.")
-    generation_vfmtok.SamplingSettings.resolve(
-        pipe.transformer.generation_config,
-        guidance_scale=settings.guidance_scale,
-        guidance_scale_pow=settings.guidance_scale_pow,
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-    )
+    pipe.transformer.sampling_settings.resolve(settings.sampling, pipe.transformer.generation_config)
 
 
 def balanced_labels(num_samples: int, num_classes: int) -> torch.Tensor:
@@ -159,18 +157,13 @@ def generate_samples(
     """
     samples.write_settings()
     settings = samples.settings
-    rar = {} if settings.guidance_scale_pow is None else {"guidance_scale_pow": settings.guidance_scale_pow}
     for chunk in samples.missing(process_index, num_processes):
         numbers = samples.chunks[chunk]
         image_tokens = pipe(
             samples.labels[numbers.start : numbers.stop].tolist(),
-            guidance_scale=settings.guidance_scale,
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
             generator=[torch.Generator().manual_seed(settings.seed + number) for number in numbers],
             output_type="tokens",
-            **rar,
+            **settings.sampling,
         ).images
         images = pipe.detokenize(image_tokens, "uint8", settings.size, settings.resize_mode)
         with whole_file(samples.file(chunk)) as temporary:

@@ -21,7 +21,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -29,9 +28,10 @@ from torch import nn
 from vfmtok_hf.cpu.packing import unpack_weights
 from vfmtok_hf.data.output_files import check_model_folder, whole_folder
 from vfmtok_hf.hub_kernels import disable_kernels
+from vfmtok_hf.modeling.cache_vfmtok import DecodeCache
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
-from vfmtok_hf.modeling.modeling_vfmtok_ar import VFMTokARForImageGeneration, rotary_table
-from vfmtok_hf.modeling.modeling_vfmtok_rar import VFMTokRARForImageGeneration, modulate
+from vfmtok_hf.modeling.modeling_vfmtok_ar import VFMTokARForImageGeneration
+from vfmtok_hf.modeling.modeling_vfmtok_rar import VFMTokRARForImageGeneration
 from vfmtok_hf.pipelines import VFMTokPipeline
 
 
@@ -132,28 +132,9 @@ class Decoder(ExportPart):
         return compare_floats("pixels", reconstruction, self(image_tokens))
 
 
-class StepCache:
-    """
-    Keys and values of one layer as tensors of fixed size, `(batch, heads, positions, head_dim)`: what a decode step
-    reads and writes in place of the model's own growing `LayerCache`.
-    """
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, position: torch.Tensor):
-        slots = torch.arange(keys.shape[2], device=keys.device)
-        self.is_new = (slots == position)[:, None]
-        self.attention_mask = (slots <= position)[None, None, None]
-        self.keys, self.values = keys, values
-
-    def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put the new `(batch, heads, 1, head_dim)` at its position; returns all positions, filled or not."""
-        self.keys = torch.where(self.is_new, keys, self.keys)
-        self.values = torch.where(self.is_new, values, self.values)
-        return self.keys, self.values
-
-
 class DecodeStep(ExportPart):
     """
-    One step of a generator. Call it with `position` 0, 1, ... and feed `keys` and `values` back; they start as zeros.
+    `decode_step` of a generator. Call it with `position` 0, 1, ... and feed `keys` and `values` back; they start as zeros.
 
     Inputs: `class_labels` and `image_tokens`, both `(batch,)` int64; `position`, a scalar int64; `keys` and `values`,
     `(layers, batch, heads, positions, head_dim)`. The first `condition_positions` positions ignore `image_tokens`; the
@@ -178,14 +159,33 @@ class DecodeStep(ExportPart):
     @property
     def num_positions(self) -> int:
         """Steps to a whole image: the last token is drawn and never read."""
-        return self.condition_positions + self.model.config.num_image_tokens - 1
+        return self.model.new_cache().max_length
 
-    def layer_caches(self, keys: torch.Tensor, values: torch.Tensor, position: torch.Tensor) -> list[StepCache]:
-        return [StepCache(*layer, position) for layer in zip(keys.unbind(), values.unbind(), strict=True)]
+    def forward(
+        self,
+        class_labels: torch.Tensor,
+        image_tokens: torch.Tensor,
+        position: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        cache = self.filled_cache(keys, values)
+        self.model.begin(cache, class_labels)
+        return self.step(image_tokens, position, cache)
 
-    @staticmethod
-    def stacked(caches: list[StepCache]) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.stack([cache.keys for cache in caches]), torch.stack([cache.values for cache in caches])
+    def filled_cache(self, keys: torch.Tensor, values: torch.Tensor) -> DecodeCache:
+        """The model's cache with copies of given keys and values."""
+        cache = self.model.new_cache()
+        for layer, *layer_inputs in zip(cache.layers, keys.unbind(), values.unbind(), strict=True):
+            layer.keys, layer.values = (states.clone() for states in layer_inputs)
+        return cache
+
+    def step(
+        self, image_tokens: torch.Tensor, position: torch.Tensor, cache: DecodeCache
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits = self.model.decode_step(image_tokens, position, cache)
+        keys, values = ([getattr(layer, name) for layer in cache.layers] for name in ("keys", "values"))
+        return logits, torch.stack(keys), torch.stack(values)
 
     def example(self, batch_size: int) -> tuple[torch.Tensor, ...]:
         config = self.model.config
@@ -215,27 +215,6 @@ class DecodeStep(ExportPart):
         return f"greedy {choices}, {compare_floats('logits', steps, expected)}"
 
 
-class ARDecodeStep(DecodeStep):
-    """[`DecodeStep`] of a next-token generator: position 0 is the class."""
-
-    def forward(
-        self,
-        class_labels: torch.Tensor,
-        image_tokens: torch.Tensor,
-        position: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        model, config = self.model, self.model.config
-        embeds = torch.where(position == 0, model.class_embedding(class_labels), model.embed_tokens(image_tokens))
-        hidden_states = embeds[:, None]
-        table = rotary_table(position[None], config.grid_size, config.head_dim, config.rope_theta)
-        caches = self.layer_caches(keys, values, position)
-        for layer, cache in zip(model.layers, caches, strict=True):
-            hidden_states = layer(hidden_states, table, cache)
-        return model.lm_head(model.norm(hidden_states))[:, 0].float(), *self.stacked(caches)
-
-
 class RARDecodeStep(DecodeStep):
     """
     [`DecodeStep`] of a randomized-order generator: position 0 is the start token, 1 the class. One more input,
@@ -254,25 +233,10 @@ class RARDecodeStep(DecodeStep):
         values: torch.Tensor,
         orders: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        model, config = self.model, self.model.config
-        class_embeds = model.embed_tokens(class_labels + config.codebook_size + 1)
-        embeds = torch.where(position == 1, class_embeds, model.embed_tokens(image_tokens))
-        embeds = torch.where(position == 0, model.cls_token[:, 0], embeds)
-
-        rows = model.position_rows(orders.shape[0], orders)
-        own_row, target_row = rows.index_select(1, position[None]), rows.index_select(1, position[None] + 1)
-        targets = F.embedding(target_row, model.target_position_embeddings[0])
-        # The start token predicts nothing.
-        hidden_states = embeds[:, None] + F.embedding(own_row, model.position_embeddings[0])
-        hidden_states = hidden_states + torch.where(position == 0, torch.zeros_like(targets), targets)
-
-        condition = F.silu(class_embeds[:, None] + model.timestep_embeddings.index_select(1, position[None]))
-        caches = self.layer_caches(keys, values, position)
-        for layer, cache in zip(model.layers, caches, strict=True):
-            hidden_states = layer(hidden_states, condition, cache)
-        scale, shift = model.norm_modulation(condition).chunk(2, dim=-1)
-        normed = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=config.layer_norm_eps)
-        return model.lm_head(modulate(normed, shift, scale))[:, 0].float(), *self.stacked(caches)
+        cache = self.filled_cache(keys, values)
+        self.model.begin(cache, class_labels, orders)
+        self.model.modulate_positions(cache, position, size=1)
+        return self.step(image_tokens, position, cache)
 
     def example(self, batch_size: int) -> tuple[torch.Tensor, ...]:
         orders = torch.rand(batch_size, self.model.config.num_image_tokens).argsort(dim=1)
@@ -288,7 +252,7 @@ def pipeline_parts(pipe: VFMTokPipeline) -> dict[str, ExportPart]:
     if isinstance(generator, VFMTokRARForImageGeneration):
         parts.append(RARDecodeStep(generator))
     elif generator is not None:
-        parts.append(ARDecodeStep(generator))
+        parts.append(DecodeStep(generator))
     return {part.name: part for part in parts}
 
 
@@ -371,7 +335,7 @@ def onnx_graph(file: Path) -> Graph:
     names = [value.name for value in session.get_inputs()]
 
     def run(*inputs: torch.Tensor) -> list[torch.Tensor]:
-        feed = {name: np.ascontiguousarray(value.numpy()) for name, value in zip(names, inputs, strict=True)}
+        feed = {name: value.contiguous().numpy() for name, value in zip(names, inputs, strict=True)}
         return [torch.from_numpy(value) for value in session.run(None, feed)]
 
     return run

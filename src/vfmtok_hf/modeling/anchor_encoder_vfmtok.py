@@ -11,7 +11,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention_vfmtok import eager_attention_forward
+from .attention_vfmtok import causal_mask, eager_attention_forward
 from .configuration_vfmtok import VFMTokConfig
 
 
@@ -173,7 +173,7 @@ class VFMTokAttention(nn.Module):
             query,
             key,
             value,
-            None,
+            causal_mask(self.config, query.transpose(1, 2)),
             dropout=self.dropout if self.training else 0.0,
             scaling=self.head_dim**-0.5,
         )

@@ -1,4 +1,4 @@
-"""New classes for a trained generator."""
+"""Classes of a generator: labels dropped in training, and new classes for a trained one."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,6 +7,12 @@ import torch
 from torch import nn
 
 from .class_names_vfmtok import match_class_names
+
+
+def drop_labels(class_labels: torch.Tensor, probability: float, null_class: int) -> torch.Tensor:
+    """Replace each label by `null_class` with the given probability, which teaches the model what guidance needs."""
+    dropped = torch.rand(class_labels.shape, device=class_labels.device) < probability
+    return class_labels.masked_fill(dropped, null_class)
 
 
 class ClassEmbeddingsMixin:
@@ -55,4 +61,4 @@ class ClassEmbeddingsMixin:
         return origins
 
 
-__all__ = ["ClassEmbeddingsMixin"]
+__all__ = ["ClassEmbeddingsMixin", "drop_labels"]

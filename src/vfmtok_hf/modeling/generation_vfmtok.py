@@ -1,21 +1,37 @@
 """
-Sampling image tokens: guidance, filters, the key/value cache and the decode loop that both generators share.
+Sampling image tokens: guidance, filters, draws and the decode loop that both generators share.
 
 The order of operations is that of https://github.com/CVMI-Lab/VFMTok (autoregressive/models/generate.py, after
 LlamaGen) and of RAR: guidance, then temperature, then top-k, then top-p, then one draw. Nothing in the loop waits for
-the device.
+the device, and its steps have a few fixed shapes, so that torch.compile and CUDA graphs can take them as they are.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import nn
-from torch.overrides import TorchFunctionMode
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
+from transformers.utils import ModelOutput
+
+from .cache_vfmtok import DecodeCache
+
+
+@dataclass
+class VFMTokGeneratorOutput(ModelOutput):
+    """
+    Args:
+        loss (`torch.FloatTensor` of shape `()`, with `return_loss=True`):
+            Mean cross-entropy over all image tokens, in nats.
+        logits (`torch.FloatTensor` of shape `(batch_size, num_image_tokens, codebook_size)`):
+            float32 whatever the model's dtype; `logits[:, i]` predicts `image_tokens[:, i]`.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -43,7 +59,7 @@ def power_cosine_guidance(num_steps: int, scale: float, power: float, interval: 
     return [(step_scale - 1) * height + 1 for step_scale, height in zip(limit, ramp, strict=True)]
 
 
-def apply_guidance(logits: torch.Tensor, scale: float) -> torch.Tensor:
+def apply_guidance(logits: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
     """Classifier-free guidance u + scale (c - u) of `(2 * batch_size, ...)` logits, conditional rows c first."""
     conditional, unconditional = logits.chunk(2)
     return torch.lerp(unconditional, conditional, scale)
@@ -69,32 +85,33 @@ def filter_top_p(logits: torch.Tensor, top_p: float) -> torch.Tensor:
 
 
 def uniform_numbers(
-    num_rows: int, generator: torch.Generator | Sequence[torch.Generator] | None, device: torch.device
+    num_steps: int,
+    batch_size: int,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+    device: torch.device,
 ) -> torch.Tensor:
     """
-    `(num_rows, 1)` float64 numbers in [0, 1), drawn where the generator lives, so that a CPU seed means the same on any
-    device. With a list each row draws from its own generator, hence the same number in any split of the batch.
+    `(num_steps, batch_size)` float64 numbers in [0, 1), drawn where the generator lives, so that a CPU seed means the same
+    on any device. With a list each row draws from its own generator, hence the same numbers in any split of the batch.
     """
     if isinstance(generator, Sequence):
-        return torch.cat([uniform_numbers(1, row_generator, device) for row_generator in generator])
+        return torch.cat([uniform_numbers(num_steps, 1, row_generator, device) for row_generator in generator], dim=1)
     source = device if generator is None else generator.device
-    return torch.rand(num_rows, 1, generator=generator, dtype=torch.float64, device=source).to(device)
+    return torch.rand(num_steps, batch_size, generator=generator, dtype=torch.float64, device=source).to(device)
 
 
-def sample_tokens(
-    logits: torch.Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None
-) -> torch.Tensor:
+def sample_tokens(logits: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     """
     Draw one token per row of `(batch_size, codebook_size)` logits: `(batch_size,)` int64.
 
-    The first token at which the sum of the probabilities exceeds a uniform number: one random number a row, where
-    `torch.multinomial` draws one a token and takes longer than a layer of the model. It never waits for the device.
-    The sums are float64, so that the rarest token keeps its probability.
+    The first token at which the sum of the probabilities exceeds a uniform number of `numbers` `(batch_size,)`: one random
+    number a row, where `torch.multinomial` draws one a token and takes longer than a layer of the model. It never waits
+    for the device. The sums are float64, so that the rarest token keeps its probability.
     """
     cumulative = logits.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
-    thresholds = uniform_numbers(len(logits), generator, logits.device) * cumulative[:, -1:]
+    thresholds = numbers[:, None] * cumulative[:, -1:]
     # Where NaN compares with nothing the result lies past the end; the decode loop reports it after its last step.
-    return torch.searchsorted(cumulative, thresholds, right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
+    return torch.searchsorted(cumulative, thresholds, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
 
 @dataclass(frozen=True)
@@ -103,7 +120,6 @@ class SamplingSettings:
 
     guidance_scale: float = 1.0
     guidance_interval: int | None = None
-    guidance_scale_pow: float = 1.0
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -116,8 +132,6 @@ class SamplingSettings:
             raise ValueError(
                 f"guidance_interval must be None (all steps) or at least 0, got {self.guidance_interval}."
             )
-        if not 0 <= self.guidance_scale_pow < math.inf:
-            raise ValueError(f"guidance_scale_pow must be 0 (constant) or larger, got {self.guidance_scale_pow}.")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be above 0, got {self.temperature}. For greedy use do_sample=False.")
         if self.top_k < 0:
@@ -126,22 +140,32 @@ class SamplingSettings:
             raise ValueError(f"top_p must lie in (0, 1], where 1 is off, got {self.top_p}.")
 
     @classmethod
-    def resolve(cls, generation_config: GenerationConfig, **requested) -> "SamplingSettings":
+    def resolve(cls, requested: dict[str, Any], *generation_configs: GenerationConfig | None) -> "SamplingSettings":
         """
-        Each setting from the call, else from generation_config.json, else the default above.
+        Each setting from `requested`, else from the first configuration that has it, else the default above.
 
         transformers' own fallbacks (`top_k=50`, greedy) are never consulted: an unset field of its config is None.
+
+        Raises:
+            TypeError: `requested` has an unknown name.
         """
-        chosen = {
-            name: getattr(generation_config, name, None) if value is None else value
-            for name, value in requested.items()
-        }
+        names = [field.name for field in fields(cls)]
+        if unknown := requested.keys() - set(names):
+            raise TypeError(f"generate got unknown arguments: {', '.join(sorted(unknown))}.")
+        chosen = {}
+        for name in names:
+            values = [requested.get(name), *(getattr(config, name, None) for config in generation_configs)]
+            chosen[name] = next((value for value in values if value is not None), None)
         return cls(**{name: value for name, value in chosen.items() if value is not None})
 
     @property
     def effective_guidance_scale(self) -> float:
         """At most 1 means no guidance, as in diffusers; RAR's original writes it 0."""
         return max(float(self.guidance_scale), 1.0)
+
+    def guidance_scales(self, num_steps: int) -> list[float]:
+        """The guidance of each step."""
+        return constant_guidance(num_steps, self.effective_guidance_scale, self.guidance_interval)
 
     def filter(self, logits: torch.Tensor) -> torch.Tensor:
         """Temperature, top-k and top-p on `(batch_size, codebook_size)` logits; removed tokens become -inf."""
@@ -154,71 +178,7 @@ class SamplingSettings:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Key/value cache
-
-
-class LayerCache:
-    """
-    Keys and values of one attention layer in memory that is allocated once.
-
-    The allocation waits for the first keys and takes batch, heads, dtype and device from them, so that autocast and
-    offloading need no word here. On CPUs it is float32 at least: of half precision torch's products want dense operands
-    there, and copy the filled part of the cache in every step.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    # What is stored is what a new position may see. A cache that returns more than that says here what to leave out.
-    attention_mask: torch.Tensor | None = None
-
-    def __init__(self, max_length: int):
-        self.max_length = max_length
-        self.length = 0
-
-    def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store `(batch_size, heads, new_length, head_dim)` keys and values; returns views of all so far, in its own dtype."""
-        if self.length == 0:
-            batch_size, num_heads, _, head_dim = keys.shape
-            dtype = torch.promote_types(keys.dtype, torch.float32) if keys.is_cpu else keys.dtype
-            self.keys = keys.new_empty(batch_size, num_heads, self.max_length, head_dim, dtype=dtype)
-            self.values = torch.empty_like(self.keys)
-        start, self.length = self.length, self.length + keys.shape[2]
-        if start > 0 and keys.shape[2] > 1:
-            raise ValueError("A cache that holds a prefix takes one position at a time: its attention has no mask.")
-        self.keys[:, :, start : self.length] = keys
-        self.values[:, :, start : self.length] = values
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
-
-    def keep_rows(self, batch_size: int) -> None:
-        """Forget all rows but the first `batch_size`."""
-        self.keys, self.values = self.keys[:batch_size], self.values[:batch_size]
-
-
-class KeyValueCache:
-    """One [`LayerCache`] per layer, for sequences of at most `max_length`."""
-
-    def __init__(self, num_layers: int, max_length: int):
-        self.layers = [LayerCache(max_length) for _ in range(num_layers)]
-
-    @property
-    def length(self) -> int:
-        """Positions stored."""
-        return self.layers[0].length
-
-    def keep_rows(self, batch_size: int) -> None:
-        """Forget all rows but the first `batch_size`."""
-        for layer in self.layers:
-            layer.keep_rows(batch_size)
-
-
-# ---------------------------------------------------------------------------------------------------------------
 # The decode loop
-
-
-def apply_jointly(layers: Sequence[nn.Module], hidden_states: torch.Tensor) -> Sequence[torch.Tensor]:
-    """The output of each layer. Layers that were packed together for inference compute theirs in one product."""
-    product = getattr(layers[0], "joint_product", None)
-    return [layer(hidden_states) for layer in layers] if product is None else product(hidden_states)
 
 
 def check_ids(name: str, ids: torch.Tensor, num_ids: int, wait_for_device: bool = False) -> None:
@@ -236,110 +196,159 @@ def check_ids(name: str, ids: torch.Tensor, num_ids: int, wait_for_device: bool 
             raise ValueError(f"{name} must lie in 0 to {num_ids - 1}, got {outlier}.")
 
 
+def draw_tokens(
+    logits: torch.Tensor,
+    step: torch.Tensor,
+    scales: torch.Tensor,
+    numbers: torch.Tensor,
+    settings: SamplingSettings,
+    logits_processor: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Guidance, filters and the draw of one step.
+
+    Args:
+        logits (`torch.Tensor` of shape `(rows, codebook_size)`): one row an image; two, conditional rows first, to guide.
+        step (`torch.LongTensor` of shape `()`): which of the rows of `scales` and `numbers` count.
+        scales (`torch.Tensor` of shape `(num_image_tokens,)`): guidance of each step.
+        numbers (`torch.Tensor` of shape `(num_image_tokens, batch_size)`): uniform numbers of each step.
+        settings (`SamplingSettings`).
+        logits_processor (`Callable`, *optional*): called with the guided logits.
+
+    Returns:
+        `tuple(torch.Tensor)`: the tokens and the largest logits, both `(batch_size,)`.
+    """
+    if len(logits) > numbers.shape[1]:
+        logits = apply_guidance(logits, scales.index_select(0, step[None]))
+    if logits_processor is not None:
+        logits = logits_processor(logits)
+    if not settings.do_sample:
+        return logits.argmax(dim=-1), logits.amax(dim=-1)
+    logits = settings.filter(logits)
+    return sample_tokens(logits, numbers.index_select(0, step[None])[0]), logits.amax(dim=-1)
+
+
+def decode_step(
+    model: "VFMTokGenerationMixin", tokens: torch.Tensor, position: torch.Tensor, cache: DecodeCache
+) -> torch.Tensor:
+    """A decode step of any model."""
+    return model.decode_step(tokens, position, cache)
+
+
+def decode_and_draw(
+    model: "VFMTokGenerationMixin",
+    tokens: torch.Tensor,
+    position: torch.Tensor,
+    cache: DecodeCache,
+    scales: torch.Tensor,
+    numbers: torch.Tensor,
+    settings: SamplingSettings,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A decode step and its draw: all of a step that need not run in Python."""
+    step = position - (model.num_condition_tokens - 1)
+    return draw_tokens(model.decode_step(tokens, position, cache), step, scales, numbers, settings)
+
+
 def to_raster(sequence: torch.Tensor, orders: torch.Tensor | None) -> torch.Tensor:
     """Put `(batch_size, length)` entries, of which entry j belongs to raster position `orders[:, j]`, in place."""
     return sequence if orders is None else torch.zeros_like(sequence).scatter(1, orders, sequence)
 
 
-def call_layer(layer: nn.Module, *inputs: Any) -> torch.Tensor:
-    """What a layer of a decode step computes, unless `compile_decoding` put its translation in this function's place."""
-    return layer(*inputs)
-
-
-class RowProducts(TorchFunctionMode):
+class CompiledSteps:
     """
-    Linear layers of a single row as sums over products, in float32. torch.compile makes of that one pass over the weight
-    that reads it faster than the libraries' matrix products do (docs/performance.md).
+    Steps translated by `torch.compile`, and the caches whose memory their CUDA graphs read, one of each number of rows.
+
+    Args:
+        options: for `torch.compile`.
     """
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.linear and args[0].is_cpu and args[0].shape[:-1].numel() == 1:
-            states, weight, bias = args
-            product = (states[..., None, :].float() * weight.float()).sum(-1).to(states.dtype)
-            return product if bias is None else product + bias
-        return function(*args, **(kwargs or {}))
+    def __init__(self, **options):
+        self.options = options
+        self.functions: dict[tuple, Callable] = {}
+        self.caches: dict[int, DecodeCache] = {}
+
+    def __call__(self, function: FunctionType, *inputs: Any) -> Any:
+        """`function(model, tokens, position, cache, ...)`, translated. A last argument of settings is constant in a graph."""
+        _, tokens, _, cache, *others = inputs
+        key = function, len(cache.condition_embeds), len(tokens), *others[-1:]
+        if key not in self.functions:
+            # torch.compile allows a code object few graphs. With one of its own a key needs one for each visible length.
+            own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+            self.functions[key] = torch.compile(own, fullgraph=True, dynamic=False, **self.options)
+        torch.compiler.cudagraph_mark_step_begin()
+        return self.functions[key](*inputs)
 
 
 class VFMTokGenerationMixin(GenerationMixin):
     """
     `generate` for models that predict image tokens from class labels.
 
-    The model's `forward(class_labels, image_tokens, cache=...)` returns the logits of the token that follows
-    `image_tokens`, computing only what the cache does not hold yet.
+    A model's `forward(class_labels, image_tokens, cache=...)` reads the first tokens and returns the logits of the next;
+    its `decode_step(tokens, position, cache)` goes on from there, one position at a time.
     """
 
     config: Any
     output_modalities = ("image",)
     # Positions of the sequence before the first image token.
     num_condition_tokens = 1
-    cache_class: type[KeyValueCache] = KeyValueCache
-    _decode_layer = staticmethod(call_layer)
+    sampling_settings = SamplingSettings
+    _compiled_steps: CompiledSteps | None = None
+
+    def decode_step(self, tokens: torch.Tensor, position: torch.Tensor, cache: DecodeCache) -> torch.Tensor:
+        """
+        Logits of the token that follows `position`, which is read and kept in `cache`. Shapes do not depend on it.
+
+        Args:
+            tokens (`torch.LongTensor` of shape `(batch_size,)`):
+                The token at `position`; the class's positions ignore it.
+            position (`torch.LongTensor` of shape `()`): within [condition, image tokens in the order of drawing].
+            cache (`DecodeCache`): of a generation that has begun, as by `forward(..., cache=cache)`.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch_size, codebook_size)`.
+        """
+        raise NotImplementedError
+
+    def new_cache(self) -> DecodeCache:
+        """A cache for one generation."""
+        max_length = self.num_condition_tokens + self.config.num_image_tokens - 1
+        return DecodeCache(self.config.num_hidden_layers, max_length)
+
+    def prepare_step(self, position: int, cache: DecodeCache) -> None:
+        """Called before the decode step at `position`, for what a model computes of several steps at once."""
 
     def compile_decoding(self, **options) -> None:
         """
-        Let `torch.compile` translate the decode steps, in place, at the next call of `generate`.
+        Let `torch.compile` translate decode steps and draws, in place, at the next call of `generate`.
 
-        A layer is translated once for all layers, steps, batch sizes and guidance, and once more for a single row, which
-        torch always treats apart; so is the output head. The first steps, whose sizes torch would translate apart too,
-        stay as they are.
+        Each number of rows has a graph for each of a few lengths that the sequence has reached, eight at most in one
+        generation. On CUDA they are CUDA graphs. The caches of all numbers of rows stay in memory.
 
         Args:
-            options: for `torch.compile`, such as `backend` or `mode`.
-
-        Raises:
-            ValueError: the weights are packed, which torch.compile cannot read.
+            options: for `torch.compile`. On CUDA `mode` is `"reduce-overhead"` by default.
         """
-        if any(hasattr(module, "joint_product") for module in self.modules()):  # type: ignore[attr-defined]
-            raise ValueError("torch.compile cannot read packed weights: call unpack_weights(model) first.")
-
-        def decode_layer(layer: nn.Module, *inputs: Any) -> torch.Tensor:
-            with RowProducts():
-                return layer.forward(*inputs)
-
-        compiled = torch.compile(decode_layer, dynamic=True, fullgraph=True, **options)
-
-        def run(layer: nn.Module, *inputs: Any) -> torch.Tensor:
-            # Sizes that happen to be equal, of the batch and of the first step translated, are not to stay equal.
-            with torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
-                return compiled(layer, *inputs)
-
-        self._decode_layer = run
-
-    def _layer_function(self, cache: KeyValueCache | None) -> Callable[..., torch.Tensor]:
-        """Calls a layer: the translation of `compile_decoding` once a cache holds the condition and a token."""
-        is_decode_step = cache is not None and cache.length > self.num_condition_tokens
-        return self._decode_layer if is_decode_step else call_layer
+        if self.device.type == "cuda" and not {"mode", "options", "backend"} & options.keys():  # type: ignore[attr-defined]
+            options["mode"] = "reduce-overhead"
+        self._compiled_steps = CompiledSteps(**options)
 
     @torch.no_grad()
     def generate(  # type: ignore[override]
         self,
         class_labels: torch.Tensor | Sequence[int],
-        guidance_scale: float | None = None,
-        guidance_interval: int | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        do_sample: bool | None = None,
+        generation_config: GenerationConfig | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         logits_processor: LogitsProcessorList | None = None,
         callback: Callable[[int, torch.Tensor], bool | torch.Tensor | None] | None = None,
+        **sampling,
     ) -> torch.Tensor:
         """
         Sample the image tokens of one image per class label.
 
-        Settings left at None come from the model's `generation_config`, else from the default named here.
-
         Args:
             class_labels (`torch.LongTensor` of shape `(batch_size,)`, or a list):
                 Labels in 0 to `num_classes - 1`; `num_classes` is the null class (no condition).
-            guidance_scale (`float`, defaults to 1.0):
-                Classifier-free guidance. Up to 1 there is none, and each step is a single pass over the batch.
-            guidance_interval (`int`, *optional*):
-                Guide only the first `guidance_interval + 2` tokens. Later steps skip the unconditional half.
-            temperature (`float`, defaults to 1.0), top_k (`int`, defaults to 0: off), top_p (`float`, defaults to 1.0):
-                Applied in this order after guidance.
-            do_sample (`bool`, defaults to `True`):
-                `False` takes the most probable token.
+            generation_config (`GenerationConfig`, *optional*):
+                Holds settings of sampling, which take the place of those in the model's own `generation_config`.
             generator (`torch.Generator` or a sequence of one per label, *optional*):
                 Source of randomness, on any device. With one per label an image does not depend on its batch.
             logits_processor (`LogitsProcessorList`, *optional*):
@@ -348,6 +357,9 @@ class VFMTokGenerationMixin(GenerationMixin):
                 Called as `callback(step, image_tokens)` after each token; `image_tokens` is `(batch_size,
                 num_image_tokens)` with 0 where nothing is drawn yet, and must not be changed. Returning `False` stops.
                 Returning a tensor like it replaces the tokens drawn so far, of which the model has read all but the newest.
+            sampling:
+                The fields of [`SamplingSettings`]: `guidance_scale`, `guidance_interval`, `temperature`, `top_k`, `top_p`,
+                `do_sample`. They override both configurations; None leaves the choice to these.
 
         Returns:
             `torch.LongTensor` of shape `(batch_size, num_image_tokens)`, in raster order. After a stop by the
@@ -356,25 +368,19 @@ class VFMTokGenerationMixin(GenerationMixin):
         Raises:
             ValueError, TypeError: unusable arguments, before any work; logits that are not finite, at the end.
         """
-        settings = SamplingSettings.resolve(
-            self.generation_config,
-            guidance_scale=guidance_scale,
-            guidance_interval=guidance_interval,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            do_sample=do_sample,
-        )
+        settings = self.sampling_settings.resolve(sampling, generation_config, self.generation_config)
         class_labels = self._as_class_labels(class_labels)
-        scales = constant_guidance(
-            self.config.num_image_tokens, settings.effective_guidance_scale, settings.guidance_interval
-        )
-        return self._decode_tokens(class_labels, scales, settings, generator, logits_processor, callback)
+        return self._decode_tokens(class_labels, settings, generator, logits_processor, callback)
+
+    def _cache_and_runner(self, num_rows: int) -> tuple[DecodeCache, Callable]:
+        """A cache for a generation of `num_rows`, and what calls the functions of its steps."""
+        if self._compiled_steps is None:
+            return self.new_cache(), lambda function, *inputs: function(*inputs)
+        return self._compiled_steps.caches.setdefault(num_rows, self.new_cache()), self._compiled_steps
 
     def _decode_tokens(
         self,
         class_labels: torch.Tensor,
-        scales: list[float],
         settings: SamplingSettings,
         generator: torch.Generator | Sequence[torch.Generator] | None,
         logits_processor: LogitsProcessorList | None,
@@ -383,52 +389,64 @@ class VFMTokGenerationMixin(GenerationMixin):
         known_tokens: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
-        The loop. `scales` has a guidance scale per step, `orders` `(batch_size, num_image_tokens)` the raster position
-        of each token of the sequence (None: raster), `known_tokens` `(batch_size, n)` the sequence's first tokens.
+        The loop. `orders` `(batch_size, num_image_tokens)` has the raster position of each token of the sequence (None:
+        raster), `known_tokens` `(batch_size, n)` the sequence's first tokens.
         """
-        batch_size = class_labels.shape[0]
+        batch_size, device = class_labels.shape[0], class_labels.device
         if isinstance(generator, Sequence) and len(generator) != batch_size:
             raise ValueError(f"Got {len(generator)} generators for {batch_size} class labels: pass one for each.")
 
         num_tokens = self.config.num_image_tokens
         first_step = 0 if known_tokens is None else known_tokens.shape[1]
-        guided_steps = max((step + 1 for step, scale in enumerate(scales) if scale != 1), default=0)
+        guidance = settings.guidance_scales(num_tokens)
+        guided_steps = max((step + 1 for step, scale in enumerate(guidance) if scale != 1), default=0)
+        scales = torch.tensor(guidance, device=device)
+        numbers = torch.zeros(num_tokens, batch_size, dtype=torch.float64, device=device)
+        if settings.do_sample:
+            numbers[first_step:] = uniform_numbers(num_tokens - first_step, batch_size, generator, device)
 
         # One row per image and, while guidance lasts, a second one for its unconditional twin.
-        labels, num_passes = class_labels, 1
+        labels, passes = class_labels, 1
         if guided_steps > first_step:
-            labels, num_passes = torch.cat([labels, torch.full_like(labels, self.config.num_classes)]), 2
-        tokens = labels.new_zeros(len(labels), num_tokens)
+            labels, passes = torch.cat([labels, torch.full_like(labels, self.config.num_classes)]), 2
+        model_kwargs = {} if orders is None else {"orders": orders.repeat(passes, 1)}
+        tokens = class_labels.new_zeros(batch_size, num_tokens)
         if known_tokens is not None:
-            tokens[:, :first_step] = known_tokens.repeat(num_passes, 1)
-        model_kwargs = {} if orders is None else {"orders": orders.repeat(num_passes, 1)}
-        cache = self.cache_class(self.config.num_hidden_layers, self.num_condition_tokens + num_tokens - 1)
-        largest_logits = torch.zeros(batch_size, num_tokens, device=labels.device)
+            tokens[:, :first_step] = known_tokens
+        largest_logits = torch.zeros(batch_size, num_tokens, device=device)
+        cache, run = self._cache_and_runner(len(labels))
+        position = torch.tensor(self.num_condition_tokens - 1 + first_step, device=device)  # the last one read
 
         for step in range(first_step, num_tokens):
-            if step == guided_steps and num_passes == 2:
-                num_passes, labels, tokens = 1, labels[:batch_size], tokens[:batch_size]
-                model_kwargs = {name: rows[:batch_size] for name, rows in model_kwargs.items()}
-                cache.keep_rows(batch_size)
-            logits = self(labels, tokens[:, :step], cache=cache, **model_kwargs).logits[:, -1]  # type: ignore[operator]
-            if num_passes == 2:
-                logits = apply_guidance(logits, scales[step])
-            if logits_processor is not None:
-                logits = logits_processor(tokens[:batch_size, :step], logits)  # type: ignore[arg-type]
-            if settings.do_sample:
-                logits = settings.filter(logits)
-                drawn = sample_tokens(logits, generator)
+            if step == guided_steps:
+                passes = 1
+            if step > first_step:
+                position += 1
+                self.prepare_step(self.num_condition_tokens - 1 + step, cache)
+                cache.show(self.num_condition_tokens + step)
+                inputs = self, tokens[:, step - 1].repeat(passes).to(position.device), position, cache
+            if step > first_step and logits_processor is None:
+                drawn, largest = run(decode_and_draw, *inputs, scales, numbers, settings)
             else:
-                drawn = logits.argmax(dim=-1)
-            largest_logits[:, step] = logits.amax(dim=-1)
-            tokens[:, step] = drawn.repeat(num_passes)
-            answer = None if callback is None else callback(step, to_raster(tokens[:batch_size], orders))
+                if step > first_step:
+                    logits = run(decode_step, *inputs)
+                else:
+                    prefix = tokens[:, :step].repeat(passes, 1)
+                    logits = self(labels, prefix, cache=cache, **model_kwargs).logits[:, -1]  # type: ignore[operator]
+                process = logits_processor and partial(logits_processor, tokens[:, :step])
+                index = position - (self.num_condition_tokens - 1)
+                drawn, largest = draw_tokens(logits, index, scales, numbers, settings, process)
+                # An offloaded model computes where its first inputs were moved.
+                device = cache.condition_embeds.device
+                position, scales, numbers = position.to(device), scales.to(device), numbers.to(device)
+            tokens[:, step], largest_logits[:, step] = drawn, largest
+            answer = None if callback is None else callback(step, to_raster(tokens, orders))
             if answer is False:
                 break
             if isinstance(answer, torch.Tensor):
                 self._check_image_tokens(answer, class_labels)
                 changed = answer if orders is None else answer.take_along_dim(orders, dim=1)
-                tokens = changed.to(tokens.device).repeat(num_passes, 1)
+                tokens = changed.to(tokens.device)
 
         # NaN survives every operation above, so that one look at the end, the loop's only wait, finds it.
         if not largest_logits.isfinite().all():
@@ -436,7 +454,7 @@ class VFMTokGenerationMixin(GenerationMixin):
                 "The logits were not finite: the weights hold NaN, float16 overflows (load the model in float32 or "
                 "bfloat16), or a logits processor forbade every token."
             )
-        return to_raster(tokens[:batch_size], orders)
+        return to_raster(tokens, orders)
 
     def _as_class_labels(self, class_labels: torch.Tensor | Sequence[int]) -> torch.Tensor:
         """Checked labels. Those of a list go where the model is; an offloaded model moves them itself."""
@@ -469,3 +487,6 @@ class VFMTokGenerationMixin(GenerationMixin):
                 f"image_tokens must have shape {shape}, all tokens of one image per label, got {tuple(image_tokens.shape)}."
             )
         check_ids("image_tokens", image_tokens, self.config.codebook_size, wait_for_device)
+
+
+__all__ = ["SamplingSettings", "VFMTokGenerationMixin", "VFMTokGeneratorOutput"]

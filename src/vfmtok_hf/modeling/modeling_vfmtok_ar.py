@@ -8,8 +8,6 @@ The computation follows https://github.com/CVMI-Lab/VFMTok (autoregressive/model
 LlamaGen's GPT (MIT).
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -17,34 +15,14 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from .attention_vfmtok import eager_attention_forward
-from .class_embeddings_vfmtok import ClassEmbeddingsMixin
+from .attention_vfmtok import causal_mask, eager_attention_forward
+from .cache_vfmtok import DecodeCache, LayerCache
+from .class_embeddings_vfmtok import ClassEmbeddingsMixin, drop_labels
 from .configuration_vfmtok_ar import VFMTokARConfig
-from .generation_vfmtok import KeyValueCache, LayerCache, VFMTokGenerationMixin, apply_jointly
+from .generation_vfmtok import VFMTokGenerationMixin, VFMTokGeneratorOutput
 from .loading_vfmtok import CheckedModelMixin
-
-
-@dataclass
-class VFMTokAROutput(ModelOutput):
-    """
-    Args:
-        loss (`torch.FloatTensor` of shape `()`, with `return_loss=True`):
-            Mean cross-entropy over all image tokens, in nats.
-        logits (`torch.FloatTensor` of shape `(batch_size, num_image_tokens, codebook_size)`):
-            float32 whatever the model's dtype; `logits[:, i]` predicts `image_tokens[:, i]`.
-    """
-
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-
-
-def drop_labels(class_labels: torch.Tensor, probability: float, null_class: int) -> torch.Tensor:
-    """Replace each label by `null_class` with the given probability, which teaches the model what guidance needs."""
-    dropped = torch.rand(class_labels.shape, device=class_labels.device) < probability
-    return class_labels.masked_fill(dropped, null_class)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -84,7 +62,6 @@ class VFMTokARAttention(nn.Module):
     """Causal self-attention with rotary embedding."""
 
     is_causal = True
-    joint_layers = ("q_proj", "k_proj", "v_proj")
 
     def __init__(self, config: VFMTokARConfig):
         super().__init__()
@@ -98,22 +75,28 @@ class VFMTokARAttention(nn.Module):
         self.residual_dropout = nn.Dropout(config.residual_dropout)
 
     def forward(
-        self, hidden_states: torch.Tensor, position_embeddings: torch.Tensor, cache: LayerCache | None = None
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        cache: LayerCache | None = None,
+        position: torch.Tensor | None = None,
     ) -> torch.Tensor:
         # (batch, length, hidden) -> (batch, heads, length, head_dim)
         head_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        projected = apply_jointly((self.q_proj, self.k_proj, self.v_proj), hidden_states)
-        query, key, value = (states.view(head_shape).transpose(1, 2) for states in projected)
+        query = self.q_proj(hidden_states).view(head_shape).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(head_shape).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
         # Both in one go: a decode step takes as long as its operations are many.
         query, key = apply_rotary(torch.cat([query, key], dim=1), position_embeddings).chunk(2, dim=1)
-        dtype, attention_mask = query.dtype, None
         if cache is not None:
-            key, value = cache.append(key, value)
-            query, attention_mask = query.to(key.dtype), cache.attention_mask
+            key, value = cache.update(key, value, position, attention_mask)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
-        attended, _ = attention(self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout)
-        return self.residual_dropout(self.o_proj(attended.flatten(-2).to(dtype)))
+        attended, _ = attention(
+            self, query.to(key.dtype), key, value, attention_mask, scaling=self.scaling, dropout=dropout
+        )
+        return self.residual_dropout(self.o_proj(attended.flatten(-2).to(hidden_states.dtype)))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -123,8 +106,6 @@ class VFMTokARAttention(nn.Module):
 class VFMTokARMLP(nn.Module):
     """SwiGLU."""
 
-    joint_layers = ("gate_proj", "up_proj")
-
     def __init__(self, config: VFMTokARConfig):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -133,8 +114,7 @@ class VFMTokARMLP(nn.Module):
         self.dropout = nn.Dropout(config.ffn_dropout)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        gate, up = apply_jointly((self.gate_proj, self.up_proj), hidden_states)
-        return self.dropout(self.down_proj(F.silu(gate) * up))
+        return self.dropout(self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)))
 
 
 class VFMTokARDecoderLayer(GradientCheckpointingLayer):
@@ -148,9 +128,15 @@ class VFMTokARDecoderLayer(GradientCheckpointingLayer):
         self.mlp = VFMTokARMLP(config)
 
     def forward(
-        self, hidden_states: torch.Tensor, position_embeddings: torch.Tensor, cache: LayerCache | None = None
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        cache: LayerCache | None = None,
+        position: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), position_embeddings, cache)
+        normed = self.input_layernorm(hidden_states)
+        hidden_states = hidden_states + self.self_attn(normed, position_embeddings, attention_mask, cache, position)
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
@@ -191,8 +177,12 @@ class VFMTokARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGener
         """The table, and the row of class 0."""
         return self.class_embedding, 0
 
+    def begin(self, cache: DecodeCache, class_labels: torch.Tensor) -> None:
+        """Keep in `cache` what decode steps read of the condition, the argument of `forward`."""
+        cache.store("condition_embeds", self.class_embedding(class_labels)[:, None])
+
     def decode_sequence(
-        self, class_labels: torch.Tensor, image_tokens: torch.Tensor, cache: KeyValueCache | None = None
+        self, class_labels: torch.Tensor, image_tokens: torch.Tensor, cache: DecodeCache | None = None
     ) -> torch.Tensor:
         """
         Hidden states after the final norm.
@@ -200,24 +190,41 @@ class VFMTokARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGener
         Args:
             class_labels (`torch.LongTensor` of shape `(batch_size,)`): the condition at position 0.
             image_tokens (`torch.LongTensor` of shape `(batch_size, length)`): the first tokens, `length` from 0 up.
-            cache (`KeyValueCache`, *optional*): holds the sequence's earlier positions, which are skipped.
+            cache (`DecodeCache`, *optional*): where a generation begins, for decode steps to go on from.
 
         Returns:
-            `torch.Tensor` of shape `(batch_size, new positions, hidden_size)`: all of [class, image tokens] but those
-            that the cache held. The state of a position predicts the next token.
+            `torch.Tensor` of shape `(batch_size, length + 1, hidden_size)`. The state of a position of [class, image
+            tokens] predicts the next token.
         """
-        start = 0 if cache is None else cache.length
-        hidden_states = self.embed_tokens(image_tokens[:, max(start - 1, 0) :])
-        if start == 0:
-            hidden_states = torch.cat([self.class_embedding(class_labels)[:, None], hidden_states], dim=1)
+        if cache is not None:
+            self.begin(cache, class_labels)
+        hidden_states = torch.cat(
+            [self.class_embedding(class_labels)[:, None], self.embed_tokens(image_tokens)], dim=1
+        )
         hidden_states = self.token_dropout(hidden_states)
-        positions = torch.arange(start, image_tokens.shape[1] + 1, device=hidden_states.device)
+        positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+        return self._run_layers(hidden_states, positions, causal_mask(self.config, hidden_states), cache)
+
+    def decode_step(self, tokens: torch.Tensor, position: torch.Tensor, cache: DecodeCache) -> torch.Tensor:
+        """As [`VFMTokGenerationMixin.decode_step`]. Position 0 is the class."""
+        hidden_states = cache.embeds_at(position, self.embed_tokens(tokens))[:, None]
+        hidden_states = self._run_layers(hidden_states, position[None], cache.mask(position), cache, position)
+        return self.lm_head(hidden_states)[:, 0].float()
+
+    def _run_layers(
+        self,
+        hidden_states: torch.Tensor,
+        positions: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        cache: DecodeCache | None,
+        position: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`(batch_size, length, hidden_size)` embeddings to states after the final norm."""
         config = self.config
         position_embeddings = rotary_table(positions, config.grid_size, config.head_dim, config.rope_theta)
-        run_layer = self._layer_function(cache)
-        layer_caches = [None] * len(self.layers) if cache is None else cache.layers
-        for layer, layer_cache in zip(self.layers, layer_caches, strict=True):
-            hidden_states = run_layer(layer, hidden_states, position_embeddings, layer_cache)
+        caches = [None] * len(self.layers) if cache is None else cache.layers
+        for layer, layer_cache in zip(self.layers, caches, strict=True):
+            hidden_states = layer(hidden_states, position_embeddings, attention_mask, layer_cache, position)
         return self.norm(hidden_states)
 
     @can_return_tuple
@@ -226,22 +233,22 @@ class VFMTokARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGener
         class_labels: torch.Tensor,
         image_tokens: torch.Tensor | None = None,
         return_loss: bool | None = None,
-        cache: KeyValueCache | None = None,
+        cache: DecodeCache | None = None,
         labels: torch.Tensor | None = None,
-    ) -> VFMTokAROutput:
+    ) -> VFMTokGeneratorOutput:
         """
         Args:
             class_labels (`torch.LongTensor` of shape `(batch_size,)`):
                 Labels in 0 to `num_classes - 1`, or `num_classes` for no condition. In training mode each is replaced
                 by the latter with probability `class_dropout`.
             image_tokens (`torch.LongTensor` of shape `(batch_size, num_image_tokens)`):
-                The tokens to score, in raster order. With `cache` the tokens so far instead, `num_image_tokens - 1`
-                at most.
+                The tokens to score, in raster order. With `cache` the first tokens instead, `num_image_tokens - 1` at
+                most.
             return_loss (`bool`, *optional*):
                 Whether to compute the cross-entropy of `image_tokens`. Defaults to whether the model is in training mode.
-            cache (`KeyValueCache`, *optional*):
-                For decoding: only positions that it does not hold are computed, and the output has a single position,
-                the prediction of the token after `image_tokens`. After the first call one token comes at a time.
+            cache (`DecodeCache`, *optional*):
+                Begins a generation, as `new_cache()` makes one: the output has a single position, the prediction of the
+                token after `image_tokens`, and `decode_step` goes on from there.
             labels (`torch.LongTensor` of shape `(batch_size, num_image_tokens)`, *optional*):
                 The `image_tokens` under the name that transformers' `Trainer` knows, with their loss.
         """
@@ -251,7 +258,7 @@ class VFMTokARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGener
         return_loss = labels is not None or (self.training if return_loss is None else return_loss)
         if cache is not None:
             hidden_states = self.decode_sequence(class_labels, image_tokens, cache)[:, -1:]
-            return VFMTokAROutput(logits=self._layer_function(cache)(self.lm_head, hidden_states).float())
+            return VFMTokGeneratorOutput(logits=self.lm_head(hidden_states).float())
 
         self._check_class_labels(class_labels)
         self._check_image_tokens(image_tokens, class_labels)
@@ -259,7 +266,7 @@ class VFMTokARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGener
             class_labels = drop_labels(class_labels, self.config.class_dropout, self.config.num_classes)
         logits = self.lm_head(self.decode_sequence(class_labels, image_tokens[:, :-1])).float()
         loss = F.cross_entropy(logits.flatten(0, 1), image_tokens.flatten()) if return_loss else None
-        return VFMTokAROutput(loss=loss, logits=logits)
+        return VFMTokGeneratorOutput(loss=loss, logits=logits)
 
 
-__all__ = ["VFMTokARForImageGeneration", "VFMTokAROutput"]
+__all__ = ["VFMTokARForImageGeneration"]

@@ -10,6 +10,8 @@ https://github.com/bytedance/1d-tokenizer (Apache-2.0).
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import inf
 
 import torch
 import torch.nn.functional as F
@@ -20,20 +22,40 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple
 
-from .attention_vfmtok import eager_attention_forward
-from .class_embeddings_vfmtok import ClassEmbeddingsMixin
+from .attention_vfmtok import causal_mask, eager_attention_forward
+from .cache_vfmtok import DecodeCache, LayerCache
+from .class_embeddings_vfmtok import ClassEmbeddingsMixin, drop_labels
 from .configuration_vfmtok_rar import VFMTokRARConfig
 from .generation_vfmtok import (
-    KeyValueCache,
-    LayerCache,
     SamplingSettings,
     VFMTokGenerationMixin,
-    apply_jointly,
+    VFMTokGeneratorOutput,
     check_ids,
     power_cosine_guidance,
 )
 from .loading_vfmtok import CheckedModelMixin
-from .modeling_vfmtok_ar import VFMTokAROutput, drop_labels
+
+
+# Rows, of images times steps, in one product of a modulation while decoding. With so many, arithmetic takes the time and
+# no longer the reading of the weight, and the results, 6 * hidden_size numbers a row and layer, are still small.
+ROWS_OF_MODULATIONS = 128
+
+
+@dataclass(frozen=True)
+class VFMTokRARSamplingSettings(SamplingSettings):
+    """With guidance that grows along the power-cosine schedule."""
+
+    guidance_scale_pow: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.guidance_scale_pow < inf:
+            raise ValueError(f"guidance_scale_pow must be 0 (constant) or larger, got {self.guidance_scale_pow}.")
+
+    def guidance_scales(self, num_steps: int) -> list[float]:
+        """The guidance of each step."""
+        power, interval = self.guidance_scale_pow, self.guidance_interval
+        return power_cosine_guidance(num_steps, self.effective_guidance_scale, power, interval)
 
 
 def draw_orders(batch_size: int, num_tokens: int, random_ratio: float, device: torch.device) -> torch.Tensor:
@@ -46,40 +68,6 @@ def draw_orders(batch_size: int, num_tokens: int, random_ratio: float, device: t
 def keep_first(orders: torch.Tensor, keep_mask: torch.Tensor) -> torch.Tensor:
     """Move the positions that `keep_mask` `(num_tokens,)` marks to the front of each order, else leave it as it is."""
     return orders.take_along_dim((~keep_mask)[orders].int().argsort(dim=1, stable=True), dim=1)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Modulations of steps to come
-
-
-# Rows, of images times steps, in one product of a modulation while decoding. With so many, arithmetic takes the time and
-# no longer the reading of the weight, and the results, 6 * hidden_size numbers a row and layer, are still small.
-ROWS_OF_MODULATIONS = 128
-
-
-class VFMTokRARCache(KeyValueCache):
-    """
-    A key/value cache that also holds the modulations of a block of positions: they depend on class and position alone, so
-    that one product computes those of many steps.
-
-    `modulations` has `(positions, batch_size, 6 * hidden_size)` for each layer, and at last `(positions, batch_size,
-    2 * hidden_size)` for the final norm. Positions come first, so that those of a step lie together.
-
-    Args:
-        num_layers (`int`): of the generator.
-        max_length (`int`): positions of the whole sequence, that of its last token left out.
-    """
-
-    def __init__(self, num_layers: int, max_length: int):
-        super().__init__(num_layers, max_length)
-        self.max_length = max_length
-        self.modulated_positions = range(0)
-        self.modulations: list[torch.Tensor] = []
-
-    def keep_rows(self, batch_size: int) -> None:
-        """Forget all rows but the first `batch_size`."""
-        super().keep_rows(batch_size)
-        self.modulations = [modulations[:, :batch_size] for modulations in self.modulations]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -98,7 +86,6 @@ class VFMTokRARAttention(nn.Module):
     """Causal self-attention whose queries and keys are layer-normalised per head."""
 
     is_causal = True
-    joint_layers = ("q_proj", "k_proj", "v_proj")
 
     def __init__(self, config: VFMTokRARConfig):
         super().__init__()
@@ -113,21 +100,26 @@ class VFMTokRARAttention(nn.Module):
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, hidden_states: torch.Tensor, cache: LayerCache | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        cache: LayerCache | None = None,
+        position: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         # (batch, length, hidden) -> (batch, heads, length, head_dim)
         head_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        projected = apply_jointly((self.q_proj, self.k_proj, self.v_proj), hidden_states)
-        query, key, value = (states.view(head_shape) for states in projected)
-        query, key = self.q_norm(query).transpose(1, 2), self.k_norm(key).transpose(1, 2)
-        value = value.transpose(1, 2)
-        dtype, attention_mask = query.dtype, None
+        query = self.q_norm(self.q_proj(hidden_states).view(head_shape)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(hidden_states).view(head_shape)).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
         if cache is not None:
-            key, value = cache.append(key, value)
-            query, attention_mask = query.to(key.dtype), cache.attention_mask
+            key, value = cache.update(key, value, position, attention_mask)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
-        attended, _ = attention(self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout)
-        return self.dropout(self.o_proj(attended.flatten(-2).to(dtype)))
+        attended, _ = attention(
+            self, query.to(key.dtype), key, value, attention_mask, scaling=self.scaling, dropout=dropout
+        )
+        return self.dropout(self.o_proj(attended.flatten(-2).to(hidden_states.dtype)))
 
 
 class VFMTokRARMLP(nn.Module):
@@ -161,13 +153,15 @@ class VFMTokRARDecoderLayer(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         condition: torch.Tensor | None,
-        cache: LayerCache | None = None,
         modulation: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        cache: LayerCache | None = None,
+        position: torch.Tensor | None = None,
     ) -> torch.Tensor:
         modulation = self.modulation(condition) if modulation is None else modulation
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
-        attended = self.self_attn(modulate(self.norm1(hidden_states), shift1, scale1), cache)
-        hidden_states = hidden_states + gate1 * attended
+        normed = modulate(self.norm1(hidden_states), shift1, scale1)
+        hidden_states = hidden_states + gate1 * self.self_attn(normed, attention_mask, cache, position)
         return hidden_states + gate2 * self.mlp(modulate(self.norm2(hidden_states), shift2, scale2))
 
 
@@ -188,7 +182,7 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
     # The modulation too: a decode step calls it from outside its layer.
     _no_split_modules = ["VFMTokRARDecoderLayer", "VFMTokRARModulation"]
     num_condition_tokens = 2
-    cache_class = VFMTokRARCache
+    sampling_settings = VFMTokRARSamplingSettings
 
     def __init__(self, config: VFMTokRARConfig):
         super().__init__(config)
@@ -224,55 +218,69 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
         """The table, and the row of class 0."""
         return self.embed_tokens, self.config.codebook_size + 1
 
-    def position_rows(self, batch_size: int, orders: torch.Tensor | None) -> torch.Tensor:
+    def embed_positions(self, orders: torch.Tensor | None, length: int) -> torch.Tensor:
         """
-        Rows of the position tables for the sequence [start token, class, image tokens in the given order].
+        Embeddings of the first positions of [start token, class, image tokens in the given order], added to those of what
+        stands there: of the position itself and of the one to predict, its successor's.
 
         Args:
-            batch_size (`int`): rows are repeated for it.
             orders (`torch.LongTensor` of shape `(batch_size, num_image_tokens)`, *optional*): raster order if unset.
+            length (`int`): number of positions.
 
         Returns:
-            `torch.LongTensor` of shape `(batch_size, num_image_tokens + 2)`.
+            `torch.Tensor` of shape `(batch_size, length, hidden_size)`, or `(1, length, hidden_size)` without `orders`.
         """
-        rows = torch.arange(self.config.num_image_tokens + 2, device=self.position_embeddings.device)
-        rows = rows.expand(batch_size, -1)
-        return rows if orders is None else torch.cat([rows[:, :2], orders + 2], dim=1)
+        rows = torch.arange(self.config.num_image_tokens + 2, device=self.position_embeddings.device)[None]
+        if orders is not None:
+            rows = torch.cat([rows[:, :2].expand(orders.shape[0], -1), orders + 2], dim=1)
+        # The start token predicts nothing, the last token of an image has no successor.
+        targets = F.embedding(rows[:, 2 : length + 1], self.target_position_embeddings[0])
+        targets = F.pad(targets, (0, 0, 1, length - 1 - targets.shape[1]))
+        return F.embedding(rows[:, :length], self.position_embeddings[0]) + targets
 
-    def step_modulations(self, class_embeds: torch.Tensor, cache: VFMTokRARCache) -> list[torch.Tensor]:
+    def embed_condition(self, class_labels: torch.Tensor) -> torch.Tensor:
+        """`(batch_size, 2, hidden_size)`: start token and class."""
+        class_embeds = self.embed_tokens(class_labels + self.config.codebook_size + 1)[:, None]
+        return torch.cat([self.cls_token.expand(class_labels.shape[0], -1, -1), class_embeds], dim=1)
+
+    def begin(self, cache: DecodeCache, class_labels: torch.Tensor, orders: torch.Tensor | None = None) -> None:
+        """Keep in `cache` what decode steps read of the condition and of the order, as arguments of `forward`."""
+        condition_embeds = self.embed_condition(class_labels)
+        cache.store("condition_embeds", condition_embeds)
+        cache.store("position_embeds", self.embed_positions(orders, cache.max_length))
+        timesteps = self.timestep_embeddings[0, : cache.max_length, None]
+        cache.store("conditions", F.silu(condition_embeds[:, 1] + timesteps))
+        cache.modulated = range(0)
+
+    def prepare_step(self, position: int, cache: DecodeCache) -> None:
+        """Where the modulations in `cache` end before `position`, compute those of the next positions."""
+        if position not in cache.modulated:
+            num_positions, num_rows = cache.conditions.shape[:2]
+            size = min(max(ROWS_OF_MODULATIONS // num_rows, 1), num_positions - self.num_condition_tokens)
+            cache.modulated = range(position, position + size)
+            # Filled in, not copied from Python, for which a device would have to be waited for.
+            start = torch.full((), position, dtype=torch.int64, device=cache.conditions.device)
+            self.modulate_positions(cache, start, size)
+
+    def modulate_positions(self, cache: DecodeCache, start: torch.Tensor, size: int) -> None:
         """
-        Modulations of the position that follows those in `cache`. Where the cache's block of them has ended, it gets
-        those of the next positions.
-
-        Args:
-            class_embeds (`torch.Tensor` of shape `(batch_size, 1, hidden_size)`): embeddings of the classes.
-            cache (`VFMTokRARCache`): holds one position at least.
-
-        Returns:
-            `list[torch.Tensor]`: `(batch_size, 1, 6 * hidden_size)` of each layer, and at last `(batch_size, 1, 2 *
-            hidden_size)` of the final norm.
+        Put the modulations of `size` positions from `start` `()` into `cache`: they depend on class and position alone,
+        so that one product computes those of many steps. Positions come first, so that those of a step lie together.
         """
-        position = cache.length
-        if position not in cache.modulated_positions:
-            end = min(position + max(ROWS_OF_MODULATIONS // len(class_embeds), 1), cache.max_length)
-            cache.modulated_positions = range(position, end)
-            condition = F.silu(class_embeds.transpose(0, 1) + self.timestep_embeddings[0, position:end, None])
+        positions = (start + torch.arange(size, device=start.device)).clamp(max=len(cache.conditions) - 1)
+        conditions = cache.conditions.index_select(0, positions)
+        cache.store("first_modulated", start)
+        cache.store("norm_modulations", self.norm_modulation(conditions))
+        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
             # A device map may have put a layer elsewhere; its keys are where it is.
-            cache.modulations = [
-                layer.modulation(condition.to(layer_cache.keys.device))  # type: ignore[operator]
-                for layer, layer_cache in zip(self.layers, cache.layers, strict=True)
-            ]
-            cache.modulations.append(self.norm_modulation(condition))
-        step = cache.modulated_positions.index(position)
-        # Copies: for the first view of a block, whose offset is 0, torch.compile would translate the layer once more.
-        return [modulations[step].clone()[:, None] for modulations in cache.modulations]
+            layer_cache.store("modulations", layer.modulation(conditions.to(layer_cache.keys.device)))
 
     def decode_sequence(
         self,
         class_labels: torch.Tensor,
         sequence: torch.Tensor,
         orders: torch.Tensor | None = None,
-        cache: VFMTokRARCache | None = None,
+        cache: DecodeCache | None = None,
     ) -> torch.Tensor:
         """
         Hidden states after the final norm.
@@ -283,41 +291,42 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
                 0 up.
             orders (`torch.LongTensor` of shape `(batch_size, num_image_tokens)`, *optional*): raster position of every
                 token of the sequence, those to come included. Raster order if unset.
-            cache (`VFMTokRARCache`, *optional*): holds the sequence's earlier positions, which are skipped.
+            cache (`DecodeCache`, *optional*): where a generation begins, for decode steps to go on from.
 
         Returns:
-            `torch.Tensor` of shape `(batch_size, new positions, hidden_size)`: all of [class, sequence] but those that
-            the cache held. The state of a position predicts the next token of the order.
+            `torch.Tensor` of shape `(batch_size, length + 1, hidden_size)`. The state of a position of [class, sequence]
+            predicts the next token of the order.
         """
-        start, end = 0 if cache is None else cache.length, sequence.shape[1] + 2
-        class_embeds = self.embed_tokens(class_labels + self.config.codebook_size + 1)[:, None]
-        hidden_states = self.embed_tokens(sequence[:, max(start - 2, 0) :])
-        if start == 0:
-            cls_token = self.cls_token.expand(len(class_labels), -1, -1)
-            hidden_states = torch.cat([cls_token, class_embeds, hidden_states], dim=1)
+        if cache is not None:
+            self.begin(cache, class_labels, orders)
+        condition_embeds = self.embed_condition(class_labels)
+        hidden_states = torch.cat([condition_embeds, self.embed_tokens(sequence)], dim=1)
+        length = hidden_states.shape[1]
+        hidden_states = hidden_states + self.embed_positions(orders, length)
+        condition = F.silu(condition_embeds[:, 1:] + self.timestep_embeddings[:, :length])
+        attention_mask = causal_mask(self.config, hidden_states)
+        caches = [None] * len(self.layers) if cache is None else cache.layers
+        for layer, layer_cache in zip(self.layers, caches, strict=True):
+            hidden_states = layer(hidden_states, condition, None, attention_mask, layer_cache)
+        return self.norm_out(hidden_states, self.norm_modulation(condition))[:, 1:]
 
-        rows = self.position_rows(len(class_labels), orders)
-        hidden_states = hidden_states + F.embedding(rows[:, start:end], self.position_embeddings[0])
-        # The position that each entry must predict is its successor's: none for the start token and for the last one.
-        is_start = int(start == 0)
-        targets = F.embedding(rows[:, start + is_start + 1 : end + 1], self.target_position_embeddings[0])
-        is_last = end - start - is_start - targets.shape[1]
-        hidden_states = hidden_states + F.pad(targets, (0, 0, is_start, is_last))
+    def decode_step(self, tokens: torch.Tensor, position: torch.Tensor, cache: DecodeCache) -> torch.Tensor:
+        """As [`VFMTokGenerationMixin.decode_step`]. Position 0 is the start token, 1 the class."""
+        num_rows, index = tokens.shape[0], (position - cache.first_modulated)[None]
+        hidden_states = cache.embeds_at(position, self.embed_tokens(tokens))[:, None]
+        hidden_states = hidden_states + cache.position_embeds[:num_rows].index_select(1, position[None])
+        attention_mask = cache.mask(position)
+        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+            modulation = layer_cache.modulations.index_select(0, index)[0, :num_rows, None]
+            hidden_states = layer(hidden_states, None, modulation, attention_mask, layer_cache, position)
+        modulation = cache.norm_modulations.index_select(0, index)[0, :num_rows, None]
+        return self.lm_head(self.norm_out(hidden_states, modulation))[:, 0].float()
 
-        modulations: Sequence[torch.Tensor | None]
-        if cache is None or start == 0:
-            condition = F.silu(class_embeds + self.timestep_embeddings[:, :end])
-            modulations = [None] * (len(self.layers) + 1)
-        else:
-            condition, modulations = None, self.step_modulations(class_embeds, cache)
-        run_layer = self._layer_function(cache)
-        layer_caches = [None] * len(self.layers) if cache is None else cache.layers
-        for layer, layer_cache, modulation in zip(self.layers, layer_caches, modulations[:-1], strict=True):
-            hidden_states = run_layer(layer, hidden_states, condition, layer_cache, modulation)
-        norm_modulation = self.norm_modulation(condition) if modulations[-1] is None else modulations[-1]
-        scale, shift = norm_modulation.chunk(2, dim=-1)
-        hidden_states = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=self.config.layer_norm_eps)
-        return modulate(hidden_states, shift, scale)[:, is_start:]
+    def norm_out(self, hidden_states: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
+        """The final norm, modulated."""
+        scale, shift = modulation.chunk(2, dim=-1)
+        normed = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=self.config.layer_norm_eps)
+        return modulate(normed, shift, scale)
 
     @can_return_tuple
     def forward(
@@ -327,9 +336,9 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
         return_loss: bool | None = None,
         orders: torch.Tensor | None = None,
         random_ratio: float = 0.0,
-        cache: VFMTokRARCache | None = None,
+        cache: DecodeCache | None = None,
         labels: torch.Tensor | None = None,
-    ) -> VFMTokAROutput:
+    ) -> VFMTokGeneratorOutput:
         """
         Args:
             class_labels (`torch.LongTensor` of shape `(batch_size,)`):
@@ -346,9 +355,9 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
             random_ratio (`float`, defaults to 0.0):
                 Without `orders`: probability of a random order, per image; else raster. RAR trains at 1 first and
                 lowers it to 0.
-            cache (`VFMTokRARCache`, *optional*):
-                For decoding: only positions that it does not hold are computed, and the output has a single position,
-                the prediction of the token after `image_tokens`. After the first call one token comes at a time.
+            cache (`DecodeCache`, *optional*):
+                Begins a generation, as `new_cache()` makes one: the output has a single position, the prediction of the
+                token after `image_tokens`, and `decode_step` goes on from there.
             labels (`torch.LongTensor` of shape `(batch_size, num_image_tokens)`, *optional*):
                 The `image_tokens` under the name that transformers' `Trainer` knows, with their loss.
         """
@@ -358,7 +367,7 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
         return_loss = labels is not None or (self.training if return_loss is None else return_loss)
         if cache is not None:
             hidden_states = self.decode_sequence(class_labels, image_tokens, orders, cache)[:, -1:]
-            return VFMTokAROutput(logits=self._layer_function(cache)(self.lm_head, hidden_states).float())
+            return VFMTokGeneratorOutput(logits=self.lm_head(hidden_states).float())
 
         self._check_class_labels(class_labels)
         self._check_image_tokens(image_tokens, class_labels)
@@ -374,25 +383,20 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
             hidden_states = hidden_states.take_along_dim(orders.argsort(dim=1)[..., None], dim=1)
         logits = self.lm_head(hidden_states).float()
         loss = F.cross_entropy(logits.flatten(0, 1), image_tokens.flatten()) if return_loss else None
-        return VFMTokAROutput(loss=loss, logits=logits)
+        return VFMTokGeneratorOutput(loss=loss, logits=logits)
 
     @torch.no_grad()
     def generate(  # type: ignore[override]
         self,
         class_labels: torch.Tensor | Sequence[int],
-        guidance_scale: float | None = None,
-        guidance_interval: int | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        do_sample: bool | None = None,
+        generation_config: GenerationConfig | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         logits_processor: LogitsProcessorList | None = None,
         callback: Callable[[int, torch.Tensor], bool | torch.Tensor | None] | None = None,
-        guidance_scale_pow: float | None = None,
         orders: torch.Tensor | None = None,
         image_tokens: torch.Tensor | None = None,
         keep_mask: torch.Tensor | None = None,
+        **sampling,
     ) -> torch.Tensor:
         """
         Sample the image tokens of one image per class label, or redraw a part of given ones.
@@ -402,8 +406,6 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
         the order they were drawn.
 
         Args:
-            guidance_scale_pow (`float`, defaults to 1.0):
-                Power of the schedule; larger is later, 0 is constant guidance.
             orders (`torch.LongTensor` of shape `(batch_size, num_image_tokens)` or `(num_image_tokens,)`, *optional*):
                 Permutations: entry j is the raster position drawn at step j. Raster order if unset.
             image_tokens (`torch.LongTensor` of shape `(batch_size, num_image_tokens)`, *optional*):
@@ -411,17 +413,11 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
             keep_mask (`torch.BoolTensor` of shape `(num_image_tokens,)`, *optional*):
                 True where `image_tokens` stay. These come first in the order, whatever `orders` says, so that every
                 drawn token sees all of them; the model reads them in one pass.
+            sampling:
+                Also `guidance_scale_pow` (`float`, defaults to 1.0), the power of the schedule; larger is later, 0 is
+                constant guidance.
         """
-        settings = SamplingSettings.resolve(
-            self.generation_config,
-            guidance_scale=guidance_scale,
-            guidance_interval=guidance_interval,
-            guidance_scale_pow=guidance_scale_pow,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            do_sample=do_sample,
-        )
+        settings = self.sampling_settings.resolve(sampling, generation_config, self.generation_config)
         class_labels = self._as_class_labels(class_labels)
         if orders is not None:
             orders = orders.expand(len(class_labels), -1)
@@ -436,15 +432,7 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
             known_tokens = image_tokens.take_along_dim(orders[:, : int(keep_mask.sum())], dim=1)
         elif image_tokens is not None or keep_mask is not None:
             raise ValueError("image_tokens and keep_mask go together: tokens to edit, and which of them stay.")
-        scales = power_cosine_guidance(
-            self.config.num_image_tokens,
-            settings.effective_guidance_scale,
-            settings.guidance_scale_pow,
-            settings.guidance_interval,
-        )
-        return self._decode_tokens(
-            class_labels, scales, settings, generator, logits_processor, callback, orders, known_tokens
-        )
+        return self._decode_tokens(class_labels, settings, generator, logits_processor, callback, orders, known_tokens)
 
     def _check_orders(self, orders: torch.Tensor, batch_size: int, wait_for_device: bool = False) -> None:
         num_tokens = self.config.num_image_tokens
@@ -463,4 +451,4 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
             )
 
 
-__all__ = ["VFMTokRARCache", "VFMTokRARForImageGeneration"]
+__all__ = ["VFMTokRARForImageGeneration", "VFMTokRARSamplingSettings"]

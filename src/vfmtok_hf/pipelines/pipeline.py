@@ -16,6 +16,7 @@ else:
     from .anchor_encoder_vfmtok import VFMTokAnchorEncoder  # noqa: F401
     from .attention_vfmtok import eager_attention_forward  # noqa: F401
     from .auto_vfmtok import register_config, register_image_processor, register_model
+    from .cache_vfmtok import DecodeCache  # noqa: F401
     from .class_embeddings_vfmtok import ClassEmbeddingsMixin  # noqa: F401
     from .class_names_vfmtok import ClassNames  # noqa: F401
     from .configuration_vfmtok import VFMTokConfig

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from huggingface_hub import snapshot_download
+from transformers import GenerationConfig
 from transformers.image_utils import ImageInput
 
 from vfmtok_hf.modeling.class_names_vfmtok import ClassNames
@@ -276,10 +277,7 @@ class VFMTokPipeline(DiffusionPipeline):
         self,
         class_labels: ClassLabels,
         num_images_per_label: int = 1,
-        guidance_scale: float = 1.0,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
+        generation_config: GenerationConfig | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -296,10 +294,8 @@ class VFMTokPipeline(DiffusionPipeline):
                 Classes by id or by name: any synonym in `id2label`, in any case.
             num_images_per_label (`int`, defaults to 1):
                 The images of one label follow each other.
-            guidance_scale (`float`, defaults to 1.0):
-                Classifier-free guidance. 1 is none and one pass a step.
-            temperature (`float`, *optional*), top_k (`int`, *optional*), top_p (`float`, *optional*):
-                Left out they come from the generator's `generation_config`, else they are off.
+            generation_config (`GenerationConfig`, *optional*):
+                Settings of sampling, in place of those in the generator's own `generation_config`.
             generator (`torch.Generator` or a list of one per image, *optional*):
                 Source of randomness. With a list, an image depends on its own generator alone: the same seed gives
                 the same tokens in any batch, and pixels that differ by rounding at most.
@@ -316,8 +312,9 @@ class VFMTokPipeline(DiffusionPipeline):
                 What the callback's dictionary holds: `image_tokens` or nothing.
             decode_batch_size (`int`, defaults to 16): images decoded at once, which bounds memory.
             generate_kwargs:
-                Further arguments of the generator's `generate`: `guidance_interval`, `do_sample`, `logits_processor`;
-                of a RAR generator also `guidance_scale_pow` and `orders`.
+                Further arguments of the generator's `generate`, among them settings of sampling, which override both
+                configurations: `guidance_scale`, `guidance_interval`, `temperature`, `top_k`, `top_p`, `do_sample`; of a
+                RAR generator also `guidance_scale_pow` and `orders`. Without any there is no guidance and no filter.
 
         Returns:
             `ImagePipelineOutput` with `images`, or a tuple of them.
@@ -334,10 +331,7 @@ class VFMTokPipeline(DiffusionPipeline):
             class_ids,
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
-            guidance_scale=guidance_scale,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
+            generation_config=generation_config,
             generator=generator,
             **generate_kwargs,
         )
@@ -465,10 +459,7 @@ class VFMTokPipeline(DiffusionPipeline):
         images: InputImages,
         class_labels: ClassLabels,
         mask: ImageInput | torch.Tensor,
-        guidance_scale: float = 1.0,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
+        generation_config: GenerationConfig | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -489,7 +480,7 @@ class VFMTokPipeline(DiffusionPipeline):
             mask:
                 A picture, white where to redraw: it is cropped as the images are, and a token is redrawn if more than
                 half of its cell is white. Or a bool tensor `(num_image_tokens,)`, True where to redraw. One for all.
-            guidance_scale, temperature, top_k, top_p, generator, output_type, return_dict, callback_on_step_end,
+            generation_config, generator, output_type, return_dict, callback_on_step_end,
             callback_on_step_end_tensor_inputs, decode_batch_size, generate_kwargs: as in `__call__`.
 
         Raises:
@@ -516,10 +507,7 @@ class VFMTokPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs,
             image_tokens=image_tokens.to(self._execution_device),
             keep_mask=~redraw.to(self._execution_device),
-            guidance_scale=guidance_scale,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
+            generation_config=generation_config,
             generator=generator,
             **generate_kwargs,
         )

@@ -6,6 +6,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from vfmtok_hf.cpu.attention import BLOCKWISE_ATTENTION
 from vfmtok_hf.training.logs import logger
 
 
@@ -46,7 +47,9 @@ def seconds_of_matmul(dtype: torch.dtype) -> float:
     return min(durations)
 
 
-def choose_attention(attention: str, device: torch.device, mixed_precision: str, dropout: float) -> str:
+def choose_attention(
+    attention: str, device: torch.device, mixed_precision: str, dropout: float, causal: bool = True
+) -> str:
     """
     What `auto` stands for: `sdpa`, torch's fused attention, but on CPUs where that is slow. In bfloat16 it is, and with
     dropout it falls back to computing all pairs, hidden ones too.
@@ -54,4 +57,6 @@ def choose_attention(attention: str, device: torch.device, mixed_precision: str,
     if attention != "auto":
         return attention
     is_slow = device.type == "cpu" and (mixed_precision == "bf16" or dropout > 0)
-    return "eager" if is_slow else "sdpa"
+    if not is_slow:
+        return "sdpa"
+    return BLOCKWISE_ATTENTION if causal else "eager"

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.utils.data import DataLoader, Subset
 
 from vfmtok_hf.data.token_sets import TokenSet
@@ -185,6 +186,7 @@ def main(argv: list[str] | None = None) -> None:
     prepare_model(accelerator, model, arguments.mixed_precision)
     step_function = torch.compile(model) if arguments.compile else model
     step_function, optimizer = accelerator.prepare(step_function, optimizer)
+    register_fsdp_forward_method(model, "decode_step")  # of a sharded model: it gathers weights, as `forward` does
     # Once all processes have the first one's random weights, or their parts of them.
     ema = EMA(model, arguments.ema_decay)
     accelerator.register_for_checkpointing(progress)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from transformers import AutoConfig
 
-from vfmtok_hf.cpu.training import pack_frozen_weights, use_winograd
+from vfmtok_hf.cpu.training import pack_frozen_weights
 from vfmtok_hf.data.image_datasets import ImageDataset, ImageStream
 from vfmtok_hf.data.loaders import TrainingLoader
 from vfmtok_hf.data.statistics import codebook_statistics, psnr
@@ -102,15 +102,12 @@ def set_up_layers(objective: TokenizerObjective, arguments: TokenizerArguments, 
     # Frozen, the encoder and the vision model in front of it compute in float32, and nothing is dropped in either.
     precision = arguments.mixed_precision if objective.train_encoder else "no"
     own = choose_attention(arguments.attention, device, arguments.mixed_precision, model.config.decoder_dropout)
-    vision = choose_attention(arguments.attention, device, precision, dropout=0.0)
+    vision = choose_attention(arguments.attention, device, precision, dropout=0.0, causal=False)
     model.set_attn_implementation({"": own, "vision_config": vision})
     if device.type == "cpu" and not arguments.compile:  # torch.compile packs weights and chooses layouts itself
         use_found_kernels(model, device)
         pack_frozen_weights(model.vision_model, torch.bfloat16 if precision == "bf16" else torch.float32)
-        if arguments.mixed_precision == "no" and not arguments.channels_last:
-            for network in filter(None, (model.pixel_decoder, objective.lpips)):
-                use_winograd(network)
-        elif objective.lpips is not None:
+        if objective.lpips is not None:
             objective.lpips.to(memory_format=torch.channels_last)
 
 

@@ -1,0 +1,64 @@
+"""Causal attention that is fast on CPUs, for training and inference in the precisions in which torch's fused one is slow."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+from vfmtok_hf.modeling.attention_vfmtok import eager_attention_forward
+
+
+BLOCKWISE_ATTENTION = "vfmtok_blockwise"  # the name by which `set_attn_implementation` knows it
+BLOCK_LENGTH = 128  # queries: shorter blocks compute fewer hidden pairs, in more and smaller products
+
+
+def blockwise_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """
+    Causal softmax attention in blocks of queries, each over the keys up to its end: most of what is hidden is never
+    computed. With a mask, as in a decode step, it is [`eager_attention_forward`].
+
+    Args:
+        module (`torch.nn.Module`): whose training mode decides on dropout.
+        query, key, value (`torch.Tensor` of shape `(batch_size, heads, length, head_dim)`).
+        attention_mask (`torch.Tensor`, *optional*): added to the scores, in place of the causal mask.
+        scaling (`float`): factor of the scores.
+        dropout (`float`): share of the weights that is dropped in training.
+
+    Returns:
+        `(torch.Tensor, None)`: `(batch_size, length, heads, head_dim)`, and no weights.
+    """
+    query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves products in another type than norms
+    if attention_mask is not None:
+        return eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout)[0], None
+    attended = [
+        eager_attention_forward(
+            module, query[:, :, start:end], key[:, :, :end], value[:, :, :end], mask, scaling, dropout
+        )[0]
+        for start, end, mask in blocks(query)
+    ]
+    return torch.cat(attended, dim=1), None
+
+
+def blocks(query: torch.Tensor) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Start and end of each block of `(..., length, head_dim)` queries, and the mask of its scores."""
+    length = query.shape[-2]
+    for start in range(0, length, BLOCK_LENGTH):
+        end = min(start + BLOCK_LENGTH, length)
+        hidden = torch.full((end - start, end), -torch.inf, dtype=query.dtype, device=query.device)
+        yield start, end, hidden.triu(start + 1)
+
+
+AttentionInterface.register(BLOCKWISE_ATTENTION, blockwise_attention_forward)
+
+
+__all__ = ["BLOCKWISE_ATTENTION", "blockwise_attention_forward"]
