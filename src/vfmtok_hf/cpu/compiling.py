@@ -25,7 +25,7 @@ class RowSumLinear(nn.Linear):
 
 def use_row_sums(model: ModuleT) -> ModuleT:
     """
-    Have the linear layers of a generator on the CPU compute as [`RowSumLinear`] in what `compile_decoding` translates, in
+    Have the linear layers of `model`, a generator, on the CPU compute as [`RowSumLinear`] in what `compile_decoding` translates, in
     place. Weights and what is saved stay as they are.
 
     Returns:

@@ -111,7 +111,7 @@ class DecodeCache(FixedTensors):
         return mask.masked_fill(torch.arange(self.visible_length, device=position.device) > position, -torch.inf)
 
     def embeds_at(self, position: torch.Tensor, token_embeds: torch.Tensor) -> torch.Tensor:
-        """`(rows, hidden_size)`: embeddings of the condition at its positions, `token_embeds` at those that follow."""
+        """`(rows, hidden_size)`: embeddings of the condition if `position` `()` is one of its, else `token_embeds`."""
         num_conditions = self.condition_embeds.shape[1]
         index = position.clamp(max=num_conditions - 1)[None]
         condition_embeds = self.condition_embeds[: token_embeds.shape[0]].index_select(1, index)[:, 0]

@@ -10,7 +10,7 @@ from .class_names_vfmtok import match_class_names
 
 
 def drop_labels(class_labels: torch.Tensor, probability: float, null_class: int) -> torch.Tensor:
-    """Replace each label by `null_class` with the given probability, which teaches the model what guidance needs."""
+    """Replace each of `class_labels` by `null_class` with the given `probability`, which teaches the model what guidance needs."""
     dropped = torch.rand(class_labels.shape, device=class_labels.device) < probability
     return class_labels.masked_fill(dropped, null_class)
 

@@ -164,7 +164,7 @@ class SamplingSettings:
         return max(float(self.guidance_scale), 1.0)
 
     def guidance_scales(self, num_steps: int) -> list[float]:
-        """The guidance of each step."""
+        """The guidance of each of `num_steps` steps."""
         return constant_guidance(num_steps, self.effective_guidance_scale, self.guidance_interval)
 
     def filter(self, logits: torch.Tensor) -> torch.Tensor:
@@ -306,6 +306,9 @@ class VFMTokGenerationMixin(GenerationMixin):
 
         Returns:
             `torch.FloatTensor` of shape `(batch_size, codebook_size)`.
+
+        Raises:
+            NotImplementedError: a model has to define it.
         """
         raise NotImplementedError
 
@@ -315,7 +318,7 @@ class VFMTokGenerationMixin(GenerationMixin):
         return DecodeCache(self.config.num_hidden_layers, max_length)
 
     def prepare_step(self, position: int, cache: DecodeCache) -> None:
-        """Called before the decode step at `position`, for what a model computes of several steps at once."""
+        """Called before the decode step at `position` with its `cache`, for what a model computes of several steps at once."""
 
     def compile_decoding(self, **options) -> None:
         """

@@ -178,7 +178,7 @@ class VFMTokARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGener
         return self.class_embedding, 0
 
     def begin(self, cache: DecodeCache, class_labels: torch.Tensor) -> None:
-        """Keep in `cache` what decode steps read of the condition, the argument of `forward`."""
+        """Keep in `cache` what decode steps read of `class_labels` `(batch_size,)`."""
         cache.store("condition_embeds", self.class_embedding(class_labels)[:, None])
 
     def decode_sequence(
@@ -206,7 +206,7 @@ class VFMTokARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGener
         return self._run_layers(hidden_states, positions, causal_mask(self.config, hidden_states), cache)
 
     def decode_step(self, tokens: torch.Tensor, position: torch.Tensor, cache: DecodeCache) -> torch.Tensor:
-        """As [`VFMTokGenerationMixin.decode_step`]. Position 0 is the class."""
+        """Arguments as in [`VFMTokGenerationMixin.decode_step`]. Position 0 is the class."""
         hidden_states = cache.embeds_at(position, self.embed_tokens(tokens))[:, None]
         hidden_states = self._run_layers(hidden_states, position[None], cache.mask(position), cache, position)
         return self.lm_head(hidden_states)[:, 0].float()
@@ -251,6 +251,9 @@ class VFMTokARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGener
                 token after `image_tokens`, and `decode_step` goes on from there.
             labels (`torch.LongTensor` of shape `(batch_size, num_image_tokens)`, *optional*):
                 The `image_tokens` under the name that transformers' `Trainer` knows, with their loss.
+
+        Raises:
+            ValueError: there are neither `image_tokens` nor `labels`, or they are of another shape or range.
         """
         image_tokens = labels if image_tokens is None else image_tokens
         if image_tokens is None:

@@ -53,7 +53,7 @@ class VFMTokRARSamplingSettings(SamplingSettings):
             raise ValueError(f"guidance_scale_pow must be 0 (constant) or larger, got {self.guidance_scale_pow}.")
 
     def guidance_scales(self, num_steps: int) -> list[float]:
-        """The guidance of each step."""
+        """The guidance of each of `num_steps` steps."""
         power, interval = self.guidance_scale_pow, self.guidance_interval
         return power_cosine_guidance(num_steps, self.effective_guidance_scale, power, interval)
 
@@ -239,12 +239,12 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
         return F.embedding(rows[:, :length], self.position_embeddings[0]) + targets
 
     def embed_condition(self, class_labels: torch.Tensor) -> torch.Tensor:
-        """`(batch_size, 2, hidden_size)`: start token and class."""
+        """`(batch_size, 2, hidden_size)`: start token and class of `class_labels` `(batch_size,)`."""
         class_embeds = self.embed_tokens(class_labels + self.config.codebook_size + 1)[:, None]
         return torch.cat([self.cls_token.expand(class_labels.shape[0], -1, -1), class_embeds], dim=1)
 
     def begin(self, cache: DecodeCache, class_labels: torch.Tensor, orders: torch.Tensor | None = None) -> None:
-        """Keep in `cache` what decode steps read of the condition and of the order, as arguments of `forward`."""
+        """Keep in `cache` what decode steps read of `class_labels` and `orders`, which are as in `forward`."""
         condition_embeds = self.embed_condition(class_labels)
         cache.store("condition_embeds", condition_embeds)
         cache.store("position_embeds", self.embed_positions(orders, cache.max_length))
@@ -311,7 +311,7 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
         return self.norm_out(hidden_states, self.norm_modulation(condition))[:, 1:]
 
     def decode_step(self, tokens: torch.Tensor, position: torch.Tensor, cache: DecodeCache) -> torch.Tensor:
-        """As [`VFMTokGenerationMixin.decode_step`]. Position 0 is the start token, 1 the class."""
+        """Arguments as in [`VFMTokGenerationMixin.decode_step`]. Position 0 is the start token, 1 the class."""
         num_rows, index = tokens.shape[0], (position - cache.first_modulated)[None]
         hidden_states = cache.embeds_at(position, self.embed_tokens(tokens))[:, None]
         hidden_states = hidden_states + cache.position_embeds[:num_rows].index_select(1, position[None])
@@ -323,7 +323,7 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
         return self.lm_head(self.norm_out(hidden_states, modulation))[:, 0].float()
 
     def norm_out(self, hidden_states: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
-        """The final norm, modulated."""
+        """The final norm of `hidden_states`, with shift and scale from `modulation`."""
         scale, shift = modulation.chunk(2, dim=-1)
         normed = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=self.config.layer_norm_eps)
         return modulate(normed, shift, scale)
@@ -360,6 +360,9 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
                 token after `image_tokens`, and `decode_step` goes on from there.
             labels (`torch.LongTensor` of shape `(batch_size, num_image_tokens)`, *optional*):
                 The `image_tokens` under the name that transformers' `Trainer` knows, with their loss.
+
+        Raises:
+            ValueError: there are neither `image_tokens` nor `labels`, or they are of another shape or range.
         """
         image_tokens = labels if image_tokens is None else image_tokens
         if image_tokens is None:
