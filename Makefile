@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := src tests examples kernel benchmarks spaces
 
-.PHONY: install check test demo space docs docs-serve notebooks gpu quality style emoji-checkpoint clean
+.PHONY: install check test test-oldest test-avx2 demo space docs docs-serve notebooks gpu quality style emoji-checkpoint clean
 
 include kernel/kernel.mk
 
@@ -23,6 +23,29 @@ test: install  ## the default test suite, a process for each core
 check: install  ## its part that needs no minutes, to run while working
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile \
 		-m "not kernel and not browser and not train and not docs and not process"
+
+# What a library's version could break.
+VERSION_TESTS := tests/modeling tests/pipelines tests/conversion tests/hub tests/cli tests/export tests/test_hub_kernels.py \
+	tests/test_registration.py tests/training/test_training_runs.py::test_tokenizer_run_writes_what_it_promises \
+	tests/training/test_training_runs.py::test_generator_run
+OLDEST := .venv-oldest
+
+$(OLDEST)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip uv
+	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct \
+		--editable ".[pipeline,train,eval,export,kernel,test]"
+	touch $@
+
+test-oldest: install $(OLDEST)/.installed  ## the same with the lowest versions that pyproject.toml allows, Python 3.10 to 3.13
+	OMP_NUM_THREADS=1 VFMTOK_OTHER_PYTHON=$(abspath $(BIN))/python $(OLDEST)/bin/python -m pytest \
+		--numprocesses auto --dist loadfile --no-loadscope-reorder $(VERSION_TESTS)
+
+# What a CPU's instructions could break, as a CPU without AVX-512 has it.
+test-avx2: install  ## the same as a machine with AVX2 and no AVX-512
+	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest \
+		--numprocesses auto --dist loadfile --no-loadscope-reorder \
+		tests/cpu tests/modeling tests/test_hub_kernels.py tests/training/test_training_parts.py
 
 demo: install  ## draw images with the checkpoint that comes with the package
 	$(BIN)/vfmtok generate --num-images-per-label 6 --seed 0 --output outputs/demo/generated.png
@@ -77,4 +100,4 @@ emoji-checkpoint: data/emoji64 data/efficientnet_lite0 data/efficientnet_lite0_c
 		--output src/vfmtok_hf/checkpoints/emoji
 
 clean:
-	rm -rf $(VENV) outputs site .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf $(VENV) $(OLDEST) outputs site .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

@@ -35,7 +35,7 @@ START = {
     # What the package's modules import of both, and then those modules themselves.
     "import what we need of transformers and diffusers": [
         "-c",
-        "from transformers import AutoImageProcessor, AutoModel, GenerationMixin, PilBackend, Pipeline, PreTrainedModel\n"
+        "from transformers import AutoImageProcessor, AutoModel, GenerationMixin, Pipeline, PreTrainedModel\n"
         "from diffusers import DiffusionPipeline",
     ],
     "from vfmtok_hf import VFMTokPipeline": ["-c", "from vfmtok_hf import VFMTokPipeline"],

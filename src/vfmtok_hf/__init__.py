@@ -8,9 +8,10 @@ Names are imported when they are first used: torch, transformers and diffusers c
 
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from .lazy_registration import register_when_needed
+from wrapt import when_imported
 
 
 if TYPE_CHECKING:
@@ -31,25 +32,33 @@ DEFAULT_CHECKPOINT = str(Path(__file__).parent / "checkpoints" / "emoji")
 """Folder of the small pipeline that comes with the package: 64 x 64 emoji, fourteen classes."""
 
 _MODULES = {
-    "VFMTokARConfig": "vfmtok_hf.modeling.configuration_vfmtok_ar",
-    "VFMTokARForImageGeneration": "vfmtok_hf.modeling.modeling_vfmtok_ar",
-    "VFMTokConfig": "vfmtok_hf.modeling.configuration_vfmtok",
-    "VFMTokImageProcessor": "vfmtok_hf.modeling.image_processing_vfmtok",
-    "VFMTokImageTokensPipeline": "vfmtok_hf.modeling.image_tokens_vfmtok",
-    "VFMTokModel": "vfmtok_hf.modeling.modeling_vfmtok",
-    "VFMTokPipeline": "vfmtok_hf.pipelines.pipeline_vfmtok",
-    "VFMTokRARConfig": "vfmtok_hf.modeling.configuration_vfmtok_rar",
-    "VFMTokRARForImageGeneration": "vfmtok_hf.modeling.modeling_vfmtok_rar",
-    "disable_kernels": "vfmtok_hf.hub_kernels",
-    "enable_kernels": "vfmtok_hf.hub_kernels",
+    "VFMTokARConfig": "modeling.configuration_vfmtok_ar",
+    "VFMTokARForImageGeneration": "modeling.modeling_vfmtok_ar",
+    "VFMTokConfig": "modeling.configuration_vfmtok",
+    "VFMTokImageProcessor": "modeling.image_processing_vfmtok",
+    "VFMTokImageTokensPipeline": "modeling.image_tokens_vfmtok",
+    "VFMTokModel": "modeling.modeling_vfmtok",
+    "VFMTokPipeline": "pipelines.pipeline_vfmtok",
+    "VFMTokRARConfig": "modeling.configuration_vfmtok_rar",
+    "VFMTokRARForImageGeneration": "modeling.modeling_vfmtok_rar",
+    "disable_kernels": "hub_kernels",
+    "enable_kernels": "hub_kernels",
 }
 
-register_when_needed(_MODULES)
+# transformers takes seconds to import and knows no way to announce a class without its code. So ours are imported along
+# with it, whichever of the two is imported first.
+when_imported("transformers")(lambda _: import_module("vfmtok_hf.modeling"))
+when_imported("transformers.pipelines")(lambda _: import_module("vfmtok_hf.modeling.image_tokens_vfmtok"))
+
+
+@when_imported("vfmtok_hf.modeling.image_tokens_vfmtok")
+def _register_task(module: ModuleType) -> None:
+    import_module("vfmtok_hf.modeling.auto_vfmtok").register_task(module.VFMTokImageTokensPipeline)
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        return getattr(import_module(_MODULES[name]), name)
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -51,12 +51,14 @@ for line in sys.stdin:
 class Client:
     """A fresh Python process in a foreign folder, with caches of its own in `home`. Calling it runs code there."""
 
-    def __init__(self, hub: FakeHub, home: Path, packaged: bool = True, offline: bool = False):
+    def __init__(
+        self, hub: FakeHub, home: Path, packaged: bool = True, offline: bool = False, python: str = sys.executable
+    ):
         folder = home / "elsewhere"
         folder.mkdir(parents=True, exist_ok=True)
         self.log = (home / "log").open("w+")
         self.process = subprocess.Popen(
-            [sys.executable, "-c", (("" if packaged else WITHOUT_PACKAGE) + SERVE)],
+            [python, "-c", (("" if packaged else WITHOUT_PACKAGE) + SERVE)],
             cwd=folder,
             # The tests' own helpers come from here; the package does not lie in this folder.
             env={

@@ -22,6 +22,7 @@ def publish(hub: FakeHub, folder: Path) -> None:
         "images": images,
         "labels": labels,
         "tokens": tokens,
+        "reconstruction": tokenizer.decode(image_tokens=tokens).reconstruction,
         "ar": ar(class_labels=labels, image_tokens=tokens).logits,
         "rar": rar(class_labels=labels, image_tokens=tokens).logits,
         "drawn": pipeline([0, 3], generator=torch.Generator().manual_seed(0), output_type="tokens").images,

@@ -32,6 +32,8 @@ def check_tokenizer(path, **more):
     tokenizer = AutoModel.from_pretrained(path, **options, **more)
     assert type(tokenizer).__module__.startswith({module!r}), type(tokenizer)
     assert tokenizer.encode(expected["images"]).image_tokens.equal(expected["tokens"])
+    reconstruction = tokenizer.decode(image_tokens=expected["tokens"]).reconstruction
+    torch.testing.assert_close(reconstruction, expected["reconstruction"])
     assert not any(parameter.requires_grad for parameter in tokenizer.vision_model.parameters())
     return tokenizer
 

@@ -58,7 +58,7 @@ def run(main, options):
 def train_tokenizer_for(steps, data, output, **options):
     fields = tiny_config().to_diff_dict()
     model = {name: value for name, value in fields.items() if name not in ("vision_config", "model_type")}
-    model = {name: value for name, value in model.items() if name in type(tiny_config()).__dataclass_fields__}
+    model = {name: value for name, value in model.items() if name in tiny_config().default_fields()}
     defaults = {
         "train_data": data,
         "validation_data": data,

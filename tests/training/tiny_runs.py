@@ -57,7 +57,7 @@ def tokenizer_options(data: Path, vision_model: Path, output: Path, **options: A
     fields = {
         name: value
         for name, value in tiny_config(**options.pop("model", {})).to_diff_dict().items()
-        if name in type(tiny_config()).__dataclass_fields__ and name not in ("vision_config", "model_type")
+        if name in tiny_config().default_fields() and name not in ("vision_config", "model_type")
     }
     return as_options(
         {

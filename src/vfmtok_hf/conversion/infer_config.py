@@ -7,13 +7,12 @@ The tables are made from the same findings: `*_fields` read counts and sizes, `*
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
-from vfmtok_hf.modeling.configuration_vfmtok import VFMTokConfig
+from vfmtok_hf.modeling.configuration_vfmtok import RELEASED_VISION_CONFIG, VFMTokConfig
 from vfmtok_hf.modeling.configuration_vfmtok_ar import VARIANTS, VFMTokARConfig
 from vfmtok_hf.modeling.configuration_vfmtok_rar import VFMTokRARConfig
 
@@ -231,17 +230,17 @@ def described_vision_config(shapes: Shapes, overrides: Mapping[str, Any]) -> Pre
     Args:
         overrides: fields of the vision configuration, all that differ from that class's defaults if the widths do not.
     """
-    released = VFMTokConfig.sub_configs_defaults["vision_config"]
+    released = RELEASED_VISION_CONFIG
     widths = vision_feature_widths(shapes)
-    fits_released = set(widths) == {released.init_kwargs["hidden_size"]}
+    fits_released = set(widths) == {released["hidden_size"]}
     if not fits_released and not overrides:
         raise ValueError(
             f"The checkpoint's vision features are {widths} wide, which is not the released vision model: give "
             "vision_checkpoint or vision_model, or describe the vision model in config's vision_config."
         )
-    described = {"model_type": released.model_type, **overrides}
-    if fits_released and described["model_type"] == released.model_type:
-        described = {**released.init_kwargs, **described}
+    described = {"model_type": released["model_type"], **overrides}
+    if fits_released and described["model_type"] == released["model_type"]:
+        described = {**released, **described}
     return AutoConfig.for_model(**described)
 
 
@@ -295,14 +294,13 @@ def _imagenet_labels(num_classes: int) -> dict[str, Any]:
 
 
 def _build(config_class, inferred: Mapping[str, Any], known: Mapping[str, Any], overrides: Mapping[str, Any]):
-    allowed = {field.name for field in fields(config_class)}
-    if unknown := sorted(set(overrides) - allowed):
+    if unknown := sorted(set(overrides) - config_class.default_fields().keys()):
         raise ValueError(f"config holds {listing(unknown)}, which {config_class.__name__} does not have.")
     _check_overrides(inferred, overrides)
     try:
         return config_class(**{**known, **inferred, **overrides})
-    except StrictDataclassError as error:
-        # Its message has two lines, of which the second says what is wrong.
+    except (StrictDataclassError, ValueError) as error:
+        # Of a wrong type's two lines the second says what is wrong.
         raise ValueError(f"The configuration does not fit: {str(error).splitlines()[-1].strip()}") from error
 
 

@@ -1,0 +1,21 @@
+"""
+The models, their configurations and their image processor, in plain PyTorch.
+
+Importing any of these modules makes all of their classes known to transformers' Auto classes.
+"""
+
+from .auto_vfmtok import register_config, register_image_processor, register_model
+from .configuration_vfmtok import VFMTokConfig
+from .configuration_vfmtok_ar import VFMTokARConfig
+from .configuration_vfmtok_rar import VFMTokRARConfig
+from .image_processing_vfmtok import VFMTokImageProcessor
+from .modeling_vfmtok import VFMTokModel
+from .modeling_vfmtok_ar import VFMTokARForImageGeneration
+from .modeling_vfmtok_rar import VFMTokRARForImageGeneration
+
+
+for config_class in (VFMTokConfig, VFMTokARConfig, VFMTokRARConfig):
+    register_config(config_class)
+for model_class in (VFMTokModel, VFMTokARForImageGeneration, VFMTokRARForImageGeneration):
+    register_model(model_class)
+register_image_processor(VFMTokImageProcessor)

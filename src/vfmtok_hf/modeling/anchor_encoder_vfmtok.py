@@ -167,7 +167,7 @@ class VFMTokAttention(nn.Module):
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """`(batch_size, heads, length, head_dim)` three times -> `(batch_size, length, hidden_size)`."""
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attention = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation, eager_attention_forward)
         output, _ = attention(
             self,
             query,

@@ -2,9 +2,7 @@
 
 import math
 
-from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
@@ -29,8 +27,18 @@ MEAN_STD_BY_VISION_MODEL_TYPE = {
     "timm_backbone": IMAGENET_MEAN_STD,
 }
 
+# DINOv2-L/14 with 4 registers.
+RELEASED_VISION_CONFIG = {
+    "model_type": "dinov2_with_registers",
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 518,
+    "patch_size": 14,
+    "num_register_tokens": 4,
+}
 
-@strict
+
 class VFMTokConfig(CheckedConfigMixin, PreTrainedConfig):
     r"""
     Configuration of [`VFMTokModel`]. The defaults are the released DINOv2-L tokenizer (arXiv 2507.08441).
@@ -90,22 +98,9 @@ class VFMTokConfig(CheckedConfigMixin, PreTrainedConfig):
     model_type = "vfmtok"
     # Names of older configurations.
     attribute_map = {"commitment_cost": "commitment_loss_weight", "entropy_loss_ratio": "entropy_loss_weight"}
-    sub_configs_defaults = {
-        "vision_config": SubConfigSpec(
-            AutoConfig,
-            model_type="dinov2_with_registers",
-            init_kwargs={
-                "hidden_size": 1024,
-                "num_hidden_layers": 24,
-                "num_attention_heads": 16,
-                "image_size": 518,
-                "patch_size": 14,
-                "num_register_tokens": 4,
-            },
-        )
-    }
+    sub_configs = {"vision_config": AutoConfig}
 
-    vision_config: dict | PreTrainedConfig | None = None
+    vision_config: PreTrainedConfig | None = None
     vision_feature_layers: list[int] | tuple[int, ...] = (6, 12, 18, 24)
     vision_image_size: int = 336
     vision_image_mean: list[float] | tuple[float, ...] | None = None
@@ -137,8 +132,13 @@ class VFMTokConfig(CheckedConfigMixin, PreTrainedConfig):
     pixel_decoder_num_res_blocks: int = 1
     pixel_decoder_num_groups: int = 32
 
-    def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
+    def __init__(self, vision_config: dict | PreTrainedConfig | None = None, **kwargs):
+        if not isinstance(vision_config, PreTrainedConfig):
+            fields = RELEASED_VISION_CONFIG if vision_config is None else vision_config
+            vision_config = AutoConfig.for_model(**{"model_type": RELEASED_VISION_CONFIG["model_type"], **fields})
+        super().__init__(vision_config=vision_config, **kwargs)
+
+    def complete(self):
         self.vision_feature_layers = list(self.vision_feature_layers)
         self.pixel_decoder_channel_multipliers = list(self.pixel_decoder_channel_multipliers)
         mean, std = self._vision_model_mean_std()
@@ -172,7 +172,7 @@ class VFMTokConfig(CheckedConfigMixin, PreTrainedConfig):
         return pretrained_cfg.get("mean", mean), pretrained_cfg.get("std", std)
 
     def validate_architecture(self):
-        """Cross-field rules, checked by `@strict`."""
+        """Rules between fields."""
         if self.anchor_grid_size**2 != self.num_anchors:
             raise ValueError(f"num_anchors must be a square number, got {self.num_anchors}.")
         for name in ("encoder_num_heads", "decoder_num_heads"):

@@ -2,7 +2,6 @@
 
 import math
 
-from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from .loading_vfmtok import CheckedConfigMixin
@@ -18,7 +17,6 @@ VARIANTS = {
 }
 
 
-@strict
 class VFMTokARConfig(CheckedConfigMixin, PreTrainedConfig):
     r"""
     Configuration of [`VFMTokARForImageGeneration`]. The defaults are the released VFMTok-L generator (arXiv
@@ -49,7 +47,7 @@ class VFMTokARConfig(CheckedConfigMixin, PreTrainedConfig):
     """
 
     model_type = "vfmtok_ar"
-    # One number under two names. It also keeps the base class from inventing two dummy labels when names are unset.
+    # One number under two names.
     attribute_map = {"num_labels": "num_classes"}
 
     codebook_size: int = 16384
@@ -67,6 +65,14 @@ class VFMTokARConfig(CheckedConfigMixin, PreTrainedConfig):
     ffn_dropout: float | int = 0.1
     attention_dropout: float | int = 0.0
     class_dropout: float | int = 0.1
+    id2label: dict[int, str] | dict[str, str] | None = None
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+
+    def complete(self):
+        if self.id2label is not None:  # JSON has made strings of its numbers
+            self.id2label = {int(label): name for label, name in self.id2label.items()}
 
     @classmethod
     def from_variant(cls, variant: str, **overrides) -> "VFMTokARConfig":
@@ -95,7 +101,7 @@ class VFMTokARConfig(CheckedConfigMixin, PreTrainedConfig):
         return math.isqrt(self.num_image_tokens)
 
     def validate_architecture(self):
-        """Cross-field rules, checked by `@strict`."""
+        """Rules between fields."""
         if self.grid_size**2 != self.num_image_tokens:
             raise ValueError(f"num_image_tokens must be a square number, got {self.num_image_tokens}.")
         if self.hidden_size % self.num_attention_heads:

@@ -1,6 +1,5 @@
 """Configuration of the randomized-order image generator."""
 
-from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from .loading_vfmtok import CheckedConfigMixin
@@ -13,7 +12,6 @@ VARIANTS = {
 }
 
 
-@strict
 class VFMTokRARConfig(CheckedConfigMixin, PreTrainedConfig):
     r"""
     Configuration of [`VFMTokRARForImageGeneration`]. The defaults are the released VFMTok-RAR-L generator (arXiv
@@ -45,7 +43,7 @@ class VFMTokRARConfig(CheckedConfigMixin, PreTrainedConfig):
     """
 
     model_type = "vfmtok_rar"
-    # One number under two names. It also keeps the base class from inventing two dummy labels when names are unset.
+    # One number under two names.
     attribute_map = {"num_labels": "num_classes"}
 
     codebook_size: int = 16384
@@ -62,6 +60,14 @@ class VFMTokRARConfig(CheckedConfigMixin, PreTrainedConfig):
     dropout: float | int = 0.1
     attention_dropout: float | int = 0.1
     class_dropout: float | int = 0.1
+    id2label: dict[int, str] | dict[str, str] | None = None
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+
+    def complete(self):
+        if self.id2label is not None:  # JSON has made strings of its numbers
+            self.id2label = {int(label): name for label, name in self.id2label.items()}
 
     @classmethod
     def from_variant(cls, variant: str, **overrides) -> "VFMTokRARConfig":
@@ -86,7 +92,7 @@ class VFMTokRARConfig(CheckedConfigMixin, PreTrainedConfig):
         return self.hidden_size // self.num_attention_heads
 
     def validate_architecture(self):
-        """Cross-field rules, checked by `@strict`."""
+        """Rules between fields."""
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} must be divisible by num_attention_heads {self.num_attention_heads}."

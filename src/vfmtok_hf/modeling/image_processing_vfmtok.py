@@ -1,13 +1,15 @@
 """Images to `pixel_values` and back, with the pixel arithmetic of the original training and evaluation code."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
-from transformers import BatchFeature, ImageProcessingMixin, PilBackend  # noqa: F401 - pipelines look up the mixin here
-from transformers.image_utils import PILImageResampling, SizeDict
+from transformers import BatchFeature, ImageProcessingMixin  # noqa: F401 - pipelines look up ImageProcessingMixin here
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_utils import PILImageResampling
 
 from .image_reading_vfmtok import each_image, read_image
 from .loading_vfmtok import one_line_errors
@@ -17,7 +19,21 @@ from .loading_vfmtok import one_line_errors
 MAX_ASPECT_RATIO = 100
 
 
-class VFMTokImageProcessor(PilBackend):
+def square_side(size: int | Mapping[str, int]) -> int:
+    """
+    Side in pixels of a `size`, an integer or a height and a width.
+
+    Raises:
+        ValueError: it is not square.
+    """
+    if isinstance(size, int):
+        return size
+    if set(size) != {"height", "width"} or size["height"] != size["width"]:
+        raise ValueError(f"VFMTok images are square: size needs equal height and width, got {dict(size)}.")
+    return size["height"]
+
+
+class VFMTokImageProcessor(BaseImageProcessor):
     r"""
     Image processor of [`VFMTokModel`].
 
@@ -42,15 +58,34 @@ class VFMTokImageProcessor(PilBackend):
         ValueError, TypeError, OSError: what [`read_image`] refuses, and an image more than 100 times longer than wide.
     """
 
-    size = {"height": 336, "width": 336}
-    resample = PILImageResampling.BICUBIC
-    image_mean = [0.5, 0.5, 0.5]
-    image_std = [0.5, 0.5, 0.5]
-    do_resize = True
-    do_center_crop = True
-    do_rescale = True
-    do_normalize = True
-    do_convert_rgb = True
+    model_input_names = ["pixel_values"]
+
+    def __init__(
+        self,
+        size: int | Mapping[str, int] = 336,
+        do_resize: bool = True,
+        resample: int = PILImageResampling.BICUBIC,
+        do_center_crop: bool = True,
+        do_rescale: bool = True,
+        rescale_factor: float = 1 / 255,
+        do_normalize: bool = True,
+        image_mean: Sequence[float] = (0.5, 0.5, 0.5),
+        image_std: Sequence[float] = (0.5, 0.5, 0.5),
+        do_convert_rgb: bool = True,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        side = square_side(size)
+        self.size = {"height": side, "width": side}
+        self.do_resize = do_resize
+        self.resample = resample
+        self.do_center_crop = do_center_crop
+        self.do_rescale = do_rescale
+        self.rescale_factor = rescale_factor
+        self.do_normalize = do_normalize
+        self.image_mean = list(image_mean)
+        self.image_std = list(image_std)
+        self.do_convert_rgb = do_convert_rgb
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
@@ -65,81 +100,91 @@ class VFMTokImageProcessor(PilBackend):
 
     # -- images -> pixel_values
 
-    def _preprocess_image_like_inputs(self, images: Any, *args, return_tensors=None, **kwargs) -> BatchFeature:
+    def preprocess(
+        self, images: Any, return_tensors: str | None = None, input_data_format: str | None = None, **settings
+    ) -> BatchFeature:
+        """
+        Args:
+            images: as in the class's description.
+            return_tensors (`str`, *optional*): `"pt"` for a tensor, `"np"` for an array; a list of arrays without it.
+            input_data_format (`str`, *optional*):
+                `"channels_first"` or `"channels_last"`, for arrays whose shape is ambiguous.
+            settings: arguments of the class that differ for this call.
+
+        Returns:
+            `pixel_values` of shape `(batch_size, 3, height, width)`.
+
+        Raises:
+            ValueError, TypeError, OSError: as in the class's description, and settings that cannot be meant.
+        """
+        settings = self._settings(**settings)
         pixel_values = [
-            self._preprocess([self.process_image(image, **kwargs)], *args, return_tensors=None, **kwargs)[
-                "pixel_values"
-            ][0]
+            self._pixel_values(read_image(image, input_data_format=input_data_format), settings)
             for image in each_image(images)
         ]
         if not pixel_values:
             raise ValueError("There are no images: pass at least one.")
         return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
 
-    def process_image(self, image: Any, input_data_format: str | None = None, **kwargs) -> np.ndarray:
-        """
-        One `image` of any kind as uint8 of shape `(3, height, width)`; `input_data_format` and errors are those of
-        [`read_image`].
-        """
-        return np.asarray(read_image(image, input_data_format=input_data_format)).transpose(2, 0, 1)
-
-    def resize(self, image: np.ndarray, size: SizeDict, resample: int, **kwargs) -> np.ndarray:
-        """
-        Bring the shorter side of a uint8 `image` `(channels, height, width)` to that of `size` as guided-diffusion's
-        `center_crop_arr` does, in its last step with the filter `resample` of PIL.
-
-        Raises:
-            ValueError: the image is more than 100 times longer than wide.
-        """
-        side = size.height
-        height, width = image.shape[1:]
-        if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
-            raise ValueError(
-                f"The image is {width} x {height} pixels: more than {MAX_ASPECT_RATIO} times longer than wide, so that "
-                "a centre crop would keep almost nothing of it. Crop it first."
-            )
-        picture = PIL.Image.fromarray(image.transpose(1, 2, 0))
-        while min(picture.size) >= 2 * side:
-            picture = picture.resize((picture.width // 2, picture.height // 2), PILImageResampling.BOX)
-        scale = side / min(picture.size)
-        picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), resample)
-        return np.asarray(picture).transpose(2, 0, 1)
-
-    def center_crop(self, image: np.ndarray, size: SizeDict, **kwargs) -> np.ndarray:
-        """
-        The central square, of side `size`, of an `image` `(channels, height, width)`. An odd margin leaves its extra
-        pixel below and right.
-
-        Raises:
-            ValueError: the image is smaller than that.
-        """
-        side = size.height
-        height, width = image.shape[1:]
-        if min(height, width) < side:
-            raise ValueError(f"Cannot crop {side} x {side} pixels from {width} x {height}: set do_resize=True.")
-        top, left = (height - side) // 2, (width - side) // 2
-        return image[:, top : top + side, left : left + side]
-
-    def _preprocess(self, images: list[np.ndarray], size: SizeDict, crop_size: SizeDict | None, **kwargs):
-        return super()._preprocess(images, size=size, crop_size=size, **kwargs)
-
-    def _validate_preprocess_kwargs(
-        self, size=None, crop_size=None, do_rescale=None, do_normalize=None, do_convert_rgb=None, **kwargs
-    ):
-        if size.height is None or size.height != size.width:
-            raise ValueError(f"VFMTok images are square: size needs equal height and width, got {dict(size)}.")
+    def _settings(self, crop_size: None = None, **overrides) -> dict[str, Any]:
+        """The processor's settings with those of one call, checked."""
         if crop_size is not None:
             raise ValueError("VFMTok crops to `size`: leave crop_size unset.")
-        if do_convert_rgb is False:
+        settings = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        unknown = sorted(overrides.keys() - settings.keys())
+        if unknown:
+            raise TypeError(
+                f"VFMTokImageProcessor has no setting {unknown[0]!r}; it has {', '.join(sorted(settings))}."
+            )
+        settings |= {name: value for name, value in overrides.items() if value is not None}
+        settings["size"] = square_side(settings["size"])
+        if not settings["do_convert_rgb"]:
             raise ValueError("VFMTok reads every image as RGB: leave do_convert_rgb=True.")
-        if do_normalize and not do_rescale:
+        if settings["do_normalize"] and not settings["do_rescale"]:
             raise ValueError(
                 "do_normalize needs do_rescale=True: images are 8-bit until they are rescaled, and float images in "
                 "[0, 1] are accepted as they are."
             )
-        super()._validate_preprocess_kwargs(
-            size=size, crop_size=size, do_rescale=do_rescale, do_normalize=do_normalize, **kwargs
-        )
+        return settings
+
+    def _pixel_values(self, picture: PIL.Image.Image, settings: Mapping[str, Any]) -> np.ndarray:
+        """`(3, height, width)`: uint8, or float32 if rescaled."""
+        if settings["do_resize"]:
+            picture = self._resize(picture, settings["size"], settings["resample"])
+        if settings["do_center_crop"]:
+            picture = self._center_crop(picture, settings["size"])
+        pixels = np.asarray(picture)
+        if settings["do_rescale"]:
+            pixels = (pixels.astype(np.float64) * settings["rescale_factor"]).astype(np.float32)
+        if settings["do_normalize"]:
+            pixels = (pixels - np.float32(settings["image_mean"])) / np.float32(settings["image_std"])
+        return pixels.transpose(2, 0, 1)
+
+    @staticmethod
+    def _resize(picture: PIL.Image.Image, side: int, resample: int) -> PIL.Image.Image:
+        """
+        Bring the shorter side to `side` as guided-diffusion's `center_crop_arr` does, in its last step with the filter
+        `resample` of PIL.
+        """
+        if max(picture.size) > MAX_ASPECT_RATIO * min(picture.size):
+            raise ValueError(
+                f"The image is {picture.width} x {picture.height} pixels: more than {MAX_ASPECT_RATIO} times longer than "
+                "wide, so that a centre crop would keep almost nothing of it. Crop it first."
+            )
+        while min(picture.size) >= 2 * side:
+            picture = picture.resize((picture.width // 2, picture.height // 2), PILImageResampling.BOX)
+        scale = side / min(picture.size)
+        return picture.resize((round(picture.width * scale), round(picture.height * scale)), resample)
+
+    @staticmethod
+    def _center_crop(picture: PIL.Image.Image, side: int) -> PIL.Image.Image:
+        """The central square of side `side`. An odd margin leaves its extra pixel below and right."""
+        if min(picture.size) < side:
+            raise ValueError(
+                f"Cannot crop {side} x {side} pixels from {picture.width} x {picture.height}: set do_resize=True."
+            )
+        left, top = (picture.width - side) // 2, (picture.height - side) // 2
+        return picture.crop((left, top, left + side, top + side))
 
     # -- the model's output -> images
 

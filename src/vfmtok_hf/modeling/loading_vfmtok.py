@@ -4,17 +4,26 @@ lacks or in a model of another type, this stops with one line that names the cau
 """
 
 import difflib
+import inspect
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict
 
 import torch
+from huggingface_hub.dataclasses import validate_typed_dict
 from huggingface_hub.errors import HTTPError  # of whichever HTTP client the Hub's library uses
 from safetensors import SafetensorError
+from transformers import PreTrainedConfig
 from transformers.utils import cached_file
+
+
+@cache
+def field_types(config_class: type) -> type:
+    """Types of a configuration's fields as a `TypedDict`."""
+    return TypedDict(config_class.__name__, inspect.get_annotations(config_class))  # type: ignore[operator]
 
 
 @contextmanager
@@ -50,20 +59,58 @@ KEPT_BY_TRANSFORMERS = {"auto_map", "custom_pipelines", "quantization_config"}
 
 
 class CheckedConfigMixin:
-    """Configurations that refuse unknown fields, and those of other models."""
+    """
+    Configurations that refuse unknown fields, values of wrong types, and configurations of other models.
+
+    A configuration's fields are the annotated attributes of its class. Whether `PreTrainedConfig` is a data class depends
+    on transformers' version: a class that has its own `__init__`, which each of ours therefore needs, is none of its
+    concern in any.
+    """
 
     model_type: ClassVar[str]
+    attribute_map: ClassVar[dict[str, str]]
 
-    def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
+    def __init__(self, **kwargs):
+        """
+        Raises:
+            huggingface_hub.errors.StrictDataclassError: a field's value is of another type.
+            ValueError: a field is unknown, or fields contradict each other.
+        """
+        kwargs = {self.attribute_map.get(name, name): value for name, value in kwargs.items()}
+        values = {name: kwargs.pop(name, default) for name, default in self.default_fields().items()}
+        validate_typed_dict(field_types(type(self)), values)
+        # Before the base class, which hands the attention's implementation down to nested configurations; and after it,
+        # as some versions make up labels.
+        self._set(values)
+        super().__init__(**kwargs)
+        self._refuse_unknown(kwargs)
+        self._set(values)
+        self.complete()
+        self.validate_architecture()
+
+    def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
         # transformers makes attributes of all that it does not know.
-        unknown = sorted(
-            name for name in kwargs.keys() & vars(self).keys() - KEPT_BY_TRANSFORMERS if not hasattr(type(self), name)
-        )
+        known = KEPT_BY_TRANSFORMERS | vars(PreTrainedConfig()).keys()
+        unknown = sorted(name for name in kwargs.keys() & vars(self).keys() - known if not hasattr(type(self), name))
         if unknown:
             close = difflib.get_close_matches(unknown[0], vars(self).keys() - set(unknown), n=3)
             suggestion = f" Did you mean {', '.join(close)}?" if close else ""
             raise ValueError(f"{type(self).__name__} has no field {unknown[0]!r}.{suggestion}")
+
+    def _set(self, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            setattr(self, name, value)
+
+    @classmethod
+    def default_fields(cls) -> dict[str, Any]:
+        """Names of the fields that are this model's own, with their defaults."""
+        return {name: getattr(cls, name) for name in inspect.get_annotations(cls)}
+
+    def complete(self) -> None:
+        """Fill in what follows from other fields."""
+
+    def validate_architecture(self) -> None:
+        """Rules between fields."""
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
@@ -86,6 +133,11 @@ class CheckedConfigMixin:
 
 class CheckedModelMixin:
     """Models that are filled by their checkpoint, in float32 unless asked otherwise, or not loaded."""
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # transformers guesses it from the wording of the source, and from another one in each version.
+        return True
 
     @classmethod
     def from_pretrained(

@@ -10,16 +10,14 @@ LlamaGen; the parity page of the documentation lists each deliberate difference.
 
 import functools
 import math
-import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import resolve_revision
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
@@ -30,8 +28,15 @@ from .anchor_encoder_vfmtok import (
 )
 from .anchor_encoder_vfmtok import VFMTokAnchorEncoder, VFMTokAttention, VFMTokDeformableAttention
 from .configuration_vfmtok import VFMTokConfig
-from .loading_vfmtok import CheckedModelMixin, one_line_errors
+from .loading_vfmtok import CheckedModelMixin
 from .pixel_decoder_vfmtok import VFMTokPixelDecoder
+from .vision_features_vfmtok import (
+    build_vision_model,
+    fetch_vision_model,
+    vision_feature_channels,
+    vision_feature_stride,
+    vision_features,
+)
 
 
 @dataclass
@@ -429,6 +434,9 @@ class VFMTokPreTrainedModel(CheckedModelMixin, PreTrainedModel):
             init.copy_(module.codebook.weight, F.normalize(module.codebook.weight, dim=-1))
         elif isinstance(module, VFMTokViTDecoder):
             self._init_vit_decoder(module)
+        elif "position_ids" in module._buffers:
+            # Of CLIP's inner model, which checkpoints leave out and transformers before 5.6 leaves to us.
+            init.copy_(module.position_ids, torch.arange(module.position_ids.shape[-1]).expand(1, -1))
 
     @staticmethod
     def _init_deformable_attention(module: VFMTokDeformableAttention):
@@ -458,30 +466,6 @@ class VFMTokPreTrainedModel(CheckedModelMixin, PreTrainedModel):
             if isinstance(child, nn.Linear):
                 init.xavier_uniform_(child.weight)
                 init.zeros_(child.bias)
-
-
-def prune_unused_stages(vision_model: nn.Module, config: VFMTokConfig) -> None:
-    """timm models run and store all of their stages; those behind the last feature level go."""
-    if config.vision_config.model_type == "timm_wrapper":
-        vision_model.timm_model.prune_intermediate_layers(config.vision_feature_layers)
-
-
-def vision_feature_channels(vision_model: nn.Module, config: VFMTokConfig) -> list[int]:
-    """Channels of each feature level."""
-    if config.vision_config.model_type == "timm_wrapper":
-        return [vision_model.timm_model.feature_info[level]["num_chs"] for level in config.vision_feature_layers]
-    if config.vision_config.model_type == "timm_backbone":
-        return list(vision_model.channels)
-    return [config.vision_config.hidden_size] * len(config.vision_feature_layers)
-
-
-def vision_feature_stride(vision_model: nn.Module, config: VFMTokConfig) -> int:
-    """Pixels of the vision model's input, along one side, for each position of the last feature level."""
-    if config.vision_config.model_type == "timm_wrapper":
-        return vision_model.timm_model.feature_info[config.vision_feature_layers[-1]]["reduction"]
-    if config.vision_config.model_type == "timm_backbone":
-        return vision_model._backbone.feature_info.reduction()[-1]
-    return config.vision_config.patch_size
 
 
 def derive_feature_grid_size(vision_model: nn.Module, config: VFMTokConfig) -> None:
@@ -534,8 +518,7 @@ class VFMTokModel(VFMTokPreTrainedModel):
         super().__init__(config)
         # A light checkpoint has no vision weights: its vision model is built for its widths alone and dropped.
         with nullcontext() if config.save_vision_model else torch.device("meta"):
-            vision_model = AutoModel.from_config(config.vision_config)
-        prune_unused_stages(vision_model, config)
+            vision_model = build_vision_model(config)
         channels = vision_feature_channels(vision_model, config)
         derive_feature_grid_size(vision_model, config)
         self.vision_model = vision_model if config.save_vision_model else None
@@ -614,34 +597,7 @@ class VFMTokModel(VFMTokPreTrainedModel):
                 "This checkpoint does not say where its vision model comes from: "
                 "call load_vision_model(name_or_path) with a repository or folder."
             )
-        commit = None
-        try:
-            with one_line_errors(str(name_or_path)):
-                if not os.path.isdir(name_or_path):
-                    where = {
-                        name: kwargs[name] for name in ("cache_dir", "local_files_only", "token") if name in kwargs
-                    }
-                    kwargs["revision"] = resolve_revision(name_or_path, revision=kwargs.get("revision"), **where)
-                    commit = kwargs["revision"].resolved
-                vision_model, info = AutoModel.from_pretrained(
-                    name_or_path,
-                    config=self.config.vision_config,
-                    dtype=self.dtype,
-                    output_loading_info=True,
-                    **kwargs,
-                )
-        except OSError as error:
-            raise OSError(
-                f"The vision model {str(name_or_path)!r} cannot be fetched. Call load_vision_model(folder) with a copy of "
-                f"it. Reason: {error}"
-            ) from error
-        prune_unused_stages(vision_model, self.config)
-        missing = sorted(info["missing_keys"] & vision_model.state_dict().keys())
-        if missing:
-            raise ValueError(
-                f"{name_or_path} is not the vision model of this checkpoint: {len(missing)} weights are missing from "
-                f"it, the first of them {missing[0]!r}."
-            )
+        vision_model, commit = fetch_vision_model(name_or_path, self.config, self.dtype, **kwargs)
         self.vision_model = vision_model.to(self.device)
         self._freeze_vision_model()
         if commit is not None:
@@ -690,43 +646,8 @@ class VFMTokModel(VFMTokPreTrainedModel):
             images.new_tensor(constants).view(3, 1, 1)
             for constants in (self.config.vision_image_mean, self.config.vision_image_std)
         )
-        images = (((images + 1) / 2 - mean) / std).to(self.vision_model.dtype)
-        if self.config.vision_config.model_type == "timm_backbone":
-            return list(self.vision_model(images).feature_maps)
-        if self.config.vision_config.model_type == "timm_wrapper":
-            return self._timm_features(images)
-        return self._transformer_features(images)
-
-    def _timm_features(self, images: torch.Tensor) -> list[torch.Tensor]:
-        levels = self.config.vision_feature_layers
-        outputs = self.vision_model(images, output_hidden_states=levels, do_pooling=False)
-        features = list(outputs.hidden_states)
-        timm_model = self.vision_model.timm_model
-        if outputs.last_hidden_state.ndim == 3 and levels[-1] == len(timm_model.feature_info) - 1:
-            normed = outputs.last_hidden_state[:, timm_model.num_prefix_tokens :]
-            features[-1] = normed.transpose(1, 2).reshape(features[-1].shape)
-        return features
-
-    def _transformer_features(self, images: torch.Tensor) -> list[torch.Tensor]:
-        levels, vision_config = self.config.vision_feature_layers, self.config.vision_config
-        is_clip = vision_config.model_type == "clip_vision_model"
-        interpolates_on_request = is_clip or vision_config.model_type == "siglip_vision_model"
-        outputs = self.vision_model(
-            images,
-            output_hidden_states=levels,
-            **({"interpolate_pos_encoding": True} if interpolates_on_request else {}),
-        )
-        features = [outputs.hidden_states[level] for level in levels]
-        if levels[-1] == vision_config.num_hidden_layers:
-            # CLIP applies its final norm to the class token only.
-            last = outputs.last_hidden_state
-            features[-1] = self.vision_model.post_layernorm(last) if is_clip else last
-        height, width = (side // vision_config.patch_size for side in images.shape[-2:])
-        # Class and register tokens come first in every family.
-        return [
-            tokens[:, -height * width :].transpose(1, 2).reshape(images.shape[0], -1, height, width)
-            for tokens in features
-        ]
+        dtype = next(self.vision_model.parameters()).dtype
+        return vision_features(self.vision_model, self.config, (((images + 1) / 2 - mean) / std).to(dtype))
 
     # -- image -> image tokens
 

@@ -91,7 +91,7 @@ class VFMTokARAttention(nn.Module):
         query, key = apply_rotary(torch.cat([query, key], dim=1), position_embeddings).chunk(2, dim=1)
         if cache is not None:
             key, value = cache.update(key, value, position, attention_mask)
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attention = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
         attended, _ = attention(
             self, query.to(key.dtype), key, value, attention_mask, scaling=self.scaling, dropout=dropout

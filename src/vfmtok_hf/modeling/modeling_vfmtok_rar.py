@@ -114,7 +114,7 @@ class VFMTokRARAttention(nn.Module):
         value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
         if cache is not None:
             key, value = cache.update(key, value, position, attention_mask)
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attention = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
         attended, _ = attention(
             self, query.to(key.dtype), key, value, attention_mask, scaling=self.scaling, dropout=dropout

@@ -32,6 +32,7 @@ else:
     from .pipeline_vfmtok import VFMTokPipeline
     from .pixel_decoder_vfmtok import VFMTokPixelDecoder  # noqa: F401
     from .portable_vfmtok import write_portable_code  # noqa: F401
+    from .vision_features_vfmtok import vision_features  # noqa: F401
 
     for config_class in (VFMTokConfig, VFMTokARConfig, VFMTokRARConfig):
         register_config(config_class)

@@ -11,6 +11,8 @@ from torch.nn.utils.parametrizations import spectral_norm
 from transformers import ViTModel
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from vfmtok_hf.modeling.vision_features_vfmtok import run_watched, watch_blocks
+
 
 # Images that share the statistics of a batch normalization.
 VIRTUAL_BATCH = 8
@@ -50,6 +52,7 @@ class DinoDiscriminator(nn.Module):
         self.vision_model = vision_model.requires_grad_(False).eval()
         depth = vision_model.config.num_hidden_layers
         self.levels = [depth * quarter // 4 for quarter in range(5)]
+        watch_blocks(vision_model, self.levels)
         self.heads = nn.ModuleList(DinoDiscriminatorHead(vision_model.config.hidden_size) for _ in self.levels)
         for name, constants in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
             self.register_buffer(name, torch.tensor(constants).view(3, 1, 1), persistent=False)
@@ -76,9 +79,7 @@ class DinoDiscriminator(nn.Module):
 
     def _levels(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Patch states plus the class state, `(batch_size, hidden_size, patches)` for each level."""
-        states = [self.vision_model.embeddings(images)]
-        for layer in self.vision_model.layers:
-            states.append(layer(states[-1]))
+        _, states = run_watched(self.vision_model, images)
         states = [states[level].float() for level in self.levels]
         return [(state[:, 1:] + state[:, :1]).transpose(1, 2) for state in states]
 

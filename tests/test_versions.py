@@ -1,0 +1,38 @@
+"""What pyproject.toml asks of other libraries."""
+
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+
+tomllib = pytest.importorskip("tomllib", reason="of Python 3.11")
+PROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+# Versions that machines with GPUs have: the package has to go in between without moving them.
+INSTALLED = {
+    "torch": "2.11.0",
+    "torchvision": "0.26.0",
+    "transformers": "5.17.0",
+    "huggingface-hub": "1.33.0",
+    "accelerate": "1.15.0",
+    "safetensors": "0.8.0",
+}
+
+
+@pytest.mark.parametrize("extra", ["", "pipeline", "train", "kernel", "eval", "export", "space"])
+def test_installing_moves_nothing_that_is_installed(extra):
+    wanted = [Requirement(line) for line in (EXTRAS[extra] if extra else PROJECT["dependencies"])]
+    assert wanted
+    for requirement in wanted:
+        if requirement.name in INSTALLED:
+            assert requirement.specifier.contains(INSTALLED[requirement.name]), requirement
+
+
+def test_every_library_has_one_floor():
+    lines = [*PROJECT["dependencies"], *(line for extra in EXTRAS.values() for line in extra)]
+    requirements = [requirement for requirement in map(Requirement, lines) if requirement.name != PROJECT["name"]]
+    floors = {}
+    for requirement in requirements:
+        assert {specifier.operator for specifier in requirement.specifier} <= {">=", "=="}, requirement
+        assert floors.setdefault(requirement.name, requirement.specifier) == requirement.specifier, requirement
