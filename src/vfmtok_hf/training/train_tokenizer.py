@@ -67,7 +67,7 @@ def build_model(arguments: TokenizerArguments) -> VFMTokModel:
     if (arguments.init_from is None) == (arguments.vision_model is None):
         raise ValueError("Give exactly one of --init_from (a tokenizer) and --vision_model (for a new tokenizer).")
     if arguments.init_from is not None:
-        weights = [name for name in VFMTokConfig.__dataclass_fields__ if name.endswith("_loss_weight")]
+        weights = [name for name in VFMTokConfig.default_fields() if name.endswith("_loss_weight")]
         fixed = [name for name in arguments.model if name not in weights]
         if fixed:
             raise ValueError(
