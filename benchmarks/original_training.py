@@ -16,7 +16,7 @@ from original_upsampling import original_upsampling
 from torch import nn
 
 from vfmtok_hf import VFMTokARForImageGeneration, VFMTokModel, VFMTokRARForImageGeneration
-from vfmtok_hf.image_distances import LPIPS
+from vfmtok_hf.data.image_distances import LPIPS
 from vfmtok_hf.modeling.modeling_vfmtok import entropy_loss
 from vfmtok_hf.modeling.modeling_vfmtok_ar import apply_rotary, drop_labels, rotary_table
 from vfmtok_hf.training.discriminator import DiscriminatorObjective

@@ -37,7 +37,7 @@ from transformers import ViTConfig, ViTModel
 
 from vfmtok_hf import VFMTokConfig, VFMTokRARConfig
 from vfmtok_hf.cpu.packing import keep_freed_memory
-from vfmtok_hf.image_distances import LPIPS
+from vfmtok_hf.data.image_distances import LPIPS
 from vfmtok_hf.training.arguments import TokenizerArguments
 from vfmtok_hf.training.codebook import CodebookUsage
 from vfmtok_hf.training.discriminator import DinoDiscriminator, DiscriminatorObjective

@@ -8,7 +8,7 @@ import torchvision
 
 from tests.evaluation.folders import write_images
 from tests.pipelines.tiny_pipeline import tiny_pipeline
-from vfmtok_hf import image_distances
+from vfmtok_hf.data import image_distances
 from vfmtok_hf.evaluation.features import OwnVisionFeatures
 from vfmtok_hf.evaluation.reconstruction import evaluate_reconstruction, load_lpips, psnr, ssim
 

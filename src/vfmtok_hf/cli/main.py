@@ -14,8 +14,7 @@ from vfmtok_hf.cli.generate import ManyLabelsCommand, generate
 from vfmtok_hf.cli.hub import push
 from vfmtok_hf.cli.info import info
 from vfmtok_hf.cli.tokenize import detokenize, reconstruct, tokenize
-from vfmtok_hf.cli.train import train_app
-from vfmtok_hf.cli.training import extract_tokens, plot
+from vfmtok_hf.cli.training import extract_tokens, plot, train_app
 
 
 app = typer.Typer(

@@ -1,6 +1,7 @@
-"""`vfmtok extract-tokens` and `vfmtok plot`: what is done before and after a training run."""
+"""`vfmtok train`, and `vfmtok extract-tokens` and `vfmtok plot` before and after it."""
 
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,11 @@ from vfmtok_hf.cli.options import (
     report_written,
     resolve_model,
 )
+
+
+train_app = typer.Typer(help="Train image tokenizers and generators.", no_args_is_help=True)
+# The trainers have a parser of their own, which also knows --help.
+OWN_PARSER = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
 class Crops(str, Enum):
@@ -108,3 +114,21 @@ def plot(
         figure = plot_training_curves([(run.resolve().name, read_curves(run)) for run in runs])
         save_figure(figure, picture)
         report_written(1, "figure", picture)
+
+
+@train_app.command(context_settings=OWN_PARSER)
+def tokenizer(context: typer.Context) -> None:
+    """Train the image tokenizer on images. `--help` lists its arguments."""
+    from vfmtok_hf.training.logs import run_script
+    from vfmtok_hf.training.train_tokenizer import main
+
+    run_script(partial(main, context.args))
+
+
+@train_app.command(context_settings=OWN_PARSER)
+def generator(context: typer.Context) -> None:
+    """Train a class-conditional generator of image tokens. `--help` lists its arguments."""
+    from vfmtok_hf.training.logs import run_script
+    from vfmtok_hf.training.train_generator import main
+
+    run_script(partial(main, context.args))

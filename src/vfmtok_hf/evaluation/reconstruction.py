@@ -87,7 +87,7 @@ def check_ssim_window(size: int, convention: SSIMConvention) -> None:
 
 def load_lpips(network: Literal["alex", "vgg", "squeeze"] = "alex", device: torch.device | str = "cpu"):
     """
-    LPIPS (Zhang et al. 2018) between 8-bit images, by [`~vfmtok_hf.image_distances.LPIPS`].
+    LPIPS (Zhang et al. 2018) between 8-bit images, by [`~vfmtok_hf.data.image_distances.LPIPS`].
 
     Returns:
         A function of two batches of 8-bit images `(batch_size, 3, height, width)` that gives the distance of each pair.
@@ -96,7 +96,7 @@ def load_lpips(network: Literal["alex", "vgg", "squeeze"] = "alex", device: torc
         FileNotFoundError: the network's weights could not be downloaded.
         ImportError: the `lpips` package is missing.
     """
-    from vfmtok_hf.image_distances import LPIPS
+    from vfmtok_hf.data.image_distances import LPIPS
 
     model = LPIPS(network).eval().to(device)
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vfmtok_hf.image_distances import LPIPS, vision_perceptual_loss
+from vfmtok_hf.data.image_distances import LPIPS, vision_perceptual_loss
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 
 

@@ -23,11 +23,11 @@ from transformers import AutoConfig
 
 from vfmtok_hf.cpu.training import pack_frozen_weights
 from vfmtok_hf.data.image_datasets import ImageDataset, ImageStream
+from vfmtok_hf.data.image_distances import LPIPS
 from vfmtok_hf.data.loaders import TrainingLoader
 from vfmtok_hf.data.statistics import codebook_statistics, psnr
 from vfmtok_hf.data.transforms import Augmentation
 from vfmtok_hf.hub_kernels import use_found_kernels
-from vfmtok_hf.image_distances import LPIPS
 from vfmtok_hf.modeling.configuration_vfmtok import VFMTokConfig
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 from vfmtok_hf.training.arguments import TokenizerArguments, parse_arguments

@@ -11,7 +11,7 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from vfmtok_hf.image_distances import BACKBONES, LPIPS, unit_difference, vision_perceptual_loss
+from vfmtok_hf.data.image_distances import BACKBONES, LPIPS, unit_difference, vision_perceptual_loss
 
 
 @pytest.fixture(scope="module")
