@@ -6,10 +6,10 @@ from vfmtok_hf.training.codebook import CodebookUsage, restart_dead_rows, spheri
 
 
 def test_kmeans_finds_separate_clusters():
-    centres = F.normalize(torch.eye(4) + 0.1, dim=-1)
-    vectors = F.normalize(centres.repeat_interleave(50, 0) + 0.02 * torch.randn(200, 4), dim=-1)
+    centers = F.normalize(torch.eye(4) + 0.1, dim=-1)
+    vectors = F.normalize(centers.repeat_interleave(50, 0) + 0.02 * torch.randn(200, 4), dim=-1)
     found = spherical_kmeans(vectors, 4, torch.Generator().manual_seed(3))
-    similarity = found @ centres.T
+    similarity = found @ centers.T
     assert sorted(similarity.argmax(1).tolist()) == [0, 1, 2, 3]
     assert similarity.amax(1).min() > 0.999
     with pytest.raises(ValueError, match="at least 201"):

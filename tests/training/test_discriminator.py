@@ -125,7 +125,7 @@ def test_discriminator_loss_and_gradient_norms_are_the_originals(converted, gold
     names = head_names(golden, "gradient_norm.")
     assert len(names) == 5 * 10
     for theirs, ours in names.items():
-        # A bias in front of a normalisation has no gradient but rounding.
+        # A bias in front of a normalization has no gradient but rounding.
         assert gradients[ours].norm().item() == pytest.approx(golden[theirs].item(), rel=1e-3, abs=1e-6), ours
 
 

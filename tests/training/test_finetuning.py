@@ -39,8 +39,8 @@ def images(tmp_path):
     for number in range(24):
         file = tmp_path / "images" / NEW_NAMES[number % 3] / f"{number}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
-        grey = 60 * (number % 3) + np.random.default_rng(number).integers(0, 60, (32, 32, 3))
-        Image.fromarray(grey.astype(np.uint8)).save(file)
+        gray = 60 * (number % 3) + np.random.default_rng(number).integers(0, 60, (32, 32, 3))
+        Image.fromarray(gray.astype(np.uint8)).save(file)
     return tmp_path / "images"
 
 

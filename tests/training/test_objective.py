@@ -142,7 +142,7 @@ class NothingReadBack(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_the_check_for_synchronisation_finds_one():
+def test_the_check_for_synchronization_finds_one():
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NothingReadBack():
         torch.ones(()).item()
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NothingReadBack():

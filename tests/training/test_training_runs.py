@@ -22,18 +22,18 @@ from vfmtok_hf.training import train_generator, train_tokenizer
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Two classes of eight images: a coloured disc, or bar, at a random place."""
+    """Two classes of eight images: a colored disc, or bar, at a random place."""
     root = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     rows, columns = np.mgrid[:32, :32]
     for name in ("bar", "disc"):
         (root / name).mkdir()
         for index in range(8):
-            centre = rng.integers(8, 24, 2)
+            center = rng.integers(8, 24, 2)
             shape = (
-                (rows - centre[0]) ** 2 + (columns - centre[1]) ** 2 < 49
+                (rows - center[0]) ** 2 + (columns - center[1]) ** 2 < 49
                 if name == "disc"
-                else abs(rows - centre[0]) < 4
+                else abs(rows - center[0]) < 4
             )
             pixels = np.full((32, 32, 3), 255, np.uint8)
             pixels[shape] = rng.integers(0, 200, 3)

@@ -32,7 +32,7 @@ DROPOUTS = {
 
 
 def write_images(root: Path, images_per_class: int = 8) -> Path:
-    """Two classes of coloured bars and discs at random places."""
+    """Two classes of colored bars and discs at random places."""
     rng = np.random.default_rng(0)
     rows, columns = np.mgrid[:32, :32]
     for name in ("bar", "disc"):

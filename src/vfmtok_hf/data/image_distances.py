@@ -17,7 +17,7 @@ from torchvision.models import AlexNet_Weights, SqueezeNet1_1_Weights, VGG16_Wei
 if TYPE_CHECKING:
     import lpips
 
-logger = logging.getLogger("vfmtok_hf")
+logger = logging.getLogger("vfmtok_hf.data")
 
 BACKBONES = {
     "alex": AlexNet_Weights.IMAGENET1K_V1,

@@ -99,7 +99,7 @@ class TrainingArguments(ImageArguments):
     ema_decay: float = HfArg(default=0.9999, help="Weight of the past in the moving average; 0: no average.")
     # System
     attention: Literal["auto", "sdpa", "eager"] = HfArg(
-        default="auto", help="auto: what is fastest here, eager on CPUs in bfloat16 or with dropout, else sdpa."
+        default="auto", help="auto: what is fastest here, in blocks on CPUs in bfloat16 or with dropout, else sdpa."
     )
     mixed_precision: Literal["auto", "no", "bf16"] = HfArg(
         default="no", help="auto: bf16 where this machine computes it faster than float32, which the log tells."

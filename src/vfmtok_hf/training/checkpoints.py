@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -191,9 +193,19 @@ def replace_folder(temporary: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def save_model(model: nn.Module, folder: Path) -> None:
-    """`save_pretrained`, whole or not at all."""
+@contextmanager
+def whole_run_folder(folder: Path) -> Iterator[Path]:
+    """
+    A temporary sibling to write into, which becomes `folder` when the block ends. Its name is known, unlike those of
+    `vfmtok_hf.data.output_files`, so that a run that goes on clears up after one that was killed.
+    """
     temporary = folder.with_name(folder.name + ".writing")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
+    yield temporary
     replace_folder(temporary, folder)
+
+
+def save_model(model: nn.Module, folder: Path) -> None:
+    """`save_pretrained`, whole or not at all."""
+    with whole_run_folder(folder) as temporary:
+        model.save_pretrained(temporary)

@@ -45,7 +45,7 @@ def spherical_kmeans(
     vectors: torch.Tensor, num_clusters: int, generator: torch.Generator, iterations: int = 20
 ) -> torch.Tensor:
     """
-    Centres of unit vectors under cosine similarity.
+    Centers of unit vectors under cosine similarity.
 
     Args:
         vectors (`torch.FloatTensor` of shape `(count, dim)`): not necessarily normalized; count >= num_clusters.

@@ -138,7 +138,7 @@ class PatchDiscriminator(nn.Module):
     """
     Judges overlapping patches of an image (Isola et al. 2017, section 3.2): `(batch_size, 3, height, width)` in
     [-1, 1] -> `(batch_size, 1, height / 2**num_layers, width / 2**num_layers)` logits. Group norm instead of batch
-    norm, so that a judgement does not depend on the rest of the batch.
+    norm, so that a judgment does not depend on the rest of the batch.
     """
 
     def __init__(self, base_channels: int = 32, num_layers: int = 3, num_groups: int = 8):

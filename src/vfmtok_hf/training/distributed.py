@@ -63,7 +63,7 @@ def start_accelerator(arguments: TrainingArguments, output: Path, can_shard: boo
 
 class StopRequest:
     """
-    True in a boolean context once `agree` has learnt of a SIGTERM or SIGINT to any process: the loop then saves and
+    True in a boolean context once `agree` has learned of a SIGTERM or SIGINT to any process: the loop then saves and
     leaves. The signal itself interrupts nothing.
     """
 

@@ -1,7 +1,6 @@
 """Training that starts from trained models, in full or by low-rank adapters, and ends in a pipeline."""
 
 import copy
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,7 @@ from vfmtok_hf.modeling.image_processing_vfmtok import VFMTokImageProcessor
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 from vfmtok_hf.modeling.modeling_vfmtok_ar import VFMTokARForImageGeneration
 from vfmtok_hf.modeling.modeling_vfmtok_rar import VFMTokRARForImageGeneration
-from vfmtok_hf.training.checkpoints import replace_folder, save_model
+from vfmtok_hf.training.checkpoints import save_model, whole_run_folder
 
 
 if TYPE_CHECKING:
@@ -89,11 +88,9 @@ def add_lora(model: Generator, rank: int, alpha: float, dropout: float) -> "Peft
 
 def save_adapted(adapted: "PeftModel", folder: Path, adapter_folder: Path) -> None:
     """The model with its adapters merged, which loads without peft, and the adapters alone."""
-    temporary = adapter_folder.with_name(adapter_folder.name + ".writing")
-    shutil.rmtree(temporary, ignore_errors=True)
-    # Left to itself, peft asks the Hub whether the base model has other embeddings.
-    adapted.save_pretrained(temporary, save_embedding_layers=False)
-    replace_folder(temporary, adapter_folder)
+    with whole_run_folder(adapter_folder) as temporary:
+        # Left to itself, peft asks the Hub whether the base model has other embeddings.
+        adapted.save_pretrained(temporary, save_embedding_layers=False)
     save_model(copy.deepcopy(adapted).merge_and_unload(), folder)
 
 
@@ -103,7 +100,6 @@ def save_pipeline(tokenizer: VFMTokModel, generator_folder: Path, folder: Path) 
 
     size = tokenizer.config.image_size
     processor = VFMTokImageProcessor(size={"height": size, "width": size})
-    temporary = folder.with_name(folder.name + ".writing")
-    shutil.rmtree(temporary, ignore_errors=True)
-    VFMTokPipeline(tokenizer, load_generator(str(generator_folder)), processor).save_pretrained(temporary)
-    replace_folder(temporary, folder)
+    pipe = VFMTokPipeline(tokenizer, load_generator(str(generator_folder)), processor)
+    with whole_run_folder(folder) as temporary:
+        pipe.save_pretrained(temporary)

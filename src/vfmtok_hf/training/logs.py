@@ -18,7 +18,7 @@ from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from torchvision.utils import make_grid
 
-from vfmtok_hf.data.output_files import whole_file
+from vfmtok_hf.data.output_files import save_picture, whole_file
 from vfmtok_hf.plotting import Curves
 from vfmtok_hf.training.arguments import TrainingArguments
 
@@ -182,5 +182,4 @@ def save_grid(images: torch.Tensor, file: Path, columns: int) -> None:
     """`(count, 3, height, width)` in [-1, 1] as one PNG picture, row by row."""
     grid = make_grid(images.float().cpu().clamp(-1, 1) / 2 + 0.5, nrow=columns, padding=2, pad_value=1.0)
     pixels = (grid * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    with whole_file(file) as temporary:
-        Image.fromarray(pixels).save(temporary)
+    save_picture(Image.fromarray(pixels), file)

@@ -52,7 +52,8 @@ def choose_attention(
 ) -> str:
     """
     What `auto` stands for: `sdpa`, torch's fused attention, but on CPUs where that is slow. In bfloat16 it is, and with
-    dropout it falls back to computing all pairs, hidden ones too.
+    dropout it falls back to computing all pairs, hidden ones too. There causal attention goes by blocks
+    ([`~vfmtok_hf.cpu.attention.blockwise_attention_forward`]), other attention is `eager`.
     """
     if attention != "auto":
         return attention

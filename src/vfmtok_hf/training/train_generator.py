@@ -5,7 +5,7 @@ Train a class-conditional generator of image tokens, from nothing or from a trai
     accelerate launch -m vfmtok_hf.training.train_generator --config configs/emoji/generator.yaml --generator rar
     python -m vfmtok_hf.training.train_generator --config configs/emoji/generator.yaml --resume true
 
-The data are images, which become tokens once (`num_crops` of each) or anew in every step, or the shards of
+The data are images, which become tokens once (`num_crops` of each) or anew in every step, or a token set, as of
 `extract_tokens.py`. The run's folder receives `model/` (averaged weights, for `from_pretrained`), `pipeline/`,
 `tokens/`, `checkpoints/`, `log.jsonl`, `arguments.yaml` and pictures of samples, one row per class.
 """
@@ -224,7 +224,7 @@ def main(argv: list[str] | None = None) -> None:
         progress.step += 1
         stop.agree()
 
-        # Log, validate, draw, save
+        # Log, validate, sample, save
         num_images = arguments.batch_size * arguments.gradient_accumulation_steps * accelerator.num_processes
         window.add(values | norms, num_images)
         done = progress.step == arguments.max_steps
@@ -241,8 +241,8 @@ def main(argv: list[str] | None = None) -> None:
                     else:
                         save_adapted(adapted, output / "model", output / "adapter")
             window.restart()
-        draws = accelerator.is_main_process or accelerator.is_fsdp2  # A sharded model runs on all or on none.
-        if (progress.step % arguments.sample_every == 0 or done) and draws:
+        samples_here = accelerator.is_main_process or accelerator.is_fsdp2  # A sharded model runs on all or on none.
+        if (progress.step % arguments.sample_every == 0 or done) and samples_here:
             with ema.applied():
                 samples = sample_images(model, tokenizer, arguments)
             if accelerator.is_main_process:
