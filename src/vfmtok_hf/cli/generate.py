@@ -71,7 +71,7 @@ def generate(
         class_ids = [class_id for class_id in class_ids for _ in range(num_images_per_label)]
         num_steps = math.ceil(len(class_ids) / batch_size) * pipe.transformer.config.num_image_tokens
         columns = num_images_per_label if num_images_per_label > 1 else None
-        with picture_output(output, columns) as add, progress("Drawing", num_steps) as progress_callback:
+        with picture_output(output, columns) as add, progress("Generating", num_steps) as progress_callback:
             for start in range(0, len(class_ids), batch_size):
                 batch = class_ids[start : start + batch_size]
                 images = pipe(

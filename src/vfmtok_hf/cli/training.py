@@ -66,11 +66,13 @@ def extract_tokens(
     """
     with one_line_errors():
         from vfmtok_hf.cli.environment import default_device
+        from vfmtok_hf.data.output_files import check_output_folder
         from vfmtok_hf.data.sources import open_records
         from vfmtok_hf.data.transforms import Variants
-        from vfmtok_hf.training.extract_tokens import extract_tokens
+        from vfmtok_hf.training import extract_tokens as extraction
         from vfmtok_hf.training.finetuning import load_tokenizer
 
+        check_output_folder(output)
         records = open_records(data, split)
         tokenizer = load_tokenizer(resolve_model(model)).to(device or default_device())
         views = Variants(
@@ -82,7 +84,7 @@ def extract_tokens(
             seed=seed,
         )
         with progress("Tokenizing", len(records)) as progress_callback:
-            index = extract_tokens(
+            index = extraction.extract_tokens(
                 tokenizer,
                 records,
                 output,

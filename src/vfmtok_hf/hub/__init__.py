@@ -1,6 +1,6 @@
 """Publishing on the Hub: model cards, pushes, released checkpoints."""
 
-from .cards import draw_samples, model_card, read_metrics
+from .cards import model_card, read_metrics, sample_grid
 from .pushes import PushError, PushReport, push, push_checkpoint
 from .saved_models import SavedModel, read_saved_model
 
@@ -9,10 +9,10 @@ __all__ = [
     "PushError",
     "PushReport",
     "SavedModel",
-    "draw_samples",
     "model_card",
     "push",
     "push_checkpoint",
     "read_metrics",
     "read_saved_model",
+    "sample_grid",
 ]

@@ -188,7 +188,7 @@ def read_metrics(file: str | Path) -> list[dict[str, Any]]:
     return metrics
 
 
-def draw_samples(folder: str | Path, count: int) -> tuple[bytes, str]:
+def sample_grid(folder: str | Path, count: int) -> tuple[bytes, str]:
     """
     A picture of `count` samples of the pipeline saved in `folder` as PNG, and its caption: seeds from 0, none picked,
     no guidance.
@@ -205,4 +205,4 @@ def draw_samples(folder: str | Path, count: int) -> tuple[bytes, str]:
     return buffer.getvalue(), f"Samples of seeds 0 to {count - 1}, none picked, without guidance"
 
 
-__all__ = ["draw_samples", "model_card", "read_metrics"]
+__all__ = ["model_card", "read_metrics", "sample_grid"]
