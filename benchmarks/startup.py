@@ -40,12 +40,12 @@ START = {
     ],
     "from vfmtok_hf import VFMTokPipeline": ["-c", "from vfmtok_hf import VFMTokPipeline"],
 }
-# The page as `python app.py` builds it, and what its button does until a picture is drawn, without a browser.
+# The page as `python app.py` builds it, and what its button does until a picture is generated, without a browser.
 DEMO = """
 import app
 app.build_page()
-drawing, *_ = app.draw(app.Settings.checked(app.DEFAULT_LABEL, images=1))
-assert drawing.pictures
+generation, *_ = app.generate_stepwise(app.Settings.checked(app.DEFAULT_LABEL, images=1))
+assert generation.pictures
 """
 
 

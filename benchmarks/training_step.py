@@ -7,7 +7,7 @@ Training steps: the original's against ours, time and peak memory.
 weights of the released tokenizer with DINOv2-L and of AR-B, and a RAR of AR-B's width and depth; VGG-16 and the
 discriminator's vision model have random weights too. The original's generators encode their images anew in every step,
 RAR's with the second-nearest tokens of each as a sequence of its own; ours reads tokens that were computed once
-(`--variants`, `--neighbours`). The row `tokens at hand` leaves the encoding out.
+(`--num_crops`, `--codebook_top_k`). The row `tokens at hand` leaves the encoding out.
 Each side has a process of its own, in which ours keeps freed memory as the scripts do; peak memory is that of the whole
 process, on CUDA that of its tensors. Ours has the scripts' defaults, and the original's weights of the losses. `--compile`
 adds a side under torch.compile, which takes minutes. Steps in bfloat16 run under autocast, and by default only where the

@@ -108,8 +108,4 @@ def test_every_configuration_field_has_a_reader(name):
 def test_the_page_on_the_architecture_names_every_part():
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     parts = {path.stem for path in PACKAGE.iterdir() if (path / "__init__.py").exists() or path.suffix == ".py"}
-    assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == parts - {
-        "__init__",
-        "__main__",
-        "lazy_registration",
-    }
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == parts - {"__init__", "__main__"}

@@ -21,7 +21,6 @@ import tempfile
 from importlib.metadata import distribution
 from pathlib import Path
 
-import timm
 import torch
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification, TimmWrapperModel
 
@@ -77,13 +76,6 @@ def load_package_weights() -> dict[str, torch.Tensor]:
     if actual != SHA256:
         raise ValueError(f"{path}: sha256 is {actual}, expected {SHA256}; install {PACKAGE}==0.1.0 again")
     return {timm_key(key): value for key, value in torch.load(path, weights_only=True).items()}
-
-
-def build_classifier(weights: dict[str, torch.Tensor]) -> torch.nn.Module:
-    """The whole timm model, ImageNet classifier included: how the weights are checked on a photograph."""
-    model = timm.create_model(ARCHITECTURE, pretrained=False)
-    model.load_state_dict(weights)
-    return model.eval()
 
 
 def build_vision_model(

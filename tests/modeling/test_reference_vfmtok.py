@@ -17,7 +17,6 @@ from torch import nn
 from tests.testing import REFERENCE, REFERENCE_TOKENIZER_CONFIG, reference_images, reference_tensors
 from vfmtok_hf import VFMTokImageProcessor, VFMTokModel
 from vfmtok_hf.conversion import convert_tokenizer, export_original_tokenizer
-from vfmtok_hf.cpu import training as cpu_training
 from vfmtok_hf.cpu.packing import PackedLinear, pack_weights
 from vfmtok_hf.modeling.modeling_vfmtok import resize_for_vision_model
 from vfmtok_hf.training.arguments import TokenizerArguments
@@ -274,15 +273,13 @@ def test_training_losses_and_gradients(entropy_ratio, folders, tensors):
 
 @pytest.mark.parametrize("layers", ["plain", "set up"])
 @pytest.mark.parametrize("entropy_ratio", [0.0, 0.1])
-def test_objective_of_the_training_script(entropy_ratio, layers, folders, tensors, monkeypatch):
+def test_objective_of_the_training_script(entropy_ratio, layers, folders, tensors):
     """The same numbers from the module that trains, with the original's weights; its pixel loss counts twice."""
     model = VFMTokModel.from_pretrained(folders["model"])
     model.config.entropy_loss_weight = entropy_ratio
     weights = {"l1": 0.0, "mse": 2.0, "lpips": 0.0, "perceptual": 0.0}
     objective = TokenizerObjective(model, weights).train()
     if layers == "set up":
-        monkeypatch.setattr(cpu_training, "MIN_CHANNELS", 1)
-        monkeypatch.setattr(cpu_training, "MIN_WORK", 1)
         arguments = TokenizerArguments(train_data="", output="", attention="eager")
         set_up_layers(objective, arguments, torch.device("cpu"))
     images = reference_images(*BATCHES["b336"])

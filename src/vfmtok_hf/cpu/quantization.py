@@ -2,7 +2,7 @@
 Layers that torchao quantized, by torch's own kernels for CPUs.
 
 torch has products that read 8 or 4 bit weights as they lie in memory, with activations in bfloat16. torchao's tensors do not
-use them on a CPU (docs/performance.md has both measured). `pack_weights` of `cpu_inference`, which is where to start, does
+use them on a CPU (docs/performance.md has both measured). `pack_weights` of `cpu.packing`, which is where to start, does
 so through this file.
 """
 
