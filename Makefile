@@ -47,7 +47,7 @@ test-avx2: install  ## the same as a machine with AVX2 and no AVX-512
 		--numprocesses auto --dist loadfile --no-loadscope-reorder \
 		tests/cpu tests/modeling tests/test_hub_kernels.py tests/training/test_training_parts.py
 
-demo: install  ## draw images with the checkpoint that comes with the package
+demo: install  ## generate images with the checkpoint that comes with the package
 	$(BIN)/vfmtok generate --num-images-per-label 6 --seed 0 --output outputs/demo/generated.png
 	$(BIN)/vfmtok reconstruct examples/images --output outputs/demo/reconstructed.png
 

@@ -262,7 +262,7 @@ File names begin with the style.
 Licenses: Apache-2.0 https://www.apache.org/licenses/LICENSE-2.0,
 CC-BY-4.0 https://creativecommons.org/licenses/by/4.0/,
 MIT https://github.com/microsoft/fluentui-emoji/blob/main/LICENSE.
-Changes made: rasterised, scaled, composited on white.
+Changes made: rasterized, scaled, composited on white.
 """
 
 

@@ -54,7 +54,7 @@ def enable_kernels(
     """
     Bind the first compiled layer that works to every `MultiScaleDeformableAttention` in a model.
 
-    The layer is recognised by its class name, so models of transformers' Deformable DETR family and models loaded with
+    The layer is recognized by its class name, so models of transformers' Deformable DETR family and models loaded with
     `trust_remote_code=True` are served too. Tensors on another device than `device` take the pure-PyTorch path.
 
     Args:

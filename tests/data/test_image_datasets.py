@@ -90,7 +90,7 @@ def test_truncated_files_are_unreadable(image_format, share):
         read_image(encoded[: int(share * len(encoded))])
 
 
-def test_ten_crops_are_corners_centre_and_their_mirror_images():
+def test_ten_crops_are_corners_center_and_their_mirror_images():
     gradient = np.zeros((44, 60, 3), np.uint8)
     gradient[..., 0], gradient[..., 1] = np.arange(60) * 4, np.arange(44)[:, None] * 5
     image = Image.fromarray(gradient)
