@@ -1,4 +1,4 @@
-"""`vfmtok train`, and the trainers as scripts: help, and mistakes in one line."""
+"""`vfmtok train`, the trainers as scripts, and `vfmtok plot`: help, and mistakes in one line."""
 
 import subprocess
 import sys
@@ -40,3 +40,21 @@ def test_scripts_end_with_one_line_too(tmp_path):
     assert done.returncode == 1
     assert [line for line in done.stderr.splitlines() if line.startswith("Error: ")] == [done.stderr.splitlines()[-1]]
     assert "Traceback" not in done.stderr
+
+
+def test_without_accelerate_curves_are_plotted_and_trainers_name_the_extra(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"kind": "train", "step": 1, "time": 0, "loss": 2.5}\n')
+    code = "import sys; sys.modules['accelerate'] = None; from vfmtok_hf.cli import app; app(sys.argv[1:])"
+
+    def without_accelerate(*arguments):
+        command = [sys.executable, "-c", code, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+
+    plotted = without_accelerate("plot", str(tmp_path))
+    assert plotted.returncode == 0, plotted.stderr
+    assert (tmp_path / "curves.png").is_file()
+    refused = without_accelerate("train", "generator", "--output", "run", "--train_data", "images")
+    assert refused.returncode == 1
+    assert "accelerate" in refused.stderr
+    assert 'pip install "vfmtok-hf[train]"' in refused.stderr
+    assert "Traceback" not in refused.stderr

@@ -133,7 +133,7 @@ def reconstruction(
     batch_size: BatchSizeOption = 16,
 ) -> None:
     """rFID, rIS, PSNR, SSIM, LPIPS and codebook usage of a tokenizer."""
-    with one_line_errors():
+    with one_line_errors("eval"):
         from vfmtok_hf.data.output_files import check_output_file
         from vfmtok_hf.data.pictures import number_of, open_pictures
         from vfmtok_hf.evaluation.reconstruction import check_ssim_window, evaluate_reconstruction, load_lpips
@@ -206,7 +206,7 @@ def generation(
 
     Several processes share the work: `accelerate launch -m vfmtok_hf evaluate generation ...`
     """
-    with one_line_errors():
+    with one_line_errors("eval"):
         from accelerate import PartialState
 
         from vfmtok_hf.cli.environment import default_device
@@ -355,7 +355,7 @@ def linear_probe(
     batch_size: BatchSizeOption = 32,
 ) -> None:
     """Linear classifiers on the tokenizer's embedding, its tokens, its vision model, and raw pixels."""
-    with one_line_errors():
+    with one_line_errors("eval"):
         from vfmtok_hf.data.output_files import check_output_file
         from vfmtok_hf.evaluation.linear_probe import LabeledImages, ProbeSettings, represent_data, train_probes
         from vfmtok_hf.evaluation.results import save_measurement
@@ -404,7 +404,7 @@ def tokens(
     batch_size: BatchSizeOption = 16,
 ) -> None:
     """How the codebook is used, and where in the images the anchors look."""
-    with one_line_errors():
+    with one_line_errors("eval"):
         import json
         from itertools import islice
 

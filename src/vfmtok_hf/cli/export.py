@@ -48,7 +48,7 @@ def export(
 
     `vfmtok export --format onnx --output emoji-onnx`
     """
-    with one_line_errors():
+    with one_line_errors("export"):
         from transformers.utils.hub import has_file
 
         from vfmtok_hf.export.pipeline import check_export, export_pipeline

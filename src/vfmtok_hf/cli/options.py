@@ -46,12 +46,19 @@ ImagesArgument = Annotated[list[Path], typer.Argument(help="Image files, and fol
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turn what can go wrong outside this program into one line on stderr and exit code 1."""
+def one_line_errors(extra: str = "pipeline") -> Iterator[None]:
+    """
+    Turn what can go wrong outside this program into one line on stderr and exit code 1.
+
+    Args:
+        extra (`str`): of this package's extras the one that brings what the command imports.
+    """
     try:
         yield
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, ModuleNotFoundError):
+            reason += f': pip install "vfmtok-hf[{extra}]"'
         error_console.print(f"Error: {reason}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
 

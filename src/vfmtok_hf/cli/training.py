@@ -64,7 +64,7 @@ def extract_tokens(
 
     Several processes: `torchrun --nproc_per_node N -m vfmtok_hf.training.extract_tokens`.
     """
-    with one_line_errors():
+    with one_line_errors("train"):
         from vfmtok_hf.cli.environment import default_device
         from vfmtok_hf.data.output_files import check_output_folder
         from vfmtok_hf.data.sources import open_records
@@ -106,7 +106,7 @@ def plot(
     ] = None,
 ) -> None:
     """Curves of losses and metrics over the steps of training runs, those of several runs in one picture."""
-    with one_line_errors():
+    with one_line_errors("plot"):
         from vfmtok_hf.data.output_files import check_output_file
         from vfmtok_hf.plotting import plot_training_curves, save_figure
         from vfmtok_hf.training.logs import read_curves
@@ -121,8 +121,9 @@ def plot(
 @train_app.command(context_settings=OWN_PARSER)
 def tokenizer(context: typer.Context) -> None:
     """Train the image tokenizer on images. `--help` lists its arguments."""
-    from vfmtok_hf.training.logs import run_script
-    from vfmtok_hf.training.train_tokenizer import main
+    with one_line_errors("train"):
+        from vfmtok_hf.training.logs import run_script
+        from vfmtok_hf.training.train_tokenizer import main
 
     run_script(partial(main, context.args))
 
@@ -130,7 +131,8 @@ def tokenizer(context: typer.Context) -> None:
 @train_app.command(context_settings=OWN_PARSER)
 def generator(context: typer.Context) -> None:
     """Train a class-conditional generator of image tokens. `--help` lists its arguments."""
-    from vfmtok_hf.training.logs import run_script
-    from vfmtok_hf.training.train_generator import main
+    with one_line_errors("train"):
+        from vfmtok_hf.training.logs import run_script
+        from vfmtok_hf.training.train_generator import main
 
     run_script(partial(main, context.args))

@@ -10,10 +10,9 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from torchvision.utils import make_grid
@@ -22,6 +21,9 @@ from vfmtok_hf.data.output_files import save_picture, whole_file
 from vfmtok_hf.plotting import Curves
 from vfmtok_hf.training.arguments import TrainingArguments
 
+
+if TYPE_CHECKING:  # curves are also plotted where nothing is trained
+    from accelerate import Accelerator
 
 logger = logging.getLogger("vfmtok_hf.training")
 
@@ -45,7 +47,7 @@ def run_script(main: Callable[[], None]) -> None:
 class RunLog:
     """One JSON object per line in `log.jsonl`, a readable line on the console, and the trackers. Main process only."""
 
-    def __init__(self, accelerator: Accelerator, output: Path):
+    def __init__(self, accelerator: "Accelerator", output: Path):
         self.accelerator = accelerator
         self.file = output / LOG_FILE
 
@@ -65,7 +67,7 @@ class WindowMeans:
     nothing from the device.
     """
 
-    def __init__(self, accelerator: Accelerator):
+    def __init__(self, accelerator: "Accelerator"):
         self.accelerator = accelerator
         self.restart()
 
@@ -155,7 +157,7 @@ def check_trackers(names: list[str]) -> list[str]:
     return names
 
 
-def start_trackers(accelerator: Accelerator, arguments: TrainingArguments, output: Path, step: int) -> None:
+def start_trackers(accelerator: "Accelerator", arguments: TrainingArguments, output: Path, step: int) -> None:
     """
     Start or continue the run in the trackers of the accelerator. Its name is that of the output folder; a continued
     run goes on under the same name from `step`.
