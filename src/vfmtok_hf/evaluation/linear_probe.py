@@ -203,7 +203,7 @@ def train_linear_probe(
     num_classes = int(train_labels.max()) + 1
     rate = _choose_learning_rate(train, train_labels, num_classes, settings)
     classifier = _fit(train, train_labels, num_classes, rate, settings)
-    right = (classifier(test).argmax(-1) == test_labels).double()
+    right = (classifier(test).argmax(-1) == test_labels).float()
     by_class = [right[test_labels == label].mean() for label in test_labels.unique()]
     return ProbeResult(right.mean().item(), torch.stack(by_class).mean().item(), train.shape[-1], rate)
 

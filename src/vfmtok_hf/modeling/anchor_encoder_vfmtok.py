@@ -5,6 +5,8 @@ The deformable attention is that of Deformable DETR (arXiv 2010.04159); the laye
 https://github.com/CVMI-Lab/VFMTok (Apache-2.0).
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -13,6 +15,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention_vfmtok import causal_mask, eager_attention_forward
 from .configuration_vfmtok import VFMTokConfig
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Turns autocast off where it is on. Some devices have none, and exported graphs should not mention it."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 class MultiScaleDeformableAttention(nn.Module):
@@ -98,7 +107,7 @@ class VFMTokDeformableAttention(nn.Module):
         spatial_shapes_list: list[tuple[int, int]],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         batch_size, num_queries, _ = hidden_states.shape
-        spatial_shapes = torch.tensor(spatial_shapes_list, device=hidden_states.device)
+        spatial_shapes = torch.tensor(spatial_shapes_list).to(hidden_states.device)
         level_sizes = spatial_shapes.prod(1)
         value = self.value_proj(features).view(batch_size, features.shape[1], self.num_heads, -1)
 
@@ -214,7 +223,7 @@ class VFMTokAnchorEncoderLayer(GradientCheckpointingLayer):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         # Under mixed precision the original keeps both attentions in the weights' own precision.
         dtype = self.cross_attn.value_proj.weight.dtype
-        with torch.autocast(hidden_states.device.type, enabled=False):
+        with without_autocast(hidden_states.device):
             attended, sampling_locations, attention_weights = self.cross_attn(
                 (hidden_states + position_embeddings).to(dtype),
                 reference_points.to(dtype),
@@ -222,7 +231,7 @@ class VFMTokAnchorEncoderLayer(GradientCheckpointingLayer):
                 spatial_shapes_list,
             )
         hidden_states = self.cross_attn_norm(hidden_states + attended)
-        with torch.autocast(hidden_states.device.type, enabled=False):
+        with without_autocast(hidden_states.device):
             # Queries, keys and values all see the position.
             attended = self.self_attn((hidden_states + position_embeddings).to(dtype))
         hidden_states = self.self_attn_norm(hidden_states + attended)

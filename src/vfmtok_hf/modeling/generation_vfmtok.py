@@ -9,11 +9,12 @@ the device, and its steps have a few fixed shapes, so that torch.compile and CUD
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import lru_cache, partial
 from types import FunctionType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
 from transformers.utils import ModelOutput
 
@@ -84,6 +85,16 @@ def filter_top_p(logits: torch.Tensor, top_p: float) -> torch.Tensor:
     return logits.masked_fill(removed, -torch.inf)
 
 
+@lru_cache
+def has_float64(device: torch.device) -> bool:
+    """Whether a device computes in float64. Apple's MPS and some Intel GPUs do not, and torch offers no other way to ask."""
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError):
+        return False
+    return True
+
+
 def uniform_numbers(
     num_steps: int,
     batch_size: int,
@@ -91,13 +102,16 @@ def uniform_numbers(
     device: torch.device,
 ) -> torch.Tensor:
     """
-    `(num_steps, batch_size)` float64 numbers in [0, 1), drawn where the generator lives, so that a CPU seed means the same
-    on any device. With a list each row draws from its own generator, hence the same numbers in any split of the batch.
+    `(num_steps, batch_size)` numbers in [0, 1], drawn where the generator lives, so that a CPU seed means the same on any
+    device. With a list each row draws from its own generator, hence the same numbers in any split of the batch. float64
+    where `device` has it, else float32.
     """
     if isinstance(generator, Sequence):
         return torch.cat([uniform_numbers(num_steps, 1, row_generator, device) for row_generator in generator], dim=1)
     source = device if generator is None else generator.device
-    return torch.rand(num_steps, batch_size, generator=generator, dtype=torch.float64, device=source).to(device)
+    drawn = torch.float64 if has_float64(source) else torch.float32
+    numbers = torch.rand(num_steps, batch_size, generator=generator, dtype=drawn, device=source)
+    return numbers.to(torch.float64 if has_float64(device) else torch.float32).to(device)
 
 
 def sample_tokens(logits: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
@@ -106,12 +120,16 @@ def sample_tokens(logits: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
 
     The first token at which the sum of the probabilities exceeds a uniform number of `numbers` `(batch_size,)`: one random
     number a row, where `torch.multinomial` draws one a token and takes longer than a layer of the model. It never waits
-    for the device. The sums are float64, so that the rarest token keeps its probability.
+    for the device. The sums have the precision of the numbers: in float64 the rarest token keeps its probability, in
+    float32 probabilities below 1e-7 are rounded.
     """
-    cumulative = logits.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
-    thresholds = numbers[:, None] * cumulative[:, -1:]
+    cumulative = logits.softmax(dim=-1).cumsum(dim=-1, dtype=numbers.dtype)
+    total = cumulative[:, -1:].contiguous()
+    drawn = torch.searchsorted(cumulative, numbers[:, None] * total, right=True)
+    # A threshold may be rounded up to the total, which lies past the last token that has a probability.
+    last = torch.searchsorted(cumulative, total)
     # Where NaN compares with nothing the result lies past the end; the decode loop reports it after its last step.
-    return torch.searchsorted(cumulative, thresholds, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    return torch.minimum(drawn, last)[:, 0].clamp(max=logits.shape[-1] - 1)
 
 
 @dataclass(frozen=True)
@@ -403,10 +421,11 @@ class VFMTokGenerationMixin(GenerationMixin):
         first_step = 0 if known_tokens is None else known_tokens.shape[1]
         guidance = settings.guidance_scales(num_tokens)
         guided_steps = max((step + 1 for step, scale in enumerate(guidance) if scale != 1), default=0)
-        scales = torch.tensor(guidance, device=device)
-        numbers = torch.zeros(num_tokens, batch_size, dtype=torch.float64, device=device)
+        scales = torch.tensor(guidance).to(device)
+        numbers = torch.zeros(num_tokens, batch_size, device=device)
         if settings.do_sample:
-            numbers[first_step:] = uniform_numbers(num_tokens - first_step, batch_size, generator, device)
+            drawn_numbers = uniform_numbers(num_tokens - first_step, batch_size, generator, device)
+            numbers = F.pad(drawn_numbers, (0, 0, first_step, 0))
 
         # One row per image and, while guidance lasts, a second one for its unconditional twin.
         labels, passes = class_labels, 1
@@ -418,7 +437,7 @@ class VFMTokGenerationMixin(GenerationMixin):
             tokens[:, :first_step] = known_tokens
         largest_logits = torch.zeros(batch_size, num_tokens, device=device)
         cache, run = self._cache_and_runner(len(labels))
-        position = torch.tensor(self.num_condition_tokens - 1 + first_step, device=device)  # the last one read
+        position = torch.tensor(self.num_condition_tokens - 1 + first_step).to(device)  # the last one read
 
         for step in range(first_step, num_tokens):
             if step == guided_steps:

@@ -26,7 +26,7 @@ from transformers.utils.generic import can_return_tuple
 from .anchor_encoder_vfmtok import (
     MultiScaleDeformableAttention as MultiScaleDeformableAttention,  # compiled layers look for it here
 )
-from .anchor_encoder_vfmtok import VFMTokAnchorEncoder, VFMTokAttention, VFMTokDeformableAttention
+from .anchor_encoder_vfmtok import VFMTokAnchorEncoder, VFMTokAttention, VFMTokDeformableAttention, without_autocast
 from .configuration_vfmtok import VFMTokConfig
 from .loading_vfmtok import CheckedModelMixin
 from .pixel_decoder_vfmtok import VFMTokPixelDecoder
@@ -235,7 +235,7 @@ class VFMTokVectorQuantizer(nn.Module):
 
     def similarities(self, latents: torch.Tensor) -> torch.Tensor:
         """`(..., codebook_dim)` -> `(..., codebook_size)` cosines: between unit vectors the nearest is the most similar."""
-        with torch.autocast(latents.device.type, enabled=False):
+        with without_autocast(latents.device):
             return F.normalize(latents.float(), dim=-1) @ self.codebook().T
 
     def nearest(self, latents: torch.Tensor) -> torch.Tensor:
@@ -248,7 +248,7 @@ class VFMTokVectorQuantizer(nn.Module):
 
     def forward(self, latents: torch.Tensor, return_loss: bool = True) -> VFMTokQuantizerOutput:
         """`(batch_size, num_anchors, codebook_dim)` latents, not normalised, to codes and loss terms."""
-        with torch.autocast(latents.device.type, enabled=False):
+        with without_autocast(latents.device):
             latents = F.normalize(latents.float(), dim=-1)
             codebook = self.codebook()
             with torch.no_grad():
@@ -643,7 +643,7 @@ class VFMTokModel(VFMTokPreTrainedModel):
             )
         images = resize_for_vision_model(pixel_values.float(), self.config.vision_image_size).clamp(-1, 1)
         mean, std = (
-            images.new_tensor(constants).view(3, 1, 1)
+            torch.tensor(constants).view(3, 1, 1).to(images.device)
             for constants in (self.config.vision_image_mean, self.config.vision_image_std)
         )
         dtype = next(self.vision_model.parameters()).dtype

@@ -364,7 +364,7 @@ class VFMTokPipeline(DiffusionPipeline):
                     return False
                 return None if returned is None else returned.get("image_tokens")
 
-            labels = torch.tensor(class_ids, device=self._execution_device)
+            labels = torch.tensor(class_ids).to(self._execution_device)
             return transformer.generate(labels, callback=callback, **generate_kwargs)
 
     def _output(
