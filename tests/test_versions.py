@@ -1,5 +1,6 @@
 """What pyproject.toml asks of other libraries."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,8 @@ from packaging.requirements import Requirement
 
 
 tomllib = pytest.importorskip("tomllib", reason="of Python 3.11")
-PROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 # Versions that machines with GPUs have: the package has to go in between without moving them.
 INSTALLED = {
@@ -36,3 +38,13 @@ def test_every_library_has_one_floor():
     for requirement in requirements:
         assert {specifier.operator for specifier in requirement.specifier} <= {">=", "=="}, requirement
         assert floors.setdefault(requirement.name, requirement.specifier) == requirement.specifier, requirement
+
+
+def test_documented_floors_are_those_of_the_project():
+    lines = [*PROJECT["dependencies"], *(line for extra in EXTRAS.values() for line in extra)]
+    floors = {requirement.name: str(requirement.specifier) for requirement in map(Requirement, lines)}
+    page = (ROOT / "docs" / "installation.md").read_text()
+    documented = dict(re.findall(r"^\| ([\w-]+) \| ([\d.]+) \|", page, flags=re.MULTILINE))
+    assert PROJECT["requires-python"] == f">={documented.pop('Python')}"
+    assert {*documented} >= {*INSTALLED}
+    assert documented == {name: floors[name].removeprefix(">=") for name in documented}
