@@ -139,6 +139,7 @@ class VFMTokConfig(CheckedConfigMixin, PreTrainedConfig):
         super().__init__(vision_config=vision_config, **kwargs)
 
     def complete(self):
+        """Derive the fields that are left out, and make lists of tuples, as JSON does."""
         self.vision_feature_layers = list(self.vision_feature_layers)
         self.pixel_decoder_channel_multipliers = list(self.pixel_decoder_channel_multipliers)
         mean, std = self._vision_model_mean_std()

@@ -71,7 +71,8 @@ class VFMTokARConfig(CheckedConfigMixin, PreTrainedConfig):
         super().__init__(**kwargs)
 
     def complete(self):
-        if self.id2label is not None:  # JSON has made strings of its numbers
+        """Make numbers of the keys of `id2label`, of which JSON has made strings."""
+        if self.id2label is not None:
             self.id2label = {int(label): name for label, name in self.id2label.items()}
 
     @classmethod

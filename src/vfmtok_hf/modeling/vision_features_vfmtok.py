@@ -48,7 +48,8 @@ def watch_blocks(vision_model: nn.Module, numbers: list[int]) -> None:
     Let [`run_watched`] see the outputs of blocks. Hooks stay: torch.compile can trace through one, but not set it.
 
     Args:
-        numbers: of the blocks, the first of which is 1; 0 stands for what goes into it.
+        vision_model (`torch.nn.Module`): a transformer of transformers' or like one, with one list of blocks.
+        numbers (`list[int]`): of the blocks, the first of which is 1; 0 stands for what goes into it.
     """
     blocks = vision_blocks(vision_model)
     for number in set(numbers):
@@ -56,7 +57,13 @@ def watch_blocks(vision_model: nn.Module, numbers: list[int]) -> None:
 
 
 def run_watched(vision_model: nn.Module, images: torch.Tensor, **kwargs) -> tuple[Any, dict[int, torch.Tensor]]:
-    """The model's output, and those of the blocks that are watched: `(batch_size, tokens, hidden_size)` by number."""
+    """
+    The model's output, and those of the blocks that are watched: `(batch_size, tokens, hidden_size)` by number.
+
+    Args:
+        vision_model (`torch.nn.Module`): after [`watch_blocks`].
+        images (`torch.Tensor` of shape `(batch_size, 3, height, width)`): normalized as the vision model wants them.
+    """
     _reading.outputs = outputs = {}
     try:
         return vision_model(images, **kwargs), outputs
@@ -75,7 +82,7 @@ def _prepare(vision_model: nn.Module, config: VFMTokConfig) -> nn.Module:
 
 
 def build_vision_model(config: VFMTokConfig) -> nn.Module:
-    """The vision model of a tokenizer with random weights."""
+    """The vision model that a tokenizer's `config` describes, with random weights."""
     return _prepare(AutoModel.from_config(config.vision_config), config)
 
 
@@ -86,6 +93,9 @@ def fetch_vision_model(
     The vision model of a tokenizer with the weights of a folder or repository.
 
     Args:
+        name_or_path (`str`): folder or repository.
+        config ([`VFMTokConfig`]): of the tokenizer.
+        dtype (`torch.dtype`): of the weights.
         kwargs: passed on to `AutoModel.from_pretrained`.
 
     Returns:
@@ -123,7 +133,7 @@ def fetch_vision_model(
 
 
 def vision_feature_channels(vision_model: nn.Module, config: VFMTokConfig) -> list[int]:
-    """Channels of each feature level."""
+    """Channels of each feature level that a tokenizer's `config` takes of its `vision_model`."""
     if config.vision_config.model_type == "timm_wrapper":
         return [vision_model.timm_model.feature_info[level]["num_chs"] for level in config.vision_feature_layers]
     if config.vision_config.model_type == "timm_backbone":
@@ -132,7 +142,10 @@ def vision_feature_channels(vision_model: nn.Module, config: VFMTokConfig) -> li
 
 
 def vision_feature_stride(vision_model: nn.Module, config: VFMTokConfig) -> int:
-    """Pixels of the vision model's input, along one side, for each position of the last feature level."""
+    """
+    Pixels of the input of a tokenizer's `vision_model`, along one side, for each position of the last feature level that
+    its `config` takes.
+    """
     if config.vision_config.model_type == "timm_wrapper":
         return vision_model.timm_model.feature_info[config.vision_feature_layers[-1]]["reduction"]
     if config.vision_config.model_type == "timm_backbone":
@@ -142,8 +155,12 @@ def vision_feature_stride(vision_model: nn.Module, config: VFMTokConfig) -> int:
 
 def vision_features(vision_model: nn.Module, config: VFMTokConfig, images: torch.Tensor) -> list[torch.Tensor]:
     """
+    The feature levels of images.
+
     Args:
-        images (`torch.Tensor` of shape `(batch_size, 3, height, width)`): normalised as the vision model wants them.
+        vision_model (`torch.nn.Module`): as of [`build_vision_model`] or [`fetch_vision_model`].
+        config ([`VFMTokConfig`]): of the tokenizer.
+        images (`torch.Tensor` of shape `(batch_size, 3, height, width)`): normalized as the vision model wants them.
 
     Returns:
         `list[torch.Tensor]`: one `(batch_size, channels, height, width)` per level.
