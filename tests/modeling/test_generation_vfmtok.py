@@ -11,7 +11,7 @@ from transformers import GenerationConfig, LogitsProcessorList, SuppressTokensLo
 from tests.modeling.generators import TINY_SIZES, Recorder, record_forward_rows, tiny_ar, tiny_batch, tiny_rar
 from tests.testing import reference_tensors
 from vfmtok_hf.cpu.packing import pack_weights
-from vfmtok_hf.modeling.cache_vfmtok import DecodeCache
+from vfmtok_hf.modeling.cache_vfmtok import DecodeCache, LayerCache
 from vfmtok_hf.modeling.generation_vfmtok import (
     SamplingSettings,
     apply_guidance,
@@ -246,6 +246,18 @@ def test_the_cache_is_float32_at_least_on_cpus(model, dtype, expected):
     torch.testing.assert_close(logits, whole, atol=0.1 if dtype == torch.bfloat16 else 1e-5, rtol=0)
 
 
+def test_keys_and_values_keep_their_dtypes():
+    """Under autocast a norm leaves keys in float32, values come from a product in half precision."""
+    cache = LayerCache(3)
+    keys, values = torch.randn(1, 2, 3, 4, dtype=torch.float64), torch.randn(1, 2, 3, 4)
+    cache.update(keys[:, :, :1], values[:, :, :1], None, None)
+    for position in (1, 2):
+        step, mask = slice(position, position + 1), torch.zeros(1, 1, 1, position + 1)
+        kept = cache.update(keys[:, :, step], values[:, :, step], torch.tensor(position), mask)
+    assert torch.equal(kept[0], keys)
+    assert torch.equal(kept[1], values)
+
+
 @pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 256, 257])
 def test_steps_look_at_a_few_lengths_that_hold_all_positions_so_far(length):
     cache, seen = DecodeCache(1, length), []
@@ -304,6 +316,12 @@ def test_tokens_that_the_callback_returns_take_the_place_of_those_drawn(model, g
     if guidance_scale == 1:
         expected = model(LABELS, tokens).logits
         torch.testing.assert_close(recorder.step_logits, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_tokens_that_the_callback_returns_stay_as_they_are(model):
+    own = torch.zeros(1, 9, dtype=torch.int64).expand(4, -1)
+    model.generate(LABELS, callback=lambda step, _: own if step == 3 else None, do_sample=False)
+    assert not own.any()
 
 
 def test_the_callback_sees_each_step_and_may_stop(model):

@@ -11,13 +11,14 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 class RowSumLinear(nn.Linear):
     """
-    An `nn.Linear` that torch.compile sees, for a single row, as a sum over products in float32: one pass over the weight
-    that reads it faster than the libraries' matrix products do (docs/performance.md).
+    An `nn.Linear` that torch.compile sees, for a single row on the CPU, as a sum over products in float32: one pass over
+    the weight that reads it faster than the libraries' matrix products do (docs/performance.md).
     """
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`hidden_states` `(..., in_features)` to `(..., out_features)`."""
-        if not torch.compiler.is_compiling() or hidden_states.shape[:-1].numel() != 1:
+        is_single_row = hidden_states.is_cpu and hidden_states.shape[:-1].numel() == 1
+        if not (is_single_row and torch.compiler.is_compiling()):
             return super().forward(hidden_states)
         product = (hidden_states[..., None, :].float() * self.weight.float()).sum(-1).to(hidden_states.dtype)
         return product if self.bias is None else product + self.bias
@@ -25,8 +26,11 @@ class RowSumLinear(nn.Linear):
 
 def use_row_sums(model: ModuleT) -> ModuleT:
     """
-    Have the linear layers of `model`, a generator, on the CPU compute as [`RowSumLinear`] in what `compile_decoding` translates, in
-    place. Weights and what is saved stay as they are.
+    Have the linear layers of a generator on the CPU compute as [`RowSumLinear`] in compiled decode steps, in place.
+    Weights and saved files stay as they are. Call it before `compile_decoding`.
+
+    Args:
+        model (`torch.nn.Module`): a generator with unpacked weights.
 
     Returns:
         `torch.nn.Module`: the argument.

@@ -74,7 +74,7 @@ class LayerCache(FixedTensors):
             return keys, values
         own_keys, own_values = self.keys[: keys.shape[0]], self.values[: keys.shape[0]]
         own_keys[:, :, position[None]] = keys.to(own_keys.dtype)
-        own_values[:, :, position[None]] = values.to(own_keys.dtype)
+        own_values[:, :, position[None]] = values.to(own_values.dtype)
         length = attention_mask.shape[-1]
         return own_keys[:, :, :length], own_values[:, :, :length]
 

@@ -249,8 +249,8 @@ def draw_tokens(
 def decode_step(
     model: "VFMTokGenerationMixin", tokens: torch.Tensor, position: torch.Tensor, cache: DecodeCache
 ) -> torch.Tensor:
-    """A decode step of any model."""
-    return model.decode_step(tokens, position, cache)
+    """A decode step of any model, its logits where `position` is: a device map may have put the head elsewhere."""
+    return model.decode_step(tokens, position, cache).to(position.device)
 
 
 def decode_and_draw(
@@ -264,7 +264,7 @@ def decode_and_draw(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A decode step and its draw: all of a step that need not run in Python."""
     step = position - (model.num_condition_tokens - 1)
-    return draw_tokens(model.decode_step(tokens, position, cache), step, scales, numbers, settings)
+    return draw_tokens(decode_step(model, tokens, position, cache), step, scales, numbers, settings)
 
 
 def to_raster(sequence: torch.Tensor, orders: torch.Tensor | None) -> torch.Tensor:
@@ -467,8 +467,7 @@ class VFMTokGenerationMixin(GenerationMixin):
                 break
             if isinstance(answer, torch.Tensor):
                 self._check_image_tokens(answer, class_labels)
-                changed = answer if orders is None else answer.take_along_dim(orders, dim=1)
-                tokens = changed.to(tokens.device)
+                tokens.copy_(answer if orders is None else answer.take_along_dim(orders, dim=1))
 
         # NaN survives every operation above, so that one look at the end, the loop's only wait, finds it.
         if not largest_logits.isfinite().all():

@@ -78,12 +78,17 @@ def modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tens
     return hidden_states * (1 + scale) + shift
 
 
+def modulation_at(index: torch.Tensor, modulations: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Entry `index` `(1,)` of `(positions, rows, size)` modulations, on whichever device they are: `(num_rows, 1, size)`."""
+    return modulations.index_select(0, index.to(modulations.device))[0, :num_rows, None]
+
+
 class VFMTokRARModulation(nn.Linear):
     """Shifts, scales and gates from the condition. Zero in a fresh model, which makes every layer the identity."""
 
 
 class VFMTokRARAttention(nn.Module):
-    """Causal self-attention whose queries and keys are layer-normalised per head."""
+    """Causal self-attention whose queries and keys are layer-normalized per head."""
 
     is_causal = True
 
@@ -317,9 +322,9 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
         hidden_states = hidden_states + cache.position_embeds[:num_rows].index_select(1, position[None])
         attention_mask = cache.mask(position)
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-            modulation = layer_cache.modulations.index_select(0, index)[0, :num_rows, None]
+            modulation = modulation_at(index, layer_cache.modulations, num_rows)
             hidden_states = layer(hidden_states, None, modulation, attention_mask, layer_cache, position)
-        modulation = cache.norm_modulations.index_select(0, index)[0, :num_rows, None]
+        modulation = modulation_at(index, cache.norm_modulations, num_rows)
         return self.lm_head(self.norm_out(hidden_states, modulation))[:, 0].float()
 
     def norm_out(self, hidden_states: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
