@@ -74,7 +74,12 @@ def run_watched(vision_model: nn.Module, images: torch.Tensor, **kwargs) -> tupl
 def _prepare(vision_model: nn.Module, config: VFMTokConfig) -> nn.Module:
     if config.vision_config.model_type == "timm_wrapper":
         # timm models run and store all of their stages; those behind the last feature level go.
-        vision_model.timm_model.prune_intermediate_layers(config.vision_feature_layers)
+        timm_model = vision_model.timm_model
+        timm_model.prune_intermediate_layers(config.vision_feature_layers)
+        # What follows the last stage of EfficientNets and MobileNets stays before timm 1.0.28.
+        if hasattr(timm_model, "conv_head"):
+            for name in timm_model._modules.keys() & {"conv_head", "bn2", "norm_head"}:
+                setattr(timm_model, name, nn.Identity())
     elif config.vision_config.model_type != "timm_backbone":
         watch_blocks(vision_model, config.vision_feature_layers)
     # CLIP's and SigLIP's have an inner model that holds all in transformers before 5.6.

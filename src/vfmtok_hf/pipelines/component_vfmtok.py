@@ -6,10 +6,11 @@ takes the classes from the registries of transformers, where the pipeline's code
 component, has entered them.
 """
 
-from transformers import CONFIG_MAPPING, IMAGE_PROCESSOR_MAPPING, MODEL_MAPPING
+from transformers import CONFIG_MAPPING, MODEL_MAPPING
+from transformers.models.auto.image_processing_auto import get_image_processor_class_from_name
 
 
 VFMTokModel = MODEL_MAPPING[CONFIG_MAPPING["vfmtok"]]
 VFMTokARForImageGeneration = MODEL_MAPPING[CONFIG_MAPPING["vfmtok_ar"]]
 VFMTokRARForImageGeneration = MODEL_MAPPING[CONFIG_MAPPING["vfmtok_rar"]]
-VFMTokImageProcessor = IMAGE_PROCESSOR_MAPPING[CONFIG_MAPPING["vfmtok"]]["pil"]
+VFMTokImageProcessor = get_image_processor_class_from_name("VFMTokImageProcessor")

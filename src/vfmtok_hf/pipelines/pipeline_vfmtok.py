@@ -5,14 +5,16 @@ import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, Union
 
+import diffusers
 import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from huggingface_hub import snapshot_download
+from packaging.version import Version
 from transformers import GenerationConfig
 from transformers.image_utils import ImageInput
 
@@ -41,6 +43,9 @@ NAMES_HERE = {
     "num_images_per_prompt": "num_images_per_label",
     "seed": "generator=torch.Generator().manual_seed(seed)",
 }
+
+# What diffusers calls the precision of a pipeline.
+DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
 
 # Weights without and with a variant in their file name.
 DEFAULT_WEIGHTS = ("*/model.safetensors", "*/model-*.safetensors", "*/model.safetensors.index.json")
@@ -122,12 +127,13 @@ class VFMTokPipeline(DiffusionPipeline):
     _optional_components = ["transformer"]
     _callback_tensor_inputs = ["image_tokens"]
 
+    # diffusers 0.36 reads these annotations, and no unions by an operator.
     def __init__(
         self,
         vq_model: VFMTokModel,
-        transformer: VFMTokARForImageGeneration | VFMTokRARForImageGeneration | None,
+        transformer: Union[VFMTokARForImageGeneration, VFMTokRARForImageGeneration, None],  # noqa: UP007
         image_processor: VFMTokImageProcessor,
-        id2label: dict[int, str] | dict[str, str] | None = None,
+        id2label: Union[dict[int, str], dict[str, str], None] = None,  # noqa: UP007
     ):
         super().__init__()
         self.register_modules(vq_model=vq_model, transformer=transformer, image_processor=image_processor)
@@ -149,7 +155,7 @@ class VFMTokPipeline(DiffusionPipeline):
             ValueError: a file is damaged, or another pipeline's.
         """
         if "torch_dtype" not in kwargs:  # the older name, which diffusers accepts too
-            kwargs.setdefault("dtype", torch.float32)
+            kwargs[DTYPE] = kwargs.pop("dtype", torch.float32)
         with one_line_errors(str(pretrained_model_name_or_path)):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
@@ -287,7 +293,7 @@ class VFMTokPipeline(DiffusionPipeline):
         **generate_kwargs,
     ) -> ImagePipelineOutput | tuple:
         """
-        Draw images.
+        Generate images.
 
         Args:
             class_labels (`int`, `str` or a list of them):
