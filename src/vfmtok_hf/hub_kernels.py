@@ -12,7 +12,8 @@ Compiled deformable attention, bound from outside: modeling files know nothing o
 It never raises because a source is missing or broken: each failure is logged once, with its reason. Nothing is compiled,
 and nothing is downloaded unless `download=True`.
 
-`VFMTokPipeline`, and tokenizer training on CPUs, call `use_found_kernels`, which does the same unless the user called one of the other two before.
+`VFMTokPipeline`, and tokenizer training on CPUs, call `use_found_kernels`, which does the same unless the user called
+`enable_kernels` or `disable_kernels` before.
 """
 
 import functools

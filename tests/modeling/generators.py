@@ -23,17 +23,17 @@ TINY_SIZES = {
 
 def tiny_ar(**overrides) -> VFMTokARForImageGeneration:
     """A next-token generator of 3 x 3 image tokens, in evaluation mode. No weight is trivial, its head included."""
-    return _randomised(VFMTokARForImageGeneration(VFMTokARConfig(**{**TINY_SIZES, **overrides})))
+    return _randomized(VFMTokARForImageGeneration(VFMTokARConfig(**{**TINY_SIZES, **overrides})))
 
 
 def tiny_rar(**overrides) -> VFMTokRARForImageGeneration:
     """The same in randomized order."""
     sizes = {**TINY_SIZES, "num_position_embeddings": 11, "num_timestep_embeddings": 11, **overrides}
-    return _randomised(VFMTokRARForImageGeneration(VFMTokRARConfig(**sizes)))
+    return _randomized(VFMTokRARForImageGeneration(VFMTokRARConfig(**sizes)))
 
 
 @torch.no_grad()
-def _randomised(model):
+def _randomized(model):
     for parameter in model.parameters():
         parameter.normal_(std=0.2)
     return model.eval()

@@ -48,7 +48,7 @@ def guided_diffusion_crop(array, side):
 
 
 def levels(processor, image, **kwargs):
-    """The 8-bit crop `(height, width, channels)` that the processor would normalise."""
+    """The 8-bit crop `(height, width, channels)` that the processor would normalize."""
     output = processor(image, do_rescale=False, do_normalize=False, **kwargs)
     return output["pixel_values"][0].transpose(1, 2, 0)
 

@@ -187,7 +187,7 @@ def test_straight_through_gradient_is_the_identity():
     unit = F.normalize(latents, dim=-1).requires_grad_()
     gradient = torch.randn(2, 9, 4)
     model.quantizer(unit).quantized_latents.backward(gradient)
-    # Through the normalisation of an already unit vector the radial part vanishes, the rest passes unchanged.
+    # Through the normalization of an already unit vector the radial part vanishes, the rest passes unchanged.
     tangential = gradient - (gradient * unit).sum(-1, keepdim=True) * unit
     torch.testing.assert_close(unit.grad, tangential, atol=1e-5, rtol=1e-5)
 
@@ -453,7 +453,7 @@ def test_decode_takes_exactly_one_input():
 # -- deformable sampling
 
 
-def test_sampling_a_pixel_centre_reads_that_pixel():
+def test_sampling_a_pixel_center_reads_that_pixel():
     height, width = 3, 4
     value = torch.randn(1, height * width, 1, 2)
     for row, column in ((0, 0), (2, 3), (1, 2)):

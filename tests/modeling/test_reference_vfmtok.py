@@ -210,7 +210,7 @@ def test_reconstruction_against_float64(model, trace, tensors):
 
 
 def test_float64_run(folders, tensors):
-    """The whole network in float64; only the input's normalisation stays float32, as in the reference."""
+    """The whole network in float64; only the input's normalization stays float32, as in the reference."""
     model = VFMTokModel.from_pretrained(folders["ema"], dtype=torch.float64).eval()
     seen = trace_model(model.double(), reference_images(*BATCHES["b336"]))
     # From the latents back the two runs differ in where float32 constants enter: 1e-5, says the README.

@@ -1,4 +1,4 @@
-"""Every supported family of vision models, as a tiny randomly initialised model of its real class."""
+"""Every supported family of vision models, as a tiny randomly initialized model of its real class."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ TIMM_CONV = TimmWrapperConfig(
 )
 
 
-def randomised_norms(model: VFMTokModel) -> VFMTokModel:
+def randomized_norms(model: VFMTokModel) -> VFMTokModel:
     """Fresh norms are all alike, so that taking the wrong one would go unnoticed."""
     with torch.no_grad():
         for module in model.vision_model.modules():
@@ -75,13 +75,13 @@ def assert_whole_model_works(model: VFMTokModel, tmp_path):
 @torch.no_grad()
 def test_transformers_levels(family):
     config, final_norm, num_prefix_tokens, (mean, std) = TRANSFORMERS[family]
-    model = randomised_norms(tiny_model(vision_config=config))
+    model = randomized_norms(tiny_model(vision_config=config))
     assert (model.config.vision_image_mean, model.config.vision_image_std) == (list(mean), list(std))
 
     images = tiny_images()
     features = model.extract_vision_features(images)
-    normalised = ((images + 1) / 2 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-    states = model.vision_model(normalised, output_hidden_states=True).hidden_states
+    normalized = ((images + 1) / 2 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    states = model.vision_model(normalized, output_hidden_states=True).hidden_states
     assert len(states) == 4
     assert states[1].shape[1] == num_prefix_tokens + 16
     expected = [states[1], states[2], model.vision_model.get_submodule(final_norm)(states[3])]
@@ -121,9 +121,9 @@ def test_wrong_feature_grids_are_refused(vision_config):
 
 
 @torch.no_grad()
-def test_a_last_level_before_the_last_block_is_not_normalised():
+def test_a_last_level_before_the_last_block_is_not_normalized():
     config, *_ = TRANSFORMERS["dinov2"]
-    model = randomised_norms(tiny_model(vision_config=config, vision_feature_layers=[1, 2]))
+    model = randomized_norms(tiny_model(vision_config=config, vision_feature_layers=[1, 2]))
     images = tiny_images()
     mean, std = (torch.tensor(constants).view(3, 1, 1) for constants in IMAGENET_MEAN_STD)
     states = model.vision_model(((images + 1) / 2 - mean) / std, output_hidden_states=True).hidden_states
@@ -133,7 +133,7 @@ def test_a_last_level_before_the_last_block_is_not_normalised():
 
 @torch.no_grad()
 def test_timm_vit_levels(tmp_path):
-    model = randomised_norms(tiny_model(vision_config=TIMM_VIT, vision_feature_layers=[0, 1, 2]))
+    model = randomized_norms(tiny_model(vision_config=TIMM_VIT, vision_feature_layers=[0, 1, 2]))
     images = tiny_images()
     features = model.extract_vision_features(images)
     mean, std = (torch.tensor(constants).view(3, 1, 1) for constants in IMAGENET_MEAN_STD)

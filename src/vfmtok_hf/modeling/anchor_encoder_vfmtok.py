@@ -138,7 +138,6 @@ class VFMTokAttention(nn.Module):
     """Causal multi-head self-attention with biases."""
 
     is_causal = True
-    num_key_value_groups = 1
 
     def __init__(self, config: VFMTokConfig, num_heads: int, dropout: float = 0.0):
         super().__init__()
@@ -274,10 +273,10 @@ class VFMTokAnchorEncoder(nn.Module):
         self.layers = nn.ModuleList(VFMTokAnchorEncoderLayer(config) for _ in range(config.encoder_num_layers))
 
     def reference_points(self, device: torch.device) -> torch.Tensor:
-        """Centres of the anchor grid's cells in row-major order, `(num_anchors, 2)` as (x, y) in [0, 1]^2, on `device`."""
+        """Centers of the anchor grid's cells in row-major order, `(num_anchors, 2)` as (x, y) in [0, 1]^2, on `device`."""
         side = self.config.anchor_grid_size
-        centres = (torch.arange(side, device=device, dtype=torch.float32) + 0.5) / side
-        return torch.cartesian_prod(centres, centres).flip(-1)
+        centers = (torch.arange(side, device=device, dtype=torch.float32) + 0.5) / side
+        return torch.cartesian_prod(centers, centers).flip(-1)
 
     def forward(
         self, vision_features: list[torch.Tensor]

@@ -61,7 +61,7 @@ class VFMTokConfig(CheckedConfigMixin, PreTrainedConfig):
         vision_model_name_or_path, vision_model_revision (`str`, *optional*):
             Where a light checkpoint's vision model comes from.
         image_size (`int`, defaults to 336):
-            Side, in pixels, of the images that the decoder draws.
+            Side, in pixels, of the images that the decoder generates.
         num_anchors (`int`, defaults to 256):
             Image tokens per image. A square number: the anchors' reference points form a square grid.
         hidden_size (`int`, defaults to 512):

@@ -24,7 +24,7 @@ class VFMTokARConfig(CheckedConfigMixin, PreTrainedConfig):
 
     Args:
         codebook_size (`int`, defaults to 16384):
-            Rows of the image tokenizer's codebook: the tokens that can be drawn.
+            Rows of the image tokenizer's codebook, which are the tokens to choose from.
         num_classes (`int`, defaults to 1000):
             Class labels, 0 to `num_classes - 1`. Label `num_classes` is the null class: no condition.
         num_image_tokens (`int`, defaults to 256):

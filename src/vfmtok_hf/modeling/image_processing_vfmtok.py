@@ -15,7 +15,7 @@ from .image_reading_vfmtok import each_image, read_image
 from .loading_vfmtok import one_line_errors
 
 
-# A centre crop of anything longer keeps less than one percent of the picture.
+# A center crop of anything longer keeps less than one percent of the picture.
 MAX_ASPECT_RATIO = 100
 
 
@@ -39,7 +39,7 @@ class VFMTokImageProcessor(BaseImageProcessor):
 
     Preprocessing is the original's, bit for bit (`center_crop_arr` of guided-diffusion): halve with a box filter while
     the shorter side is at least twice the target, resize the shorter side to the target with bicubic interpolation,
-    crop the centre, scale to [-1, 1]. Images are of any kind that [`read_image`] takes, alone, in a list, a generator or a
+    crop the center, scale to [-1, 1]. Images are of any kind that [`read_image`] takes, alone, in a list, a generator or a
     column of a data set, or as a batch: all are read as upright 8-bit RGB over white. Only one of them is decoded at a
     time, so that a batch of large photographs takes little memory.
 
@@ -51,8 +51,8 @@ class VFMTokImageProcessor(BaseImageProcessor):
         resample (`int`, defaults to `PILImageResampling.BICUBIC`), rescale_factor (`float`, defaults to 1 / 255):
             Filter of the last resize, and the factor from 8-bit levels to [0, 1].
         image_mean, image_std (`list[float]`, default to 0.5):
-            From [0, 1] to [-1, 1], the range in which the model draws. The vision model's own normalisation happens
-            inside [`VFMTokModel`].
+            From [0, 1] to [-1, 1], the range of the images that the model generates. The vision model's own normalization
+            happens inside [`VFMTokModel`].
 
     Raises (on call):
         ValueError, TypeError, OSError: what [`read_image`] refuses, and an image more than 100 times longer than wide.
@@ -169,7 +169,7 @@ class VFMTokImageProcessor(BaseImageProcessor):
         if max(picture.size) > MAX_ASPECT_RATIO * min(picture.size):
             raise ValueError(
                 f"The image is {picture.width} x {picture.height} pixels: more than {MAX_ASPECT_RATIO} times longer than "
-                "wide, so that a centre crop would keep almost nothing of it. Crop it first."
+                "wide, so that a center crop would keep almost nothing of it. Crop it first."
             )
         while min(picture.size) >= 2 * side:
             picture = picture.resize((picture.width // 2, picture.height // 2), PILImageResampling.BOX)

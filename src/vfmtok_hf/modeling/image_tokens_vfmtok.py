@@ -15,8 +15,9 @@ class VFMTokImageTokensPipeline(Pipeline):
     >>> tokenize(["a.png", "b.png"], batch_size=2)  # one such list each
     ```
 
-    Images are of any kind that [`read_image`] takes, URLs among them. `return_tensors=True` gives `(1, num_anchors)` int64 tensors instead of
-    lists. A list of images, a generator of them or a `datasets` column is run in batches of `batch_size`.
+    Images are of any kind that [`read_image`] takes, URLs among them. `return_tensors=True` gives `(1, num_anchors)`
+    int64 tensors instead of lists. A list of images, a generator of them or a `datasets` column is run in batches of
+    `batch_size`.
     """
 
     _load_processor = False

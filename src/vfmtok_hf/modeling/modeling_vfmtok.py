@@ -46,9 +46,9 @@ class VFMTokEncoderOutput(ModelOutput):
         image_tokens (`torch.LongTensor` of shape `(batch_size, num_anchors)`):
             Index of the codebook row nearest to each latent, in [0, codebook_size).
         quantized_latents (`torch.FloatTensor` of shape `(batch_size, num_anchors, codebook_dim)`):
-            Those rows, l2-normalised.
+            Those rows, l2-normalized.
         latents (`torch.FloatTensor` of shape `(batch_size, num_anchors, codebook_dim)`):
-            The anchor encoder's output before normalisation and quantization.
+            The anchor encoder's output before normalization and quantization.
         sampling_locations (`tuple[torch.Tensor]`, one per encoder layer, with `output_sampling_locations=True`):
             Where each head looks, `(batch_size, num_anchors, heads, levels, points, 2)` as (x, y); the image is
             [0, 1]^2 and points outside it read zeros.
@@ -77,7 +77,7 @@ class VFMTokQuantizerOutput(ModelOutput):
     """
     Args:
         quantized_latents (`torch.FloatTensor` of shape `(batch_size, num_anchors, codebook_dim)`):
-            Chosen codebook rows, l2-normalised; with `return_loss=True` with a straight-through gradient to the latents.
+            Chosen codebook rows, l2-normalized; with `return_loss=True` with a straight-through gradient to the latents.
         image_tokens (`torch.LongTensor` of shape `(batch_size, num_anchors)`):
             Their indices.
         codebook_loss, commitment_loss, entropy_loss (`torch.FloatTensor` of shape `()`, with `return_loss=True`):
@@ -116,7 +116,7 @@ class VFMTokOutput(ModelOutput):
             Sum of the four terms below: the part of the training objective that the model computes itself. The training
             script adds the losses on pixels (absolute and squared error, perceptual, adversarial).
         quantized_latents (`torch.FloatTensor` of shape `(batch_size, num_anchors, codebook_dim)`):
-            The l2-normalised codebook rows of the image tokens, straight-through with `return_loss=True`. Without a
+            The l2-normalized codebook rows of the image tokens, straight-through with `return_loss=True`. Without a
             loss they come first, which is where transformers' `image-feature-extraction` looks for features.
         pooler_output (`torch.FloatTensor` of shape `(batch_size, hidden_size)`):
             One embedding per image, `image_embeds` under the name that the same task looks for with `pool=True`.
@@ -203,7 +203,7 @@ def entropy_loss(similarities: torch.Tensor, temperature: float = 0.01) -> torch
 
 class VFMTokCodebook(nn.Embedding):
     """
-    The codebook's rows, l2-normalised in float32. Training never renormalises the stored ones.
+    The codebook's rows, l2-normalized in float32. Training never renormalizes the stored ones.
 
     All that is read of the codebook passes `forward`, which is where accelerate's hooks fetch offloaded weights.
     """
@@ -216,8 +216,8 @@ class VFMTokCodebook(nn.Embedding):
 
 class VFMTokVectorQuantizer(nn.Module):
     """
-    Nearest l2-normalised codebook row (paper, section 3.2; original `VectorQuantizer`). Works in float32 whatever the
-    model's precision: neighbouring rows are closer than half precision resolves.
+    Nearest l2-normalized codebook row (paper, section 3.2; original `VectorQuantizer`). Works in float32 whatever the
+    model's precision: neighboring rows are closer than half precision resolves.
     """
 
     def __init__(self, config: VFMTokConfig):
@@ -226,11 +226,11 @@ class VFMTokVectorQuantizer(nn.Module):
         self.codebook = VFMTokCodebook(config.codebook_size, config.codebook_dim)
 
     def normalized_codebook(self) -> torch.Tensor:
-        """`(codebook_size, codebook_dim)` l2-normalised rows."""
+        """`(codebook_size, codebook_dim)` l2-normalized rows."""
         return self.codebook()
 
     def lookup(self, image_tokens: torch.Tensor) -> torch.Tensor:
-        """`(...)` indices -> `(..., codebook_dim)` l2-normalised rows."""
+        """`(...)` indices -> `(..., codebook_dim)` l2-normalized rows."""
         return self.codebook(image_tokens)
 
     def similarities(self, latents: torch.Tensor) -> torch.Tensor:
@@ -247,7 +247,7 @@ class VFMTokVectorQuantizer(nn.Module):
         return self.similarities(latents).topk(k).indices
 
     def forward(self, latents: torch.Tensor, return_loss: bool = True) -> VFMTokQuantizerOutput:
-        """`(batch_size, num_anchors, codebook_dim)` latents, not normalised, to codes and loss terms."""
+        """`(batch_size, num_anchors, codebook_dim)` latents, not normalized, to codes and loss terms."""
         with without_autocast(latents.device):
             latents = F.normalize(latents.float(), dim=-1)
             codebook = self.codebook()
@@ -399,7 +399,7 @@ class VFMTokViTDecoder(nn.Module):
 
 
 class VFMTokPreTrainedModel(CheckedModelMixin, PreTrainedModel):
-    """Weight initialisation, and what transformers has to know of the model to place, freeze and cast its parts."""
+    """Weight initialization, and what transformers has to know of the model to place, freeze and cast its parts."""
 
     config: VFMTokConfig
     config_class = VFMTokConfig
@@ -413,7 +413,7 @@ class VFMTokPreTrainedModel(CheckedModelMixin, PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        """As the original initialises, except that its clones of one layer are drawn independently here."""
+        """As the original initializes, except that its clones of one layer are drawn independently here."""
         width = self.config.hidden_size
         if isinstance(module, nn.Linear | nn.Conv2d):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
@@ -613,7 +613,7 @@ class VFMTokModel(VFMTokPreTrainedModel):
 
         Returns:
             `list[torch.Tensor]`: one `(batch_size, channels, height, width)` per level. A level that is the vision
-            model's last block is normalised by the model's final norm (original: `forward_features_levels`).
+            model's last block is normalized by the model's final norm (original: `forward_features_levels`).
 
         Raises:
             TypeError: images in place of `pixel_values`.
@@ -659,7 +659,7 @@ class VFMTokModel(VFMTokPreTrainedModel):
             vision_features (`list[torch.Tensor]`): as of `extract_vision_features`.
 
         Returns:
-            `torch.FloatTensor` of shape `(batch_size, num_anchors, codebook_dim)`: latents, not normalised.
+            `torch.FloatTensor` of shape `(batch_size, num_anchors, codebook_dim)`: latents, not normalized.
         """
         anchor_states, _, _ = self.anchor_encoder(vision_features)
         return self.quant_proj(anchor_states)

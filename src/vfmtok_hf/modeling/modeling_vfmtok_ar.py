@@ -51,7 +51,7 @@ def rotary_table(positions: torch.Tensor, grid_size: int, head_dim: int, theta: 
 
 
 def apply_rotary(states: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Rotate the neighbouring pairs (2j, 2j + 1) of `(batch_size, heads, length, head_dim)` states, in float32."""
+    """Rotate the neighboring pairs (2j, 2j + 1) of `(batch_size, heads, length, head_dim)` states, in float32."""
     cosines, sines = table
     first, second = states.float().unflatten(-1, (-1, 2)).unbind(-1)
     rotated = torch.stack([first * cosines - second * sines, second * cosines + first * sines], dim=-1)
