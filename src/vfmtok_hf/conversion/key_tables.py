@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
+from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from .errors import CheckpointError, listing
 
@@ -171,8 +173,17 @@ def _vit_decoder(num_layers: int) -> Iterator[Row]:
     yield from _layer("decode_transformer.proj", "vit_decoder.feature_head")
 
 
+def _dinov2_projections() -> list[str]:
+    """Names in an attention of its queries', keys', values' and output's layer, which transformers has renamed."""
+    with torch.device("meta"):
+        model = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(num_hidden_layers=1))
+    attention = model.encoder.layer[0].attention
+    return [name for name, module in attention.named_modules() if isinstance(module, nn.Linear)]
+
+
 def dinov2_table(num_layers: int, original_prefix: str = "", prefix: str = VISION_PREFIX) -> KeyTable:
     """Rows of a DINOv2 with registers and plain MLPs (S, B, L): facebookresearch's names and transformers'."""
+    projections = _dinov2_projections()
     rows: KeyTable = []
     for original, ours in (
         ("cls_token", "cls_token"),
@@ -185,8 +196,9 @@ def dinov2_table(num_layers: int, original_prefix: str = "", prefix: str = VISIO
     for index in range(num_layers):
         original, ours = f"{original_prefix}blocks.{index}", f"{prefix}encoder.layer.{index}"
         rows += _layer(f"{original}.norm1", f"{ours}.norm1")
-        rows += _layer(f"{original}.attn.qkv", *_query_key_value(f"{ours}.attention"))
-        rows += _layer(f"{original}.attn.proj", f"{ours}.attention.o_proj")
+        *query_key_value, output = (f"{ours}.attention.{name}" for name in projections)
+        rows += _layer(f"{original}.attn.qkv", *query_key_value)
+        rows += _layer(f"{original}.attn.proj", output)
         rows += _tensor(f"{original}.ls1.gamma", f"{ours}.layer_scale1.lambda1")
         rows += _layer(f"{original}.norm2", f"{ours}.norm2")
         rows += _layer(f"{original}.mlp.fc1", f"{ours}.mlp.fc1")
