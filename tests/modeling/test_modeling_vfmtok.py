@@ -284,7 +284,7 @@ def test_gradient_checkpointing_changes_nothing():
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
-            model.activation_checkpointing_enable()
+            model.gradient_checkpointing_enable()
         model.zero_grad()
         out = model(images, return_loss=True)
         (out.loss + out.reconstruction.square().mean()).backward()

@@ -484,7 +484,7 @@ def test_gradient_checkpointing_recomputes_layers_and_changes_no_gradient():
     model(*batch, orders=orders, return_loss=True).loss.backward()
     expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
-    model.activation_checkpointing_enable()
+    model.gradient_checkpointing_enable()
     model(*batch, orders=orders, return_loss=True).loss.backward()
     assert len(calls) == 1 + 2
     for name, parameter in model.named_parameters():

@@ -60,6 +60,19 @@ def randomized_norms(model: VFMTokModel) -> VFMTokModel:
     return model
 
 
+def token_states(vision_model: torch.nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
+    """What goes into the first block, and what comes out of each: not every version's output holds them."""
+    states = []
+    blocks = [module for module in vision_model.modules() if type(module).__name__.endswith("Layer")]
+    blocks[0].register_forward_pre_hook(lambda block, inputs: states.append(inputs[0]))
+    for block in blocks:
+        block.register_forward_hook(
+            lambda block, inputs, output: states.append(output[0] if isinstance(output, tuple) else output)
+        )
+    vision_model(images)
+    return states
+
+
 def assert_whole_model_works(model: VFMTokModel, tmp_path):
     images = tiny_images()
     out = model(images, return_loss=True)
@@ -81,7 +94,7 @@ def test_transformers_levels(family):
     images = tiny_images()
     features = model.extract_vision_features(images)
     normalized = ((images + 1) / 2 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-    states = model.vision_model(normalized, output_hidden_states=True).hidden_states
+    states = token_states(model.vision_model, normalized)
     assert len(states) == 4
     assert states[1].shape[1] == num_prefix_tokens + 16
     expected = [states[1], states[2], model.vision_model.get_submodule(final_norm)(states[3])]
@@ -126,8 +139,8 @@ def test_a_last_level_before_the_last_block_is_not_normalized():
     model = randomized_norms(tiny_model(vision_config=config, vision_feature_layers=[1, 2]))
     images = tiny_images()
     mean, std = (torch.tensor(constants).view(3, 1, 1) for constants in IMAGENET_MEAN_STD)
-    states = model.vision_model(((images + 1) / 2 - mean) / std, output_hidden_states=True).hidden_states
     last = model.extract_vision_features(images)[-1]
+    states = token_states(model.vision_model, ((images + 1) / 2 - mean) / std)
     torch.testing.assert_close(last.flatten(2).transpose(1, 2), states[2][:, 1:])
 
 
@@ -151,8 +164,10 @@ def test_timm_convolutional_levels_differ_in_size(tmp_path):
     assert (model.config.vision_image_mean, model.config.vision_image_std) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
     features = model.extract_vision_features(tiny_images())
     assert [tuple(level.shape) for level in features] == [(2, 24, 16, 16), (2, 40, 8, 8), (2, 112, 4, 4)]
-    # Stages behind the last level are neither run nor stored.
+    # What lies behind the last level is neither run nor stored.
     assert len(model.vision_model.timm_model.blocks) == 5
+    stored = {name.split(".")[0] for name in model.vision_model.timm_model.state_dict()}
+    assert stored == {"conv_stem", "bn1", "blocks"}
     locations = model.encode(tiny_images(), output_sampling_locations=True).sampling_locations[0]
     assert locations.shape[3] == 3
     assert_whole_model_works(model, tmp_path)

@@ -207,7 +207,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Model, losses, optimizers
     if arguments.gradient_checkpointing:
-        model.activation_checkpointing_enable()
+        model.gradient_checkpointing_enable()
     objective = build_objective(model, arguments).to(accelerator.device)
     if arguments.channels_last:
         objective.to(memory_format=torch.channels_last)
