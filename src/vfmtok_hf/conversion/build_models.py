@@ -149,7 +149,7 @@ def export_original_dinov2(model: VFMTokModel) -> dict[str, torch.Tensor]:
     """
     if model.vision_model is None:
         raise ValueError("This model has no vision weights: call its load_vision_model first.")
-    vision_config = model.vision_model.config
+    vision_config: Any = model.config.vision_config
     if vision_config.model_type != "dinov2_with_registers":
         raise ValueError(f"Only DINOv2 with registers has original names, not {vision_config.model_type!r}.")
     weights = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(VISION_PREFIX)}

@@ -40,6 +40,7 @@ class LayerCache(FixedTensors):
 
     keys: torch.Tensor
     values: torch.Tensor
+    modulations: torch.Tensor  # of a RAR
 
     def __init__(self, max_length: int):
         super().__init__()
@@ -92,6 +93,11 @@ class DecodeCache(FixedTensors):
     """
 
     condition_embeds: torch.Tensor
+    # Of a RAR.
+    position_embeds: torch.Tensor
+    conditions: torch.Tensor
+    first_modulated: torch.Tensor
+    norm_modulations: torch.Tensor
 
     def __init__(self, num_layers: int, max_length: int):
         super().__init__()
@@ -106,9 +112,12 @@ class DecodeCache(FixedTensors):
         self.visible_length = min(-(-length // bucket) * bucket, self.max_length)
 
     def mask(self, position: torch.Tensor) -> torch.Tensor:
-        """`(1, 1, 1, visible_length)` to add to attention scores: -inf behind `position` `()`."""
-        mask = torch.zeros(1, 1, 1, self.visible_length, dtype=self.layers[0].keys.dtype, device=position.device)
-        return mask.masked_fill(torch.arange(self.visible_length, device=position.device) > position, -torch.inf)
+        """`(1, 1, 1, visible_length)` to add to attention scores: the lowest number behind `position` `()`."""
+        dtype = self.layers[0].keys.dtype
+        mask = torch.zeros(1, 1, 1, self.visible_length, dtype=dtype, device=position.device)
+        hidden = torch.arange(self.visible_length, device=position.device) > position
+        # Not -inf: compiled softmax on CPUs subtracts the maximum of each lane, which may see hidden positions alone.
+        return mask.masked_fill(hidden, torch.finfo(dtype).min)
 
     def embeds_at(self, position: torch.Tensor, token_embeds: torch.Tensor) -> torch.Tensor:
         """`(rows, hidden_size)`: embeddings of the condition if `position` `()` is one of its, else `token_embeds`."""

@@ -455,7 +455,7 @@ class VFMTokGenerationMixin(GenerationMixin):
                 else:
                     prefix = tokens[:, :step].repeat(passes, 1)
                     logits = self(labels, prefix, cache=cache, **model_kwargs).logits[:, -1]  # type: ignore[operator]
-                process = logits_processor and partial(logits_processor, tokens[:, :step])
+                process = None if logits_processor is None else partial(logits_processor, tokens[:, :step])  # type: ignore[arg-type]
                 index = position - (self.num_condition_tokens - 1)
                 drawn, largest = draw_tokens(logits, index, scales, numbers, settings, process)
                 # An offloaded model computes where its first inputs were moved.

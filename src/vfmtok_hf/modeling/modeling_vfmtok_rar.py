@@ -278,7 +278,7 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
         cache.store("norm_modulations", self.norm_modulation(conditions))
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
             # A device map may have put a layer elsewhere; its keys are where it is.
-            layer_cache.store("modulations", layer.modulation(conditions.to(layer_cache.keys.device)))
+            layer_cache.store("modulations", layer.modulation(conditions.to(layer_cache.keys.device)))  # type: ignore[operator, arg-type]
 
     def decode_sequence(
         self,
@@ -322,7 +322,7 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
         hidden_states = hidden_states + cache.position_embeds[:num_rows].index_select(1, position[None])
         attention_mask = cache.mask(position)
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-            modulation = modulation_at(index, layer_cache.modulations, num_rows)
+            modulation = modulation_at(index, layer_cache.modulations, num_rows)  # type: ignore[arg-type]
             hidden_states = layer(hidden_states, None, modulation, attention_mask, layer_cache, position)
         modulation = modulation_at(index, cache.norm_modulations, num_rows)
         return self.lm_head(self.norm_out(hidden_states, modulation))[:, 0].float()
