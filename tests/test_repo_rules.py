@@ -56,6 +56,22 @@ def test_modeling_files_can_be_exported_to_the_hub(path):
             assert number in import_lines, f"{path.name}:{number} looks like a relative import"
 
 
+def siblings_of(path: Path) -> set[str]:
+    """Names of the files that a file of `modeling/` imports."""
+    return set(re.findall(r"^\s*from \.(\w+) import", path.read_text(), flags=re.MULTILINE))
+
+
+@pytest.mark.parametrize("kind", ["configuration", "image_processing", "modeling"])
+def test_files_that_the_hub_starts_from_name_all_that_they_need(kind):
+    """From a folder transformers 5.0 copies the siblings that such a file names, but not those that they name in turn."""
+    paths = sorted((PACKAGE / "modeling").glob(f"{kind}_*.py"))
+    assert paths
+    for path in paths:
+        named = siblings_of(path)
+        indirect = set().union(*(siblings_of(path.with_name(f"{name}.py")) for name in named))
+        assert indirect <= named, f"{path.name} must import {indirect - named} too, if for nothing else"
+
+
 @pytest.mark.parametrize("path", MODELING, ids=lambda path: path.name)
 def test_modeling_imports_are_light(path):
     allowed = {"torch", "torchvision", "transformers", "huggingface_hub", "safetensors", "numpy", "PIL"}

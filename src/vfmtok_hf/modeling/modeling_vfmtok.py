@@ -27,6 +27,7 @@ from .anchor_encoder_vfmtok import (
     MultiScaleDeformableAttention as MultiScaleDeformableAttention,  # compiled layers look for it here
 )
 from .anchor_encoder_vfmtok import VFMTokAnchorEncoder, VFMTokAttention, VFMTokDeformableAttention, without_autocast
+from .attention_vfmtok import eager_attention_forward  # noqa: F401 - for the Hub, as CONTRIBUTING.md says
 from .configuration_vfmtok import VFMTokConfig
 from .loading_vfmtok import CheckedModelMixin
 from .pixel_decoder_vfmtok import VFMTokPixelDecoder

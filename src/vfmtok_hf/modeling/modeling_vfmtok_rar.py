@@ -25,6 +25,7 @@ from transformers.utils.generic import can_return_tuple
 from .attention_vfmtok import causal_mask, eager_attention_forward
 from .cache_vfmtok import DecodeCache, LayerCache
 from .class_embeddings_vfmtok import ClassEmbeddingsMixin, drop_labels
+from .class_names_vfmtok import ClassNames  # noqa: F401 - for the Hub, as CONTRIBUTING.md says
 from .configuration_vfmtok_rar import VFMTokRARConfig
 from .generation_vfmtok import (
     SamplingSettings,
