@@ -26,7 +26,7 @@ check: install  ## its part that needs no minutes, to run while working
 
 # What a library's version could break.
 VERSION_TESTS := tests/modeling tests/pipelines tests/conversion tests/hub tests/cli tests/export tests/test_hub_kernels.py \
-	tests/test_registration.py tests/training/test_training_runs.py::test_tokenizer_run_writes_what_it_promises \
+	tests/test_registration.py tests/test_default_checkpoint.py tests/training/test_training_runs.py::test_tokenizer_run_writes_what_it_promises \
 	tests/training/test_training_runs.py::test_generator_run
 OLDEST := .venv-oldest
 

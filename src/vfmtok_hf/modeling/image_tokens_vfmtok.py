@@ -21,6 +21,7 @@ class VFMTokImageTokensPipeline(Pipeline):
     """
 
     _load_processor = False
+    modelcard = None  # transformers 5.0 reads it when it saves a pipeline, and never sets it
     _load_image_processor = True
     _load_feature_extractor = False
     _load_tokenizer = False

@@ -44,7 +44,7 @@ NAMES_HERE = {
     "seed": "generator=torch.Generator().manual_seed(seed)",
 }
 
-# What diffusers calls the precision of a pipeline.
+# What diffusers calls the precision of a pipeline. Can go once 0.40 is the lowest version.
 DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
 
 # Weights without and with a variant in their file name.
