@@ -178,7 +178,7 @@ def _dinov2_projections() -> list[str]:
     with torch.device("meta"):
         model = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(num_hidden_layers=1))
     attention = model.encoder.layer[0].attention
-    return [name for name, module in attention.named_modules() if isinstance(module, nn.Linear)]
+    return [name for name, module in attention.named_modules() if isinstance(module, nn.Linear)]  # type: ignore[union-attr]
 
 
 def dinov2_table(num_layers: int, original_prefix: str = "", prefix: str = VISION_PREFIX) -> KeyTable:

@@ -21,10 +21,10 @@ class VFMTokImageTokensPipeline(Pipeline):
     """
 
     _load_processor = False
-    modelcard = None  # transformers 5.0 reads it when it saves a pipeline, and never sets it
     _load_image_processor = True
     _load_feature_extractor = False
     _load_tokenizer = False
+    modelcard = None  # transformers 5.0 reads it when it saves a pipeline, and never sets it
 
     def _sanitize_parameters(self, timeout=None, return_tensors=None, **kwargs):
         if kwargs:
