@@ -124,6 +124,7 @@ def test_reference_greedy_tokens_and_step_logits(reference, converted, name, gui
     torch.testing.assert_close(recorder.step_logits, reference[f"gen.{name}.step_logits"], **GUIDED_LOGITS_BOUND)
 
 
+@pytest.mark.timeout(1500)  # inductor compiles for minutes on a busy machine
 def test_reference_greedy_tokens_of_compiled_steps(reference, converted, monkeypatch):
     """Of several rows with a logits processor, and of a single one with sums over products and the draw in the graph."""
     monkeypatch.setattr(cache_vfmtok, "NUM_BUCKETS", 2)

@@ -151,6 +151,7 @@ def test_reference_greedy_tokens_and_step_logits(reference, model, name, setting
     torch.testing.assert_close(step_logits, reference[f"gen.{name}.step_logits"], **GUIDED_LOGITS_BOUND)
 
 
+@pytest.mark.timeout(1500)  # inductor compiles for minutes on a busy machine
 def test_reference_greedy_tokens_of_compiled_steps(reference, model, monkeypatch):
     """Of several rows with a logits processor, and of a single one with sums over products and the draw in the graph."""
     monkeypatch.setattr(cache_vfmtok, "NUM_BUCKETS", 2)
