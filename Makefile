@@ -17,11 +17,12 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
+# Each suite keeps the code that torch compiles apart: of another torch, or for other instructions, it takes the process down.
 test: install  ## the default test suite, a process for each core
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 TORCHINDUCTOR_CACHE_DIR=$(abspath $(VENV))/inductor $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 check: install  ## its part that needs no minutes, to run while working
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile \
+	OMP_NUM_THREADS=1 TORCHINDUCTOR_CACHE_DIR=$(abspath $(VENV))/inductor $(BIN)/python -m pytest --numprocesses auto --dist loadfile \
 		-m "not kernel and not browser and not train and not docs and not process"
 
 # What a library's version could break.
@@ -36,12 +37,13 @@ $(OLDEST)/.installed: pyproject.toml
 	touch $@
 
 test-oldest: install $(OLDEST)/.installed  ## the same with the lowest versions that pyproject.toml allows, Python 3.10 to 3.13
-	OMP_NUM_THREADS=1 VFMTOK_OTHER_PYTHON=$(abspath $(BIN))/python $(OLDEST)/bin/python -m pytest \
+	OMP_NUM_THREADS=1 TORCHINDUCTOR_CACHE_DIR=$(abspath $(OLDEST))/inductor VFMTOK_OTHER_PYTHON=$(abspath $(BIN))/python $(OLDEST)/bin/python -m pytest \
 		--numprocesses auto --dist loadfile --no-loadscope-reorder $(VERSION_TESTS)
 
 # What a CPU's instructions could break, as a CPU without AVX-512 has it.
 test-avx2: install  ## the same as a machine with AVX2 and no AVX-512
-	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest \
+	OMP_NUM_THREADS=1 TORCHINDUCTOR_CACHE_DIR=$(abspath $(VENV))/inductor-avx2 \
+		ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest \
 		--numprocesses auto --dist loadfile --no-loadscope-reorder \
 		tests/cpu tests/modeling tests/test_hub_kernels.py tests/training/test_training_parts.py
 
