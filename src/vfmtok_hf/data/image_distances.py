@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from torch import nn
 from torchvision.models import AlexNet_Weights, SqueezeNet1_1_Weights, VGG16_Weights
 
+from vfmtok_hf.modeling.anchor_encoder_vfmtok import without_autocast
+
 
 if TYPE_CHECKING:
     import lpips
@@ -68,7 +70,7 @@ class LPIPS(nn.Module):
         with torch.no_grad():
             target_stages = network.net(network.scaling_layer(target))
         stages = network.net(network.scaling_layer(reconstruction))
-        with torch.autocast(reconstruction.device.type, enabled=False):
+        with without_autocast(reconstruction.device):
             distances = [
                 layer(unit_difference(ours, theirs)).mean((1, 2, 3))
                 for layer, ours, theirs in zip(network.lins, stages, target_stages, strict=True)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vfmtok_hf.data.image_distances import LPIPS, vision_perceptual_loss
+from vfmtok_hf.modeling.anchor_encoder_vfmtok import without_autocast
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 
 
@@ -61,7 +62,7 @@ class TokenizerObjective(nn.Module):
             adversarial weight compares with), `terms` (named; the quantizer's as the model weights them, the others
             without weight), `reconstruction`, `latents` and `image_tokens`. All losses are float32 under any autocast.
         """
-        precision = nullcontext() if self.train_encoder else torch.autocast(pixel_values.device.type, enabled=False)
+        precision = nullcontext() if self.train_encoder else without_autocast(pixel_values.device)
         with precision, torch.set_grad_enabled(self.train_encoder):
             with torch.no_grad():
                 vision_features = self.model.extract_vision_features(pixel_values)
