@@ -1,10 +1,14 @@
-"""What pyproject.toml asks of other libraries."""
+"""What pyproject.toml and saved pipelines ask of other libraries."""
 
+import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+
+from vfmtok_hf.pipelines.portable_vfmtok import REQUIREMENTS, portable_code
 
 
 tomllib = pytest.importorskip("tomllib", reason="of Python 3.11")
@@ -48,3 +52,17 @@ def test_documented_floors_are_those_of_the_project():
     assert PROJECT["requires-python"] == f">={documented.pop('Python')}"
     assert {*documented} >= {*INSTALLED}
     assert documented == {name: floors[name].removeprefix(">=") for name in documented}
+
+
+def test_saved_pipelines_require_what_their_code_imports():
+    required = REQUIREMENTS.splitlines()
+    assert {*PROJECT["dependencies"], *EXTRAS["pipeline"]}.issuperset(required)
+    nodes = [node for source in portable_code("pipeline").values() for node in ast.walk(ast.parse(source))]
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level]
+    imported = (
+        {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {PROJECT["name"].replace("-", "_")}
+    )
+    distributions = {Requirement(line).name.replace("-", "_") for line in required}
+    # transformers brings packaging; Pillow is imported by another name.
+    assert {{"PIL": "pillow"}.get(name, name) for name in imported} - {"packaging"} <= distributions

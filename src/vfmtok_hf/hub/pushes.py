@@ -114,10 +114,11 @@ def push(
             card = model_card(folder, repo_id, license, base_model, metrics, pictures, results)
             write(readme, str(card).encode())
         files = [file for file in sorted(staged.rglob("*")) if file.is_file()]
+        sizes = {file.relative_to(staged).as_posix(): file.stat().st_size for file in files}
         report = PushReport(
             repo_id=repo_id,
-            files={file.relative_to(staged).as_posix(): file.stat().st_size for file in files},
-            left_out=saved.other_files(),
+            files=sizes,
+            left_out=[name for name in saved.other_files() if name not in sizes],
             card=readme.read_text(encoding="utf-8"),
             commit_url=None,
         )

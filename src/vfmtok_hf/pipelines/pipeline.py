@@ -23,6 +23,7 @@ else:
     from .configuration_vfmtok_ar import VFMTokARConfig
     from .configuration_vfmtok_rar import VFMTokRARConfig
     from .generation_vfmtok import VFMTokGenerationMixin  # noqa: F401
+    from .handler import EndpointHandler  # noqa: F401
     from .image_processing_vfmtok import VFMTokImageProcessor
     from .image_reading_vfmtok import read_image  # noqa: F401
     from .loading_vfmtok import one_line_errors  # noqa: F401

@@ -20,6 +20,21 @@ INDEX_FILE = "model_index.json"
 ENTRY_MODULE = "pipeline"
 COMPONENT_MODULE = "component_vfmtok"
 
+# What the code of a saved pipeline imports, for containers that bring other versions: `dependencies` of pyproject.toml as
+# far as a model needs them, and `pipeline`.
+REQUIREMENTS_FILE = "requirements.txt"
+REQUIREMENTS = """\
+torch>=2.9
+torchvision>=0.24
+transformers>=5.0
+huggingface-hub>=1.3
+timm>=1.0.23
+safetensors>=0.6
+numpy>=2.1
+pillow>=11.3
+diffusers>=0.36
+"""
+
 OWN_IMPORT = re.compile(r"^(\s*)from (?:vfmtok_hf\.\w+)?\.(\w+) import", re.MULTILINE)
 
 
@@ -48,7 +63,8 @@ def portable_code(*modules: str) -> dict[str, str]:
 
 def portable_pipeline(index: dict[str, Any]) -> dict[str, str]:
     """
-    The files that let diffusers load a saved pipeline with the pipeline's own code, by their path in its folder.
+    The files that let diffusers load a saved pipeline with the pipeline's own code, and Inference Endpoints serve it, by
+    their path in its folder.
 
     Args:
         index: what diffusers has saved as model_index.json.
@@ -60,7 +76,7 @@ def portable_pipeline(index: dict[str, Any]) -> dict[str, str]:
     for name, component_class in components.items():
         index[name] = [COMPONENT_MODULE, component_class]
         files[f"{name}/{COMPONENT_MODULE}.py"] = files[f"{COMPONENT_MODULE}.py"]
-    return {**files, INDEX_FILE: json.dumps(index, indent=2) + "\n"}
+    return {**files, INDEX_FILE: json.dumps(index, indent=2) + "\n", REQUIREMENTS_FILE: REQUIREMENTS}
 
 
 def write_portable_code(folder: str | os.PathLike) -> None:
