@@ -14,7 +14,8 @@ from vfmtok_hf import DEFAULT_CHECKPOINT, VFMTokPipeline
 from vfmtok_hf.cli import app
 from vfmtok_hf.export import export_pipeline
 from vfmtok_hf.export import pipeline as export
-from vfmtok_hf.export.pipeline import onnx_graph, pipeline_parts
+from vfmtok_hf.export.onnx import onnx_graph
+from vfmtok_hf.export.parts import pipeline_parts
 
 
 ROOT = Path(__file__).parents[2]
