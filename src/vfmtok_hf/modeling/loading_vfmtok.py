@@ -8,7 +8,7 @@ import inspect
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache, partial, wraps
 from pathlib import Path
 from typing import Any, ClassVar, TypedDict
 
@@ -16,7 +16,7 @@ import torch
 from huggingface_hub.dataclasses import validate_typed_dict
 from huggingface_hub.errors import HTTPError  # of whichever HTTP client the Hub's library uses
 from safetensors import SafetensorError
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 
@@ -132,7 +132,7 @@ class CheckedConfigMixin:
 
 
 class CheckedModelMixin:
-    """Models that are filled by their checkpoint, in float32 unless asked otherwise, or not loaded."""
+    """Models that are filled by their checkpoint, in float32 unless asked otherwise, or not loaded; and saved with all weights."""
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -189,6 +189,23 @@ class CheckedModelMixin:
         if getattr(model, "hf_quantizer", None) is not None:
             model.hf_quantizer.get_state_dict_and_metadata = partial(quantized_state_dict, model.hf_quantizer)
         return (model, info) if output_loading_info else model
+
+    @wraps(PreTrainedModel.save_pretrained)  # diffusers reads from the signature what it may pass
+    def save_pretrained(self, *args, **kwargs):
+        """
+        As in transformers.
+
+        Raises:
+            ValueError: `accelerate.cpu_offload` or one of its kind has put weights elsewhere.
+        """
+        has_all_weights = not any(weight.is_meta for weight in self.parameters())  # type: ignore[attr-defined]
+        # transformers fetches those that a device map has put elsewhere.
+        if not has_all_weights and not hasattr(self, "hf_device_map"):
+            raise ValueError(
+                "The weights are offloaded: call accelerate.hooks.remove_hook_from_module(model, recurse=True) before "
+                "saving the model."
+            )
+        return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
 
 def quantized_state_dict(quantizer: Any, model: Any) -> tuple[dict[str, Any] | None, dict[str, str]]:

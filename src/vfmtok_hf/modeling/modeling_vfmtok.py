@@ -491,10 +491,6 @@ def derive_feature_grid_size(vision_model: nn.Module, config: VFMTokConfig) -> N
     config.feature_grid_size = grid_size
 
 
-# Vision models that read weights of submodules without calling them.
-READ_PAST_HOOKS = ("siglip_vision_model", "timm_wrapper")
-
-
 def runs_offload_hook(method: Callable) -> Callable:
     """accelerate's offloading hooks watch `forward` alone. Methods under this decorator run them too."""
 
@@ -635,12 +631,6 @@ class VFMTokModel(VFMTokPreTrainedModel):
             raise ValueError(
                 "pixel_values must be floating point of shape (batch_size, 3, height, width) in [-1, 1], got "
                 f"{pixel_values.dtype} of shape {tuple(pixel_values.shape)}. VFMTokImageProcessor makes them from images."
-            )
-        vision_type = self.config.vision_config.model_type
-        if vision_type in READ_PAST_HOOKS and any(weight.is_meta for weight in self.vision_model.parameters()):
-            raise ValueError(
-                f"Vision models of type {vision_type!r} read weights where accelerate's hooks do not see it, and cannot be "
-                "offloaded: keep `vision_model` on one device."
             )
         images = resize_for_vision_model(pixel_values.float(), self.config.vision_image_size).clamp(-1, 1)
         mean, std = (

@@ -7,6 +7,8 @@ the models' own outputs hold, which changes between versions.
 
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,10 @@ from transformers import AutoModel
 
 from .configuration_vfmtok import VFMTokConfig
 from .loading_vfmtok import one_line_errors
+
+
+# Families whose code reads weights of modules that it does not call, where accelerate's hooks do not see it.
+READ_PAST_HOOKS = ("siglip_vision_model", "timm_wrapper")
 
 
 class _Reading(threading.local):
@@ -172,9 +178,25 @@ def vision_features(vision_model: nn.Module, config: VFMTokConfig, images: torch
     """
     if config.vision_config.model_type == "timm_backbone":
         return list(vision_model(images).feature_maps)
-    if config.vision_config.model_type == "timm_wrapper":
-        return timm_features(vision_model.timm_model, config.vision_feature_layers, images)
-    return transformer_features(vision_model, config, images)
+    if config.vision_config.model_type not in READ_PAST_HOOKS:
+        return transformer_features(vision_model, config, images)
+    with offloaded_weights_at_hand(vision_model):
+        if config.vision_config.model_type == "timm_wrapper":
+            return timm_features(vision_model.timm_model, config.vision_feature_layers, images)
+        return transformer_features(vision_model, config, images)
+
+
+@contextmanager
+def offloaded_weights_at_hand(model: nn.Module) -> Iterator[None]:
+    """Load all weights of `model` that accelerate's hooks have offloaded, and drop them again when the block ends."""
+    hooked = [(module, module._hf_hook) for module in model.modules() if hasattr(module, "_hf_hook")]
+    for module, hook in hooked:
+        hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        for module, hook in hooked:
+            hook.post_forward(module, None)
 
 
 def timm_features(timm_model: nn.Module, levels: list[int], images: torch.Tensor) -> list[torch.Tensor]:
