@@ -42,52 +42,51 @@ tags:
 - class-conditional-image-generation
 ---
 
-# Emoji: the checkpoint that comes with vfmtok-hf
+# Emoji: the checkpoint that ships with vfmtok-hf
 
-A small VFMTok pipeline that shows all of the package's parts at work without a download. It draws 64 x 64 emoji of
+A small VFMTok pipeline that demonstrates every part of the package without a download. It generates 64 x 64 emoji of
 {num_classes} classes without classifier-free guidance: {class_names}.
 
-It knows nothing but emoji, was trained for about two and a half hours on one CPU, and says nothing about the quality of VFMTok at
-full size.
+It generates only emoji and was trained for about two and a half hours on one CPU. Its quality does not tell how good VFMTok is at full
+size.
 
 ![Four samples of each class](samples.png)
 
-*Samples of seeds 0 to {last_seed}, none picked; {sampling}, no guidance.*
+*Samples of seeds 0 to {last_seed}, not cherry-picked; {sampling}, no guidance.*
 
 ![Held-out emoji over their reconstructions](reconstructions.png)
 
 *Held-out emoji (every second row) and their reconstructions from {num_anchors} tokens each.*
 
-| part | what | parameters |
+| part | description | parameters |
 |---|---|---|
 | vision model | EfficientNet-Lite0 up to stride 16, frozen, pretrained on ImageNet | {vision_parameters:,} |
 | image tokenizer | {num_anchors} tokens from a codebook of {codebook_size}, 3 feature levels of different size | {tokenizer_parameters:,} |
 | generator | next-token transformer, {layers} layers of width {width} | {generator_parameters:,} |
 
-## Measured
+## Results
 On {num_validation} held-out images (whole emoji were held out, in all styles and skin tones), with the weights of this
-folder: PSNR **{psnr:.2f} dB**; **{usage:.1%}** of the codebook occurs in their tokens.
+folder, PSNR is **{psnr:.2f} dB**; **{usage:.1%}** of the codebook is used.
 
-{samples_per_class} samples of each class, none picked{before}:
+{samples_per_class} samples of each class, not cherry-picked{before}:
 
 {comparison}
 
-The judge is a logistic regression on EfficientNet-Lite0's features of the training images. The tokenizer sees through the
-same network, which may favor what it draws. Precision and recall compare samples with training images in these features.
-The loss is that of held-out images. `examples/emoji/class_fidelity.py` repeats it.
+The classifier is a logistic regression on EfficientNet-Lite0's features of the training images. The tokenizer uses the same network, which
+may favor its samples. Precision and recall compare samples with training images in these features. The loss is measured on held-out
+images. `examples/emoji/class_fidelity.py` reproduces the table.
 
 ## Data
 {num_training:,} images of Noto Emoji (Apache-2.0), Twemoji (CC-BY-4.0), EmojiTwo (CC-BY-4.0) and Fluent Emoji (MIT);
-`ATTRIBUTION.md` has sources and notices. Some classes have fewer than 100 images; samples of those may resemble
-training images.
+`ATTRIBUTION.md` lists sources and notices. Some classes have fewer than 100 images, and their samples may resemble training images.
 
 ## Recipe
-`make emoji-checkpoint` repeats it: `examples/emoji` makes the data, `configs/emoji` holds the settings of the training
-runs.
+`make emoji-checkpoint` reproduces the checkpoint. `examples/emoji` prepares the data, and `configs/emoji` contains the settings of the
+training runs.
 
 ## License
-The weights are under Apache-2.0. Those of the vision model are Google's EfficientNet-Lite0, converted by ML Illustrated
-(Apache-2.0); its notice is in `LICENSE.efficientnet-lite0`.
+The weights are licensed under Apache-2.0. The vision model's weights are Google's EfficientNet-Lite0, converted by ML Illustrated
+(Apache-2.0); the notice is in `LICENSE.efficientnet-lite0`.
 """
 
 
@@ -109,7 +108,9 @@ def main() -> None:
     shutil.copy(arguments.vision_model / "LICENSE", partial / "LICENSE.efficientnet-lite0")
     before = {} if arguments.before is None else {"samples before": load(arguments.before)}
     comparison = compare({**before, "samples": load(partial)}, arguments.data, arguments.classifier)
-    write_card(partial, arguments.data, comparison, ", beside those of the generator before" if before else "")
+    write_card(
+        partial, arguments.data, comparison, ", compared with those of the previous generator" if before else ""
+    )
     shutil.rmtree(arguments.output, ignore_errors=True)
     os.replace(partial, arguments.output)
 

@@ -112,13 +112,13 @@ def compare(pipes: dict[str, VFMTokPipeline], data: Path, classifier: str, sampl
         cells[name] = class_cells(judge, features) + others
 
     labels = [last.id2label[label].split(",")[0] for label in sorted(last.id2label)]
-    names = [*labels, "**mean of classes**", "precision", "recall", "loss, nats a token"]
-    rows = [["judged right", *cells], ["---"] * (1 + len(cells)), *zip(names, *cells.values(), strict=True)]
+    names = [*labels, "**mean of classes**", "precision", "recall", "loss, nats per token"]
+    rows = [["classified correctly", *cells], ["---"] * (1 + len(cells)), *zip(names, *cells.values(), strict=True)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def class_cells(judge: Pipeline, features: list[torch.Tensor]) -> list[str]:
-    """Share that is judged right, of each class and in the mean over classes."""
+    """Share of correctly classified images, per class and as the mean over classes."""
     shares = shares_right(judge, features)
     return [*(f"{share:.0%}" for share in shares), f"**{sum(shares) / len(shares):.0%}**"]
 

@@ -41,7 +41,7 @@ def test_push_is_one_commit_and_its_usage_snippets_run(folder, published, hub, c
     assert len(repository.commits) == 2, "the Hub's own first, and the push"
     assert {"model_index.json", "samples.png", ".gitattributes"} <= repository.files.keys()
     card = repository.files["README.md"].decode()
-    assert "![Samples of seeds 0 to 2, none picked, without guidance](samples.png)" in card
+    assert "![Samples of seeds 0 to 2, not cherry-picked, without guidance](samples.png)" in card
     checks = {
         "pushed": "image.size == (32, 32)",
         "pushed-tokenizer": "reconstruction.size == (32, 32)",

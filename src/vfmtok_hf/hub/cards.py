@@ -1,4 +1,4 @@
-"""Model cards: README.md of a repository, from what its folder holds."""
+"""Create the model card (README.md) of a repository from a saved model."""
 
 import io
 import json
@@ -71,11 +71,11 @@ reconstruction = processor.postprocess(model.decode(image_tokens).reconstruction
     "vfmtok_rar": GENERATOR_USAGE_WITHOUT_PACKAGE,
 }
 DESCRIPTIONS = {
-    "pipeline": "A VFMTok image tokenizer and a generator of its tokens: class labels to images, without "
-    "classifier-free guidance unless asked for.",
-    "vfmtok": "A VFMTok image tokenizer: images to image tokens and back, on the features of a frozen vision model.",
-    "vfmtok_ar": "A generator of VFMTok image tokens for class labels, one after the other in raster order.",
-    "vfmtok_rar": "A generator of VFMTok image tokens for class labels, trained in randomized order.",
+    "pipeline": "A VFMTok pipeline that generates images from class labels, without classifier-free guidance by default. "
+    "It contains an image tokenizer and a generator of its tokens.",
+    "vfmtok": "A VFMTok image tokenizer. It encodes images to image tokens with a frozen vision model, and decodes them.",
+    "vfmtok_ar": "A class-conditional generator of VFMTok image tokens in raster order.",
+    "vfmtok_rar": "A class-conditional generator of VFMTok image tokens, trained in random order.",
 }
 
 
@@ -89,22 +89,22 @@ def model_card(
     results: Sequence[Result] = (),
 ) -> ModelCard:
     """
-    README.md of a repository.
+    Create the model card of a repository.
 
     Args:
-        folder: saved model or pipeline. Its provenance.json, which conversion writes, goes into the card.
-        repo_id: the repository it is for.
-        license: of the weights, as the Hub abbreviates it.
-        base_model: repository that the weights come from.
+        folder: saved model or pipeline. The card includes the provenance.json that conversion writes.
+        repo_id: name of the repository.
+        license: license of the weights, in the Hub's notation.
+        base_model: repository from which the weights are derived.
         metrics: fields of `huggingface_hub.EvalResult`, at least `metric_type`, `metric_name`, `metric_value`,
             `dataset_type` and `dataset_name`. They become the card's `model-index`.
-        pictures: caption by file name. Default: every picture in the folder, under its own name.
-        results: published and measured figures, of `vfmtok_hf.evaluation.results`. The card shows them in columns of
-            their own; they become part of the `model-index`.
+        pictures: captions by file name. By default all images in the folder, captioned by their names.
+        results: published and measured figures from `vfmtok_hf.evaluation.results`. The card shows them in separate
+            columns, and they are added to the `model-index`.
 
     Raises:
-        FileNotFoundError, ValueError: the folder does not hold a complete model of VFMTok's.
-        TypeError: a metric lacks a field or has an unknown one.
+        FileNotFoundError, ValueError: the folder does not contain a complete VFMTok model.
+        TypeError: a metric has a missing or an unknown field.
     """
     saved = read_saved_model(folder)
     task = "image-feature-extraction" if saved.kind == "vfmtok" else "unconditional-image-generation"
@@ -174,26 +174,27 @@ def _provenance(saved: SavedModel) -> dict[str, str]:
 
 def read_metrics(file: str | Path) -> list[dict[str, Any]]:
     """
-    Figures for `model_card` from a JSON list of them.
+    Read metrics for `model_card` from a JSON list.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such file, or it does not hold what the card needs.
+        FileNotFoundError, ValueError: the file does not exist or lacks a required field.
     """
     metrics = read_json(Path(file))
     try:
         for metric in metrics:
             EvalResult(**{"task_type": "", **metric})
     except TypeError as error:
-        raise ValueError(f"{file} must hold a list of objects with the fields of a model-index: {error}.") from error
+        raise ValueError(
+            f"{file} must be a JSON list of objects with the fields of a model-index: {error}."
+        ) from error
     return metrics
 
 
 def sample_grid(folder: str | Path, count: int) -> tuple[bytes, str]:
     """
-    A picture of `count` samples of the pipeline saved in `folder` as PNG, and its caption: seeds from 0, none picked,
-    no guidance.
+    Generate `count` samples with the pipeline in `folder`, without guidance, and return a PNG grid and its caption.
 
-    Classes follow each other from 0, and begin again after the last.
+    Sample i has seed i and class i modulo the number of classes.
     """
     pipe = VFMTokPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
@@ -202,7 +203,7 @@ def sample_grid(folder: str | Path, count: int) -> tuple[bytes, str]:
     names = [short_class_name(pipe.id2label, class_id) for class_id in class_ids]
     buffer = io.BytesIO()
     image_grid(pipe(class_ids, generator=seeds).images, min(count, 8), names).save(buffer, "PNG")
-    return buffer.getvalue(), f"Samples of seeds 0 to {count - 1}, none picked, without guidance"
+    return buffer.getvalue(), f"Samples of seeds 0 to {count - 1}, not cherry-picked, without guidance"
 
 
 __all__ = ["model_card", "read_metrics", "sample_grid"]

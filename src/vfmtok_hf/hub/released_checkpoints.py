@@ -19,7 +19,7 @@ class ReleasedCheckpoint:
 
     Args:
         source: its path there.
-        kind: what it holds; `None` for models that this package does not have.
+        kind: of model; `None` if this package does not support it.
         name: of the repository to publish it as.
         num_parameters: of that model, a tokenizer's vision model included.
         published_as: its name in `evaluation/published.json`, which has the figures that its authors report.
@@ -76,7 +76,7 @@ def released_table() -> str:
     lines = ["| file | repository | float32 weights | options |", "|---|---|---|---|"]
     for row in RELEASED_CHECKPOINTS:
         if row.kind is None:
-            lines.append(f"| `{row.source}` | — | | a model that this package does not have |")
+            lines.append(f"| `{row.source}` | — | | not supported |")
             continue
         along = f"--vision-model {VISION_MODEL}" if row is tokenizer else f"--tokenizer you/{TOKENIZER_NAME}"
         num_parameters = row.num_parameters + (0 if row is tokenizer else tokenizer.num_parameters)
