@@ -18,7 +18,7 @@ from tests.testing import REFERENCE, REFERENCE_TOKENIZER_CONFIG, reference_image
 from vfmtok_hf import VFMTokImageProcessor, VFMTokModel
 from vfmtok_hf.conversion import convert_tokenizer, export_original_tokenizer
 from vfmtok_hf.cpu.packing import PackedLinear, pack_weights
-from vfmtok_hf.modeling.modeling_vfmtok import resize_for_vision_model
+from vfmtok_hf.modeling.autoencoder_vfmtok import resize_for_vision_model
 from vfmtok_hf.training.arguments import TokenizerArguments
 from vfmtok_hf.training.codebook import CodebookUsage
 from vfmtok_hf.training.objective import TokenizerObjective

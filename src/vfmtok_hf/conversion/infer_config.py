@@ -12,7 +12,8 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
-from vfmtok_hf.modeling.configuration_vfmtok import RELEASED_VISION_CONFIG, VFMTokConfig
+from vfmtok_hf.modeling.autoencoder_config_vfmtok import RELEASED_VISION_CONFIG
+from vfmtok_hf.modeling.configuration_vfmtok import VFMTokConfig
 from vfmtok_hf.modeling.configuration_vfmtok_ar import VARIANTS, VFMTokARConfig
 from vfmtok_hf.modeling.configuration_vfmtok_rar import VFMTokRARConfig
 

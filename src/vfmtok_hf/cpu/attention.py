@@ -25,10 +25,10 @@ def blockwise_attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """
     Causal softmax attention in blocks of queries, each over the keys up to its end: most of what is hidden is never
-    computed. With a mask, as in a decode step, it is [`eager_attention_forward`].
+    computed. With a mask, as in a decode step, and in modules that are not causal it is [`eager_attention_forward`].
 
     Args:
-        module (`torch.nn.Module`): whose training mode decides on dropout.
+        module (`torch.nn.Module`): whose training mode decides on dropout, and `is_causal` on what is hidden.
         query, key, value (`torch.Tensor` of shape `(batch_size, heads, length, head_dim)`).
         attention_mask (`torch.Tensor`, *optional*): added to the scores, in place of the causal mask.
         scaling (`float`): factor of the scores.
@@ -38,7 +38,7 @@ def blockwise_attention_forward(
         `(torch.Tensor, None)`: `(batch_size, length, heads, head_dim)`, and no weights.
     """
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves products in another type than norms
-    if attention_mask is not None:
+    if attention_mask is not None or not getattr(module, "is_causal", True):
         return eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout)[0], None
     attended = [
         eager_attention_forward(

@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention_vfmtok import causal_mask, eager_attention_forward
-from .configuration_vfmtok import VFMTokConfig
+from .autoencoder_config_vfmtok import AutoencoderConfigMixin
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
@@ -87,7 +87,7 @@ class MultiScaleDeformableAttention(nn.Module):
 class VFMTokDeformableAttention(nn.Module):
     """Cross-attention of the anchors to a few learned sampling locations on every feature level."""
 
-    def __init__(self, config: VFMTokConfig):
+    def __init__(self, config: AutoencoderConfigMixin):
         super().__init__()
         self.num_heads = config.encoder_num_heads
         self.num_levels = len(config.vision_feature_layers)
@@ -135,13 +135,12 @@ class VFMTokDeformableAttention(nn.Module):
 
 
 class VFMTokAttention(nn.Module):
-    """Causal multi-head self-attention with biases."""
+    """Multi-head self-attention with biases, causal where the configuration says so."""
 
-    is_causal = True
-
-    def __init__(self, config: VFMTokConfig, num_heads: int, dropout: float = 0.0):
+    def __init__(self, config: AutoencoderConfigMixin, num_heads: int, dropout: float = 0.0):
         super().__init__()
         self.config = config
+        self.is_causal = config.is_causal
         self.head_dim = config.hidden_size // num_heads
         self.dropout = dropout
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
@@ -154,7 +153,7 @@ class VFMTokAttention(nn.Module):
         Args:
             hidden_states (`torch.Tensor` of shape `(batch_size, length, hidden_size)`).
             lengths (`list[int]`, *optional*):
-                The sequence is a prefix and several branches of these lengths; a branch sees the prefix and itself.
+                Of a causal sequence that is a prefix and several branches; a branch sees the prefix and itself.
         """
         # batch_size, length, hidden_size -> batch_size, heads, length, head_dim
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
@@ -181,7 +180,7 @@ class VFMTokAttention(nn.Module):
             query,
             key,
             value,
-            causal_mask(self.config, query.transpose(1, 2)),
+            causal_mask(self.config, query.transpose(1, 2)) if self.is_causal else None,
             dropout=self.dropout if self.training else 0.0,
             scaling=self.head_dim**-0.5,
         )
@@ -191,7 +190,7 @@ class VFMTokAttention(nn.Module):
 class VFMTokMLP(nn.Module):
     """ReLU MLP of the anchor encoder."""
 
-    def __init__(self, config: VFMTokConfig):
+    def __init__(self, config: AutoencoderConfigMixin):
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.encoder_intermediate_size)
         self.fc2 = nn.Linear(config.encoder_intermediate_size, config.hidden_size)
@@ -201,9 +200,9 @@ class VFMTokMLP(nn.Module):
 
 
 class VFMTokAnchorEncoderLayer(GradientCheckpointingLayer):
-    """Deformable cross-attention, causal self-attention, MLP; each followed by its norm (post-norm)."""
+    """Deformable cross-attention, self-attention, MLP; each followed by its norm (post-norm)."""
 
-    def __init__(self, config: VFMTokConfig):
+    def __init__(self, config: AutoencoderConfigMixin):
         super().__init__()
         self.cross_attn = VFMTokDeformableAttention(config)
         self.cross_attn_norm = nn.LayerNorm(config.hidden_size)
@@ -241,7 +240,7 @@ class VFMTokAnchorEncoderLayer(GradientCheckpointingLayer):
 class VFMTokFeatureProjector(nn.Module):
     """Brings one feature level to the encoder's width. The two norms at its end stand in a row in the original."""
 
-    def __init__(self, config: VFMTokConfig, num_channels: int):
+    def __init__(self, config: AutoencoderConfigMixin, num_channels: int):
         super().__init__()
         self.fc1 = nn.Linear(num_channels, config.hidden_size, bias=False)
         self.norm1 = nn.LayerNorm(config.hidden_size)
@@ -259,11 +258,11 @@ class VFMTokAnchorEncoder(nn.Module):
     Anchor queries gather the vision features of all levels into one state per image token (paper, section 3.2).
 
     Args:
-        config (`VFMTokConfig`): sizes of the encoder and number of anchors.
+        config (`AutoencoderConfigMixin`): sizes of the encoder and number of anchors.
         num_channels (`list[int]`): channels of each feature level.
     """
 
-    def __init__(self, config: VFMTokConfig, num_channels: list[int]):
+    def __init__(self, config: AutoencoderConfigMixin, num_channels: list[int]):
         super().__init__()
         self.config = config
         self.projectors = nn.ModuleList(VFMTokFeatureProjector(config, channels) for channels in num_channels)

@@ -8,36 +8,28 @@ The computation follows https://github.com/CVMI-Lab/VFMTok (Apache-2.0), which b
 LlamaGen; the parity page of the documentation lists each deliberate difference.
 """
 
-import functools
-import math
-from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel  # noqa: F401 - pipelines look it up here
 from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .anchor_encoder_vfmtok import (
     MultiScaleDeformableAttention as MultiScaleDeformableAttention,  # compiled layers look for it here
 )
-from .anchor_encoder_vfmtok import VFMTokAnchorEncoder, VFMTokAttention, VFMTokDeformableAttention, without_autocast
+from .anchor_encoder_vfmtok import without_autocast
 from .attention_vfmtok import eager_attention_forward  # noqa: F401 - for the Hub, as CONTRIBUTING.md says
+from .autoencoder_config_vfmtok import AutoencoderConfigMixin  # noqa: F401 - likewise
+from .autoencoder_vfmtok import VFMTokAutoencoder, runs_offload_hook
 from .configuration_vfmtok import VFMTokConfig
-from .loading_vfmtok import CheckedModelMixin
+from .loading_vfmtok import CheckedModelMixin  # noqa: F401 - likewise
 from .pixel_decoder_vfmtok import VFMTokPixelDecoder
-from .vision_features_vfmtok import (
-    build_vision_model,
-    fetch_vision_model,
-    vision_feature_channels,
-    vision_feature_stride,
-    vision_features,
-)
+from .vision_features_vfmtok import vision_features
+from .vit_decoder_vfmtok import VFMTokViTDecoderBase, cosine_loss
 
 
 @dataclass
@@ -144,43 +136,6 @@ class VFMTokOutput(ModelOutput):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Input of the vision model
-
-
-def gaussian_kernel(size: int, sigma: float, device: torch.device) -> torch.Tensor:
-    offsets = torch.arange(size, dtype=torch.float32, device=device) - size // 2
-    kernel = torch.exp(-(offsets**2) / (2 * sigma**2))
-    return kernel / kernel.sum()
-
-
-def gaussian_blur(images: torch.Tensor, *sigmas: float) -> torch.Tensor:
-    """Separable blur over (height, width) with the least odd kernel that is both >= 3 and >= 4 sigma, mirrored edges."""
-    vertical, horizontal = (gaussian_kernel(max(int(4 * s), 3) // 2 * 2 + 1, s, images.device) for s in sigmas)
-    channels = images.shape[1]
-    top, left = len(vertical) // 2, len(horizontal) // 2
-    images = F.pad(images, (left, left, top, top), mode="reflect")
-    images = F.conv2d(images, vertical.view(1, 1, -1, 1).expand(channels, 1, -1, 1), groups=channels)
-    return F.conv2d(images, horizontal.view(1, 1, 1, -1).expand(channels, 1, 1, -1), groups=channels)
-
-
-def resize_for_vision_model(images: torch.Tensor, size: int) -> torch.Tensor:
-    """
-    Resize as the original's `pretrained_enc_arch.py`, which calls kornia: bicubic with aligned corners, and when
-    shrinking a Gaussian blur with sigma = (factor - 1) / 2 first.
-
-    Args:
-        images (`torch.Tensor` of shape `(batch_size, 3, height, width)`): float32.
-        size (`int`): side of the result.
-    """
-    factors = [side / size for side in images.shape[-2:]]
-    if factors == [1.0, 1.0]:
-        return images
-    if max(factors) > 1:
-        images = gaussian_blur(images, *(max((factor - 1) / 2, 0.001) for factor in factors))
-    return F.interpolate(images, size=(size, size), mode="bicubic", align_corners=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------
 # Quantizer
 
 
@@ -277,33 +232,7 @@ class VFMTokVectorQuantizer(nn.Module):
 # ViT decoder
 
 
-class VFMTokSwiGLU(nn.Module):
-    def __init__(self, config: VFMTokConfig):
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.decoder_intermediate_size)
-        self.up_proj = nn.Linear(config.hidden_size, config.decoder_intermediate_size)
-        self.down_proj = nn.Linear(config.decoder_intermediate_size, config.hidden_size)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
-
-
-class VFMTokViTDecoderLayer(GradientCheckpointingLayer):
-    """Pre-norm transformer layer."""
-
-    def __init__(self, config: VFMTokConfig):
-        super().__init__()
-        self.self_attn_norm = nn.LayerNorm(config.hidden_size)
-        self.self_attn = VFMTokAttention(config, config.decoder_num_heads, config.decoder_dropout)
-        self.mlp_norm = nn.LayerNorm(config.hidden_size)
-        self.mlp = VFMTokSwiGLU(config)
-
-    def forward(self, hidden_states: torch.Tensor, lengths: list[int] | None = None) -> torch.Tensor:
-        hidden_states = hidden_states + self.self_attn(self.self_attn_norm(hidden_states), lengths)
-        return hidden_states + self.mlp(self.mlp_norm(hidden_states))
-
-
-class VFMTokViTDecoder(nn.Module):
+class VFMTokViTDecoder(VFMTokViTDecoderBase):
     """
     One causal transformer with two uses (paper, section 3.3): after the anchors' memory come the queries of the image
     branch, or of the feature branch, or of both, hidden from each other. The memory's states are the same in either
@@ -312,19 +241,8 @@ class VFMTokViTDecoder(nn.Module):
     """
 
     def __init__(self, config: VFMTokConfig, feature_channels: int):
-        super().__init__()
-        self.config = config
-        width = config.hidden_size
-        self.anchor_position_embeddings = nn.Parameter(torch.empty(1, config.num_anchors, width))
-        self.position_embeddings = nn.Parameter(torch.empty(1, 1 + config.feature_grid_size**2, width))
-        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
-        self.image_mask_token = nn.Parameter(torch.empty(1, 1, width))
-        self.feature_mask_token = nn.Parameter(torch.empty(1, 1, width))
-        self.register_buffer("register_tokens", torch.zeros(1, config.num_register_tokens, width))
-        self.image_norm = nn.LayerNorm(width)
-        self.feature_norm = nn.LayerNorm(width)
-        self.layers = nn.ModuleList(VFMTokViTDecoderLayer(config) for _ in range(config.decoder_num_layers))
-        self.feature_head = nn.Linear(width, feature_channels)
+        super().__init__(config, feature_channels)
+        self.register_buffer("register_tokens", torch.zeros(1, config.num_register_tokens, config.hidden_size))
 
     def image_position_embeddings(self) -> torch.Tensor:
         """Position table at the image branch's grid, `(1, 1 + image_grid_size ** 2, hidden_size)`, class entry first."""
@@ -336,18 +254,6 @@ class VFMTokViTDecoder(nn.Module):
         # The original adds 0.1 to the target side, and thereby samples with that scale: released weights need it.
         table = F.interpolate(table, scale_factor=(target + 0.1) / source, mode="bicubic")
         return torch.cat([class_entry, table.flatten(2).transpose(1, 2)], dim=1)
-
-    def _queries(self, mask_token: torch.Tensor, position_embeddings: torch.Tensor) -> torch.Tensor:
-        mask_tokens = mask_token.expand(-1, position_embeddings.shape[1] - 1, -1)
-        return torch.cat([self.cls_token, mask_tokens], dim=1) + position_embeddings
-
-    def image_queries(self) -> torch.Tensor:
-        """`(1, 1 + image_grid_size ** 2, hidden_size)`, CLS first."""
-        return self.image_norm(self._queries(self.image_mask_token, self.image_position_embeddings()))
-
-    def feature_queries(self) -> torch.Tensor:
-        """`(1, 1 + feature_grid_size ** 2, hidden_size)`, CLS first."""
-        return self.feature_norm(self._queries(self.feature_mask_token, self.position_embeddings))
 
     def forward(
         self, memory: torch.Tensor, output_image: bool = True, output_features: bool = False
@@ -386,219 +292,53 @@ class VFMTokViTDecoder(nn.Module):
             hidden_states = layer(hidden_states, lengths if len(branches) > 1 else None)
         return list(hidden_states.split(lengths, dim=1)[1:])
 
-    def _to_grid(self, states: torch.Tensor) -> torch.Tensor:
-        # batch_size, 1 + side*side, hidden_size -> batch_size, hidden_size, side, side
-        side = self.config.image_grid_size
-        grid = states[:, 1:].transpose(1, 2).reshape(states.shape[0], -1, side, side)
-        # A transposed view would put the CNN into channels-last layout, where the CPU's float32 group norm is ten
-        # times less accurate.
-        return grid.contiguous()
-
 
 # ---------------------------------------------------------------------------------------------------------------
 # Model
 
 
-class VFMTokPreTrainedModel(CheckedModelMixin, PreTrainedModel):
-    """Weight initialization, and what transformers has to know of the model to place, freeze and cast its parts."""
-
-    config: VFMTokConfig
-    config_class = VFMTokConfig
-    base_model_prefix = "vfmtok"
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _no_split_modules = ["VFMTokAnchorEncoderLayer", "VFMTokViTDecoderLayer"]
-    _keep_in_fp32_modules_strict = ["quantizer"]
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
-        """As the original initializes, except that its clones of one layer are drawn independently here."""
-        width = self.config.hidden_size
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-            if module.bias is not None:
-                bound = module.weight[0].numel() ** -0.5
-                init.uniform_(module.bias, -bound, bound)
-        elif isinstance(module, nn.LayerNorm | nn.GroupNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
-        elif isinstance(module, VFMTokDeformableAttention):
-            self._init_deformable_attention(module)
-        elif isinstance(module, VFMTokAnchorEncoder):
-            init.normal_(module.anchor_queries, std=width**-0.5)
-            init.normal_(module.anchor_position_embeddings, std=width**-0.5)
-        elif isinstance(module, VFMTokVectorQuantizer):
-            bound = 1 / self.config.codebook_size
-            init.uniform_(module.codebook.weight, -bound, bound)
-            init.copy_(module.codebook.weight, F.normalize(module.codebook.weight, dim=-1))
-        elif isinstance(module, VFMTokViTDecoder):
-            self._init_vit_decoder(module)
-        elif "position_ids" in module._buffers:
-            # Of CLIP's inner model, which checkpoints leave out and transformers before 5.6 leaves to us.
-            init.copy_(module.position_ids, torch.arange(module.position_ids.shape[-1]).expand(1, -1))
-
-    @staticmethod
-    def _init_deformable_attention(module: VFMTokDeformableAttention):
-        """Heads look in evenly spread directions, point k at distance k (Deformable DETR, appendix A.4)."""
-        angles = torch.arange(module.num_heads, dtype=torch.float32) * (2 * math.pi / module.num_heads)
-        directions = torch.stack([angles.cos(), angles.sin()], dim=-1)
-        directions = directions / directions.abs().amax(-1, keepdim=True)
-        distances = torch.arange(1, module.num_points + 1, dtype=torch.float32)
-        offsets = directions[:, None, None] * distances[:, None]
-        offsets = offsets.expand(-1, module.num_levels, -1, -1)
-        init.zeros_(module.sampling_offsets.weight)
-        init.copy_(module.sampling_offsets.bias, offsets.flatten().to(module.sampling_offsets.bias))
-        init.zeros_(module.attention_weights.weight)
-        init.zeros_(module.attention_weights.bias)
-        for projection in (module.value_proj, module.output_proj):
-            init.xavier_uniform_(projection.weight)
-            init.zeros_(projection.bias)
-
-    @staticmethod
-    def _init_vit_decoder(module: VFMTokViTDecoder):
-        for name in ("anchor_position_embeddings", "position_embeddings", "cls_token"):
-            init.normal_(getattr(module, name), std=module.config.hidden_size**-0.5)
-        for token in (module.image_mask_token, module.feature_mask_token):
-            init.normal_(token, std=module.config.hidden_size**-0.5)
-        init.zeros_(module.register_tokens)
-        for child in module.modules():
-            if isinstance(child, nn.Linear):
-                init.xavier_uniform_(child.weight)
-                init.zeros_(child.bias)
-
-
-def derive_feature_grid_size(vision_model: nn.Module, config: VFMTokConfig) -> None:
-    """
-    Set `config.feature_grid_size` to what the vision model gives.
-
-    Raises:
-        ValueError: it is set to something else, or the image is no multiple of the vision model's patches.
-    """
-    stride = vision_feature_stride(vision_model, config)
-    if config.vision_image_size % stride:
-        raise ValueError(
-            f"vision_image_size {config.vision_image_size} must be a multiple of {stride}, the stride of the vision "
-            "model's last feature level."
-        )
-    grid_size = config.vision_image_size // stride
-    if config.feature_grid_size not in (None, grid_size):
-        raise ValueError(
-            f"feature_grid_size is {config.feature_grid_size}, but the vision model's last feature level has {grid_size} "
-            f"positions per side: {config.vision_image_size} pixels at stride {stride}. Leave it out to have it derived."
-        )
-    config.feature_grid_size = grid_size
-
-
-def runs_offload_hook(method: Callable) -> Callable:
-    """accelerate's offloading hooks watch `forward` alone. Methods under this decorator run them too."""
-
-    @functools.wraps(method)
-    def run(self, *args, **kwargs):
-        hook = getattr(self, "_hf_hook", None)
-        if hook is not None:
-            args, kwargs = hook.pre_forward(self, *args, **kwargs)
-        return method(self, *args, **kwargs)
-
-    return run
-
-
-class VFMTokModel(VFMTokPreTrainedModel):
+class VFMTokModel(VFMTokAutoencoder):
     """
     The image tokenizer: `encode` turns images into image tokens, `decode` turns image tokens into images.
 
     The vision model is frozen: its parameters take no gradient and it stays in evaluation mode.
     """
 
+    config: VFMTokConfig
+    config_class = VFMTokConfig
+    base_model_prefix = "vfmtok"
+    _keep_in_fp32_modules_strict = ["quantizer"]
+
     def __init__(self, config: VFMTokConfig):
         super().__init__(config)
-        # A light checkpoint has no vision weights: its vision model is built for its widths alone and dropped.
-        with nullcontext() if config.save_vision_model else torch.device("meta"):
-            vision_model = build_vision_model(config)
-        channels = vision_feature_channels(vision_model, config)
-        derive_feature_grid_size(vision_model, config)
-        self.vision_model = vision_model if config.save_vision_model else None
-        self.anchor_encoder = VFMTokAnchorEncoder(config, channels)
+        self._derive_feature_grid_size()
         self.quant_proj = nn.Linear(config.hidden_size, config.codebook_dim)
         self.quantizer = VFMTokVectorQuantizer(config)
         self.post_quant_proj = nn.Linear(config.codebook_dim, config.hidden_size)
-        self.vit_decoder = VFMTokViTDecoder(config, channels[-1])
+        self.vit_decoder = VFMTokViTDecoder(config, self.vision_channels[-1])
         self.pixel_decoder = VFMTokPixelDecoder(config)
         self.post_init()
-        self._freeze_vision_model()
 
-    # -- the frozen vision model
-
-    def _freeze_vision_model(self) -> None:
-        if self.vision_model is not None:
-            self.vision_model.requires_grad_(False)
-            self.vision_model.eval()
-
-    def get_input_embeddings(self) -> None:
-        """None: images come without a table of embeddings. transformers asks when it quantizes."""
-        return None
-
-    def train(self, mode: bool = True) -> "VFMTokModel":
-        super().train(mode)
-        self._freeze_vision_model()
-        return self
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, load_vision_model: bool = False, **kwargs):
-        """
-        As in transformers, but a checkpoint that does not fill the model is an error (`loading_vfmtok.py`).
-
-        Args:
-            load_vision_model (`bool`, defaults to `False`):
-                Of a light checkpoint, fetch the vision model too: the one that its configuration names, at the
-                revision that it names. `load_vision_model()` does so later.
-        """
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model._freeze_vision_model()  # loading has made new parameters
-        if load_vision_model and model.vision_model is None:
-            model.load_vision_model()
-        return loaded
-
-    @functools.wraps(PreTrainedModel.save_pretrained)  # diffusers reads from the signature what it may pass
-    def save_pretrained(self, *args, **kwargs):
-        # `config.save_vision_model` decides whether the vision model goes along.
-        vision_weights = {name for name in self.state_dict() if name.startswith("vision_model.")}
-        ignored = (self._keys_to_ignore_on_save or set()) - vision_weights
-        self._keys_to_ignore_on_save = ignored if self.config.save_vision_model else ignored | vision_weights
-        return super().save_pretrained(*args, **kwargs)
-
-    def load_vision_model(self, name_or_path: str | None = None, **kwargs) -> None:
-        """
-        Give a light checkpoint its vision model.
-
-        The configuration then names the repository and the commit that it came from, so that a light checkpoint saved
-        from this model fetches the same weights; of a folder it notes nothing.
-
-        Args:
-            name_or_path (`str`, *optional*):
-                Repository or folder of the vision model. Defaults to `config.vision_model_name_or_path` at
-                `config.vision_model_revision`.
-            kwargs: passed on to `from_pretrained` of the vision model.
-
-        Raises:
-            ValueError: no source is known, or the weights found do not fill the vision model.
-            OSError: the source cannot be read; the message says how to go on from a folder.
-        """
-        if name_or_path is None:
-            name_or_path = self.config.vision_model_name_or_path
-            kwargs = {"revision": self.config.vision_model_revision or "main", **kwargs}
-        if name_or_path is None:
+    def _derive_feature_grid_size(self) -> None:
+        config, grid_size = self.config, self.vision_grid_size
+        if config.feature_grid_size not in (None, grid_size):
             raise ValueError(
-                "This checkpoint does not say where its vision model comes from: "
-                "call load_vision_model(name_or_path) with a repository or folder."
+                f"feature_grid_size is {config.feature_grid_size}, but the vision model's last feature level has "
+                f"{grid_size} positions per side for {config.vision_image_size} pixels. Leave it out to have it derived."
             )
-        vision_model, commit = fetch_vision_model(name_or_path, self.config, self.dtype, **kwargs)
-        self.vision_model = vision_model.to(self.device)
-        self._freeze_vision_model()
-        if commit is not None:
-            self.config.vision_model_name_or_path, self.config.vision_model_revision = name_or_path, commit
+        config.feature_grid_size = grid_size
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, VFMTokVectorQuantizer):
+            bound = 1 / self.config.codebook_size
+            init.uniform_(module.codebook.weight, -bound, bound)
+            init.copy_(module.codebook.weight, F.normalize(module.codebook.weight, dim=-1))
+        elif isinstance(module, VFMTokViTDecoder):
+            init.zeros_(module.register_tokens)
+
+    # -- image -> image tokens
 
     def extract_vision_features(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
         """
@@ -616,31 +356,7 @@ class VFMTokModel(VFMTokPreTrainedModel):
             TypeError: images in place of `pixel_values`.
             ValueError: wrong shape or dtype, or a light checkpoint without its vision model.
         """
-        if self.vision_model is None:
-            source = self.config.vision_model_name_or_path
-            raise ValueError(
-                "This checkpoint has no vision weights: it can decode but not encode. Call "
-                f"model.load_vision_model({source or 'name_or_path'!r}) first."
-            )
-        if not isinstance(pixel_values, torch.Tensor):
-            raise TypeError(
-                f"pixel_values must be a tensor, got {type(pixel_values).__name__}. VFMTokImageProcessor makes it from images: "
-                'processor(image, return_tensors="pt")["pixel_values"].'
-            )
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3 or not pixel_values.is_floating_point():
-            raise ValueError(
-                "pixel_values must be floating point of shape (batch_size, 3, height, width) in [-1, 1], got "
-                f"{pixel_values.dtype} of shape {tuple(pixel_values.shape)}. VFMTokImageProcessor makes them from images."
-            )
-        images = resize_for_vision_model(pixel_values.float(), self.config.vision_image_size).clamp(-1, 1)
-        mean, std = (
-            torch.tensor(constants).view(3, 1, 1).to(images.device)
-            for constants in (self.config.vision_image_mean, self.config.vision_image_std)
-        )
-        dtype = next(self.vision_model.parameters()).dtype
-        return vision_features(self.vision_model, self.config, (((images + 1) / 2 - mean) / std).to(dtype))
-
-    # -- image -> image tokens
+        return vision_features(self.vision_model, self.config, self._vision_input(pixel_values))
 
     def encode_features(self, vision_features: list[torch.Tensor]) -> torch.Tensor:
         """
@@ -822,8 +538,7 @@ class VFMTokModel(VFMTokPreTrainedModel):
             reconstructed_features (`torch.Tensor` of shape `(batch_size, patches, channels)`).
             vision_features (`torch.Tensor` of shape `(batch_size, channels, height, width)`): last level, the target.
         """
-        target = vision_features.flatten(2).transpose(1, 2)
-        return (1 - F.cosine_similarity(reconstructed_features.float(), target.float(), dim=-1, eps=1e-6)).mean()
+        return cosine_loss(reconstructed_features, vision_features.flatten(2).transpose(1, 2))
 
     @can_return_tuple
     def forward(self, pixel_values: torch.Tensor, return_loss: bool = False) -> VFMTokOutput:
@@ -864,4 +579,4 @@ class VFMTokModel(VFMTokPreTrainedModel):
         )
 
 
-__all__ = ["VFMTokModel", "VFMTokPreTrainedModel"]
+__all__ = ["VFMTokModel"]

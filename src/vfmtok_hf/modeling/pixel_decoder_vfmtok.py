@@ -5,11 +5,11 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .configuration_vfmtok import VFMTokConfig
+from .autoencoder_config_vfmtok import AutoencoderConfigMixin
 
 
 class VFMTokResnetBlock(nn.Module):
-    def __init__(self, config: VFMTokConfig, in_channels: int, out_channels: int):
+    def __init__(self, config: AutoencoderConfigMixin, in_channels: int, out_channels: int):
         super().__init__()
         groups = config.pixel_decoder_num_groups
         self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-6)
@@ -27,7 +27,7 @@ class VFMTokResnetBlock(nn.Module):
 class VFMTokPixelAttention(nn.Module):
     """Single-head attention among all positions of the coarsest grid."""
 
-    def __init__(self, config: VFMTokConfig, channels: int):
+    def __init__(self, config: AutoencoderConfigMixin, channels: int):
         super().__init__()
         self.norm = nn.GroupNorm(config.pixel_decoder_num_groups, channels, eps=1e-6)
         self.q_proj = nn.Conv2d(channels, channels, 1)
@@ -47,7 +47,7 @@ class VFMTokPixelAttention(nn.Module):
 
 
 class VFMTokPixelMidBlock(nn.Module):
-    def __init__(self, config: VFMTokConfig, channels: int):
+    def __init__(self, config: AutoencoderConfigMixin, channels: int):
         super().__init__()
         self.resnet_in = VFMTokResnetBlock(config, channels, channels)
         self.attention = VFMTokPixelAttention(config, channels)
@@ -89,7 +89,7 @@ def add_equal_taps(weight: torch.Tensor, dim: int) -> torch.Tensor:
 class VFMTokPixelUpBlock(GradientCheckpointingLayer):
     """Residual blocks of one resolution and, except at the last, the step to twice the resolution."""
 
-    def __init__(self, config: VFMTokConfig, in_channels: int, out_channels: int, is_last: bool):
+    def __init__(self, config: AutoencoderConfigMixin, in_channels: int, out_channels: int, is_last: bool):
         super().__init__()
         channels = [in_channels] + [out_channels] * (config.pixel_decoder_num_res_blocks + 1)
         self.resnets = nn.ModuleList(
@@ -108,10 +108,10 @@ class VFMTokPixelDecoder(nn.Module):
     The CNN of VQGAN's decoder: a grid of states to an image that is `config.upsampling_factor` times as large.
 
     Args:
-        config (`VFMTokConfig`): channels, residual blocks and groups of the norms.
+        config (`AutoencoderConfigMixin`): channels, residual blocks and groups of the norms.
     """
 
-    def __init__(self, config: VFMTokConfig):
+    def __init__(self, config: AutoencoderConfigMixin):
         super().__init__()
         channels = [config.pixel_decoder_base_channels * m for m in reversed(config.pixel_decoder_channel_multipliers)]
         self.conv_in = nn.Conv2d(config.hidden_size, channels[0], 3, padding=1)

@@ -18,7 +18,7 @@ from huggingface_hub import hf_hub_download
 from torch import nn
 from transformers import AutoModel
 
-from .configuration_vfmtok import VFMTokConfig
+from .autoencoder_config_vfmtok import AutoencoderConfigMixin
 from .loading_vfmtok import one_line_errors
 
 
@@ -77,7 +77,7 @@ def run_watched(vision_model: nn.Module, images: torch.Tensor, **kwargs) -> tupl
         _reading.outputs = None
 
 
-def _prepare(vision_model: nn.Module, config: VFMTokConfig) -> nn.Module:
+def _prepare(vision_model: nn.Module, config: AutoencoderConfigMixin) -> nn.Module:
     if config.vision_config.model_type == "timm_wrapper":
         # timm models run and store all of their stages; those behind the last feature level go.
         timm_model = vision_model.timm_model
@@ -92,20 +92,20 @@ def _prepare(vision_model: nn.Module, config: VFMTokConfig) -> nn.Module:
     return getattr(vision_model, "vision_model", vision_model)
 
 
-def build_vision_model(config: VFMTokConfig) -> nn.Module:
+def build_vision_model(config: AutoencoderConfigMixin) -> nn.Module:
     """The vision model that a tokenizer's `config` describes, with random weights."""
     return _prepare(AutoModel.from_config(config.vision_config), config)
 
 
 def fetch_vision_model(
-    name_or_path: str, config: VFMTokConfig, dtype: torch.dtype, **kwargs
+    name_or_path: str, config: AutoencoderConfigMixin, dtype: torch.dtype, **kwargs
 ) -> tuple[nn.Module, str | None]:
     """
     The vision model of a tokenizer with the weights of a folder or repository.
 
     Args:
         name_or_path (`str`): folder or repository.
-        config ([`VFMTokConfig`]): of the tokenizer.
+        config ([`AutoencoderConfigMixin`]): of the tokenizer.
         dtype (`torch.dtype`): of the weights.
         kwargs: passed on to `AutoModel.from_pretrained`.
 
@@ -143,7 +143,7 @@ def fetch_vision_model(
     return prepared, commit
 
 
-def vision_feature_channels(vision_model: nn.Module, config: VFMTokConfig) -> list[int]:
+def vision_feature_channels(vision_model: nn.Module, config: AutoencoderConfigMixin) -> list[int]:
     """Channels of each feature level that a tokenizer's `config` takes of its `vision_model`."""
     if config.vision_config.model_type == "timm_wrapper":
         return [vision_model.timm_model.feature_info[level]["num_chs"] for level in config.vision_feature_layers]
@@ -152,7 +152,7 @@ def vision_feature_channels(vision_model: nn.Module, config: VFMTokConfig) -> li
     return [config.vision_config.hidden_size] * len(config.vision_feature_layers)
 
 
-def vision_feature_stride(vision_model: nn.Module, config: VFMTokConfig) -> int:
+def vision_feature_stride(vision_model: nn.Module, config: AutoencoderConfigMixin) -> int:
     """
     Pixels of the input of a tokenizer's `vision_model`, along one side, for each position of the last feature level that
     its `config` takes.
@@ -164,13 +164,15 @@ def vision_feature_stride(vision_model: nn.Module, config: VFMTokConfig) -> int:
     return config.vision_config.patch_size
 
 
-def vision_features(vision_model: nn.Module, config: VFMTokConfig, images: torch.Tensor) -> list[torch.Tensor]:
+def vision_features(
+    vision_model: nn.Module, config: AutoencoderConfigMixin, images: torch.Tensor
+) -> list[torch.Tensor]:
     """
     The feature levels of images.
 
     Args:
         vision_model (`torch.nn.Module`): as of [`build_vision_model`] or [`fetch_vision_model`].
-        config ([`VFMTokConfig`]): of the tokenizer.
+        config ([`AutoencoderConfigMixin`]): of the tokenizer.
         images (`torch.Tensor` of shape `(batch_size, 3, height, width)`): normalized as the vision model wants them.
 
     Returns:
@@ -208,7 +210,9 @@ def timm_features(timm_model: nn.Module, levels: list[int], images: torch.Tensor
     return features
 
 
-def transformer_features(vision_model: nn.Module, config: VFMTokConfig, images: torch.Tensor) -> list[torch.Tensor]:
+def transformer_features(
+    vision_model: nn.Module, config: AutoencoderConfigMixin, images: torch.Tensor
+) -> list[torch.Tensor]:
     """Levels of a transformers model; of its last block after the final norm."""
     levels, vision_config = config.vision_feature_layers, config.vision_config
     is_clip = vision_config.model_type == "clip_vision_model"

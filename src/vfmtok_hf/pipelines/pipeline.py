@@ -16,6 +16,8 @@ else:
     from .anchor_encoder_vfmtok import VFMTokAnchorEncoder  # noqa: F401
     from .attention_vfmtok import eager_attention_forward  # noqa: F401
     from .auto_vfmtok import register_config, register_image_processor, register_model
+    from .autoencoder_config_vfmtok import AutoencoderConfigMixin  # noqa: F401
+    from .autoencoder_vfmtok import VFMTokAutoencoder  # noqa: F401
     from .cache_vfmtok import DecodeCache  # noqa: F401
     from .class_embeddings_vfmtok import ClassEmbeddingsMixin  # noqa: F401
     from .class_names_vfmtok import ClassNames  # noqa: F401
@@ -34,6 +36,7 @@ else:
     from .pixel_decoder_vfmtok import VFMTokPixelDecoder  # noqa: F401
     from .portable_vfmtok import write_portable_code  # noqa: F401
     from .vision_features_vfmtok import vision_features  # noqa: F401
+    from .vit_decoder_vfmtok import VFMTokViTDecoderBase  # noqa: F401
 
     for config_class in (VFMTokConfig, VFMTokARConfig, VFMTokRARConfig):
         register_config(config_class)
