@@ -8,6 +8,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from vfmtok_hf import VFMTokConfig, VFMTokModel
+from vfmtok_hf.data.token_sets import TokenSet
 
 
 REFERENCE = Path(__file__).parent / "fixtures" / "reference"
@@ -63,6 +64,14 @@ def tiny_model(**overrides) -> VFMTokModel:
 
 def tiny_images(batch_size: int = 2, size: int = 32) -> torch.Tensor:
     return torch.rand(batch_size, 3, size, size) * 2 - 1
+
+
+def sequences_of(tokens: TokenSet, index: int) -> torch.Tensor:
+    """All token sequences of an image, `(sequences, num_image_tokens)`."""
+    first = tokens.first_rows[index]
+    return torch.tensor(
+        np.stack(tokens.tokens[first : first + tokens.num_views[index]]["image_tokens"]).astype(np.int64)
+    )
 
 
 def reference_tensors(name: str) -> dict[str, torch.Tensor]:

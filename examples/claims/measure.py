@@ -5,7 +5,7 @@ Measure what `train.py` trained, and plot the figures of docs/claims.md.
     python examples/claims/measure.py --runs runs/claims --data data/emoji64 --features data/efficientnet_lite0_classifier \\
         --output docs/assets
 
-Variants that are not finished are left out, measurements that are in the runs' `measurements.json` are kept. The output
+ImageViews that are not finished are left out, measurements that are in the runs' `measurements.json` are kept. The output
 gets the figures and `claims.json`, all that was measured; the tables are printed.
 """
 

@@ -1,6 +1,6 @@
 """The classes of the emoji dataset: which emoji belong to which class, and what else a user may call it.
 
-Emoji are named by the `short_name` and `subcategory` of the emoji-datasource catalogue. A class takes whole
+Emoji are named by the `short_name` and `subcategory` of the emoji-datasource catalog. A class takes whole
 subcategories and single emoji (`include`), less those that do not look like the others at 64 pixels (`exclude`).
 Synonyms describe the whole class: asking for one must never give something else, so `animal` is not also called `dog`.
 """

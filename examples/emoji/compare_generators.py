@@ -55,13 +55,13 @@ def token_regions(pipe: VFMTokPipeline, picture: Image.Image, scale: int = 6) ->
         encoded = model.encode(pixel_values, output_sampling_locations=True)
     side, grid = model.config.image_size * scale, model.config.anchor_grid_size
     enlarged = pipe.image_processor.postprocess(pixel_values, "pil")[0].resize((side, side), Image.Resampling.NEAREST)
-    cells, looks = enlarged.copy(), enlarged.copy()
+    cells, overlaid = enlarged.copy(), enlarged.copy()
     lines = ImageDraw.Draw(cells)
     for index in range(grid + 1):
         position = index * side / grid
         lines.line((position, 0, position, side), "gray")
         lines.line((0, position, side, position), "gray")
-    overlay = Image.new("RGBA", looks.size)
+    overlay = Image.new("RGBA", overlaid.size)
     dots = ImageDraw.Draw(overlay)
     for token, color in ((grid * 4 + 4, (220, 0, 0)), (grid * 6 + 8, (0, 90, 220)), (grid * 9 + 3, (0, 150, 0))):
         left, top = token % grid * side / grid, token // grid * side / grid
@@ -70,8 +70,8 @@ def token_regions(pipe: VFMTokPipeline, picture: Image.Image, scale: int = 6) ->
         weights = encoded.attention_weights[-1][0, token].flatten()
         for (x, y), weight in zip(locations.tolist(), (weights / weights.max()).tolist(), strict=True):
             dots.ellipse((x - 6, y - 6, x + 6, y + 6), fill=(*color, int(255 * weight)))
-    looks.paste(overlay, mask=overlay)
-    return image_grid([cells, looks], 2)
+    overlaid.paste(overlay, mask=overlay)
+    return image_grid([cells, overlaid], 2)
 
 
 def inpaint(pipe: VFMTokPipeline, files: list[Path]) -> Image.Image:

@@ -33,7 +33,7 @@ from typing import NamedTuple
 
 from classes import CLASSES
 from PIL import Image
-from sources import CATALOGUE_SOURCE, SOURCES, Source
+from sources import CATALOG_SOURCE, SOURCES, Source
 
 
 IMAGE_SIZE = 64
@@ -95,7 +95,7 @@ def to_slug(name: str) -> str:
     return re.sub(r"^flag-(for-)?(flag-)?", "", slug).replace("-skin-tone", "")
 
 
-def slugs_to_codepoints(catalogue: list[dict]) -> dict[str, str]:
+def slugs_to_codepoints(catalog: list[dict]) -> dict[str, str]:
     """Iconify sets name pictures in words; both the Unicode names and the (newer) CLDR names are in use."""
     from emoji import EMOJI_DATA
 
@@ -103,22 +103,22 @@ def slugs_to_codepoints(catalogue: list[dict]) -> dict[str, str]:
     for characters, data in EMOJI_DATA.items():
         codepoints = "-".join(f"{ord(character):x}" for character in characters)
         table.setdefault(to_slug(data["en"]), normalize_codepoints(codepoints))
-    for entry in catalogue:
+    for entry in catalog:
         table.setdefault(to_slug(entry["name"] or ""), normalize_codepoints(entry["unified"]))
     return table
 
 
-def codepoints_to_families(catalogue: list[dict]) -> dict[str, dict]:
-    """Codepoints, skin tones included -> the catalogue entry of the base emoji, the *family*."""
+def codepoints_to_families(catalog: list[dict]) -> dict[str, dict]:
+    """Codepoints, skin tones included -> the catalog entry of the base emoji, the *family*."""
     families = {}
-    for entry in catalogue:
+    for entry in catalog:
         for variant in (entry, *entry.get("skin_variations", {}).values()):
             families[normalize_codepoints(variant["unified"])] = entry
     return families
 
 
 def class_of(entry: dict) -> str | None:
-    """Class of a catalogue entry, `None` if no class wants it."""
+    """Class of a catalog entry, `None` if no class wants it."""
     for name, rule in CLASSES.items():
         if entry["short_name"] in rule.exclude:
             continue
@@ -177,8 +177,8 @@ def read_member(archive: Path, name: str) -> bytes:
 
 def collect(archives: dict[Source, Path]) -> list[Picture]:
     """Pictures of all sources that belong to a class. Of two names for one emoji in a style, the first wins."""
-    catalogue = json.loads(read_member(archives[CATALOGUE_SOURCE], "package/emoji.json"))
-    slugs, families = slugs_to_codepoints(catalogue), codepoints_to_families(catalogue)
+    catalog = json.loads(read_member(archives[CATALOG_SOURCE], "package/emoji.json"))
+    slugs, families = slugs_to_codepoints(catalog), codepoints_to_families(catalog)
     pictures: dict[str, Picture] = {}
     for source, archive in archives.items():
         for codepoints, data in read_pictures(archive, source, slugs):

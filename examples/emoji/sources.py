@@ -95,4 +95,4 @@ SOURCES = (
         "https://github.com/EmojiTwo/emojitwo",
     ),
 )
-CATALOGUE_SOURCE = SOURCES[0]  # its emoji.json names every emoji: short name, category, skin tones
+CATALOG_SOURCE = SOURCES[0]  # its emoji.json names every emoji: short name, category, skin tones

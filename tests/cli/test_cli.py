@@ -245,7 +245,7 @@ def test_extract_tokens_for_training(model, photographs, tmp_path):
     assert "Skipped: " in stderr
     assert "bad.png" in stderr
     shards = TokenSet(tmp_path / "tokens")
-    assert (len(shards), shards.num_sequences, shards.class_names) == (3, 1, ["photographs"])
+    assert (len(shards.dataset), shards.class_names) == (3, ["photographs"])
     _, stderr = vfmtok(*command, "--seed", 1, code=1)
     assert "choose another --output" in stderr
 

@@ -24,7 +24,7 @@ from tests.data.image_sources import (
 from vfmtok_hf.data.image_datasets import ImageDataset, ImageStream
 from vfmtok_hf.data.loaders import TrainingLoader
 from vfmtok_hf.data.sources import open_records
-from vfmtok_hf.data.transforms import Augmentation, Variants, as_pixel_values
+from vfmtok_hf.data.transforms import Augmentation, ImageViews, as_pixel_values
 from vfmtok_hf.modeling.image_reading_vfmtok import UnreadableImage, read_image
 from vfmtok_hf.training.checkpoints import Progress
 
@@ -94,15 +94,15 @@ def test_ten_crops_are_corners_center_and_their_mirror_images():
     gradient = np.zeros((44, 60, 3), np.uint8)
     gradient[..., 0], gradient[..., 1] = np.arange(60) * 4, np.arange(44)[:, None] * 5
     image = Image.fromarray(gradient)
-    views = Variants(40, crops="ten", ten_crop_ranges=(1.1,))(image, index=0)
+    views = ImageViews(40, crops="ten", ten_crop_ranges=(1.1,))(image, index=0)
     assert views.shape == (10, 3, 40, 40)
     # The central square of 44 pixels starts at column 8; crops of 40 pixels start at 0, 2 or 4 within it.
     for position, (left, top) in enumerate([(2, 2), (0, 0), (4, 0), (0, 4), (4, 4)]):
         crop = image.crop((8 + left, top, 48 + left, top + 40))
         torch.testing.assert_close(views[2 * position], as_pixel_values(crop))
         assert torch.equal(views[2 * position + 1], views[2 * position].flip(-1))
-    assert len(Variants(40, crops="ten", ten_crop_ranges=(1.1, 1.05))(image, 0)) == 20
-    assert len(Variants(40, crops="center", horizontal_flip=False)(image, 0)) == 1
+    assert len(ImageViews(40, crops="ten", ten_crop_ranges=(1.1, 1.05))(image, 0)) == 20
+    assert len(ImageViews(40, crops="center", horizontal_flip=False)(image, 0)) == 1
 
 
 # -- damaged images

@@ -1,5 +1,7 @@
 """Token sets are ordinary data sets: they are read, changed and written by the `datasets` library, and train all the same."""
 
+import shutil
+
 import datasets
 import numpy as np
 import pytest
@@ -7,12 +9,14 @@ import torch
 
 from tests.data.image_sources import DAMAGED, NUM_IMAGES, write_folder
 from tests.pipelines.tiny_pipeline import tiny_pipeline
-from tests.testing import tiny_model
+from tests.testing import sequences_of, tiny_model
 from vfmtok_hf.data.files import file_sha256, find_images
+from vfmtok_hf.data.loaders import TrainingLoader
 from vfmtok_hf.data.sources import open_records
 from vfmtok_hf.data.token_files import load_tokens, save_tokens
-from vfmtok_hf.data.token_sets import TokenSet, is_token_set, write_token_table
-from vfmtok_hf.data.transforms import Variants
+from vfmtok_hf.data.token_sets import TokenSet, TokenStream, check_tokenizer, is_token_set, write_token_table
+from vfmtok_hf.data.transforms import ImageViews
+from vfmtok_hf.training.checkpoints import Progress
 from vfmtok_hf.training.extract_tokens import extract_tokens
 
 
@@ -27,7 +31,7 @@ def folder(tokenizer, tmp_path_factory):
     """Two views of each of 21 readable images, in three files."""
     root = tmp_path_factory.mktemp("tokens")
     records = open_records(write_folder(root / "images"))
-    extract_tokens(tokenizer, records, root / "tokens", Variants(32, count=2), shard_size=10)
+    extract_tokens(tokenizer, records, root / "tokens", ImageViews(32, count=2), shard_size=10)
     return root / "tokens"
 
 
@@ -46,7 +50,7 @@ def test_load_dataset_reads_an_extraction(folder, streaming):
     rows, tokens = list(rows), TokenSet(folder)
     assert len(rows) == 2 * (NUM_IMAGES - len(DAMAGED)) == 2 * len(tokens)
     for number in (0, 1, 41):
-        expected = tokens.sequence(number // 2, number % 2).tolist()
+        expected = sequences_of(tokens, number // 2)[number % 2].tolist()
         assert rows[number]["image_tokens"] == expected
         assert rows[number]["label"] == tokens.labels[number // 2]
         assert rows[number]["image"] == tokens.name(number // 2)
@@ -56,7 +60,7 @@ def test_load_dataset_reads_an_extraction(folder, streaming):
 def test_folders_of_one_name_are_not_taken_for_each_other(folder, tokenizer, tmp_path):
     """The library caches what it reads; a card that names the files would make it tell folders apart by their names alone."""
     records = open_records(folder.parent / "images").hold_out(0.2, seed=0)[1]
-    extract_tokens(tokenizer, records, tmp_path / folder.name, Variants(32, count=2), shard_size=10)
+    extract_tokens(tokenizer, records, tmp_path / folder.name, ImageViews(32, count=2), shard_size=10)
     for source in (folder, tmp_path / folder.name):
         rows = datasets.load_dataset(str(source), split="train")
         tokens = TokenSet(source)
@@ -77,10 +81,10 @@ def test_what_the_library_writes_trains_alike(folder, tokenizer, tmp_path):
         assert is_token_set(source)
         tokens = TokenSet(source)
         assert_equal_sets(tokens, expected)
-        tokens.check_tokenizer(tokenizer)
+        check_tokenizer(tokens, tokenizer)
         torch.manual_seed(1)
         with pytest.raises(ValueError, match="made by another tokenizer"):
-            tokens.check_tokenizer(tiny_model())
+            check_tokenizer(tokens, tiny_model())
 
 
 def test_rows_may_be_selected(folder, tokenizer, tmp_path):
@@ -88,7 +92,7 @@ def test_rows_may_be_selected(folder, tokenizer, tmp_path):
     rows = datasets.load_dataset(str(folder), split="train").filter(lambda row: row["label"] == 1)
     rows.shuffle(seed=0).to_parquet(tmp_path / "tokens.parquet")
     tokens = TokenSet(tmp_path / "tokens.parquet")
-    tokens.check_tokenizer(tokenizer)
+    check_tokenizer(tokens, tokenizer)
     assert set(tokens.labels) == {1}
     assert len(tokens) == 12
     assert len({tokens.name(index) for index in range(12)}) == 12
@@ -101,6 +105,94 @@ def test_items_come_together_or_one_by_one(folder):
     for index, item in zip([5, 0, 20], together, strict=True):
         assert item["index"] == index
         assert torch.equal(item["image_tokens"], tokens[index]["image_tokens"])
+
+
+# -- streams
+
+NUM_SEQUENCES = 2 * (NUM_IMAGES - len(DAMAGED))
+
+
+def pushed(folder, target):
+    """Parquet files as `push_to_hub` uploads them."""
+    rows = datasets.load_dataset(str(folder), split="train")
+    target.mkdir()
+    for part in range(2):
+        rows.shard(2, part, contiguous=True).to_parquet(target / f"train-{part:05d}-of-00002.parquet")
+    return target
+
+
+@pytest.fixture(params=["extraction", "pushed"])
+def streamed(request, folder, tmp_path):
+    return folder if request.param == "extraction" else pushed(folder, tmp_path / "pushed")
+
+
+def batches(source, position, count, batch_size=6, **share):
+    stream = TokenStream(source, epoch_sequences=NUM_SEQUENCES, shuffle_buffer=10)
+    loaded = TrainingLoader(stream, batch_size, **share).batches(position)
+    return [next(loaded) for _ in range(count)]
+
+
+def labeled_sequences(batches):
+    return sorted(
+        (label, sequence)
+        for batch in batches
+        for label, sequence in zip(batch["label"].tolist(), batch["image_tokens"].tolist(), strict=True)
+    )
+
+
+def test_a_streams_epoch_has_every_sequence_once(streamed, folder):
+    tokens = TokenSet(folder)
+    expected = sorted(
+        (label, sequence)
+        for index, label in enumerate(tokens.labels)
+        for sequence in sequences_of(tokens, index).tolist()
+    )
+    both = batches(streamed, Progress(), 2 * NUM_SEQUENCES // 6)
+    epochs = both[: len(both) // 2], both[len(both) // 2 :]
+    assert [labeled_sequences(epoch) for epoch in epochs] == [expected, expected]
+    first, second = (torch.cat([batch["image_tokens"] for batch in epoch]) for epoch in epochs)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_processes_and_workers_share_a_streams_epoch(streamed, num_workers):
+    share = {"batch_size": 3, "num_workers": num_workers}
+    parts = [
+        batch
+        for index in (0, 1)
+        for batch in batches(streamed, Progress(), NUM_SEQUENCES // 6, num_processes=2, process_index=index, **share)
+    ]
+    # Parts are as long as each other, so that one that has fewer rows repeats some.
+    assert len(labeled_sequences(parts)) == NUM_SEQUENCES
+    assert len({tuple(sequence) for _, sequence in labeled_sequences(parts)}) >= NUM_SEQUENCES - 4
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_stream_goes_on_where_it_stopped(streamed, num_workers):
+    """Over an epoch's end, to the last bit."""
+    whole = batches(streamed, Progress(), 10, num_workers=num_workers)
+    for stop in (3, 7, 9):
+        position = Progress()
+        before = batches(streamed, position, stop, num_workers=num_workers)
+        after = batches(streamed, Progress(**position.state_dict()), 10 - stop, num_workers=num_workers)
+        for one, other in zip(before + after, whole, strict=True):
+            assert {name: values.tolist() for name, values in one.items()} == {
+                name: values.tolist() for name, values in other.items()
+            }
+
+
+def test_a_stream_is_of_its_tokenizer_and_whole(streamed, folder, tokenizer, tmp_path):
+    stream = TokenStream(streamed, epoch_sequences=NUM_SEQUENCES)
+    check_tokenizer(stream, tokenizer)
+    torch.manual_seed(1)
+    with pytest.raises(ValueError, match="made by another tokenizer"):
+        check_tokenizer(stream, tiny_model())
+    with pytest.raises(ValueError, match="--epoch_images"):
+        TokenStream(streamed)
+    unfinished = shutil.copytree(folder, tmp_path / "unfinished")
+    (unfinished / "index.json").unlink()
+    with pytest.raises(FileNotFoundError, match="has not finished"):
+        TokenStream(unfinished, epoch_sequences=NUM_SEQUENCES)
 
 
 def test_images_are_no_tokens(tmp_path, folder):
@@ -136,7 +228,7 @@ def test_shards_of_the_earlier_format_say_what_to_do(tmp_path, tokenizer):
         TokenSet(tmp_path)
     records = open_records(write_folder(tmp_path.with_name("images")))
     with pytest.raises(ValueError, match="choose another --output"):
-        extract_tokens(tokenizer, records, tmp_path, Variants(32, count=1))
+        extract_tokens(tokenizer, records, tmp_path, ImageViews(32, count=1))
 
 
 def test_tokenized_files_are_such_a_data_set_too(tmp_path):

@@ -16,10 +16,10 @@ from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from tests.testing import tiny_model
+from tests.testing import sequences_of, tiny_model
 from vfmtok_hf.data.sources import open_records
-from vfmtok_hf.data.token_sets import TokenSet, encode_sequences, tokenizer_identity
-from vfmtok_hf.data.transforms import Variants
+from vfmtok_hf.data.token_sets import TokenSet, check_tokenizer, encode_sequences, tokenizer_identity
+from vfmtok_hf.data.transforms import ImageViews
 from vfmtok_hf.modeling.image_reading_vfmtok import read_image
 from vfmtok_hf.training import train_generator
 from vfmtok_hf.training.arguments import ExtractionArguments
@@ -28,7 +28,7 @@ from vfmtok_hf.training.extract_tokens import extract_tokens
 
 NUM_IMAGES = 22
 DAMAGED, DUPLICATE = 5, 17  # the latter repeats image 2
-VARIANTS = Variants(32, count=3)
+VIEWS = ImageViews(32, count=3)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def tokenizer_folder(tokenizer, tmp_path_factory):
 def shards(images, tokenizer, tmp_path_factory):
     """22 images in five shards."""
     output = tmp_path_factory.mktemp("tokens")
-    extract_tokens(tokenizer, open_records(images), output, VARIANTS, shard_size=5, batch_size=6)
+    extract_tokens(tokenizer, open_records(images), output, VIEWS, shard_size=5, batch_size=6)
     return output
 
 
@@ -82,13 +82,13 @@ def test_every_image_is_there_once_with_all_its_views(images, tokenizer, shards)
     kept = [number for number in range(NUM_IMAGES) if number not in (DAMAGED, DUPLICATE)]
     assert [int(data.name(index)[-6:-4]) for index in range(len(data))] == kept
     assert data.labels == [records.labels[number] for number in kept]
-    assert (data.num_sequences, data.num_unreadable, data.class_names) == (3, 1, ["first", "second"])
+    assert (data.num_unreadable, data.class_names) == (1, ["first", "second"])
     assert data.index["num_images"] == len(kept)
     assert data.index["unreadable"] == [records.name(DAMAGED)]
     for index, number in enumerate(kept):
-        views = VARIANTS(read_image(records.encoded(number)), number)
+        views = VIEWS(read_image(records.encoded(number)), number)
         expected = tokenizer.encode(views).image_tokens
-        assert torch.equal(torch.stack([data.sequence(index, view) for view in range(3)]), expected)
+        assert torch.equal(sequences_of(data, index), expected)
 
 
 def test_an_items_sequence_changes_with_the_epoch_and_repeats(shards):
@@ -114,14 +114,14 @@ def test_second_nearest_rows_are_a_sequence_of_their_own(tokenizer):
 
 
 def test_ten_crops_with_second_nearest_rows(images, tokenizer, tmp_path):
-    variants = Variants(32, crops="ten", ten_crop_ranges=(1.1, 1.05))
+    image_views = ImageViews(32, crops="ten", ten_crop_ranges=(1.1, 1.05))
     records = open_records(images)
-    extract_tokens(tokenizer, records, tmp_path, variants, codebook_top_k=2, batch_size=7)
+    extract_tokens(tokenizer, records, tmp_path, image_views, codebook_top_k=2, batch_size=7)
     data = TokenSet(tmp_path)
-    assert data.num_sequences == 40
-    views = variants(read_image(records.encoded(0)), 0)
+    views = image_views(read_image(records.encoded(0)), 0)
     expected = encode_sequences(tokenizer, views, 2).flatten(0, 1)
-    assert torch.equal(torch.stack([data.sequence(0, sequence) for sequence in range(40)]), expected)
+    assert len(expected) == 40
+    assert torch.equal(sequences_of(data, 0), expected)
 
 
 # -- interruptions
@@ -134,14 +134,14 @@ def test_missing_and_damaged_shards_are_made_again_and_no_others(images, tokeniz
     (copied_shards / ".123.partial.parquet").write_bytes(b"half")
     kept = (copied_shards / "tokens-00000.parquet").stat().st_mtime_ns
     with caplog.at_level(logging.INFO, "vfmtok_hf.training"):
-        extract_tokens(tokenizer, open_records(images), copied_shards, VARIANTS, shard_size=5, batch_size=6)
+        extract_tokens(tokenizer, open_records(images), copied_shards, VIEWS, shard_size=5, batch_size=6)
     assert files_of(copied_shards) == files_of(shards)
     assert (copied_shards / "tokens-00000.parquet").stat().st_mtime_ns == kept
     assert sum(" of 5:" in record.getMessage() for record in caplog.records) == 2
 
 
 def extract(tokenizer, images, output):
-    extract_tokens(tokenizer, open_records(images), output, VARIANTS, shard_size=5, batch_size=6)
+    extract_tokens(tokenizer, open_records(images), output, VIEWS, shard_size=5, batch_size=6)
 
 
 def extract_as_one_of_several(tokenizer, images, output):
@@ -191,14 +191,14 @@ def test_the_command_on_two_processes(images, tokenizer_folder, shards, tmp_path
 
 def test_tokens_of_other_settings_are_not_overwritten(images, tokenizer, copied_shards):
     with pytest.raises(ValueError, match="other settings: choose another --output"):
-        extract_tokens(tokenizer, open_records(images), copied_shards, Variants(32, count=2), shard_size=5)
+        extract_tokens(tokenizer, open_records(images), copied_shards, ImageViews(32, count=2), shard_size=5)
 
 
 def test_the_command_and_the_function_have_the_same_defaults():
-    arguments, variants = ExtractionArguments(data="a", tokenizer="b", output="c"), Variants(32)
-    assert (arguments.num_crops, tuple(arguments.crop_scale)) == (variants.count, variants.crop_scale)
-    assert (arguments.crops, tuple(arguments.ten_crop_ranges)) == (variants.crops, variants.ten_crop_ranges)
-    assert (arguments.horizontal_flip, arguments.seed) == (variants.horizontal_flip, variants.seed)
+    arguments, image_views = ExtractionArguments(data="a", tokenizer="b", output="c"), ImageViews(32)
+    assert (arguments.num_crops, tuple(arguments.crop_scale)) == (image_views.count, image_views.crop_scale)
+    assert (arguments.crops, tuple(arguments.ten_crop_ranges)) == (image_views.crops, image_views.ten_crop_ranges)
+    assert (arguments.horizontal_flip, arguments.seed) == (image_views.horizontal_flip, image_views.seed)
 
 
 # -- reading
@@ -223,11 +223,11 @@ def test_damage_is_named(copied_shards):
 
 def test_tokens_of_another_tokenizer_are_refused(tokenizer, tokenizer_folder, shards):
     data = TokenSet(shards)
-    data.check_tokenizer(type(tokenizer).from_pretrained(tokenizer_folder))
+    check_tokenizer(data, type(tokenizer).from_pretrained(tokenizer_folder))
     torch.manual_seed(1)
     other = tiny_model()
     with pytest.raises(ValueError, match="made by another tokenizer"):
-        data.check_tokenizer(other)
+        check_tokenizer(data, other)
 
 
 def test_a_tokenizers_identity_is_that_of_its_encoder(tokenizer, tokenizer_folder):

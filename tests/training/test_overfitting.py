@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.testing import sequences_of
 from tests.training.tiny_runs import DROPOUTS, generator_options, log_of, run, tokenizer_options, write_vision_model
 from vfmtok_hf import VFMTokPipeline
 from vfmtok_hf.data.token_sets import TokenSet
@@ -85,7 +86,7 @@ def test_a_generator_learns_their_tokens_by_heart(generator, tokenizer, images, 
     run(lambda: train_generator.main(argv))
     assert log_of(tmp_path / "run", "validation")[-1]["loss"] < 0.02  # nats a token
     shards = TokenSet(tmp_path / "run" / "tokens" / "train")
-    tokens = torch.stack([shards.sequence(index, 0) for index in range(len(shards))])
+    tokens = torch.cat([sequences_of(shards, index) for index in range(len(shards))])
     assert len(tokens.unique(dim=0)) == len(NAMES)
     pipe = VFMTokPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     assert pipe.id2label == dict(enumerate(NAMES))

@@ -17,7 +17,10 @@ from tests.training.tiny_runs import (
     tokenizer_options,
     write_vision_model,
 )
+from vfmtok_hf.data.sources import open_records
+from vfmtok_hf.data.transforms import ImageViews
 from vfmtok_hf.training import checkpoints, train_generator, train_tokenizer
+from vfmtok_hf.training.extract_tokens import extract_tokens
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +94,23 @@ def test_a_generators_stream_resumes_too(tmp_path):
     copy_until(outputs[0], 4, outputs[1])
     run(lambda: train_generator.main([*argvs[1], "--resume", "true"]))
     assert differences(last_state(outputs[1]), last_state(outputs[0])) == []
+
+
+@pytest.mark.parametrize(("num_processes", "num_workers"), [(1, 2), (2, 0)])
+def test_a_generator_trains_on_streamed_tokens_and_resumes(num_processes, num_workers, tmp_path):
+    """Of several files, in another order in each epoch; bit for bit as if it had not stopped."""
+    tokenizer = tiny_model()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    records = open_records(write_folder(tmp_path / "images"))
+    extract_tokens(tokenizer, records, tmp_path / "tokens", ImageViews(32, count=2), shard_size=8)
+    options = {**STREAM, "validation_data": tmp_path / "tokens", "num_workers": num_workers}
+    outputs = [tmp_path / "whole", tmp_path / "resumed"]
+    argvs = [generator_options(tmp_path / "tokens", tmp_path / "tokenizer", output, **options) for output in outputs]
+    run(lambda: train_generator.main(argvs[0]), num_processes)
+    copy_until(outputs[0], 4, outputs[1])
+    run(lambda: train_generator.main([*argvs[1], "--resume", "true"]), num_processes)
+    assert differences(last_state(outputs[1]), last_state(outputs[0])) == []
+    assert not (outputs[0] / "tokens").exists()
 
 
 def test_a_loss_that_is_not_finite_names_the_images_of_a_stream(vision_model, tmp_path, monkeypatch):

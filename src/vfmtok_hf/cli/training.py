@@ -68,14 +68,14 @@ def extract_tokens(
         from vfmtok_hf.cli.environment import default_device
         from vfmtok_hf.data.output_files import check_output_folder
         from vfmtok_hf.data.sources import open_records
-        from vfmtok_hf.data.transforms import Variants
+        from vfmtok_hf.data.transforms import ImageViews
         from vfmtok_hf.training import extract_tokens as extraction
         from vfmtok_hf.training.finetuning import load_tokenizer
 
         check_output_folder(output)
         records = open_records(data, split)
         tokenizer = load_tokenizer(resolve_model(model)).to(device or default_device())
-        views = Variants(
+        views = ImageViews(
             tokenizer.config.image_size,
             crops.value,
             num_crops,
@@ -92,7 +92,7 @@ def extract_tokens(
                 codebook_top_k,
                 shard_size,
                 batch_size,
-                on_progress=progress_callback,
+                progress_callback=progress_callback,
             )
         for name in index["unreadable"]:
             report_skipped(name)

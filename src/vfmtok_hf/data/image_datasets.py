@@ -1,37 +1,20 @@
 """Images for training, at random or as a stream: an item depends on seed, epoch and position alone."""
 
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data import Dataset
 
-from vfmtok_hf.data.sources import (
-    ONE_CLASS,
-    ImageRecords,
-    cell_bytes,
-    class_number,
-    damage_named,
-    data_files_of,
-    find_image_column,
-    find_label_column,
-    is_null_label,
-    known_class_names,
-    load_dataset,
-    without_decoding,
-)
+from vfmtok_hf.data.sources import ImageRecords, cell_bytes, find_image_column, without_decoding
+from vfmtok_hf.data.streams import Stream
 from vfmtok_hf.data.transforms import Augmentation
 from vfmtok_hf.modeling.image_reading_vfmtok import UnreadableImage, read_image
 
 
 logger = logging.getLogger("vfmtok_hf.data")
-
-# So many in a row are no damage here and there, but a wrong column or a wrong format.
-MAX_UNREADABLE_IN_A_ROW = 10_000
-MAX_WORKERS = 256
 
 
 class ImageDataset(Dataset):
@@ -97,26 +80,15 @@ class ImageDataset(Dataset):
         return self.augmentation.shrunk(image) if shrink else image
 
 
-class ImageStream(IterableDataset):
+class ImageStream(Stream):
     """
-    Images of a data set that is read from front to back: too large to hold, or not here but on the Hub.
-
-    An epoch has a fixed number of images. In each epoch the order of the files changes, and images leave a buffer of
-    `shuffle_buffer` at random. Every process and every worker reads its own part; who reaches the end of its part
-    early reads it again, so that all processes make the same number of steps. After a resume the part of the epoch
-    that was seen is read once more without decoding it.
+    A [`Stream`] of images, augmented. Its items are those of [`ImageDataset`].
 
     Args:
         source, split, image_column, label_column, class_names, labeled: as in
             [`~vfmtok_hf.data.sources.open_records`].
         augmentation ([`Augmentation`]): from image to `pixel_values`.
-        epoch_images (`int`, *optional*): images in an epoch, of all processes together. Defaults to the number that
-            the data set states.
-        shuffle_buffer (`int`): encoded images kept by each worker to draw from.
-        seed (`int`): of order and augmentation.
-
-    Raises:
-        ValueError: the size of an epoch or the names of the classes are not known and not given.
+        epoch_images, shuffle_buffer, seed: as in [`Stream`].
     """
 
     def __init__(
@@ -132,136 +104,15 @@ class ImageStream(IterableDataset):
         seed: int = 0,
         labeled: bool = True,
     ):
-        dataset = load_dataset(source, split, streaming=True)
-        features = dataset.features or dataset._resolve_features().features
-        self.image_column = find_image_column(source, features, image_column)
-        self.label_column = find_label_column(source, features, label_column) if labeled else None
-        class_names = (class_names or known_class_names(features, self.label_column)) if labeled else ONE_CLASS
-        if class_names is None:
-            raise ValueError(f"The column {self.label_column} of {source} does not name its classes: --class_names.")
-        stated = (dataset.info.splits or {}).get(split)
-        if epoch_images is None and not (stated and stated.num_examples):
-            raise ValueError(f"{source} does not state how many images it has: give --epoch_images.")
-        dataset = without_decoding(dataset, features, self.image_column)
-        self.source = source
-        self.features = features
-        # Of the files alone: the buffer of the library reads ahead in threads, ours is below.
-        self.dataset = dataset.shuffle(seed=seed, buffer_size=1, max_buffer_input_shards=1)
-        self.shuffle_buffer = shuffle_buffer
-        self.class_names = class_names
-        self.class_numbers = {name: number for number, name in enumerate(class_names)}
+        super().__init__(source, split, label_column, class_names, epoch_images, shuffle_buffer, seed, labeled)
+        self.image_column = find_image_column(source, self.features, image_column)
+        self.dataset = without_decoding(self.dataset, self.features, self.image_column)
         self.augmentation = augmentation
-        self.epoch_images = epoch_images or stated.num_examples
-        self.seed = seed
-        # One entry a worker, as additions of several processes to the same number can get lost.
-        self.unreadable = torch.zeros(MAX_WORKERS, dtype=torch.int64).share_memory_()
-        self.set_share(batch_size=1)
-        self.set_position(0, 0)
 
-    def set_share(self, batch_size: int, num_processes: int = 1, process_index: int = 0, num_workers: int = 0) -> None:
-        """How the images are dealt out: a part to each worker of each process, `batch_size` at a time."""
-        self.batch_size = batch_size
-        self.num_processes = num_processes
-        self.process_index = process_index
-        self.workers = max(num_workers, 1)  # of each process
-        self.parts = num_processes * self.workers
+    def read(self, row: dict[str, Any], name: str) -> Image.Image:
+        """The image of a row; raises as `read_image` does."""
+        return read_image(cell_bytes(row[self.image_column], name), name, self.augmentation.min_side)
 
-    def set_position(self, epoch: int, first_batch: int) -> None:
-        """Where the next iteration starts."""
-        self.epoch = epoch
-        self.first_batch = first_batch
-
-    @property
-    def batches_per_epoch(self) -> int:
-        """Of each process."""
-        return self.epoch_images // (self.batch_size * self.num_processes)
-
-    @property
-    def num_unreadable(self) -> int:
-        """Times that an image could not be decoded so far, by all workers of this process."""
-        return int(self.unreadable.sum())
-
-    def name(self, index: int) -> str:
-        place, part = divmod(index, self.parts)
-        return f"{self.source}, image {place} of part {part + 1}/{self.parts} in epoch {self.epoch}"
-
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor | int]]:
-        """
-        Items as of [`ImageDataset`]; a worker yields those of its whole batches. Their `index` counts the images that
-        all parts have in turn.
-        """
-        worker = get_worker_info()
-        number = worker.id if worker else 0
-        # A loader takes the batches of its workers in turn, and starts with the first worker wherever the epoch is.
-        turn = (number + self.first_batch) % self.workers
-        batches_before = len(range(turn, self.first_batch, self.workers))
-        batches = len(range(turn, self.batches_per_epoch, self.workers))
-        part = self.process_index * self.workers + turn
-        yield from self._items(part, batches_before * self.batch_size, batches * self.batch_size, number)
-
-    def _items(self, part: int, start: int, end: int, worker: int) -> Iterator[dict]:
-        """
-        Items `start` to `end` of a part. The next readable image also fills the places of unreadable ones before it,
-        so that an item's position tells how many rows were read before it.
-        """
-        places: list[int] = []
-        for position, row in enumerate(self._rows_without_end(part)):
-            if position >= end and not places:
-                return
-            if position < start:
-                continue
-            if position < end:
-                places.append(position)
-            name = self.name(position * self.parts + part) + (f" ({row['__key__']})" if "__key__" in row else "")
-            try:
-                label = self._label(row, name)
-                encoded = cell_bytes(row[self.image_column], name)
-                image = read_image(encoded, name, self.augmentation.min_side)
-            except UnreadableImage as error:
-                logger.warning("skipping an image: %s", error)
-                self.unreadable[worker] += 1
-                if position - places[0] >= MAX_UNREADABLE_IN_A_ROW:
-                    raise UnreadableImage(f"{position - places[0]} images of {self.source} in a row.") from error
-                continue
-            for place in places:
-                rng = np.random.default_rng((self.seed, self.epoch, part, place))
-                index = place * self.parts + part
-                yield {"pixel_values": self.augmentation(image, rng), "label": label, "index": index}
-            places = []
-
-    def _label(self, row: dict[str, Any], name: str) -> int:
-        if self.label_column is None:
-            return 0
-        if is_null_label(row[self.label_column], self.features[self.label_column]):
-            raise UnreadableImage(f"{name} has no label.")
-        return class_number(row[self.label_column], self.class_numbers, self.source, self.label_column)
-
-    def _rows_without_end(self, part: int) -> Iterator[dict[str, Any]]:
-        """Rows of a part in this epoch's order, over and over."""
-        rng = np.random.default_rng((self.seed, self.epoch, part))
-        while True:
-            buffer: list[dict[str, Any]] = []
-            for row in self._rows(part):
-                buffer.append(row)
-                if len(buffer) >= self.shuffle_buffer:
-                    chosen = rng.integers(len(buffer))
-                    buffer[chosen], buffer[-1] = buffer[-1], buffer[chosen]
-                    yield buffer.pop()
-            rng.shuffle(buffer)
-            yield from buffer
-
-    def _rows(self, part: int) -> Iterator[dict[str, Any]]:
-        from datasets.distributed import split_dataset_by_node
-
-        rows = split_dataset_by_node(self.dataset, rank=part, world_size=self.parts)
-        rows.set_epoch(self.epoch)
-        is_empty = True
-        with damage_named(data_files_of(self.source)):
-            # Not a plain iteration: that would divide the rows among the workers once more.
-            for batch in rows.iter(batch_size=1):
-                is_empty = False
-                yield {name: values[0] for name, values in batch.items()}
-        if is_empty:
-            raise ValueError(
-                f"{self.source} has no images for part {part + 1} of {self.parts}: use fewer --num_workers."
-            )
+    def make(self, content: Image.Image, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+        """`pixel_values` (3, image_size, image_size) in [-1, 1]."""
+        return {"pixel_values": self.augmentation(content, rng)}

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from vfmtok_hf.data.image_datasets import ImageStream
+from vfmtok_hf.data.streams import Stream
 
 
 class EpochSampler(Sampler[int]):
@@ -94,7 +94,7 @@ class TrainingLoader:
     Batches without end for one of several processes, from any position of the run, on its device.
 
     Args:
-        data: an [`ImageStream`], or a map-style data set with `labels` and `set_epoch`.
+        data: a [`Stream`], or a map-style data set with `labels` and `set_epoch`.
         batch_size (`int`): of this process.
         num_processes, process_index (`int`): all processes together go through the data once an epoch.
         balance_power (`float`): as in [`EpochSampler`]; streams cannot be balanced.
@@ -117,7 +117,7 @@ class TrainingLoader:
     ):
         self.data = data
         self.device = torch.device(device)
-        if isinstance(data, ImageStream):
+        if isinstance(data, Stream):
             if balance_power:
                 raise ValueError("Classes of a stream cannot be balanced: --balance_power needs --streaming false.")
             data.set_share(batch_size, num_processes, process_index, num_workers)
@@ -144,7 +144,7 @@ class TrainingLoader:
     def batches(self, position: Position) -> Iterator[dict[str, torch.Tensor]]:
         """Batches from where `position` stands, which they advance."""
         while True:
-            if not isinstance(self.data, ImageStream):
+            if not isinstance(self.data, Stream):
                 self.data.set_epoch(position.epoch)
             self.order.set_position(position.epoch, position.batch)
             for batch in self.loader:

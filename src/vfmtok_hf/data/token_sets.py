@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 from vfmtok_hf.data.files import file_sha256, holds_data_files
 from vfmtok_hf.data.fingerprints import weights_sha256
 from vfmtok_hf.data.sources import find_label_column, known_class_names, load_dataset
+from vfmtok_hf.data.streams import Stream
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 
 
@@ -191,6 +192,26 @@ def is_extraction(folder: Path) -> bool:
     )
 
 
+def open_extraction(source: str | Path, verify: bool) -> tuple[str | Path, dict[str, Any]]:
+    """
+    What `load_dataset` is to read of a source, and the index that a folder by `extract_tokens.py` has beside it.
+
+    Args:
+        verify (`bool`): compare the sha256 of each file with the index. Sizes are compared in any case.
+
+    Raises:
+        FileNotFoundError: the extraction has not finished, or one of its files is missing.
+        ValueError: a file is damaged, and named.
+    """
+    folder = Path(source)
+    if not (folder.is_dir() and is_extraction(folder)):
+        return source, {"unreadable": []}
+    index = read_index(folder)
+    for shard in index["shards"]:
+        check_shard(folder, shard, verify)
+    return folder / SHARDS, index  # whatever the split is called
+
+
 class TokenSet(Dataset):
     """
     Token sequences of labeled images. Which of an image's sequences an item is is a function of (seed, epoch, index).
@@ -200,29 +221,23 @@ class TokenSet(Dataset):
         source (`str` or `Path`): a folder by `extract_tokens.py`, or anything that
             [`~vfmtok_hf.data.sources.load_dataset`] reads and that has the columns of this module.
         seed (`int`): of the choice.
-        verify (`bool`): compare the sha256 of each file of an extraction with its index. Sizes are compared in any case.
+        verify (`bool`): as in [`open_extraction`], whose errors it raises.
         split (`str`): of what has several.
 
     Raises:
-        FileNotFoundError: an extraction has not finished, or one of its files is missing.
-        ValueError: a file is damaged, and named; or a column is missing.
+        ValueError: a column is missing.
     """
 
     def __init__(self, source: str | Path, seed: int = 0, verify: bool = True, split: str = "train"):
         self.source = str(source)
         self.seed = seed
         self.epoch = 0
-        self.index: dict[str, Any] = {"unreadable": []}
-        folder = Path(source)
-        if folder.is_dir() and is_extraction(folder):
-            self.index = read_index(folder)
-            for shard in self.index["shards"]:
-                check_shard(folder, shard, verify)
-            source = folder / SHARDS  # whatever the split is called
+        source, self.index = open_extraction(source, verify)
         self.dataset = load_dataset(source, split, streaming=False)
-        label_column = find_label_column(self.source, self.dataset.features, None)
-        self.class_names = known_class_names(self.dataset.features, label_column)
-        missing = {"image_tokens", "image", "sha256"} - set(self.dataset.features)
+        self.features = self.dataset.features
+        label_column = find_label_column(self.source, self.features, None)
+        self.class_names = known_class_names(self.features, label_column)
+        missing = {"image_tokens", "image", "sha256"} - set(self.features)
         if missing or self.class_names is None:
             raise ValueError(
                 f"{source} is no set of labeled image tokens: it lacks {', '.join(sorted(missing)) or 'names of the classes'}."
@@ -251,26 +266,9 @@ class TokenSet(Dataset):
         return first_rows[new], num_views[new]
 
     @property
-    def num_sequences(self) -> int:
-        """The most sequences that an image has."""
-        return int(self.num_views.max(initial=0))
-
-    @property
     def num_unreadable(self) -> int:
         """Images that the extraction left out because they cannot be decoded or have no label."""
         return len(self.index["unreadable"])
-
-    def check_tokenizer(self, tokenizer: VFMTokModel) -> None:
-        """
-        Raises:
-            ValueError: the tokens were made by another tokenizer.
-        """
-        made_by = self.dataset.features["image_tokens"].feature.id
-        if made_by != identity_text(tokenizer_identity(tokenizer)):
-            raise ValueError(
-                f"The tokens of {self.source} were made by another tokenizer: extract them again with this one, or pass "
-                "the one that made them."
-            )
 
     def name(self, index: int) -> str:
         return self.dataset[int(self.first_rows[index])]["image"]
@@ -287,18 +285,55 @@ class TokenSet(Dataset):
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, torch.Tensor | int]]:
         """Several items at once, as loaders ask for them."""
-        views = [
-            np.random.default_rng((self.seed, self.epoch, index)).integers(self.num_views[index]) for index in indices
+        rows = [
+            self.first_rows[index]
+            + np.random.default_rng((self.seed, self.epoch, index)).integers(self.num_views[index])
+            for index in indices
         ]
-        sequences = self._read([self.first_rows[index] + view for index, view in zip(indices, views, strict=True)])
+        sequences = torch.from_numpy(np.stack(list(self.tokens[rows]["image_tokens"])).astype(np.int64))
         return [
             {"image_tokens": sequence, "label": self.labels[index], "index": index}
             for index, sequence in zip(indices, sequences, strict=True)
         ]
 
-    def sequence(self, index: int, view: int) -> torch.Tensor:
-        """One sequence of an image, `(num_image_tokens,)` int64."""
-        return self._read([self.first_rows[index] + view])[0]
 
-    def _read(self, rows: list[int]) -> torch.Tensor:
-        return torch.from_numpy(np.stack(list(self.tokens[rows]["image_tokens"])).astype(np.int64))
+class TokenStream(Stream):
+    """
+    A [`Stream`] of labeled image tokens. Unlike in a [`TokenSet`] each sequence is an item, whichever image it is of.
+
+    Args:
+        source, verify, split: as in [`TokenSet`].
+        epoch_sequences (`int`, *optional*): the `epoch_items` of [`Stream`]; `shuffle_buffer` and `seed` are its too.
+    """
+
+    def __init__(
+        self,
+        source: str | Path,
+        split: str = "train",
+        epoch_sequences: int | None = None,
+        shuffle_buffer: int = 1000,
+        seed: int = 0,
+        verify: bool = True,
+    ):
+        source, _ = open_extraction(source, verify)
+        super().__init__(source, split, None, None, epoch_sequences, shuffle_buffer, seed)
+
+    def read(self, row: dict[str, Any], name: str) -> torch.Tensor:
+        """The token sequence of a row."""
+        return torch.tensor(row["image_tokens"])
+
+    def make(self, content: torch.Tensor, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+        """`image_tokens` (num_image_tokens,) int64."""
+        return {"image_tokens": content}
+
+
+def check_tokenizer(tokens: TokenSet | TokenStream, tokenizer: VFMTokModel) -> None:
+    """
+    Raises:
+        ValueError: the tokens were made by another tokenizer.
+    """
+    if tokens.features["image_tokens"].feature.id != identity_text(tokenizer_identity(tokenizer)):
+        raise ValueError(
+            f"The tokens of {tokens.source} were made by another tokenizer: extract them again with this one, or pass "
+            "the one that made them."
+        )

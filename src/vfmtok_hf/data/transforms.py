@@ -73,7 +73,7 @@ class Augmentation:
 
 
 @dataclass(frozen=True)
-class Variants:
+class ImageViews:
     """
     The views of an image that become token sequences once and for all.
 

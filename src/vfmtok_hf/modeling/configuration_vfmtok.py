@@ -21,7 +21,7 @@ class VFMTokConfig(AutoencoderConfigMixin, PreTrainedConfig):
         vision_image_size (`int`, defaults to 336):
             Side, in pixels, to which the model resizes its input before the vision model sees it.
         vision_image_mean, vision_image_std (`list[float]`, *optional*):
-            Normalisation of the vision model's input in [0, 1]. Unset: the vision model's own.
+            Normalization of the vision model's input in [0, 1]. Unset: the vision model's own.
         save_vision_model (`bool`, defaults to `True`):
             Whether checkpoints contain the vision model. A light checkpoint (`False`) decodes as it is; `encode`
             needs `VFMTokModel.load_vision_model` first.

@@ -12,7 +12,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import PILImageResampling
 
 from .image_reading_vfmtok import each_image, read_image
-from .loading_vfmtok import one_line_errors
+from .loading_vfmtok import errors_naming
 
 
 # A center crop of anything longer keeps less than one percent of the picture.
@@ -95,7 +95,7 @@ class VFMTokImageProcessor(BaseImageProcessor):
         Raises:
             OSError: there is no such folder, repository, revision or file, or no access or connection to it.
         """
-        with one_line_errors(str(pretrained_model_name_or_path)):
+        with errors_naming(str(pretrained_model_name_or_path)):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     # -- images -> pixel_values

@@ -27,7 +27,7 @@ def field_types(config_class: type) -> type:
 
 
 @contextmanager
-def one_line_errors(source: str) -> Iterator[None]:
+def errors_naming(source: str) -> Iterator[None]:
     """
     Say in one line what is wrong with `source`, a folder or repository that is read in this block.
 
@@ -165,7 +165,7 @@ class CheckedModelMixin:
         source = str(pretrained_model_name_or_path)
         if "torch_dtype" not in kwargs:  # the older name, which transformers accepts too
             kwargs.setdefault("dtype", torch.float32)
-        with one_line_errors(source):
+        with errors_naming(source):
             try:
                 model, info = super().from_pretrained(
                     pretrained_model_name_or_path,
@@ -262,4 +262,4 @@ def check_keys(source: str, info: dict[str, Any]) -> None:
             )
 
 
-__all__ = ["CheckedConfigMixin", "CheckedModelMixin", "one_line_errors"]
+__all__ = ["CheckedConfigMixin", "CheckedModelMixin", "errors_naming"]

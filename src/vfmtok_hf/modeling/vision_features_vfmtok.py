@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoModel
 
 from .autoencoder_config_vfmtok import AutoencoderConfigMixin
-from .loading_vfmtok import one_line_errors
+from .loading_vfmtok import errors_naming
 
 
 # Families whose code reads weights of modules that it does not call, where accelerate's hooks do not see it.
@@ -118,7 +118,7 @@ def fetch_vision_model(
     """
     commit = None
     try:
-        with one_line_errors(str(name_or_path)):
+        with errors_naming(str(name_or_path)):
             if not os.path.isdir(name_or_path):
                 names = ("revision", "cache_dir", "local_files_only", "token")
                 where = {name: kwargs[name] for name in names if name in kwargs}

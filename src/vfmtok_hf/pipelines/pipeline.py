@@ -28,7 +28,7 @@ else:
     from .handler import EndpointHandler  # noqa: F401
     from .image_processing_vfmtok import VFMTokImageProcessor
     from .image_reading_vfmtok import read_image  # noqa: F401
-    from .loading_vfmtok import one_line_errors  # noqa: F401
+    from .loading_vfmtok import errors_naming  # noqa: F401
     from .modeling_vfmtok import VFMTokModel
     from .modeling_vfmtok_ar import VFMTokARForImageGeneration
     from .modeling_vfmtok_rar import VFMTokRARForImageGeneration

@@ -21,7 +21,7 @@ from transformers.image_utils import ImageInput
 from vfmtok_hf.modeling.class_names_vfmtok import ClassNames
 from vfmtok_hf.modeling.image_processing_vfmtok import VFMTokImageProcessor
 from vfmtok_hf.modeling.image_reading_vfmtok import each_image
-from vfmtok_hf.modeling.loading_vfmtok import one_line_errors
+from vfmtok_hf.modeling.loading_vfmtok import errors_naming
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 from vfmtok_hf.modeling.modeling_vfmtok_ar import VFMTokARForImageGeneration
 from vfmtok_hf.modeling.modeling_vfmtok_rar import VFMTokRARForImageGeneration
@@ -156,7 +156,7 @@ class VFMTokPipeline(DiffusionPipeline):
         """
         if "torch_dtype" not in kwargs:  # the older name, which diffusers accepts too
             kwargs[DTYPE] = kwargs.pop("dtype", torch.float32)
-        with one_line_errors(str(pretrained_model_name_or_path)):
+        with errors_naming(str(pretrained_model_name_or_path)):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod

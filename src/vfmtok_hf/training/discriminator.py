@@ -92,14 +92,14 @@ class DinoDiscriminatorHead(nn.Module):
         around = {"padding": kernel_size // 2, "padding_mode": "circular"}
         self.conv_in = spectral_norm(nn.Conv1d(channels, channels, 1))
         self.norm_in = LocalBatchNorm(channels)
-        self.conv_neighbours = spectral_norm(nn.Conv1d(channels, channels, kernel_size, **around))
-        self.norm_neighbours = LocalBatchNorm(channels)
+        self.conv_neighbors = spectral_norm(nn.Conv1d(channels, channels, kernel_size, **around))
+        self.norm_neighbors = LocalBatchNorm(channels)
         self.conv_out = spectral_norm(nn.Conv1d(channels, 1, 1))
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         states = F.leaky_relu(self.norm_in(self.conv_in(states)), 0.2)
-        neighbours = F.leaky_relu(self.norm_neighbours(self.conv_neighbours(states)), 0.2)
-        return self.conv_out((states + neighbours) * 0.5**0.5).squeeze(1)
+        neighbors = F.leaky_relu(self.norm_neighbors(self.conv_neighbors(states)), 0.2)
+        return self.conv_out((states + neighbors) * 0.5**0.5).squeeze(1)
 
 
 class LocalBatchNorm(nn.Module):

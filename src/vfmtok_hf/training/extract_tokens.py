@@ -35,7 +35,7 @@ from vfmtok_hf.data.token_sets import (
     tokenizer_identity,
     write_token_table,
 )
-from vfmtok_hf.data.transforms import Variants
+from vfmtok_hf.data.transforms import ImageViews
 from vfmtok_hf.modeling.image_reading_vfmtok import UnreadableImage, read_image
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 from vfmtok_hf.training.arguments import ExtractionArguments, parse_arguments
@@ -47,13 +47,13 @@ def extract_tokens(
     tokenizer: VFMTokModel,
     records: ImageRecords,
     output: str | Path,
-    variants: Variants,
+    views: ImageViews,
     codebook_top_k: int = 1,
     shard_size: int = 4096,
     batch_size: int = 32,
     num_workers: int = 0,
     overwrite: bool = False,
-    on_progress: Callable[[int], None] | None = None,
+    progress_callback: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """
     Write the tokens of all images as parquet files, and return their index. Files that are there already are kept.
@@ -64,12 +64,12 @@ def extract_tokens(
 
     Args:
         tokenizer ([`VFMTokModel`]): on the device to use.
-        variants ([`Variants`]): the views of an image.
+        views ([`ImageViews`]): the views of an image.
         codebook_top_k (`int`): token sequences of each view, see [`encode_sequences`].
         shard_size (`int`): images in a shard.
         batch_size (`int`): views encoded at once. It changes no result.
         overwrite (`bool`): replace what another tokenizer, other images or other settings made, which else raises.
-        on_progress: called with the number of images after each batch of this process.
+        progress_callback: called with the number of images after each batch of this process.
 
     Raises:
         ValueError: `output` holds other tokens, or no image can be decoded.
@@ -77,7 +77,7 @@ def extract_tokens(
     state, output = PartialState(), Path(output)
     tokenizer.eval()
     identity = tokenizer_identity(tokenizer)
-    settings = {**asdict(variants), "codebook_top_k": codebook_top_k, "shard_size": shard_size}
+    settings = {**asdict(views), "codebook_top_k": codebook_top_k, "shard_size": shard_size}
     fingerprint = _fingerprint(FORMAT, identity, records.fingerprint, settings)
     num_shards = -(-len(records) // shard_size)
     finished = finished_index(output, fingerprint)
@@ -91,11 +91,13 @@ def extract_tokens(
     state.wait_for_everyone()  # before the first new shard appears, so that all processes see the same ones missing
     for number in missing[state.process_index :: state.num_processes]:
         indices = range(number * shard_size, min((number + 1) * shard_size, len(records)))
-        views = _Views(records, variants, indices)
-        images, image_tokens = _encode_shard(tokenizer, views, codebook_top_k, batch_size, num_workers, on_progress)
+        shard = _ViewedImages(records, views, indices)
+        images, image_tokens = _encode_shard(
+            tokenizer, shard, codebook_top_k, batch_size, num_workers, progress_callback
+        )
         unreadable = sorted({*indices} - {image["index"] for image in images})
         facts = {"fingerprint": fingerprint, "unreadable": [records.name(index) for index in unreadable]}
-        rows = [image for image in images for _ in range(variants.num_views * codebook_top_k)]
+        rows = [image for image in images for _ in range(views.num_views * codebook_top_k)]
         with whole_file(output / shard_name(number)) as temporary:
             write_token_table(
                 temporary,
@@ -118,7 +120,7 @@ def extract_tokens(
             "codebook_size": tokenizer.config.codebook_size,
             "num_image_tokens": tokenizer.config.num_anchors,
             "settings": settings,
-            "num_sequences": variants.num_views * codebook_top_k,
+            "num_sequences": views.num_views * codebook_top_k,
             **_summary(records, [output / shard_name(number) for number in range(num_shards)]),
         }
         if index["num_images"] == 0:
@@ -170,12 +172,12 @@ def _prepare(output: Path, fingerprint: str, overwrite: bool) -> None:
     (output / INDEX_FILE).unlink(missing_ok=True)
 
 
-class _Views(Dataset):
+class _ViewedImages(Dataset):
     """All views of single images; `views` is None where the image cannot be decoded."""
 
-    def __init__(self, records: ImageRecords, variants: Variants, indices: range):
+    def __init__(self, records: ImageRecords, views: ImageViews, indices: range):
         self.records = records
-        self.variants = variants
+        self.views = views
         self.indices = indices
 
     def __len__(self) -> int:
@@ -185,7 +187,7 @@ class _Views(Dataset):
         index = self.indices[item]
         try:
             encoded = self.records.encoded(index)
-            views = self.variants(read_image(encoded, self.records.name(index), self.variants.min_side), index)
+            views = self.views(read_image(encoded, self.records.name(index), self.views.min_side), index)
         except UnreadableImage as error:
             logger.warning("skipping an image: %s", error)
             return {"views": None, "index": index}
@@ -195,16 +197,16 @@ class _Views(Dataset):
 
 def _encode_shard(
     tokenizer: VFMTokModel,
-    views: _Views,
+    shard: _ViewedImages,
     codebook_top_k: int,
     batch_size: int,
     num_workers: int,
-    on_progress: Callable[[int], None] | None,
+    progress_callback: Callable[[int], None] | None,
 ) -> tuple[list[dict[str, Any]], np.ndarray]:
     """The readable images of a shard, and the tokens of all their views in turn."""
-    images_at_once = max(batch_size // views.variants.num_views, 1)
+    images_at_once = max(batch_size // shard.views.num_views, 1)
     loader = DataLoader(
-        views, batch_size=images_at_once, num_workers=num_workers, collate_fn=list, generator=torch.Generator()
+        shard, batch_size=images_at_once, num_workers=num_workers, collate_fn=list, generator=torch.Generator()
     )
     # An array even if no image of the shard can be decoded.
     sequences = [np.empty((0, tokenizer.config.num_anchors), np.int64)]
@@ -217,8 +219,8 @@ def _encode_shard(
             # images * views, codebook_top_k, tokens -> images * views * codebook_top_k, tokens
             sequences.append(torch.cat(parts).flatten(0, 1).cpu().numpy())
             readable += found
-        if on_progress is not None:
-            on_progress(len(images))
+        if progress_callback is not None:
+            progress_callback(len(images))
     return readable, np.concatenate(sequences)
 
 
@@ -255,7 +257,7 @@ def main(argv: list[str] | None = None) -> None:
             arguments.label_column,
             read_class_names(arguments.class_names),
         )
-    variants = Variants(
+    views = ImageViews(
         tokenizer.config.image_size,
         arguments.crops,
         arguments.num_crops,
@@ -268,7 +270,7 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer,
         records,
         arguments.output,
-        variants,
+        views,
         arguments.codebook_top_k,
         arguments.shard_size,
         arguments.batch_size,

@@ -5,10 +5,11 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from vfmtok_hf.data.image_datasets import ImageDataset, ImageStream
+from vfmtok_hf.data.image_datasets import ImageDataset
 from vfmtok_hf.data.sources import ImageRecords
-from vfmtok_hf.data.token_sets import TokenSet, encode_sequences, is_token_set
-from vfmtok_hf.data.transforms import Variants
+from vfmtok_hf.data.streams import Stream
+from vfmtok_hf.data.token_sets import TokenSet, TokenStream, check_tokenizer, encode_sequences, is_token_set
+from vfmtok_hf.data.transforms import ImageViews
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 from vfmtok_hf.training.arguments import GeneratorArguments
 from vfmtok_hf.training.extract_tokens import extract_tokens
@@ -18,7 +19,7 @@ from vfmtok_hf.training.run_data import check_data
 
 def open_token_data(
     arguments: GeneratorArguments, tokenizer: VFMTokModel, accelerator: Accelerator
-) -> tuple[TokenSet | ImageDataset | ImageStream, TokenSet]:
+) -> tuple[TokenSet | ImageDataset | Stream, TokenSet]:
     """
     Training data, as tokens or as images; and validation data, as tokens.
 
@@ -26,11 +27,13 @@ def open_token_data(
         ValueError: there are no validation data and none can be held out, or they have other classes.
     """
     held_out = None
-    train_source: TokenSet | ImageRecords | ImageStream
+    train_source: TokenSet | ImageRecords | Stream
     if is_token_set(arguments.train_data, arguments.split):
         if arguments.validation_data is None:
             raise ValueError("Token sets cannot be split: pass --validation_data.")
-        train_source = open_token_set(arguments.train_data, arguments.split, arguments, tokenizer, accelerator)
+        train_source = open_token_set(
+            arguments.train_data, arguments.split, arguments, tokenizer, accelerator, arguments.streaming
+        )
     else:
         if arguments.streaming and arguments.num_crops:
             raise ValueError(
@@ -48,44 +51,54 @@ def open_token_data(
         raise ValueError(f"{arguments.validation_data} and {arguments.train_data} must have the same classes.")
     check_data(arguments, train_source, validation_source, accelerator.is_main_process, classes_may_change=False)
 
-    train_data: TokenSet | ImageDataset | ImageStream | ImageRecords = train_source
+    train_data: TokenSet | ImageDataset | Stream | ImageRecords = train_source
     if isinstance(train_source, ImageRecords):
         train_data = tokens_of(train_source, arguments, tokenizer)
     validation_data = validation_source
     if isinstance(validation_source, ImageRecords):
-        central = Variants(tokenizer.config.image_size, crops="center", horizontal_flip=False)
+        central = ImageViews(tokenizer.config.image_size, crops="center", horizontal_flip=False)
         validation_data = tokenize_once(validation_source, "validation", central, 1, arguments, tokenizer)
     return train_data, validation_data
 
 
 def open_token_set(
-    source: str, split: str, arguments: GeneratorArguments, tokenizer: VFMTokModel, accelerator: Accelerator
-) -> TokenSet:
+    source: str,
+    split: str,
+    arguments: GeneratorArguments,
+    tokenizer: VFMTokModel,
+    accelerator: Accelerator,
+    streaming: bool = False,
+) -> TokenSet | TokenStream:
+    seed, verify = arguments.seed, accelerator.is_local_main_process
+    tokens: TokenSet | TokenStream
     with accelerator.main_process_first():  # the datasets library prepares its cache
-        tokens = TokenSet(source, arguments.seed, verify=accelerator.is_local_main_process, split=split)
-    tokens.check_tokenizer(tokenizer)
+        if streaming:
+            tokens = TokenStream(source, split, arguments.epoch_images, arguments.shuffle_buffer, seed, verify)
+        else:
+            tokens = TokenSet(source, seed, verify, split)
+    check_tokenizer(tokens, tokenizer)
     return tokens
 
 
 def tokens_of(records: ImageRecords, arguments: GeneratorArguments, tokenizer: VFMTokModel) -> TokenSet | ImageDataset:
-    """Images for tokens in every step, or the tokens of their variants."""
+    """Images for tokens in every step, or the tokens of their views."""
     augmentation = training_augmentation(arguments, tokenizer.config.image_size)
     if arguments.num_crops == 0:
         return ImageDataset(records, augmentation, seed=arguments.seed)
-    variants = Variants(
+    views = ImageViews(
         augmentation.image_size,
         count=arguments.num_crops,
         crop_scale=augmentation.crop_scale,
         horizontal_flip=augmentation.horizontal_flip,
         seed=arguments.seed,
     )
-    return tokenize_once(records, "train", variants, arguments.codebook_top_k, arguments, tokenizer)
+    return tokenize_once(records, "train", views, arguments.codebook_top_k, arguments, tokenizer)
 
 
 def tokenize_once(
     records: ImageRecords,
     name: str,
-    variants: Variants,
+    views: ImageViews,
     codebook_top_k: int,
     arguments: GeneratorArguments,
     tokenizer: VFMTokModel,
@@ -93,7 +106,7 @@ def tokenize_once(
     """The tokens of images, kept in the run's folder; those of another tokenizer or other images are replaced."""
     folder = Path(arguments.output) / "tokens" / name
     workers = arguments.num_workers
-    extract_tokens(tokenizer, records, folder, variants, codebook_top_k, num_workers=workers, overwrite=True)
+    extract_tokens(tokenizer, records, folder, views, codebook_top_k, num_workers=workers, overwrite=True)
     return TokenSet(folder, arguments.seed)
 
 

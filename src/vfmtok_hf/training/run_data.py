@@ -5,9 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vfmtok_hf.data.image_datasets import ImageStream
 from vfmtok_hf.data.output_files import whole_file
 from vfmtok_hf.data.sources import ImageRecords
+from vfmtok_hf.data.streams import Stream
 from vfmtok_hf.training.arguments import TrainingArguments
 from vfmtok_hf.training.checkpoints import finished_checkpoints
 from vfmtok_hf.training.logs import logger
@@ -23,7 +23,7 @@ def check_data(
     Note the data of a new run in its folder, and compare those of a continued one with the note.
 
     Args:
-        train, validation: [`ImageRecords`], [`ImageStream`] or a token set.
+        train, validation: [`ImageRecords`], [`Stream`] or a token set.
         classes_may_change (`bool`): whether the model has nothing to do with them.
 
     Raises:
@@ -47,8 +47,8 @@ def check_data(
 
 def identity_of(data: Any) -> dict[str, Any]:
     """Number of images, names of classes, and a digest of what else tells data apart; all stay when the data move."""
-    if isinstance(data, ImageStream):
-        return {"images": data.epoch_images, "classes": data.class_names, "sha256": None}
+    if isinstance(data, Stream):
+        return {"images": data.epoch_items, "classes": data.class_names, "sha256": None}
     content: list[Any] = [data.labels]
     if isinstance(data, ImageRecords):
         # Of files the fingerprint is names and sizes; the library's of tables changes with their place.
