@@ -24,7 +24,7 @@ from vfmtok_hf import VFMTokARForImageGeneration, VFMTokImageProcessor, VFMTokMo
 from vfmtok_hf.data.files import find_images
 from vfmtok_hf.data.image_sets import FolderImages
 from vfmtok_hf.evaluation.features import VisionModelFeatures, extract_features
-from vfmtok_hf.evaluation.generation import SampleFolder, SamplingSettings, generate_samples, model_fingerprint
+from vfmtok_hf.evaluation.generation import SampleFolder, SampleFolderSettings, generate_samples, model_fingerprint
 from vfmtok_hf.evaluation.linear_probe import LabeledImages, ProbeSettings, evaluate_linear_probe
 from vfmtok_hf.evaluation.metrics import FeatureStatistics, frechet_distance, inception_score, precision_recall
 from vfmtok_hf.evaluation.reconstruction import evaluate_reconstruction
@@ -94,7 +94,7 @@ def measure_generator(
     real = extract_features(FolderImages(training_images(data), size), extractor).pooled
     values: dict = {"loss": log_of(run, "validation", "loss")[1][-1], **{metric: [] for metric in SAMPLE_METRICS}}
     for draw in range(NUM_DRAWS):
-        settings = SamplingSettings(NUM_IMAGES, seed=draw * NUM_IMAGES, guidance_scale=guidance_scale)
+        settings = SampleFolderSettings(NUM_IMAGES, seed=draw * NUM_IMAGES, guidance_scale=guidance_scale)
         folder = run / "evaluation" / f"guidance_{guidance_scale:g}_seed_{settings.seed}"
         samples = SampleFolder(folder, settings, num_classes, model_fingerprint(pipe))
         generate_samples(pipe, samples)

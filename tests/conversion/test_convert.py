@@ -30,7 +30,7 @@ from vfmtok_hf.conversion import (
     export_original_rar,
     export_original_tokenizer,
 )
-from vfmtok_hf.data.files import file_sha256
+from vfmtok_hf.data.fingerprints import file_sha256
 
 
 def load(model_class, folder):

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from tests.data.image_sources import picture, png
-from vfmtok_hf.data.files import file_sha256, files_below, find_images, image_suffixes
+from vfmtok_hf.data.files import files_below, find_images, image_suffixes
 from vfmtok_hf.data.image_sets import FolderImages
 from vfmtok_hf.data.pictures import open_pictures
 from vfmtok_hf.data.sources import open_records
@@ -132,8 +132,3 @@ def test_files_of_other_kinds_follow_the_same_rule(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     assert files_below(tmp_path, {".tar"}) == [tmp_path / "a" / "0.tar", tmp_path / "b" / "1.TAR"]
-
-
-def test_sha256(tmp_path):
-    (tmp_path / "abc").write_bytes(b"abc")
-    assert file_sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

@@ -10,7 +10,8 @@ import torch
 from tests.data.image_sources import DAMAGED, NUM_IMAGES, write_folder
 from tests.pipelines.tiny_pipeline import tiny_pipeline
 from tests.testing import sequences_of, tiny_model
-from vfmtok_hf.data.files import file_sha256, find_images
+from vfmtok_hf.data.files import find_images
+from vfmtok_hf.data.fingerprints import file_sha256
 from vfmtok_hf.data.loaders import TrainingLoader
 from vfmtok_hf.data.sources import open_records
 from vfmtok_hf.data.token_files import load_tokens, save_tokens

@@ -12,7 +12,7 @@ from vfmtok_hf.data.image_sets import FolderImages
 from vfmtok_hf.evaluation.features import Features, OwnVisionFeatures
 from vfmtok_hf.evaluation.generation import (
     SampleFolder,
-    SamplingSettings,
+    SampleFolderSettings,
     balanced_labels,
     check_sampling,
     evaluate_generation,
@@ -35,7 +35,7 @@ def pipe():
 def sample_folder(folder, pipe, **settings) -> SampleFolder:
     return SampleFolder(
         folder,
-        SamplingSettings(**{**SETTINGS, **settings}),
+        SampleFolderSettings(**{**SETTINGS, **settings}),
         pipe.transformer.config.num_classes,
         model_fingerprint(pipe),
     )
@@ -116,10 +116,10 @@ def test_samples_of_other_settings_are_not_mixed(pipe, tmp_path):
     ],
 )
 def test_settings_that_the_generator_does_not_take_are_refused_without_drawing(pipe, setting, message):
-    check_sampling(pipe, SamplingSettings(**SETTINGS))
-    check_sampling(tiny_pipeline("rar"), SamplingSettings(guidance_scale=2.0, guidance_scale_pow=2.0))
+    check_sampling(pipe, SampleFolderSettings(**SETTINGS))
+    check_sampling(tiny_pipeline("rar"), SampleFolderSettings(guidance_scale=2.0, guidance_scale_pow=2.0))
     with pytest.raises(ValueError, match=message):
-        check_sampling(pipe, SamplingSettings(**SETTINGS, **setting))
+        check_sampling(pipe, SampleFolderSettings(**SETTINGS, **setting))
 
 
 def test_npz_of_samples(pipe, tmp_path):

@@ -214,7 +214,7 @@ def generation(
         from vfmtok_hf.data.output_files import check_output_folder
         from vfmtok_hf.evaluation.generation import (
             SampleFolder,
-            SamplingSettings,
+            SampleFolderSettings,
             check_sampling,
             load_reference,
             model_fingerprint,
@@ -230,7 +230,7 @@ def generation(
         size = size or pipe.vq_model.config.image_size
         scales = sorted(set(guidance_scale or [1.0]))
         settings = [
-            SamplingSettings(
+            SampleFolderSettings(
                 num_samples,
                 seed,
                 scale,

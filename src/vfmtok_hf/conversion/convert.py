@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from vfmtok_hf.data.files import file_sha256
+from vfmtok_hf.data.fingerprints import file_sha256
 from vfmtok_hf.data.output_files import check_model_folder, whole_folder
 from vfmtok_hf.modeling.image_processing_vfmtok import VFMTokImageProcessor
 

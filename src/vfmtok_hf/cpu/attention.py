@@ -58,7 +58,18 @@ def blocks(query: torch.Tensor) -> Iterator[tuple[int, int, torch.Tensor]]:
         yield start, end, hidden.triu(start + 1)
 
 
+def fastest_attention(in_bfloat16: bool, dropout: float = 0.0, causal: bool = True) -> str:
+    """
+    The attention that is fastest on CPUs, by its name: `sdpa`, torch's fused one, but where that is slow. In bfloat16 it is, and
+    with dropout it falls back to computing all pairs, hidden ones too. There causal attention goes by blocks, other attention
+    is `eager`.
+    """
+    if not in_bfloat16 and dropout == 0:
+        return "sdpa"
+    return BLOCKWISE_ATTENTION if causal else "eager"
+
+
 AttentionInterface.register(BLOCKWISE_ATTENTION, blockwise_attention_forward)
 
 
-__all__ = ["BLOCKWISE_ATTENTION", "blockwise_attention_forward"]
+__all__ = ["BLOCKWISE_ATTENTION", "blockwise_attention_forward", "fastest_attention"]

@@ -17,8 +17,9 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 
-from vfmtok_hf.cpu.attention import BLOCKWISE_ATTENTION
-from vfmtok_hf.cpu.quantization import PackedQuantizedLinear, packed_class
+from vfmtok_hf.cpu.attention import fastest_attention
+from vfmtok_hf.cpu.packed_layer import PackedLayer
+from vfmtok_hf.cpu.quantization import packed_class
 from vfmtok_hf.modeling.modeling_vfmtok_ar import VFMTokARAttention, VFMTokARMLP
 from vfmtok_hf.modeling.modeling_vfmtok_rar import VFMTokRARAttention
 
@@ -26,63 +27,27 @@ from vfmtok_hf.modeling.modeling_vfmtok_rar import VFMTokRARAttention
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(PackedLayer):
     """
-    An `nn.Linear` for inference on the CPU, its weight in oneDNN's blocked layout.
-
-    It is saved, copied and pickled as the `nn.Linear` it came from. It has no backward.
+    A linear layer whose weight has oneDNN's blocked layout.
 
     Args:
         linear (`torch.nn.Linear`): in float32 or bfloat16 on the CPU.
     """
 
     def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.linear_class = type(linear)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        # Not a parameter: a blocked tensor has no storage that code written for parameters could touch.
+        super().__init__(linear)
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
-        self.bias = None if linear.bias is None else linear.bias.detach()
 
     @torch.compiler.disable(reason="torch.compile cannot read packed weights: call unpack_weights(model) first.")
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """
-        `hidden_states` `(..., in_features)` to `(..., out_features)`.
-
-        Raises:
-            RuntimeError: a gradient is wanted.
-        """
-        if hidden_states.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError("Packed weights have no gradients: call unpack_weights(model) before training.")
+        """`hidden_states` `(..., in_features)` to `(..., out_features)`; raises as `refuse_gradients` does."""
+        self.refuse_gradients(hidden_states)
         return torch.ops.mkldnn._linear_pointwise(hidden_states, self.weight, self.bias, "none", [], "")
 
-    def to_linear(self) -> nn.Linear:
-        """The layer with a plain weight, equal to the last bit."""
-        has_bias = self.bias is not None
-        linear = self.linear_class(self.in_features, self.out_features, bias=has_bias, device="meta")
-        linear.weight = nn.Parameter(self.weight.to_dense())
-        if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias)
-        return linear
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-
-    def __reduce__(self):
-        return type(self), (self.to_linear(),)
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        self.to_linear()._save_to_state_dict(destination, prefix, keep_vars)
-
-    def _apply(self, fn, recurse=True):
-        before = torch.empty(0, dtype=self.weight.dtype)
-        after = fn(before)
-        if (after.device, after.dtype) != (before.device, before.dtype):
-            raise RuntimeError(
-                f"This model's weights are packed for the CPU in {before.dtype}: call unpack_weights(model) before "
-                "moving or converting it."
-            )
-        return self
+    def plain_weight(self) -> nn.Parameter:
+        """The weight without blocks."""
+        return nn.Parameter(self.weight.to_dense())
 
 
 class JointProduct:
@@ -226,7 +191,7 @@ def pack_weights(model: ModuleT) -> ModuleT:
         if not hasattr(model, "_unpacked_attention"):
             model._unpacked_attention = [part.config._attn_implementation for part in parts]
         for part in parts:
-            part.set_attn_implementation({"": BLOCKWISE_ATTENTION if part is model else "eager"})
+            part.set_attn_implementation({"": fastest_attention(in_bfloat16=True, causal=part is model)})
     return model
 
 
@@ -243,7 +208,7 @@ def unpack_weights(model: ModuleT) -> ModuleT:
         del model._unpacked_attention
     for parent in list(model.modules()):
         for name, child in parent.named_children():
-            if isinstance(child, (PackedLinear, PackedPart, PackedQuantizedLinear)):
+            if isinstance(child, (PackedLayer, PackedPart)):
                 setattr(parent, name, child.to_linear())
             elif isinstance(child, nn.Conv2d):
                 child.to(memory_format=torch.contiguous_format)

@@ -11,71 +11,29 @@ import sys
 import torch
 from torch import nn
 
+from vfmtok_hf.cpu.packed_layer import PackedLayer
 
-class PackedQuantizedLinear(nn.Module):
+
+class PackedQuantizedLinear(PackedLayer):
     """
-    An `nn.Linear` with a quantized weight, for inference on the CPU: what the 8 and the 4 bit layer share.
+    A linear layer with a quantized weight: what the 8 and the 4 bit layer share.
 
     It takes and returns activations of the dtype that the quantized layer had, and computes in bfloat16 with float32 sums.
-    It is saved, copied and pickled as the layer it came from. It has no backward.
 
     Args:
         linear (`torch.nn.Linear`): on the CPU, its weight a tensor of torchao that the class `accepts`.
     """
 
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.dtype = linear.weight.dtype
-        self.bias = None if linear.bias is None else linear.bias.detach()
-
     def _product(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """bfloat16 `(rows, in_features)` to `(rows, out_features)`, without the bias."""
         raise NotImplementedError
 
-    def _quantized_weight(self) -> torch.Tensor:
-        """torchao's tensor."""
-        raise NotImplementedError
-
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """
-        `hidden_states` `(..., in_features)` to `(..., out_features)`.
-
-        Raises:
-            RuntimeError: a gradient is wanted.
-        """
-        if hidden_states.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError("Packed weights have no gradients: call unpack_weights(model) before training.")
+        """`hidden_states` `(..., in_features)` to `(..., out_features)`; raises as `refuse_gradients` does."""
+        self.refuse_gradients(hidden_states)
         rows = hidden_states.reshape(-1, self.in_features).to(torch.bfloat16)
         output = self._product(rows).to(hidden_states.dtype).view(*hidden_states.shape[:-1], self.out_features)
         return output if self.bias is None else output + self.bias
-
-    def to_linear(self) -> nn.Linear:
-        """The layer with torchao's tensor, equal to the last bit."""
-        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(self._quantized_weight(), requires_grad=False)
-        if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias)
-        return linear
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-
-    def __reduce__(self):
-        return type(self), (self.to_linear(),)
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        self.to_linear()._save_to_state_dict(destination, prefix, keep_vars)
-
-    def _apply(self, fn, recurse=True):
-        before = torch.empty(0, dtype=self.dtype)
-        after = fn(before)
-        if (after.device, after.dtype) != (before.device, before.dtype):
-            raise RuntimeError(
-                "This model's quantized weights are packed for the CPU: call unpack_weights(model) before moving or "
-                "converting it."
-            )
-        return self
 
 
 class PackedInt8Linear(PackedQuantizedLinear):
@@ -105,8 +63,9 @@ class PackedInt8Linear(PackedQuantizedLinear):
     def _product(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return torch.ops.aten._weight_int8pack_mm(hidden_states, self.weight.qdata, self.scales)
 
-    def _quantized_weight(self) -> torch.Tensor:
-        return self.weight
+    def plain_weight(self) -> nn.Parameter:
+        """torchao's tensor."""
+        return nn.Parameter(self.weight, requires_grad=False)
 
 
 class PackedInt4Linear(PackedQuantizedLinear):
@@ -142,7 +101,8 @@ class PackedInt4Linear(PackedQuantizedLinear):
     def _product(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return torch.ops.aten._weight_int4pack_mm_for_cpu(hidden_states, self.nibbles, self.block_size[1], self.scales)
 
-    def _quantized_weight(self) -> torch.Tensor:
+    def plain_weight(self) -> nn.Parameter:
+        """torchao's tensor."""
         from torchao.quantization import IntxUnpackedToInt8Tensor
 
         # The layout of the nibbles is the kernel's own: it gives them back as the product with the identity.
@@ -150,7 +110,7 @@ class PackedInt4Linear(PackedQuantizedLinear):
         unit_scales[..., 0] = 1
         identity = torch.eye(self.in_features, dtype=torch.bfloat16)
         values = torch.ops.aten._weight_int4pack_mm_for_cpu(identity, self.nibbles, self.block_size[1], unit_scales)
-        return IntxUnpackedToInt8Tensor(
+        weight = IntxUnpackedToInt8Tensor(
             values.T.to(torch.int8).contiguous(),
             self.scale,
             self.zero_point,
@@ -159,6 +119,7 @@ class PackedInt4Linear(PackedQuantizedLinear):
             self.dtype,
             None,
         )
+        return nn.Parameter(weight, requires_grad=False)
 
 
 def packed_class(module: nn.Module) -> type[PackedQuantizedLinear] | None:

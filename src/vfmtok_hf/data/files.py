@@ -1,6 +1,5 @@
 """Which files count: the one rule of everything here that walks a folder."""
 
-import hashlib
 import os
 from collections.abc import Collection, Iterator, Sequence
 from functools import cache
@@ -105,12 +104,3 @@ def holds_data_files(folder: Path) -> bool:
 def has_metadata(folder: Path) -> bool:
     """Whether a folder, or a folder of a split in it, is one of the library's `imagefolder` with columns in a file."""
     return any(file.is_file() for name in METADATA_FILES for file in (folder / name, *folder.glob(f"*/{name}")))
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -1,9 +1,26 @@
-"""Digests that tell whether two models have the same weights."""
+"""Digests that tell files, settings and weights from others."""
 
 import hashlib
+import json
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def json_sha256(value: Any) -> str:
+    """Hexadecimal SHA-256 of a value that JSON can write, with the entries of dictionaries sorted."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def weights_sha256(*models: nn.Module, skip: tuple[str, ...] = ()) -> str:

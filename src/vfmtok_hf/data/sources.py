@@ -4,7 +4,6 @@ Where images come from: folders of classes, and whatever the `datasets` library 
 """
 
 import copy
-import hashlib
 import json
 import logging
 import os
@@ -18,6 +17,7 @@ import numpy as np
 import PIL.Image
 
 from vfmtok_hf.data.files import DATA_FILES, files_below, has_metadata, holds_data_files, image_suffixes
+from vfmtok_hf.data.fingerprints import json_sha256
 from vfmtok_hf.modeling.image_reading_vfmtok import encoded_bytes, read_image
 
 
@@ -112,7 +112,7 @@ class ImageRecords(Sequence):
         selected = copy.copy(self)
         selected.labels = [self.labels[index] for index in indices]
         selected.rows = [self.rows[index] for index in indices]
-        selected.fingerprint = _sha256([self.fingerprint, indices])
+        selected.fingerprint = json_sha256([self.fingerprint, indices])
         selected.unlabeled = ()
         return selected
 
@@ -166,10 +166,6 @@ def read_class_names(file: str | Path | None) -> list[str] | None:
     return [names[number] for number in range(len(names))]
 
 
-def _sha256(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Opening
 
@@ -207,7 +203,7 @@ def open_records(
     dataset = load_dataset(source, split, streaming=False)
     image_column = find_image_column(str(source), dataset.features, image_column)
     images = _Column(without_decoding(dataset, dataset.features, image_column), image_column)
-    fingerprint = _sha256([images.dataset._fingerprint, image_column, len(dataset)])
+    fingerprint = json_sha256([images.dataset._fingerprint, image_column, len(dataset)])
     if not labeled:
         return ImageRecords(images, [0] * len(dataset), ONE_CLASS, str(source), fingerprint)
     label_column = find_label_column(str(source), dataset.features, label_column)
@@ -233,7 +229,7 @@ def _folder_records(folder: Path, class_names: list[str] | None, labeled: bool) 
         raise FileNotFoundError(
             f"No images in {folder}: expected files like {folder}/class_name/image.png, or {'/'.join(DATA_FILES)} files."
         )
-    fingerprint = _sha256([(str(file.relative_to(folder)), file.stat().st_size) for file in files])
+    fingerprint = json_sha256([(str(file.relative_to(folder)), file.stat().st_size) for file in files])
     if not labeled:
         return ImageRecords(files, [0] * len(files), ONE_CLASS, str(folder), fingerprint)
     class_of_file = [file.relative_to(folder).parts[0] for file in files]

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from vfmtok_hf.data.files import file_sha256
+from vfmtok_hf.data.fingerprints import file_sha256
 from vfmtok_hf.data.output_files import whole_file
 from vfmtok_hf.data.token_sets import tokenizer_identity, write_token_table
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel

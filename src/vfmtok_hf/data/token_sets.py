@@ -10,7 +10,6 @@ A row is one view of an image, and the views of an image follow each other. `ext
 with an `index.json` (what made the tokens, what was left out, and sha256 of each file); `vfmtok tokenize` writes one file.
 """
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +19,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from vfmtok_hf.data.files import file_sha256, holds_data_files
-from vfmtok_hf.data.fingerprints import weights_sha256
+from vfmtok_hf.data.files import holds_data_files
+from vfmtok_hf.data.fingerprints import file_sha256, json_sha256, weights_sha256
 from vfmtok_hf.data.sources import find_label_column, known_class_names, load_dataset
 from vfmtok_hf.data.streams import Stream
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
@@ -46,7 +45,7 @@ def tokenizer_identity(tokenizer: VFMTokModel) -> dict[str, str]:
         if not name.startswith(DECODING_FIELDS) and not name.endswith("_loss_weight")
     }
     return {
-        "config_sha256": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
+        "config_sha256": json_sha256(config),
         "weights_sha256": weights_sha256(tokenizer, skip=DECODING_PARTS),
     }
 

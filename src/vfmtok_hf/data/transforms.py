@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-
-WHITE = (255, 255, 255)
+from vfmtok_hf.modeling.image_reading_vfmtok import WHITE
 
 
 def cut_square(image: Image.Image, left: float, top: float, side: float, image_size: int) -> Image.Image:

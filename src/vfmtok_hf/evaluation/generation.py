@@ -26,7 +26,7 @@ from vfmtok_hf.pipelines import VFMTokPipeline
 
 
 @dataclass
-class SamplingSettings:
+class SampleFolderSettings:
     """
     Args:
         num_samples (`int`): a multiple of the number of classes gives each class equally many.
@@ -57,7 +57,7 @@ class SamplingSettings:
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
-def check_sampling(pipe: VFMTokPipeline, settings: SamplingSettings) -> None:
+def check_sampling(pipe: VFMTokPipeline, settings: SampleFolderSettings) -> None:
     """
     Check the settings before anything is generated.
 
@@ -85,7 +85,7 @@ class SampleFolder:
 
     Args:
         folder (`Path`): made when the first sample is generated.
-        settings (`SamplingSettings`): of the samples.
+        settings (`SampleFolderSettings`): of the samples.
         num_classes (`int`): of the generator.
         fingerprint (`str`): of the model, as of `model_fingerprint`.
 
@@ -93,7 +93,7 @@ class SampleFolder:
         ValueError: the folder holds samples of other settings or another model; the differences are named.
     """
 
-    def __init__(self, folder: Path, settings: SamplingSettings, num_classes: int, fingerprint: str):
+    def __init__(self, folder: Path, settings: SampleFolderSettings, num_classes: int, fingerprint: str):
         self.name = str(folder)
         self.folder = folder
         self.settings = settings

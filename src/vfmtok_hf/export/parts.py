@@ -149,7 +149,7 @@ class DecodeStep(ExportPart):
         values: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         cache = self.filled_cache(keys, values)
-        self.model.begin(cache, class_labels)
+        self.model.begin(cache, self.model.embed_condition(class_labels))
         return self.step(image_tokens, position, cache)
 
     def filled_cache(self, keys: torch.Tensor, values: torch.Tensor) -> DecodeCache:
@@ -213,7 +213,7 @@ class RARDecodeStep(DecodeStep):
         orders: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         cache = self.filled_cache(keys, values)
-        self.model.begin(cache, class_labels, orders)
+        self.model.begin(cache, self.model.embed_condition(class_labels), orders)
         self.model.modulate_positions(cache, position, size=1)
         return self.step(image_tokens, position, cache)
 

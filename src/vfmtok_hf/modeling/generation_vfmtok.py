@@ -491,6 +491,15 @@ class VFMTokGenerationMixin(GenerationMixin):
         self._check_class_labels(class_labels, wait_for_device=True)
         return class_labels
 
+    def _tokens_to_score(
+        self, image_tokens: torch.Tensor | None, labels: torch.Tensor | None, return_loss: bool | None
+    ) -> tuple[torch.Tensor, bool]:
+        """The image tokens of `forward`, under either name, and whether their loss is wanted."""
+        if image_tokens is None and labels is None:
+            raise ValueError("image_tokens are missing: all tokens of one image per label, or labels in their place.")
+        wanted = self.training if return_loss is None else return_loss  # type: ignore[attr-defined]
+        return labels if image_tokens is None else image_tokens, labels is not None or wanted  # type: ignore[return-value]
+
     def _check_class_labels(self, class_labels: torch.Tensor, wait_for_device: bool = False) -> None:
         if not isinstance(class_labels, torch.Tensor):
             raise TypeError(f"class_labels must be a tensor, got {type(class_labels).__name__}: use torch.as_tensor.")

@@ -1,4 +1,9 @@
-"""The `image-tokens` task of transformers' `pipeline`: images to lists of image tokens."""
+"""
+The `image-tokens` task of transformers' `pipeline`: images to lists of image tokens.
+
+It lies among the models and not among the pipelines: a saved task brings its code along, and transformers copies what this file
+imports from its own folder only.
+"""
 
 from transformers import Pipeline
 

@@ -178,9 +178,13 @@ class VFMTokARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGener
         """The table, and the row of class 0."""
         return self.class_embedding, 0
 
-    def begin(self, cache: DecodeCache, class_labels: torch.Tensor) -> None:
-        """Keep in `cache` what decode steps read of `class_labels` `(batch_size,)`."""
-        cache.store("condition_embeds", self.class_embedding(class_labels)[:, None])
+    def embed_condition(self, class_labels: torch.Tensor) -> torch.Tensor:
+        """`(batch_size, 1, hidden_size)`: the class of `class_labels` `(batch_size,)`."""
+        return self.class_embedding(class_labels)[:, None]
+
+    def begin(self, cache: DecodeCache, condition_embeds: torch.Tensor) -> None:
+        """Keep in `cache` what decode steps read of the condition, which is as of `embed_condition`."""
+        cache.store("condition_embeds", condition_embeds)
 
     def decode_sequence(
         self, class_labels: torch.Tensor, image_tokens: torch.Tensor, cache: DecodeCache | None = None
@@ -197,11 +201,10 @@ class VFMTokARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGener
             `torch.Tensor` of shape `(batch_size, length + 1, hidden_size)`. The state of a position of [class, image
             tokens] predicts the next token.
         """
+        condition_embeds = self.embed_condition(class_labels)
         if cache is not None:
-            self.begin(cache, class_labels)
-        hidden_states = torch.cat(
-            [self.class_embedding(class_labels)[:, None], self.embed_tokens(image_tokens)], dim=1
-        )
+            self.begin(cache, condition_embeds)
+        hidden_states = torch.cat([condition_embeds, self.embed_tokens(image_tokens)], dim=1)
         hidden_states = self.token_dropout(hidden_states)
         positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
         return self._run_layers(hidden_states, positions, causal_mask(self.config, hidden_states), cache)
@@ -256,10 +259,7 @@ class VFMTokARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGener
         Raises:
             ValueError: there are neither `image_tokens` nor `labels`, or they are of another shape or range.
         """
-        image_tokens = labels if image_tokens is None else image_tokens
-        if image_tokens is None:
-            raise ValueError("image_tokens are missing: all tokens of one image per label, or labels in their place.")
-        return_loss = labels is not None or (self.training if return_loss is None else return_loss)
+        image_tokens, return_loss = self._tokens_to_score(image_tokens, labels, return_loss)
         if cache is not None:
             hidden_states = self.decode_sequence(class_labels, image_tokens, cache)[:, -1:]
             return VFMTokGeneratorOutput(logits=self.lm_head(hidden_states).float())

@@ -249,9 +249,8 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
         class_embeds = self.embed_tokens(class_labels + self.config.codebook_size + 1)[:, None]
         return torch.cat([self.cls_token.expand(class_labels.shape[0], -1, -1), class_embeds], dim=1)
 
-    def begin(self, cache: DecodeCache, class_labels: torch.Tensor, orders: torch.Tensor | None = None) -> None:
-        """Keep in `cache` what decode steps read of `class_labels` and `orders`, which are as in `forward`."""
-        condition_embeds = self.embed_condition(class_labels)
+    def begin(self, cache: DecodeCache, condition_embeds: torch.Tensor, orders: torch.Tensor | None = None) -> None:
+        """Keep in `cache` what decode steps read of the condition, as of `embed_condition`, and of `orders`, as in `forward`."""
         cache.store("condition_embeds", condition_embeds)
         cache.store("position_embeds", self.embed_positions(orders, cache.max_length))
         timesteps = self.timestep_embeddings[0, : cache.max_length, None]
@@ -303,9 +302,9 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
             `torch.Tensor` of shape `(batch_size, length + 1, hidden_size)`. The state of a position of [class, sequence]
             predicts the next token of the order.
         """
-        if cache is not None:
-            self.begin(cache, class_labels, orders)
         condition_embeds = self.embed_condition(class_labels)
+        if cache is not None:
+            self.begin(cache, condition_embeds, orders)
         hidden_states = torch.cat([condition_embeds, self.embed_tokens(sequence)], dim=1)
         length = hidden_states.shape[1]
         hidden_states = hidden_states + self.embed_positions(orders, length)
@@ -370,10 +369,7 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
         Raises:
             ValueError: there are neither `image_tokens` nor `labels`, or they are of another shape or range.
         """
-        image_tokens = labels if image_tokens is None else image_tokens
-        if image_tokens is None:
-            raise ValueError("image_tokens are missing: all tokens of one image per label, or labels in their place.")
-        return_loss = labels is not None or (self.training if return_loss is None else return_loss)
+        image_tokens, return_loss = self._tokens_to_score(image_tokens, labels, return_loss)
         if cache is not None:
             hidden_states = self.decode_sequence(class_labels, image_tokens, orders, cache)[:, -1:]
             return VFMTokGeneratorOutput(logits=self.lm_head(hidden_states).float())

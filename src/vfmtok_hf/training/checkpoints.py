@@ -108,7 +108,7 @@ def save_checkpoint(accelerator: Accelerator, output: Path, step: int, keep: int
     if any_process(accelerator, error is not None):
         if accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
-        reason = reason_of(error) if error else "another process failed"
+        reason = one_line(error) if error else "another process failed"
         raise OSError(
             f"The checkpoint of step {step} could not be written to {folder.parent}: {reason}. Those before it are "
             "unharmed: make room and continue with --resume true."
@@ -123,7 +123,7 @@ def save_checkpoint(accelerator: Accelerator, output: Path, step: int, keep: int
     accelerator.wait_for_everyone()
 
 
-def reason_of(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """An error in one line; of a sharded checkpoint, what the processes report."""
     errors = [failure for failure, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
     return " ".join(" ".join(dict.fromkeys(map(str, errors))).split())
@@ -144,7 +144,7 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
     except (Exception, CheckpointException) as caught:
         error = caught
     if any_process(accelerator, error is not None):
-        reason = reason_of(error) if error else "another process failed"
+        reason = one_line(error) if error else "another process failed"
         if "Error(s) in loading state_dict" in reason or "parameter group" in reason:
             cure = (
                 "It is of another model: continue with the data, --tokenizer and --init_from that the run began with."

@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from torch.utils.data import DataLoader, Dataset
 
-from vfmtok_hf.data.files import file_sha256
+from vfmtok_hf.data.fingerprints import file_sha256, json_sha256
 from vfmtok_hf.data.output_files import whole_file
 from vfmtok_hf.data.sources import ImageRecords, open_records, read_class_names
 from vfmtok_hf.data.token_sets import (
@@ -78,7 +78,7 @@ def extract_tokens(
     tokenizer.eval()
     identity = tokenizer_identity(tokenizer)
     settings = {**asdict(views), "codebook_top_k": codebook_top_k, "shard_size": shard_size}
-    fingerprint = _fingerprint(FORMAT, identity, records.fingerprint, settings)
+    fingerprint = json_sha256([FORMAT, identity, records.fingerprint, settings])
     num_shards = -(-len(records) // shard_size)
     finished = finished_index(output, fingerprint)
     state.wait_for_everyone()
@@ -144,10 +144,6 @@ def finished_index(output: Path, fingerprint: str) -> dict[str, Any] | None:
 
 def shard_name(number: int) -> str:
     return SHARDS.replace("*", f"{number:05d}")
-
-
-def _fingerprint(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _prepare(output: Path, fingerprint: str, overwrite: bool) -> None:

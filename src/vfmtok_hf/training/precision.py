@@ -6,7 +6,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from vfmtok_hf.cpu.attention import BLOCKWISE_ATTENTION
+from vfmtok_hf.cpu.attention import fastest_attention
 from vfmtok_hf.training.logs import logger
 
 
@@ -50,14 +50,7 @@ def seconds_of_matmul(dtype: torch.dtype) -> float:
 def choose_attention(
     attention: str, device: torch.device, mixed_precision: str, dropout: float, causal: bool = True
 ) -> str:
-    """
-    What `auto` stands for: `sdpa`, torch's fused attention, but on CPUs where that is slow. In bfloat16 it is, and with
-    dropout it falls back to computing all pairs, hidden ones too. There causal attention goes by blocks
-    ([`~vfmtok_hf.cpu.attention.blockwise_attention_forward`]), other attention is `eager`.
-    """
+    """What `auto` stands for: torch's fused attention, on CPUs that of [`~vfmtok_hf.cpu.attention.fastest_attention`]."""
     if attention != "auto":
         return attention
-    is_slow = device.type == "cpu" and (mixed_precision == "bf16" or dropout > 0)
-    if not is_slow:
-        return "sdpa"
-    return BLOCKWISE_ATTENTION if causal else "eager"
+    return fastest_attention(mixed_precision == "bf16", dropout, causal) if device.type == "cpu" else "sdpa"

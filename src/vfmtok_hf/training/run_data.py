@@ -1,10 +1,10 @@
 """Whether a continued run sees the data that it began with: images, classes, and the part that is held out."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+from vfmtok_hf.data.fingerprints import json_sha256
 from vfmtok_hf.data.output_files import whole_file
 from vfmtok_hf.data.sources import ImageRecords
 from vfmtok_hf.data.streams import Stream
@@ -53,8 +53,7 @@ def identity_of(data: Any) -> dict[str, Any]:
     if isinstance(data, ImageRecords):
         # Of files the fingerprint is names and sizes; the library's of tables changes with their place.
         content += [data.fingerprint] if isinstance(data.images, list) else [data.rows]
-    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    return {"images": len(data), "classes": data.class_names, "sha256": digest}
+    return {"images": len(data), "classes": data.class_names, "sha256": json_sha256(content)}
 
 
 def _differences(part: str, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
