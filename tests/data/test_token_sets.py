@@ -15,7 +15,14 @@ from vfmtok_hf.data.fingerprints import file_sha256
 from vfmtok_hf.data.loaders import TrainingLoader
 from vfmtok_hf.data.sources import open_records
 from vfmtok_hf.data.token_files import load_tokens, save_tokens
-from vfmtok_hf.data.token_sets import TokenSet, TokenStream, check_tokenizer, is_token_set, write_token_table
+from vfmtok_hf.data.token_sets import (
+    TokenSet,
+    TokenStream,
+    check_tokenizer,
+    is_token_set,
+    tokenizer_identity,
+    write_token_table,
+)
 from vfmtok_hf.data.transforms import ImageViews
 from vfmtok_hf.training.checkpoints import Progress
 from vfmtok_hf.training.extract_tokens import extract_tokens
@@ -110,21 +117,21 @@ def test_items_come_together_or_one_by_one(folder):
 
 # -- streams
 
-NUM_SEQUENCES = 2 * (NUM_IMAGES - len(DAMAGED))
+NUM_SEQUENCES = 48
 
 
-def pushed(folder, target):
-    """Parquet files as `push_to_hub` uploads them."""
-    rows = datasets.load_dataset(str(folder), split="train")
-    target.mkdir()
-    for part in range(2):
-        rows.shard(2, part, contiguous=True).to_parquet(target / f"train-{part:05d}-of-00002.parquet")
-    return target
-
-
-@pytest.fixture(params=["extraction", "pushed"])
-def streamed(request, folder, tmp_path):
-    return folder if request.param == "extraction" else pushed(folder, tmp_path / "pushed")
+@pytest.fixture
+def streamed(tokenizer, tmp_path):
+    """Sequences that all differ, in three files as `push_to_hub` uploads them."""
+    folder = tmp_path / "pushed"
+    folder.mkdir()
+    tokens = np.random.default_rng(0).integers(64, size=(NUM_SEQUENCES, 9))
+    for number, rows in enumerate(np.split(np.arange(NUM_SEQUENCES), 3)):
+        names = [f"{row // 2}.png" for row in rows]
+        classes = {"labels": (rows % 2).tolist(), "class_names": ["first", "second"]}
+        file = folder / f"train-{number:05d}-of-00003.parquet"
+        write_token_table(file, tokens[rows], names, names, tokenizer_identity(tokenizer), 64, **classes)
+    return folder
 
 
 def batches(source, position, count, batch_size=6, **share):
@@ -141,59 +148,63 @@ def labeled_sequences(batches):
     )
 
 
-def test_a_streams_epoch_has_every_sequence_once(streamed, folder):
-    tokens = TokenSet(folder)
-    expected = sorted(
-        (label, sequence)
-        for index, label in enumerate(tokens.labels)
-        for sequence in sequences_of(tokens, index).tolist()
-    )
-    both = batches(streamed, Progress(), 2 * NUM_SEQUENCES // 6)
-    epochs = both[: len(both) // 2], both[len(both) // 2 :]
-    assert [labeled_sequences(epoch) for epoch in epochs] == [expected, expected]
-    first, second = (torch.cat([batch["image_tokens"] for batch in epoch]) for epoch in epochs)
+def rows_of(source):
+    rows = datasets.load_dataset(str(source), split="train")
+    return sorted((row["label"], row["image_tokens"]) for row in rows)
+
+
+def test_a_streams_epoch_has_every_sequence_once(streamed):
+    both = batches(streamed, Progress(), 16)
+    assert labeled_sequences(both[:8]) == labeled_sequences(both[8:]) == rows_of(streamed)
+    first, second = (torch.cat([batch["image_tokens"] for batch in epoch]) for epoch in (both[:8], both[8:]))
     assert not torch.equal(first, second)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_processes_and_workers_share_a_streams_epoch(streamed, num_workers):
-    share = {"batch_size": 3, "num_workers": num_workers}
-    parts = [
-        batch
-        for index in (0, 1)
-        for batch in batches(streamed, Progress(), NUM_SEQUENCES // 6, num_processes=2, process_index=index, **share)
-    ]
-    # Parts are as long as each other, so that one that has fewer rows repeats some.
-    assert len(labeled_sequences(parts)) == NUM_SEQUENCES
-    assert len({tuple(sequence) for _, sequence in labeled_sequences(parts)}) >= NUM_SEQUENCES - 4
+    share = {"batch_size": 3, "num_workers": num_workers, "num_processes": 2}
+    parts = [batches(streamed, Progress(), 8, process_index=index, **share) for index in (0, 1)]
+    assert labeled_sequences([*parts[0], *parts[1]]) == rows_of(streamed)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_stream_goes_on_where_it_stopped(streamed, num_workers):
     """Over an epoch's end, to the last bit."""
-    whole = batches(streamed, Progress(), 10, num_workers=num_workers)
-    for stop in (3, 7, 9):
+
+    def values(batches):
+        return [{name: tensor.tolist() for name, tensor in batch.items()} for batch in batches]
+
+    whole = values(batches(streamed, Progress(), 12, num_workers=num_workers))
+    for stop in (3, 8, 10):
         position = Progress()
         before = batches(streamed, position, stop, num_workers=num_workers)
-        after = batches(streamed, Progress(**position.state_dict()), 10 - stop, num_workers=num_workers)
-        for one, other in zip(before + after, whole, strict=True):
-            assert {name: values.tolist() for name, values in one.items()} == {
-                name: values.tolist() for name, values in other.items()
-            }
+        after = batches(streamed, Progress(**position.state_dict()), 12 - stop, num_workers=num_workers)
+        assert values(before + after) == whole
 
 
-def test_a_stream_is_of_its_tokenizer_and_whole(streamed, folder, tokenizer, tmp_path):
+def test_a_stream_is_of_its_tokenizer(streamed, tokenizer):
+    with pytest.raises(ValueError, match="--epoch_images"):
+        TokenStream(streamed)
     stream = TokenStream(streamed, epoch_sequences=NUM_SEQUENCES)
     check_tokenizer(stream, tokenizer)
     torch.manual_seed(1)
     with pytest.raises(ValueError, match="made by another tokenizer"):
         check_tokenizer(stream, tiny_model())
-    with pytest.raises(ValueError, match="--epoch_images"):
-        TokenStream(streamed)
-    unfinished = shutil.copytree(folder, tmp_path / "unfinished")
-    (unfinished / "index.json").unlink()
+
+
+def test_an_extraction_is_streamed_when_it_is_whole(folder, tmp_path):
+    stream = TokenStream(folder, epoch_sequences=2 * (NUM_IMAGES - len(DAMAGED)))
+    assert labeled_sequences([next(TrainingLoader(stream, stream.epoch_items).batches(Progress()))]) == rows_of(folder)
+    copied = shutil.copytree(folder, tmp_path / "copied")
+    file = copied / "tokens-00001.parquet"
+    damaged = bytearray(file.read_bytes())
+    damaged[100] ^= 1
+    file.write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"tokens-00001\.parquet is damaged"):
+        TokenStream(copied, epoch_sequences=42)
+    (copied / "index.json").unlink()
     with pytest.raises(FileNotFoundError, match="has not finished"):
-        TokenStream(unfinished, epoch_sequences=NUM_SEQUENCES)
+        TokenStream(copied, epoch_sequences=42)
 
 
 def test_images_are_no_tokens(tmp_path, folder):
