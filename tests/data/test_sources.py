@@ -1,12 +1,23 @@
-"""Sources with gaps and damage: what is missing is named, counted and skipped; what cannot be meant is refused."""
+"""Every source, also with gaps and damage: what is missing is named, counted and skipped; what cannot be meant is refused."""
 
 import json
 import logging
+import os
 
 import datasets
 import pytest
 
-from tests.data.image_sources import NUM_IMAGES, image_table, picture, png, write_parquet, write_webdataset
+from tests.data.image_sources import (
+    NUM_IMAGES,
+    image_table,
+    number_of,
+    picture,
+    png,
+    write_arrow,
+    write_folder,
+    write_parquet,
+    write_webdataset,
+)
 from vfmtok_hf.data.image_datasets import ImageDataset, ImageStream
 from vfmtok_hf.data.loaders import TrainingLoader
 from vfmtok_hf.data.sources import open_records
@@ -15,6 +26,74 @@ from vfmtok_hf.training.checkpoints import Progress
 
 
 AUGMENTATION = Augmentation(16)
+
+
+@pytest.mark.parametrize("write", [write_parquet, write_webdataset, write_arrow])
+def test_sources_of_the_datasets_library(write, tmp_path):
+    records = open_records(write(image_table(), tmp_path / "data"))
+    assert records.labels == [0] * 12 + [1] * 12
+    assert records.class_names == (["0", "1"] if write is write_webdataset else ["first", "second"])
+    data = ImageDataset(records, AUGMENTATION)
+    numbers = [number_of(data[index]["pixel_values"]) for index in range(NUM_IMAGES)]
+    assert numbers == [0, 1, 2, 5, 5, 5, 6, *range(8, 9), *range(8, NUM_IMAGES)]
+    assert data.num_unreadable == 3
+    assert "row 3" in data.name(3)
+
+
+def test_columns_are_chosen_or_named_in_the_error(tmp_path):
+    rows = image_table()
+    folder = write_parquet(rows.add_column("other", rows["kind"]), tmp_path / "data")
+    records = open_records(folder, image_column="picture", label_column="id")
+    assert len(records.class_names) == NUM_IMAGES
+    with pytest.raises(ValueError, match=r"no column 'jpg'.*picture \(Image\), kind \(ClassLabel\), id \(int64\)"):
+        open_records(folder, image_column="jpg")
+    plain = write_parquet(rows.remove_columns("kind"), tmp_path / "plain")
+    with pytest.raises(ValueError, match=r"no column to take for --label_column: name one of picture \(Image\), id"):
+        open_records(plain)
+    images = list(rows.cast_column("picture", datasets.Image(decode=False))["picture"])
+    both = write_parquet(rows.add_column("second", images, feature=datasets.Image()), tmp_path / "both")
+    with pytest.raises(ValueError, match=r"several columns \(picture, second\) to take for --image_column"):
+        open_records(both)
+    with pytest.raises(ValueError, match=r"label 2 in its column id, which is none of its 2 classes"):
+        open_records(folder, label_column="id", class_names=["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [("./no/such/folder", "no data folder"), ("nothing.parquet", "no data file"), ("empty", "expected files like")],
+)
+def test_a_source_that_is_not_there(source, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("empty")
+    with pytest.raises(FileNotFoundError, match=message):
+        open_records(source)
+
+
+@pytest.mark.parametrize("labeled", [True, False])
+def test_a_picture_beside_data_files_is_not_taken_for_the_data(labeled, tmp_path):
+    """A clone of a data set repository, whose card has a preview."""
+    data = write_parquet(image_table(), tmp_path / "data")
+    (data / "assets").mkdir()
+    (data / "assets" / "preview.png").write_bytes(png(picture(0)))
+    with pytest.raises(ValueError, match="holds both images and data files"):
+        open_records(data, labeled=labeled)
+    assert len(open_records(data / "*.parquet", labeled=labeled)) == NUM_IMAGES
+
+
+def test_held_out_images_are_disjoint_and_of_every_class(tmp_path):
+    records = open_records(write_folder(tmp_path / "images"))
+    rest, held_out = records.hold_out(0.25, seed=1)
+    names = [[part.name(index) for index in range(len(part))] for part in (rest, held_out)]
+    assert len(names[0]) == 18
+    assert sorted(names[0] + names[1]) == [records.name(index) for index in range(NUM_IMAGES)]
+    assert held_out.labels == [0, 0, 0, 1, 1, 1]
+    assert {rest.fingerprint, held_out.fingerprint, records.fingerprint} > {records.fingerprint}
+    single, _ = records.hold_out(0.99, seed=1)
+    with pytest.raises(ValueError, match="No class of .* has two images, to hold one out: give --validation_data"):
+        single.hold_out(0.1, seed=1)
+
+
+# -- gaps and damage
 
 
 def table(labels, feature, images=None):
