@@ -66,9 +66,10 @@ notebooks: install  ## run the notebooks again and keep their outputs
 gpu: install  ## test and measure everything on a GPU, in 9 minutes, into outputs/gpu
 	$(BIN)/python benchmarks/run_on_gpu outputs/gpu
 
-quality: install  ## lint, format, type and import checks
+quality: install  ## lint, format, spelling, type and import checks
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/codespell $(SOURCES) configs docs *.md
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

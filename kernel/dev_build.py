@@ -2,7 +2,7 @@
 
     python kernel/dev_build.py                     # build/<variant>/ for the CPU
     python kernel/dev_build.py --backend cuda      # the same for CUDA; needs nvcc, but no GPU
-    python kernel/dev_build.py --sanitize          # CPU with the address and undefined-behaviour sanitizers
+    python kernel/dev_build.py --sanitize          # CPU with the address and undefined-behavior sanitizers
 
 What to compile is read from build.toml, which is also what kernel-builder uses for the builds published on the Hub. A
 build whose sources, flags and torch are unchanged is kept. The build directory appears whole or not at all.
@@ -203,7 +203,7 @@ def build(backend: str, *, sanitize: bool = False, output: Path | None = None) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backend", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--sanitize", action="store_true", help="address and undefined-behaviour sanitizers, CPU only")
+    parser.add_argument("--sanitize", action="store_true", help="address and undefined-behavior sanitizers, CPU only")
     parser.add_argument("--output", type=Path, help="folder that receives <variant>/ (default: kernel/build)")
     arguments = parser.parse_args()
     print(build(arguments.backend, sanitize=arguments.sanitize, output=arguments.output))

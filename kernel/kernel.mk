@@ -14,7 +14,7 @@ kernel-cuda: install  ## compile the CUDA kernel for sm_80, sm_90 and sm_100 (ne
 test-kernel: kernel  ## the kernel's own tests
 	cd kernel && $(abspath $(BIN))/python -m pytest -q -c /dev/null --rootdir=. -p no:cacheprovider tests
 
-kernel-fuzz: install  ## random calls of a build with address and undefined-behaviour sanitizers
+kernel-fuzz: install  ## random calls of a build with address and undefined-behavior sanitizers
 	$(BIN)/python kernel/dev_build.py --sanitize --output $(KERNEL_SANITIZED)
 	LOCAL_KERNELS=vfmtok-hf/vfmtok-msda=$(abspath $(KERNEL_SANITIZED)) LD_PRELOAD="$(SANITIZER_RUNTIME)" \
 		ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 $(BIN)/python kernel/tests/fuzz.py --cases 5000

@@ -47,8 +47,8 @@ def released_inputs(batch: int, dtype: torch.dtype, device: str, seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
     levels = len(SHAPES)
     side = int(QUERIES**0.5)
-    centres = (torch.arange(side) + 0.5) / side
-    grid = torch.stack([centres.repeat(side), centres.repeat_interleave(side)], dim=-1)
+    centers = (torch.arange(side) + 0.5) / side
+    grid = torch.stack([centers.repeat(side), centers.repeat_interleave(side)], dim=-1)
     offsets = torch.randn(batch, QUERIES, HEADS, levels, POINTS, 2, generator=generator) * 3 / SHAPES[0][0]
     value = torch.randn(batch, sum(h * w for h, w in SHAPES), HEADS, CHANNELS, generator=generator)
     weights = torch.rand(batch, QUERIES, HEADS, levels * POINTS, generator=generator).softmax(-1)

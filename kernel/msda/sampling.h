@@ -2,7 +2,7 @@
 //
 // Conventions of Deformable DETR (Zhu et al. 2021, section 4.1) and of torch.nn.functional.grid_sample with
 // padding_mode="zeros", align_corners=False: a location in [0, 1] maps to the pixel coordinate location * size - 0.5,
-// pixel centres have integer coordinates, and pixels outside the level are zero.
+// pixel centers have integer coordinates, and pixels outside the level are zero.
 //
 // Everything here has internal linkage: the header is compiled once per instruction set, and the linker must never
 // merge the copies.

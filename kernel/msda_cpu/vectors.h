@@ -67,7 +67,7 @@ MSDA_INLINE HalfBitVector float_to_half(FloatVector values) {
   return bit_copy<HalfBitVector>(_mm256_cvtps_ph(bit_copy<__m256>(values), _MM_FROUND_TO_NEAREST_INT));
 }
 #else
-// Without a conversion instruction: re-bias the exponent by a multiplication, which normalises subnormals as well.
+// Without a conversion instruction: re-bias the exponent by a multiplication, which normalizes subnormals as well.
 MSDA_INLINE FloatVector half_to_float(HalfBitVector half_bits) {
   const BitVector bits = __builtin_convertvector(half_bits, BitVector);
   const BitVector magnitude = (bits & 0x7fffu) << 13;
@@ -179,7 +179,7 @@ MSDA_INLINE void store_partial(S* target, typename Storage<S>::Vector vector, in
 
 // Blocks of `kBlock` lanes of two vectors, every second one, added to those left out.
 template <size_t kBlock, typename Vector, size_t... kLane>
-MSDA_INLINE Vector sums_of_neighbours(Vector first, Vector second, std::index_sequence<kLane...>) {
+MSDA_INLINE Vector sums_of_neighbors(Vector first, Vector second, std::index_sequence<kLane...>) {
   return __builtin_shufflevector(first, second, (kLane / kBlock * 2 * kBlock + kLane % kBlock)...) +
          __builtin_shufflevector(first, second, (kLane / kBlock * 2 * kBlock + kLane % kBlock + kBlock)...);
 }
@@ -189,18 +189,18 @@ template <typename Vector, typename Compute>
 MSDA_INLINE void sums_of_lanes(const Vector* vectors, Compute* sums) {
   constexpr size_t kCount = sizeof(Vector) / sizeof(Compute);
   constexpr std::make_index_sequence<kCount> lanes;
-  const Vector first = sums_of_neighbours<kCount / 2>(vectors[0], vectors[1], lanes);
-  const Vector second = sums_of_neighbours<kCount / 2>(vectors[2], vectors[3], lanes);
+  const Vector first = sums_of_neighbors<kCount / 2>(vectors[0], vectors[1], lanes);
+  const Vector second = sums_of_neighbors<kCount / 2>(vectors[2], vectors[3], lanes);
   if constexpr (kCount == 2) {
     memcpy(sums, &first, sizeof(first));
     memcpy(sums + 2, &second, sizeof(second));
   } else {
-    Vector all = sums_of_neighbours<kCount / 4>(first, second, lanes);
+    Vector all = sums_of_neighbors<kCount / 4>(first, second, lanes);
     if constexpr (kCount == 16) {
-      all = sums_of_neighbours<2>(all, all, lanes);
+      all = sums_of_neighbors<2>(all, all, lanes);
     }
     if constexpr (kCount >= 8) {
-      all = sums_of_neighbours<1>(all, all, lanes);
+      all = sums_of_neighbors<1>(all, all, lanes);
     }
     memcpy(sums, &all, 4 * sizeof(Compute));
   }

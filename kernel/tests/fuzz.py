@@ -3,7 +3,7 @@
     make kernel-fuzz
 
 Sizes, dtypes, strides and locations are drawn from seeds that the output names, so that a failure can be repeated with
-`--first`. A third of the cases have locations that are not finite, far away, or exactly on borders and pixel centres;
+`--first`. A third of the cases have locations that are not finite, far away, or exactly on borders and pixel centers;
 another tenth have arguments that do not fit, which must be refused.
 """
 
@@ -33,7 +33,7 @@ def draw_sizes(draw: random.Random) -> dict:
 
 
 def place_strangely(locations: torch.Tensor, shapes: list, draw: random.Random) -> None:
-    """Overwrite some coordinates by non-finite and huge ones, borders, and exact pixel centres."""
+    """Overwrite some coordinates by non-finite and huge ones, borders, and exact pixel centers."""
     flat = locations.view(-1)
     for index in range(0, flat.numel(), draw.randint(1, 4)):
         height, _ = draw.choice(shapes)

@@ -108,7 +108,7 @@ def test_a_location_that_is_nowhere_samples_nothing(msda, device, location):
     assert all(torch.isfinite(gradient).all() for gradient in gradients)
 
 
-def test_pixels_outside_a_level_are_not_read_even_when_neighbours_are_infinite(msda, device):
+def test_pixels_outside_a_level_are_not_read_even_when_neighbors_are_infinite(msda, device):
     """A zero weight must not meet the infinite value of another level: 0 * inf is not a number."""
     shapes = ((2, 2), (2, 2))
     value, locations, weights = random_inputs(1, 4, 1, 8, shapes, 1, device=device, margin=0.4)
@@ -123,7 +123,7 @@ def test_an_infinite_pixel_reaches_only_the_samples_that_read_it(msda, device):
     """Corners are added up side by side, and those of a pixel are filled up with others that add nothing."""
     shapes = ((4, 6),)
     value, locations, weights = random_inputs(1, 5, 1, 8, shapes, 1, device=device, margin=0.0)
-    locations[0, 0] = 0.5 / torch.tensor([6, 4], device=device)  # the first pixel's centre; no other sample is near
+    locations[0, 0] = 0.5 / torch.tensor([6, 4], device=device)  # the first pixel's center; no other sample is near
     locations[0, 1:] = locations[0, 1:] / 2 + 0.5
     value[:, 0] = float("inf")
     output, gradients = output_and_gradients(msda.ms_deform_attn, (value, locations, weights), shapes)
