@@ -282,6 +282,11 @@ def load_dataset(source: str | Path, split: str, streaming: bool) -> Any:
         return datasets.load_dataset(str(source), split=split, streaming=streaming)
 
 
+def features_of(dataset: Any) -> Any:
+    """Features of a data set. A stream whose source does not state them reads its first rows for it."""
+    return dataset.features or dataset._resolve_features().features
+
+
 def data_files_of(source: str | Path) -> list[Path]:
     """Local files of a source that the `datasets` library reads: of a folder, or of a file name or pattern."""
     path = Path(source)

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from vfmtok_hf.data.files import holds_data_files
 from vfmtok_hf.data.fingerprints import file_sha256, json_sha256, weights_sha256
-from vfmtok_hf.data.sources import find_label_column, known_class_names, load_dataset
+from vfmtok_hf.data.sources import features_of, find_label_column, known_class_names, load_dataset
 from vfmtok_hf.data.streams import Stream
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 
@@ -178,8 +178,7 @@ def is_token_set(source: str | Path, split: str = "train") -> bool:
             return True
         if not holds_data_files(folder):
             return False
-    dataset = load_dataset(source, split, streaming=True)
-    return "image_tokens" in (dataset.features or dataset._resolve_features().features)
+    return "image_tokens" in features_of(load_dataset(source, split, streaming=True))
 
 
 def is_extraction(folder: Path) -> bool:

@@ -66,8 +66,12 @@ class TrainingArguments(ImageArguments):
     validation_share: float = HfArg(default=0.1, help="Share of each class to hold out without --validation_data.")
     validation_split: str = HfArg(default="validation", help="Split of --validation_data.")
     streaming: bool = HfArg(default=False, help="Read front to back: for data that are too large or far away.")
-    epoch_images: int | None = HfArg(default=None, help="Images of an epoch of a stream that does not state it.")
-    shuffle_buffer: int = HfArg(default=1000, help="Encoded images of a stream that each worker draws from.")
+    epoch_images: int | None = HfArg(
+        default=None, help="Images, or token sequences, of an epoch of a stream that does not state it."
+    )
+    shuffle_buffer: int = HfArg(
+        default=1000, help="Encoded images, or token sequences, of a stream that each worker draws from."
+    )
     balance_power: float = HfArg(default=0.0, help="Classes of n images are drawn with weight n ** (1 - this).")
     # Run
     output: Changeable[str] = HfArg(help="Folder of the run.")
