@@ -6,8 +6,17 @@ import sys
 
 import PIL.Image
 import pytest
+import torch
 
-from vfmtok_hf.plotting import GAP, image_grid, picture_output, plot_guidance, plot_training_curves
+from vfmtok_hf.plotting import (
+    GAP,
+    image_grid,
+    picture_output,
+    plot_guidance,
+    plot_image_tokens,
+    plot_sampling_locations,
+    plot_training_curves,
+)
 
 
 def picture(color, side=8):
@@ -106,3 +115,28 @@ except ImportError as error:
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert 'pip install "vfmtok-hf[plot]"' in result.stdout
+
+
+def test_tokens_are_written_into_their_cells():
+    tokens = torch.tensor([5, 900, 7, 5])
+    cells, numbers = plot_image_tokens(picture("red"), tokens).axes
+    assert [(text.get_text(), text.get_position()) for text in numbers.texts] == [
+        ("5", (0.5, 0.5)), ("900", (1.5, 0.5)), ("7", (0.5, 1.5)), ("5", (1.5, 1.5)),
+    ]  # fmt: skip
+    colors = numbers.images[0].get_array()
+    assert colors[0, 0] == colors[1, 1] != colors[0, 1]
+    assert cells.images[0].get_extent() == numbers.images[0].get_extent()
+
+
+def test_sampling_locations_are_plotted_by_level_and_weight():
+    locations = torch.rand(1, 4, 3, 2, 5, 2, generator=torch.Generator().manual_seed(0))
+    weights = torch.zeros(1, 4, 3, 2, 5)
+    weights[0, 3, :, 0] = 0.1
+    weights[0, 3, :, 1] = 0.2
+    (axes,) = plot_sampling_locations([picture("red")], locations, weights, anchors=[3]).axes
+    fine, coarse = axes.collections
+    assert torch.equal(torch.tensor(fine.get_offsets().data), locations[0, 3, :, 0].reshape(-1, 2))
+    assert fine.get_sizes() * 2 == pytest.approx(coarse.get_sizes())
+    assert fine.get_facecolor()[0].tolist() != coarse.get_facecolor()[0].tolist()
+    cell = axes.patches[0]
+    assert (cell.get_xy(), cell.get_width()) == ((0.5, 0.5), 0.5)

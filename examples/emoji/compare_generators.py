@@ -1,5 +1,5 @@
 """
-Compare the two generators trained on the emoji tokenizer's tokens, and redraw a part of images with the RAR.
+Compare the two generators trained on the emoji tokenizer's tokens, and inpaint images with the RAR.
 
     python examples/emoji/compare_generators.py --pipeline src/vfmtok_hf/checkpoints/emoji \\
         --ar runs/emoji/generator --rar runs/emoji/generator_rar --images examples/images --output docs/assets
@@ -13,10 +13,12 @@ import time
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
 from vfmtok_hf import VFMTokARForImageGeneration, VFMTokPipeline, VFMTokRARForImageGeneration
-from vfmtok_hf.plotting import image_grid
+from vfmtok_hf.evaluation.tokens import anchor_attention
+from vfmtok_hf.plotting import image_grid, plot_sampling_locations, save_figure
 
 
 SAMPLING = {"temperature": 0.9, "top_k": 100}
@@ -28,7 +30,7 @@ def generators(count: int) -> list[torch.Generator]:
 
 
 def training_facts(run: Path) -> dict[str, float]:
-    """Last validation loss, sequences seen, and seconds from the first to the last line of the log."""
+    """Last validation loss, training sequences, and seconds from the first to the last line of the log."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     batch_size = int(next(x for x in (run / "arguments.yaml").read_text().split("\n") if "batch_size" in x).split()[1])
     return {
@@ -39,7 +41,7 @@ def training_facts(run: Path) -> dict[str, float]:
 
 
 def draw(pipe: VFMTokPipeline) -> tuple[list[Image.Image], float]:
-    """`SAMPLES` images of each class, and the seconds of one image drawn alone."""
+    """`SAMPLES` images of each class, and the seconds of generating one image alone."""
     labels = list(range(len(pipe.id2label)))
     images = pipe(labels, num_images_per_label=SAMPLES, generator=generators(SAMPLES * len(labels)), **SAMPLING).images
     start = time.perf_counter()
@@ -47,35 +49,18 @@ def draw(pipe: VFMTokPipeline) -> tuple[list[Image.Image], float]:
     return images, time.perf_counter() - start
 
 
-def token_regions(pipe: VFMTokPipeline, picture: Image.Image, scale: int = 6) -> Image.Image:
-    """Left: the cell of each token. Right: where three of the tokens look on the finest level, weight as opacity."""
-    model = pipe.vq_model
-    pixel_values = pipe.image_processor(picture, return_tensors="pt")["pixel_values"]
-    with torch.no_grad():
-        encoded = model.encode(pixel_values, output_sampling_locations=True)
-    side, grid = model.config.image_size * scale, model.config.anchor_grid_size
-    enlarged = pipe.image_processor.postprocess(pixel_values, "pil")[0].resize((side, side), Image.Resampling.NEAREST)
-    cells, overlaid = enlarged.copy(), enlarged.copy()
-    lines = ImageDraw.Draw(cells)
-    for index in range(grid + 1):
-        position = index * side / grid
-        lines.line((position, 0, position, side), "gray")
-        lines.line((0, position, side, position), "gray")
-    overlay = Image.new("RGBA", overlaid.size)
-    dots = ImageDraw.Draw(overlay)
-    for token, color in ((grid * 4 + 4, (220, 0, 0)), (grid * 6 + 8, (0, 90, 220)), (grid * 9 + 3, (0, 150, 0))):
-        left, top = token % grid * side / grid, token // grid * side / grid
-        dots.rectangle((left, top, left + side / grid, top + side / grid), outline=(*color, 255), width=3)
-        locations = encoded.sampling_locations[-1][0, token].reshape(-1, 2) * side
-        weights = encoded.attention_weights[-1][0, token].flatten()
-        for (x, y), weight in zip(locations.tolist(), (weights / weights.max()).tolist(), strict=True):
-            dots.ellipse((x - 6, y - 6, x + 6, y + 6), fill=(*color, int(255 * weight)))
-    overlaid.paste(overlay, mask=overlay)
-    return image_grid([cells, overlaid], 2)
+def token_regions(pipe: VFMTokPipeline, image: Path) -> Figure:
+    """Where three anchors look in an image, in the encoder's last layer."""
+    attention = anchor_attention(pipe, [image])
+    side = pipe.vq_model.config.anchor_grid_size
+    anchors = [4 * side + 4, 6 * side + 8, 9 * side + 3]
+    return plot_sampling_locations(
+        attention.images, attention.sampling_locations, attention.attention_weights, anchors
+    )
 
 
 def inpaint(pipe: VFMTokPipeline, files: list[Path]) -> Image.Image:
-    """For each file: original, mask, reconstruction, three results with the lower half redrawn for its class."""
+    """For each file: original, mask, reconstruction, three results with the lower half inpainted for its class."""
     size = pipe.vq_model.config.image_size
     mask = Image.new("L", (size, size))
     ImageDraw.Draw(mask).rectangle((0, size // 2, size, size), 255)
@@ -110,7 +95,7 @@ def main() -> None:
             f"{facts['validation loss']:.3f} | {seconds:.2f} |"
         )
     print(
-        "| generator | parameters | sequences trained on | minutes | validation loss (nats / token) | seconds an image |"
+        "| generator | parameters | training sequences | minutes | validation loss (nats / token) | seconds per image |"
     )
     print("|---|---|---|---|---|---|")
     print("\n".join(rows))
@@ -124,7 +109,7 @@ def main() -> None:
     image_grid(by_class, 2 * SAMPLES).save(arguments.output / "generators.png")
     files = [arguments.images / f"{name}.png" for name in ("smiley", "heart", "person", "clock")]
     inpaint(generator_pipe, files).save(arguments.output / "inpainting.png")
-    token_regions(pipe, Image.open(arguments.images / "smiley.png")).save(arguments.output / "token_regions.png")
+    save_figure(token_regions(pipe, arguments.images / "smiley.png"), arguments.output / "token_regions.png")
 
 
 if __name__ == "__main__":

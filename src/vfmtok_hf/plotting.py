@@ -7,6 +7,7 @@ Figures are matplotlib's, which is imported when the first one is plotted; `save
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,12 +23,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from vfmtok_hf.evaluation.tokens import AnchorAttention, TokenResult
+    from vfmtok_hf.evaluation.tokens import TokenResult
 
 
 GAP = 4
 BLUE, ORANGE, GRAY = "#2f6fb0", "#d9822b", "#8a8a8a"
 CURVE_COLUMNS = 3
+# Colors of the feature levels, from fine to coarse.
+LEVEL_COLORS = ("#2f6bff", "#d6249f", "#00997a", "#7a3cff")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -177,27 +180,68 @@ def plot_anchor_grid(
     axes.figure.colorbar(image, label=unit)
 
 
-def plot_sampling_locations(attention: "AnchorAttention", anchors: Sequence[int]) -> "Figure":
+def plot_image_tokens(image: PIL.Image.Image, image_tokens: "torch.Tensor") -> "Figure":
     """
-    Sampling locations of some anchors, images down and anchors across: the orange square is the anchor's own cell, dots
-    are its sampling locations, larger the more weight they have.
+    Draw the cells of the anchor grid over an image, and next to it the image tokens of these cells.
+
+    Args:
+        image (`PIL.Image.Image`): the image as the model sees it, cropped to a square.
+        image_tokens (`torch.Tensor` of shape `(num_anchors,)`): its tokens. Equal tokens have equal colors.
     """
-    figure = new_figure(1.7 * len(anchors), 1.75 * len(attention.images))
+    side = math.isqrt(len(image_tokens))
+    grid = image_tokens.reshape(side, side).tolist()
+    figure = new_figure(10, 5)
+    cells, numbers = figure.subplots(1, 2)
+    cells.imshow(image, extent=(0, side, side, 0))
+    # Neighboring tokens are unrelated: the golden angle gives them unrelated hues.
+    numbers.imshow(
+        [[(token * 137.508 % 360) / 360 for token in row] for row in grid],
+        extent=(0, side, side, 0), cmap="hsv", vmin=0, vmax=1, alpha=0.25,
+    )  # fmt: skip
+    for row, line in enumerate(grid):
+        for column, token in enumerate(line):
+            numbers.text(column + 0.5, row + 0.5, str(token), ha="center", va="center", fontsize=84 / side)
+    for axes, title in ((cells, "image"), (numbers, "image tokens")):
+        axes.set(title=title, xticks=range(side + 1), yticks=range(side + 1), xticklabels=[], yticklabels=[])
+        axes.grid(color=GRAY, linewidth=0.5)
+        axes.tick_params(length=0)
+    return figure
+
+
+def plot_sampling_locations(
+    images: Sequence[PIL.Image.Image],
+    sampling_locations: "torch.Tensor",
+    attention_weights: "torch.Tensor",
+    anchors: Sequence[int],
+) -> "Figure":
+    """
+    Draw where anchors look, one row per image and one column per anchor.
+
+    The black square is the anchor's own cell. Dots are its sampling locations: their area is the attention weight, their
+    color the feature level, from fine to coarse.
+
+    Args:
+        images (`Sequence[PIL.Image.Image]`): the images as the model sees them.
+        sampling_locations (`torch.Tensor` of shape `(images, num_anchors, heads, levels, points, 2)`): (x, y) in [0, 1]^2,
+            one layer of what `VFMTokModel.encode` returns with `output_sampling_locations=True`.
+        attention_weights (`torch.Tensor` of shape `(images, num_anchors, heads, levels, points)`): of the same layer.
+        anchors (`Sequence[int]`): which anchors.
+    """
+    figure = new_figure(1.7 * len(anchors), 1.75 * len(images))
     from matplotlib.patches import Rectangle
 
-    side = math.isqrt(attention.sampling_locations.shape[1])
-    grid = figure.subplots(len(attention.images), len(anchors), squeeze=False)
-    columns = (attention.images, attention.sampling_locations, attention.attention_weights, grid)
-    for image, locations, weights, row in zip(*columns, strict=True):
+    side = math.isqrt(sampling_locations.shape[1])
+    grid = figure.subplots(len(images), len(anchors), squeeze=False)
+    for image, locations, weights, row in zip(images, sampling_locations, attention_weights, grid, strict=True):
         for anchor, axes in zip(anchors, row, strict=True):
-            axes.imshow(image.permute(1, 2, 0).numpy(), extent=(0, 1, 1, 0), alpha=0.55)
+            axes.imshow(image, extent=(0, 1, 1, 0), alpha=0.55)
             left, top = anchor % side / side, anchor // side / side
-            x, y = locations[anchor].reshape(-1, 2).T.numpy()
-            strength = weights[anchor].flatten()
-            sizes = 90 * (strength / strength.max()).numpy()
-            axes.scatter(x, y, s=sizes, color=BLUE, alpha=0.5, linewidths=0)
+            for level, color in zip(range(locations.shape[2]), cycle(LEVEL_COLORS), strict=False):
+                x, y = locations[anchor, :, level].reshape(-1, 2).float().cpu().T.numpy()
+                strength = (weights[anchor, :, level] / weights[anchor].max()).flatten().float().cpu().numpy()
+                axes.scatter(x, y, s=90 * strength, color=color, alpha=0.6, linewidths=0)
             axes.add_patch(
-                Rectangle((left, top), 1 / side, 1 / side, fill=False, edgecolor=ORANGE, linewidth=2, zorder=3)
+                Rectangle((left, top), 1 / side, 1 / side, fill=False, edgecolor="black", linewidth=2, zorder=3)
             )
             axes.set(xlim=(-0.15, 1.15), ylim=(1.15, -0.15), xticks=[], yticks=[])
     return figure

@@ -103,6 +103,14 @@ def test_encode_and_decode_shapes():
     assert model.encode(images).sampling_locations is None
 
 
+def test_outputs_print_shapes_instead_of_values():
+    model = tiny_model()
+    encoded = model.encode(torch.zeros(1, 3, 32, 32), output_vision_features=True)
+    assert repr(encoded).startswith("VFMTokEncoderOutput(image_tokens=int64[1, 9], quantized_latents=float32[1, 9, ")
+    assert "vision_features=(float32[1, " in repr(encoded)
+    assert repr(model.decode(encoded.image_tokens)) == "VFMTokDecoderOutput(reconstruction=float32[1, 3, 32, 32])"
+
+
 def test_output_has_image_size_whatever_the_input_size():
     model = tiny_model(vision_image_size=48)
     assert model(tiny_images(1, size=20)).reconstruction.shape == (1, 3, 32, 32)

@@ -1,6 +1,9 @@
 """The pipeline: labels, seeds, callbacks, output types, the tokenizer round trip and editing, with either generator."""
 
+import base64
+import io
 import json
+import re
 from contextlib import nullcontext
 
 import numpy as np
@@ -190,6 +193,14 @@ def test_output_types_agree(pipe):
     np.testing.assert_allclose(outputs["np"].transpose(0, 3, 1, 2), outputs["pt"].numpy())
     decoded = pipe.vq_model.decode(image_tokens=outputs["tokens"]).reconstruction
     torch.testing.assert_close(pipe.image_processor.postprocess(decoded, "pt"), outputs["pt"])
+
+
+def test_a_notebook_shows_the_images_of_an_output(pipe):
+    shown = pipe([0, 1])._repr_html_()
+    encoded = re.findall(r'<img src="data:image/png;base64,([^"]+)"', shown)
+    images = [PIL.Image.open(io.BytesIO(base64.b64decode(png))) for png in encoded]
+    assert [image.size for image in images] == [(32, 32)] * 2
+    assert pipe([0, 1], output_type="tokens")._repr_html_() is None
 
 
 def test_return_dict(pipe):

@@ -435,7 +435,9 @@ def tokens(
         anchors = [row * side + column for row, column in places]
         save_figure(plot_codebook_usage(result), output / "codebook.png")
         save_figure(plot_anchor_statistics(result), output / "anchors.png")
-        save_figure(plot_sampling_locations(anchor_attention(pipe, examples), anchors), output / "sampling.png")
+        attention = anchor_attention(pipe, examples)
+        locations = attention.images, attention.sampling_locations, attention.attention_weights
+        save_figure(plot_sampling_locations(*locations, anchors), output / "sampling.png")
         table = Table("layer", *summary["anchors_by_layer"])
         for layer, row in enumerate(zip(*summary["anchors_by_layer"].values(), strict=True), start=1):
             table.add_row(str(layer), *(f"{value:.3f}" for value in row))

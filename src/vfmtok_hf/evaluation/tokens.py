@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import PIL.Image
 import torch
 
 from vfmtok_hf.data.pictures import Picture, batches_of
@@ -177,12 +178,12 @@ class AnchorAttention:
     Where the anchors of a few images attend in the encoder's last layer.
 
     Args:
-        images (`torch.ByteTensor` of shape `(images, 3, height, width)`): as the model sees them.
+        images (`list[PIL.Image.Image]`): as the model sees them.
         sampling_locations (`torch.Tensor` of shape `(images, num_anchors, heads, levels, points, 2)`): (x, y) in [0, 1]^2.
         attention_weights (`torch.Tensor` of shape `(images, num_anchors, heads, levels, points)`).
     """
 
-    images: torch.Tensor
+    images: list[PIL.Image.Image]
     sampling_locations: torch.Tensor
     attention_weights: torch.Tensor
 
@@ -192,7 +193,7 @@ def anchor_attention(pipe: VFMTokPipeline, pictures: Sequence[Picture]) -> Ancho
     """Encode a few images and keep where their anchors attend."""
     pixel_values = pipe.image_processor(list(pictures), return_tensors="pt")["pixel_values"]
     encoded = pipe.vq_model.encode(pixel_values.to(pipe.vq_model.device), output_sampling_locations=True)
-    images = pipe.image_processor.postprocess(pixel_values, "uint8")
+    images = pipe.image_processor.postprocess(pixel_values)
     return AnchorAttention(
         images, encoded.sampling_locations[-1].float().cpu(), encoded.attention_weights[-1].float().cpu()
     )

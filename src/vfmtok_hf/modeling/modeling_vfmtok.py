@@ -32,8 +32,22 @@ from .vision_features_vfmtok import vision_features
 from .vit_decoder_vfmtok import VFMTokViTDecoderBase, cosine_loss
 
 
-@dataclass
-class VFMTokEncoderOutput(ModelOutput):
+class VFMTokModelOutput(ModelOutput):
+    """A `ModelOutput` whose `repr` shows the shapes of its tensors, not their values."""
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{name}={_described(value)}" for name, value in self.items())
+        return f"{type(self).__name__}({fields})"
+
+
+def _described(value: torch.Tensor | tuple[torch.Tensor, ...]) -> str:
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_described, value))})"
+    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+
+
+@dataclass(repr=False)
+class VFMTokEncoderOutput(VFMTokModelOutput):
     """
     Args:
         image_tokens (`torch.LongTensor` of shape `(batch_size, num_anchors)`):
@@ -65,8 +79,8 @@ class VFMTokEncoderOutput(ModelOutput):
     entropy_loss: torch.Tensor | None = None
 
 
-@dataclass
-class VFMTokQuantizerOutput(ModelOutput):
+@dataclass(repr=False)
+class VFMTokQuantizerOutput(VFMTokModelOutput):
     """
     Args:
         quantized_latents (`torch.FloatTensor` of shape `(batch_size, num_anchors, codebook_dim)`):
@@ -84,8 +98,8 @@ class VFMTokQuantizerOutput(ModelOutput):
     entropy_loss: torch.Tensor | None = None
 
 
-@dataclass
-class VFMTokDecoderOutput(ModelOutput):
+@dataclass(repr=False)
+class VFMTokDecoderOutput(VFMTokModelOutput):
     """
     Args:
         reconstruction (`torch.FloatTensor` of shape `(batch_size, 3, image_size, image_size)`):
@@ -101,8 +115,8 @@ class VFMTokDecoderOutput(ModelOutput):
     image_embeds: torch.Tensor | None = None
 
 
-@dataclass
-class VFMTokOutput(ModelOutput):
+@dataclass(repr=False)
+class VFMTokOutput(VFMTokModelOutput):
     """
     Args:
         loss (`torch.FloatTensor` of shape `()`, with `return_loss=True`):

@@ -1,5 +1,6 @@
 """The diffusers pipeline: class labels to images, images to image tokens and back."""
 
+import base64
 import inspect
 import operator
 import os
@@ -50,6 +51,18 @@ DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch
 # Weights without and with a variant in their file name.
 DEFAULT_WEIGHTS = ("*/model.safetensors", "*/model-*.safetensors", "*/model.safetensors.index.json")
 VARIANT_WEIGHTS = ("*/model.*.safetensors", "*/model.safetensors.index.*.json")
+
+
+class VFMTokPipelineOutput(ImagePipelineOutput):
+    """diffusers' `ImagePipelineOutput`, which a notebook shows as images."""
+
+    def _repr_html_(self) -> str | None:
+        if not all(isinstance(image, PIL.Image.Image) for image in self.images):
+            return None  # the notebook falls back to `repr`
+        encoded = (base64.b64encode(image._repr_png_()).decode() for image in self.images)
+        return "".join(
+            f'<img src="data:image/png;base64,{png}" style="min-width: 128px; margin: 2px">' for png in encoded
+        )
 
 
 def batches(items: Sequence, batch_size: int) -> Iterator[Sequence]:
@@ -291,7 +304,7 @@ class VFMTokPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("image_tokens",),
         decode_batch_size: int = 16,
         **generate_kwargs,
-    ) -> ImagePipelineOutput | tuple:
+    ) -> VFMTokPipelineOutput | tuple:
         """
         Generate images.
 
@@ -323,7 +336,7 @@ class VFMTokPipeline(DiffusionPipeline):
                 RAR generator also `guidance_scale_pow` and `orders`. Without any there is no guidance and no filter.
 
         Returns:
-            `ImagePipelineOutput` with `images`, or a tuple of them.
+            `VFMTokPipelineOutput` with `images`, or a tuple of them.
 
         Raises:
             ValueError: unknown labels or output type, a number of images below 1, or what the generator refuses.
@@ -375,12 +388,12 @@ class VFMTokPipeline(DiffusionPipeline):
 
     def _output(
         self, image_tokens: torch.Tensor, output_type: str, return_dict: bool, batch_size: int
-    ) -> ImagePipelineOutput | tuple:
+    ) -> VFMTokPipelineOutput | tuple:
         images = image_tokens
         if output_type != "tokens":
             images = self.detokenize(image_tokens, output_type=output_type, batch_size=batch_size)
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return VFMTokPipelineOutput(images=images) if return_dict else (images,)
 
     @staticmethod
     def _check_output_type(output_type: str) -> None:
@@ -445,7 +458,7 @@ class VFMTokPipeline(DiffusionPipeline):
     @torch.no_grad()
     def reconstruct(
         self, images: InputImages, output_type: str = "pil", return_dict: bool = True, batch_size: int = 16
-    ) -> ImagePipelineOutput | tuple:
+    ) -> VFMTokPipelineOutput | tuple:
         """
         Images through their image tokens and back, cropped and at the model's size.
 
@@ -473,7 +486,7 @@ class VFMTokPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("image_tokens",),
         decode_batch_size: int = 16,
         **generate_kwargs,
-    ) -> ImagePipelineOutput | tuple:
+    ) -> VFMTokPipelineOutput | tuple:
         """
         Redraw a part of images for a class, and keep the tokens of the rest.
 
