@@ -45,10 +45,10 @@ def image_grid(
 
     Args:
         columns (`int`, *optional*): images in a row; by default the grid is about as wide as high.
-        captions (`Sequence[str]`, *optional*): one for each image, written below it and shortened to its width.
+        captions (`Sequence[str]`, *optional*): one per image, written below it and shortened to its width.
 
     Raises:
-        ValueError: there are no images, or the captions are not as many.
+        ValueError: there are no images, or the number of captions differs.
     """
     if not images:
         raise ValueError("There are no images to lay out.")
@@ -74,7 +74,7 @@ def image_grid(
 
 
 def shorten(text: str, font: PIL.ImageFont.FreeTypeFont | PIL.ImageFont.ImageFont, width: int) -> str:
-    """As much of `text` as is at most `width` pixels wide, with an ellipsis where it was cut."""
+    """Shorten `text` to at most `width` pixels, with an ellipsis."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:
@@ -85,10 +85,10 @@ def shorten(text: str, font: PIL.ImageFont.FreeTypeFont | PIL.ImageFont.ImageFon
 @contextmanager
 def picture_output(path: Path, columns: int | None = None) -> Iterator[Callable[[PIL.Image.Image, str, str], None]]:
     """
-    Where pictures go: into one grid if `path` is a picture, else into single files in the folder `path`.
+    Write images as one grid if `path` is an image file, otherwise as single files in the folder `path`.
 
-    Yields `add(picture, file_name, caption)`. Single files are written at once and without caption; the grid, of
-    `columns` pictures in a row, is written when the block ends. Captions may be empty.
+    Yields `add(picture, file_name, caption)`. Single files are written immediately and without captions. The grid, with
+    `columns` images per row, is written when the block ends. Captions may be empty.
     """
     pictures: list[PIL.Image.Image] = []
     captions: list[str] = []
@@ -111,7 +111,7 @@ def picture_output(path: Path, columns: int | None = None) -> Iterator[Callable[
 
 def new_figure(width: float, height: float) -> "Figure":
     """
-    An empty figure of a size in inches.
+    Create an empty figure; width and height are in inches.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -124,18 +124,18 @@ def new_figure(width: float, height: float) -> "Figure":
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
-    """Write a figure whole; the suffix decides on the format."""
+    """Write a figure atomically. The suffix selects the format."""
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=120)
 
 
 def plot_codebook_usage(result: "TokenResult") -> "Figure":
-    """Codes by rank beside the uniform share, and the entropy at each position of the anchor grid."""
+    """Plot the share of each code by rank, and the entropy at each position of the anchor grid."""
     figure = new_figure(9, 3.6)
     ranks, positions = figure.subplots(1, 2, width_ratios=(1.5, 1))
     shares = result.token_counts.sort(descending=True).values.double() / result.token_counts.sum()
     ranks.fill_between(range(1, len(shares) + 1), shares.numpy(), color=BLUE, linewidth=0)
-    ranks.axhline(1 / len(shares), color=ORANGE, label="all codes equally often")
+    ranks.axhline(1 / len(shares), color=ORANGE, label="uniform")
     ranks.set(xlabel="code, by rank", ylabel="share of all tokens", xlim=(1, len(shares)), ylim=(0, None))
     ranks.set_title(
         f"{result.codebook.usage:.1%} of {len(shares)} codes used, perplexity {result.codebook.perplexity:.0f}"
@@ -146,7 +146,7 @@ def plot_codebook_usage(result: "TokenResult") -> "Figure":
 
 
 def plot_anchor_statistics(result: "TokenResult") -> "Figure":
-    """How far the sampling locations of anchors lie from their cells: by layer, and over the grid for the last layer."""
+    """Plot the distance of sampling locations from their anchors' cells: by layer, and over the grid for the last layer."""
     anchors = result.anchors
     figure = new_figure(11, 3.6)
     by_layer, displacement, outside = figure.subplots(1, 3, width_ratios=(1.3, 1, 1))
@@ -156,12 +156,12 @@ def plot_anchor_statistics(result: "TokenResult") -> "Figure":
         by_layer.errorbar(
             layers, values.mean(1).numpy(), values.std(1).numpy(), color=color, marker="o", capsize=3, label=name
         )
-    by_layer.axhline(0.5, color=GRAY, linestyle="--", linewidth=1, label="edge of the own cell")
+    by_layer.axhline(0.5, color=GRAY, linestyle="--", linewidth=1, label="edge of the anchor's cell")
     by_layer.set(xlabel="layer", ylabel="cells of the anchor grid", xticks=layers, ylim=(0, None))
     by_layer.set_title("mean and deviation over anchors")
     by_layer.legend(frameon=False)
     plot_anchor_grid(displacement, anchors.displacement[-1], "displacement, last layer (cells)", minimum=0)
-    plot_anchor_grid(outside, anchors.outside_cell[-1], "attention outside of the own cell", minimum=0, maximum=1)
+    plot_anchor_grid(outside, anchors.outside_cell[-1], "attention outside of the anchor's cell", minimum=0, maximum=1)
     return figure
 
 
@@ -173,7 +173,7 @@ def plot_anchor_grid(
     maximum: float | None = None,
     unit: str = "",
 ) -> None:
-    """One value `(num_anchors,)` an anchor as colors of the anchor grid, with a color bar."""
+    """Plot one value per anchor `(num_anchors,)` as colors of the anchor grid, with a color bar."""
     side = math.isqrt(len(values))
     image = axes.imshow(values.reshape(side, side).numpy(), cmap="viridis", vmin=minimum, vmax=maximum)
     axes.set(title=title, xticks=[], yticks=[])
@@ -249,14 +249,14 @@ def plot_sampling_locations(
 
 def plot_guidance(scales: Sequence[float], values: Sequence[dict[str, float]], features: str) -> "Figure":
     """
-    FID over the guidance scale, and the curve of FID against inception score, or against recall where there is no
+    Plot FID over the guidance scale, and FID against the inception score, or against recall if the network is not a
     classifier.
     """
     figure = new_figure(9, 3.6)
     over_scale, curve = figure.subplots(1, 2)
     fid = [point["fid"] for point in values]
     over_scale.plot(scales, fid, color=BLUE, marker="o")
-    over_scale.set(xlabel="guidance scale (1: none)", ylabel="FID")
+    over_scale.set(xlabel="guidance scale (1: off)", ylabel="FID")
     name = "inception_score" if "inception_score" in values[0] else "recall"
     other = [point[name] for point in values]
     curve.plot(other, fid, color=BLUE, marker="o")
@@ -273,7 +273,7 @@ Curves = Mapping[str, Mapping[str, Mapping[int, float]]]
 
 
 def plot_training_curves(runs: Sequence[tuple[str, Curves]]) -> "Figure":
-    """One panel for each quantity, one color for each run, which come with their names; validation is dashed."""
+    """Plot training curves, one panel per quantity and one color per named run; validation is dashed."""
     names = sorted({name for _, curves in runs for name in curves})
     rows = math.ceil(len(names) / CURVE_COLUMNS)
     figure = new_figure(5 * CURVE_COLUMNS, 3 * rows + 0.5)

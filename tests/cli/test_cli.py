@@ -205,7 +205,7 @@ def test_two_images_that_would_become_one_file_are_refused_first(model, photogra
     vfmtok("tokenize", photographs, "-o", tmp_path / "tokens.parquet")
     source = photographs if command == "reconstruct" else tmp_path / "tokens.parquet"
     _, stderr = vfmtok(command, source, "-o", tmp_path / "images", code=1)
-    assert "'b.jpg' and 'b.jpg.png' would both become b.jpg.png" in stderr
+    assert "'b.jpg' and 'b.jpg.png' would both be written to b.jpg.png" in stderr
     assert not (tmp_path / "images").exists()
 
 

@@ -63,7 +63,7 @@ def test_generation_sweep_and_its_continuation(model, tmp_path):
     chunk.unlink()
     _, stderr = evaluate(*arguments, "-g", 3, "--seed", 7, code=1)
     assert not chunk.exists()  # no scale is drawn where another one cannot be
-    assert "holds samples of other settings: seed 0 instead of 7" in stderr
+    assert "contains samples of other settings: seed 0 instead of 7" in stderr
 
 
 def test_linear_probe(model, tmp_path):

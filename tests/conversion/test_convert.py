@@ -259,5 +259,5 @@ def test_impossible_outputs_are_refused_before_reading(tmp_path, monkeypatch):
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
-    with pytest.raises(OSError, match=r"does not admit new files \(Read-only file system\)"):
+    with pytest.raises(OSError, match=r"is not writable \(Read-only file system\)"):
         convert_rar(RAR, tmp_path / "out")

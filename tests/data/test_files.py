@@ -42,7 +42,7 @@ def test_what_cannot_be_found_is_an_error(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="no images in"):
         find_images([tmp_path / "empty"])
-    with pytest.raises(ValueError, match=r"Both .* would be called b\.png"):
+    with pytest.raises(ValueError, match=r"Both .* would be named b\.png"):
         find_images([folder, folder / "b.png"])
 
 
@@ -115,7 +115,7 @@ def test_images_of_a_class_may_lie_deeper(tmp_path):
 def test_splits_are_no_classes(tmp_path):
     write_image(tmp_path / "train" / "ant" / "0.png")
     write_image(tmp_path / "validation" / "ant" / "0.png")
-    with pytest.raises(ValueError, match=r"holds splits \(train, validation\), not classes"):
+    with pytest.raises(ValueError, match=r"contains splits \(train, validation\), not classes"):
         open_records(tmp_path)
     assert len(open_records(tmp_path, labeled=False)) == 2
 
@@ -123,7 +123,7 @@ def test_splits_are_no_classes(tmp_path):
 def test_a_stray_image_is_not_left_out_without_a_word(tmp_path):
     write_image(tmp_path / "ant" / "0.png")
     write_image(tmp_path / "preview.png")
-    with pytest.raises(ValueError, match=r"one folder of images per class.*preview\.png lies outside"):
+    with pytest.raises(ValueError, match=r"one folder of images per class.*preview\.png is outside"):
         open_records(tmp_path)
 
 

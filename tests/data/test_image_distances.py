@@ -175,11 +175,11 @@ def test_other_files_are_refused(tmp_path, vgg):
     with pytest.raises(ValueError, match="features.0.weight is missing"):
         LPIPS("vgg", str(wrong))
     wrong.write_bytes(b"not a checkpoint")
-    with pytest.raises(ValueError, match="damaged or holds more than tensors"):
+    with pytest.raises(ValueError, match="damaged or contains more than tensors"):
         LPIPS("vgg", str(wrong))
     # A pickle that would run code.
     wrong.write_bytes(pickle.dumps(print, protocol=2))
-    with pytest.raises(ValueError, match="damaged or holds more than tensors"):
+    with pytest.raises(ValueError, match="damaged or contains more than tensors"):
         LPIPS("vgg", str(wrong))
 
 

@@ -56,7 +56,7 @@ def test_npz_without_images_is_refused(tmp_path):
     np.savez(tmp_path / "floats.npz", np.zeros((2, 4, 4, 3)))
     np.savez(tmp_path / "other.npz", mu=np.zeros(3))
     (tmp_path / "text.npz").write_text("no archive")
-    for name, message in (("floats", "must hold uint8"), ("other", "arr_0"), ("text", "arr_0")):
+    for name, message in (("floats", "must contain uint8"), ("other", "arr_0"), ("text", "arr_0")):
         with pytest.raises(ValueError, match=message):
             NpzImages(tmp_path / f"{name}.npz")
     with pytest.raises(FileNotFoundError):

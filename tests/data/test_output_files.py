@@ -59,7 +59,7 @@ def test_unwritable_outputs_are_found_before_work(tmp_path):
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a file system that nobody can write to")
 def test_permission_is_asked_of_the_file_system():
-    with pytest.raises(OSError, match="does not admit new files"):
+    with pytest.raises(OSError, match="is not writable"):
         check_output_file(Path("/proc/grid.png"))
 
 
@@ -74,11 +74,11 @@ def test_save_picture_knows_its_formats(tmp_path):
 
 def test_pictures_get_names_of_their_own():
     assert picture_names(["sub/a.jpg", "a.PNG", "a.jpg"]) == ["sub/a.jpg.png", "a.PNG", "a.jpg.png"]
-    with pytest.raises(ValueError, match=r"'a\.jpg' and 'a\.jpg\.png' would both become a\.jpg\.png"):
+    with pytest.raises(ValueError, match=r"'a\.jpg' and 'a\.jpg\.png' would both be written to a\.jpg\.png"):
         picture_names(["a.jpg", "a.jpg.png"])
-    with pytest.raises(ValueError, match=r"'a' and 'a' would both become a\.png"):
+    with pytest.raises(ValueError, match=r"'a' and 'a' would both be written to a\.png"):
         picture_names(["a", "a"])
-    with pytest.raises(ValueError, match=r"'a' would become a\.png, which is a folder for 'a\.png/b/c'"):
+    with pytest.raises(ValueError, match=r"'a' would be written to a\.png, which is the folder of 'a\.png/b/c'"):
         picture_names(["a.png/b/c", "a"])
 
 

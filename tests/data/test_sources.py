@@ -157,10 +157,10 @@ def test_an_empty_image_is_skipped_like_a_damaged_one(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("labels", [[0, 1, 900_000], [1, 2, 3], [0, 2, 2]], ids=["an id", "from one", "a gap"])
-def test_numbers_with_holes_are_no_classes(labels, tmp_path):
+def test_numbers_with_gaps_are_no_classes(labels, tmp_path):
     source = tmp_path / "data.parquet"
     table(labels, datasets.Value("int64")).to_parquet(source)
-    with pytest.raises(ValueError, match=r"column label .* with holes.*--label_column.*--class_names"):
+    with pytest.raises(ValueError, match=r"column label .* with gaps.*--label_column.*--class_names"):
         open_records(source)
 
 

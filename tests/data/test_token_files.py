@@ -95,7 +95,7 @@ def test_bad_token_files_are_refused(tmp_path):
     np.save(tmp_path / "flat.npy", np.arange(9))
     np.save(tmp_path / "float.npy", np.zeros((1, 9)))
     for name in ("flat.npy", "float.npy"):
-        with pytest.raises(ValueError, match="must hold integers"):
+        with pytest.raises(ValueError, match="must contain integers"):
             load_tokens(tmp_path / name)
     np.save(tmp_path / "two.npy", np.zeros((2, 9), dtype=np.int32))
     (tmp_path / "two.names.json").write_text(json.dumps(["one"]))

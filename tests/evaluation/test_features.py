@@ -71,7 +71,7 @@ def test_inception_without_network_says_what_to_do(monkeypatch):
         raise URLError("no route")
 
     monkeypatch.setattr(feature_extractor_inceptionv3, "load_state_dict_from_url", offline)
-    with pytest.raises(OSError, match=r"no route.*fetch https://.*--inception-weights.*--features"):
+    with pytest.raises(OSError, match=r"no route.*Download https://.*--inception-weights.*--features"):
         InceptionFeatures()
 
 
@@ -92,7 +92,7 @@ def test_files_that_are_not_inceptions_weights_are_refused_and_never_run(tmp_pat
     torch.save({"weight": torch.zeros(2)}, tmp_path / "other")
     torch.save(Trap(tmp_path / "sprung"), tmp_path / "trap")
     for name in (*contents, "other", "trap"):
-        with pytest.raises(ValueError, match=f"{name} does not hold Inception's weights: fetch https://"):
+        with pytest.raises(ValueError, match=f"{name} does not contain Inception's weights: download https://"):
             InceptionFeatures(tmp_path / name)
     assert not (tmp_path / "sprung").exists()
     with pytest.raises(OSError, match="missing"):
@@ -213,11 +213,11 @@ NOT_FEATURES = {
     "no processor": (lambda: transformers.ViTModel(transformers.ViTConfig(**PATCHES, image_size=32)), None, "no image processor"),
     "text": (
         lambda: transformers.BertModel(transformers.BertConfig(**TEXT)), transformers.ViTImageProcessor(size=SQUARE),
-        r"\(bert\) gives no features of 32 x 32 images",
+        r"\(bert\) returns no features for 32 x 32 images",
     ),
     "random masks": (
         lambda: transformers.ViTMAEModel(transformers.ViTMAEConfig(**PATCHES, image_size=32)),
-        transformers.ViTImageProcessor(size=SQUARE), "other features each time",
+        transformers.ViTImageProcessor(size=SQUARE), "different features each time",
     ),
     "any size": (
         lambda: transformers.Siglip2Model(

@@ -109,7 +109,7 @@ def test_samples_of_other_settings_are_not_mixed(pipe, tmp_path):
     ("setting", "message"),
     [
         ({"guidance_scale": float("inf")}, "guidance_scale"),
-        ({"guidance_scale_pow": 2.0}, "RAR generators alone"),
+        ({"guidance_scale_pow": 2.0}, "only for RAR generators"),
         ({"temperature": 0.0}, "temperature"),
         ({"top_p": 1.5}, "top_p"),
         ({"top_k": -1}, "top_k"),
@@ -185,7 +185,7 @@ def test_statistics_of_another_network_are_refused(tmp_path):
 
 def test_a_reference_of_another_size_is_refused(tmp_path):
     np.savez(tmp_path / "images.npz", np.zeros((5, 4, 6, 3), dtype=np.uint8))
-    with pytest.raises(ValueError, match=r"6 x 4 pixels, and the samples have 4 x 4"):
+    with pytest.raises(ValueError, match=r"6 x 4 pixels, but the samples have 4 x 4"):
         load_reference(tmp_path / "images.npz", NamedExtractor("any"), size=4)
 
 

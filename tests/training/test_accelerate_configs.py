@@ -110,5 +110,5 @@ def test_sharding_that_is_not_supported_is_refused_before_anything_is_loaded(kin
     arguments = SimpleNamespace(mixed_precision="no", tracker=(), gradient_accumulation_steps=1, seed=0)
     launched = SimpleNamespace(distributed_type=DistributedType[kind])
     monkeypatch.setattr(distributed, "Accelerator", lambda **options: launched)
-    with pytest.raises(ValueError, match=f"{kind} is supported neither .*one_node_8_gpus.yaml"):
+    with pytest.raises(ValueError, match=f"{kind} is not supported .*one_node_8_gpus.yaml"):
         start_accelerator(arguments, tmp_path)

@@ -44,8 +44,8 @@ CONFIGS = Path(__file__).parents[2] / "configs"
         ([*REQUIRED, "--trainable", "encoder"], ValueError, "--trainable: invalid choice"),
         ([*REQUIRED, "--resume", "perhaps"], ValueError, "--resume: Truthy value expected"),
         ([*REQUIRED, "--output"], ValueError, "--output: expected one argument"),
-        ([*REQUIRED, "--model", "{hidden_size"], ValueError, "--model: .* is no YAML"),
-        ([*REQUIRED, "--model", "8"], ValueError, "--model: '8' is no dictionary"),
+        ([*REQUIRED, "--model", "{hidden_size"], ValueError, "--model: .* is not valid YAML"),
+        ([*REQUIRED, "--model", "8"], ValueError, "--model: '8' is not a dictionary"),
         ([*REQUIRED, "--model.hidden_size"], ValueError, "--model.hidden_size needs a value"),
         ([*REQUIRED, "--learning_rate.x", "1"], ValueError, "Unknown argument --learning_rate.x"),
         ([*REQUIRED, "--batch", "1"], ValueError, "Unknown argument --batch. Did you mean --batch_size"),
@@ -72,8 +72,8 @@ def config_file(tmp_path, text):
         ("learning_rte: 1", "Did you mean --learning_rate or"),
         ("max_steps: [1, 2]", "--max_steps.*: invalid int value: '\\[1, 2\\]'"),
         ("batch_size: 1.5", "--batch_size.*: invalid int value: '1.5'"),
-        ("- output", "must hold `key: value` lines"),
-        ("output: [", "is no YAML"),
+        ("- output", "must contain `key: value` lines"),
+        ("output: [", "is not valid YAML"),
         ("variants: 4", "names of an earlier version: variants is now num_crops"),
         ("neighbours: 2", "names of an earlier version: neighbours is now codebook_top_k"),
         ("feature_weight: 1", "feature_weight is now model.feature_loss_weight"),
@@ -131,7 +131,7 @@ def test_what_a_continued_run_may_change_stands_at_the_field(tmp_path):
     free = dataclasses.replace(before, max_steps=7, train_data="moved", tracker=["wandb"], rar_random_until=0.1)
     check_resumed_arguments(free, file)
     changed = dataclasses.replace(free, num_crops=2, batch_size=3)
-    with pytest.raises(ValueError, match="differ from .*: --batch_size 64 -> 3, --num_crops 4 -> 2. Take them back"):
+    with pytest.raises(ValueError, match="differ from .*: --batch_size 64 -> 3, --num_crops 4 -> 2. Change them back"):
         check_resumed_arguments(changed, file)
 
 
@@ -147,9 +147,7 @@ def test_runs_of_earlier_versions_are_continued(tmp_path):
 def test_runs_whose_loss_weights_were_arguments_are_refused(tmp_path):
     file = tmp_path / "arguments.yaml"
     file.write_text("train_data: a\noutput: b\nfeature_weight: 1.0\n")
-    with pytest.raises(
-        ValueError, match="another script or version, with arguments feature_weight: start another run"
-    ):
+    with pytest.raises(ValueError, match="another script or version, with arguments feature_weight: start a new run"):
         check_resumed_arguments(TokenizerArguments(train_data="a", output="b"), file)
 
 

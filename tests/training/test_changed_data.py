@@ -82,7 +82,7 @@ def test_changed_data_are_named_and_refused_before_anything_is_touched(change, m
     change(data)
     before = contents(output)
     with pytest.raises(
-        ValueError, match=f"data differ from those that the run in .* began with: .*{message}"
+        ValueError, match=f"data differ from those at the start of the run in .*: .*{message}"
     ) as error:
         train_generator.main(argv)
     assert "delete" not in str(error.value)
@@ -101,7 +101,7 @@ def test_an_explicit_argument_takes_the_change_on_and_the_run_keeps_it(started, 
 def test_classes_of_a_generator_cannot_be_taken_on(started):
     data, _, argv = started
     another_class(data)
-    with pytest.raises(ValueError, match="new training classes: cow.*with --init_from\\.$"):
+    with pytest.raises(ValueError, match="new training classes: cow.*--init_from\\.$"):
         train_generator.main([*argv, "--accept_changed_data"])
 
 

@@ -160,7 +160,5 @@ def test_settings_that_training_does_not_support_are_named(setting, options, mon
 
 @pytest.mark.parametrize("option", [{"lora_rank": 2}, {"compile": True}])
 def test_what_needs_whole_models_is_refused(option, train, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        train_generator, "main", expect(ValueError, "FSDP is supported neither .*one_node_8_gpus.yaml")
-    )
+    monkeypatch.setattr(train_generator, "main", expect(ValueError, "FSDP is not supported .*one_node_8_gpus.yaml"))
     train(tmp_path / "run", option, configuration=ONE_NODE)

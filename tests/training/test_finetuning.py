@@ -160,9 +160,9 @@ def test_weight_decay(make):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tokenizer": "other"}, "has codebook_size 64, the tokenizer's is 32"),
-        ({"model.hidden_size": 8}, "--init_from brings its own configuration"),
-        ({"init_from": "generator"}, "Give --tokenizer"),
+        ({"tokenizer": "other"}, "has codebook_size 64, but the tokenizer's is 32"),
+        ({"model.hidden_size": 8}, "--init_from, which has its own configuration"),
+        ({"init_from": "generator"}, "--tokenizer is required"),
     ],
 )
 def test_what_does_not_fit_is_named(options, message, pipeline, images, tmp_path):
@@ -175,5 +175,5 @@ def test_what_does_not_fit_is_named(options, message, pipeline, images, tmp_path
 
 
 def test_only_a_fitting_model_loads(pipeline):
-    with pytest.raises(ValueError, match="holds a VFMTokModel, expected a VFMTokARFor"):
+    with pytest.raises(ValueError, match="contains a VFMTokModel, expected a VFMTokARFor"):
         load_generator(str(pipeline / "vq_model"))

@@ -50,7 +50,7 @@ def test_the_curves_of_runs_are_plotted_in_the_first_of_them(tmp_path):
 @pytest.mark.parametrize(
     ("log", "message"),
     [
-        (None, "is no training run: it has no log.jsonl"),
+        (None, "is not a training run: it has no log.jsonl"),
         ("", "has no losses yet"),
         ('{"kind": "stopped", "step": 1, "time": 0.0}\n', "has no losses yet"),
         ("loss 0.5\nloss 0.4\n", "line 1 is not JSON"),

@@ -131,7 +131,7 @@ def test_a_loss_that_is_not_finite_names_the_images_of_a_stream(vision_model, tm
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"validation_data": None}, "no part can be held out: give --validation_data"),
+        ({"validation_data": None}, "cannot be split: pass --validation_data"),
         ({"cache_images": True}, "--cache_images true needs --streaming false"),
         ({"balance_power": 0.5}, "--balance_power needs --streaming false"),
         ({"epoch_images": None}, "--epoch_images"),
@@ -151,5 +151,5 @@ def test_balancing_needs_labels(vision_model, tmp_path):
     images = flat_folder(None, tmp_path / "images")
     shutil.rmtree(images / "first")
     argv = tokenizer_options(images, vision_model, tmp_path / "run", balance_power=0.5)
-    with pytest.raises(ValueError, match="must hold one folder of images per class"):
+    with pytest.raises(ValueError, match="must contain one folder of images per class"):
         train_tokenizer.main(argv)

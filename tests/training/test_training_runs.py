@@ -141,7 +141,7 @@ def test_a_continued_tokenizer_may_weigh_its_losses_anew(tokenizer, data, tmp_pa
     output = train_tokenizer_for(1, data, tmp_path / "run", **init_from, **weight)
     assert "feature" not in log_of(output, "train")[0]
     assert VFMTokModel.from_pretrained(output / "model").config.feature_loss_weight == 0
-    with pytest.raises(ValueError, match="--model.hidden_size describes a new tokenizer"):
+    with pytest.raises(ValueError, match="--model.hidden_size configures a new tokenizer"):
         train_tokenizer_for(1, data, tmp_path / "other", **init_from, **{"model.hidden_size": 64})
 
 
@@ -255,7 +255,7 @@ def test_every_option_of_the_objective_at_once(data, vision_model, tmp_path):
     ("options", "message"),
     [
         ({"discriminator": "dino", "batch_size": 9}, "--batch_size 9 does not split"),
-        ({"adaptive_adversarial_weight": "true", "compile": "true"}, "--compile true cannot"),
+        ({"adaptive_adversarial_weight": "true", "compile": "true"}, "--compile true does not support"),
     ],
 )
 def test_impossible_adversarial_options(options, message, data, vision_model, tmp_path):

@@ -42,7 +42,7 @@ def extract_tokens(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the set. An unfinished one goes on.")],
     crops: Annotated[Crops, typer.Option(help="Views of each image.")] = Crops.random,
-    num_crops: Annotated[int, typer.Option(min=1, help="Random crops of each image.")] = 4,
+    num_crops: Annotated[int, typer.Option(min=1, help="Random crops per image.")] = 4,
     crop_scale: Annotated[
         tuple[float, float], typer.Option(help="Range of their side, as a share of the image's shorter side.")
     ] = (0.8, 1.0),

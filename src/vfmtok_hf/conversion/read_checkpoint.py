@@ -71,7 +71,7 @@ def read_checkpoint(path: str | Path, kind: str, weights: Weights = "ema") -> Ch
             one set of weights are read either way.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         CheckpointError: it is damaged, of another kind, or has no such weights.
     """
     path = Path(path)

@@ -1,1 +1,1 @@
-"""What makes CPUs fast, bound to models from outside: packed and quantized weights, attention, memory."""
+"""CPU optimizations, applied to models from outside: packed and quantized weights, attention, memory."""

@@ -1,4 +1,4 @@
-"""Causal attention that is fast on CPUs, for training and inference in the precisions in which torch's fused one is slow."""
+"""Fast causal attention on CPUs, for precisions in which torch's fused attention is slow."""
 
 from collections.abc import Iterator
 
@@ -9,8 +9,8 @@ from transformers import AttentionInterface
 from vfmtok_hf.modeling.attention_vfmtok import eager_attention_forward
 
 
-BLOCKWISE_ATTENTION = "vfmtok_blockwise"  # the name by which `set_attn_implementation` knows it
-BLOCK_LENGTH = 128  # queries: shorter blocks compute fewer hidden pairs, in more and smaller products
+BLOCKWISE_ATTENTION = "vfmtok_blockwise"  # the name for `set_attn_implementation`
+BLOCK_LENGTH = 128  # queries; smaller blocks waste less masked compute, but need more and smaller matmuls
 
 
 def blockwise_attention_forward(
@@ -24,20 +24,20 @@ def blockwise_attention_forward(
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """
-    Causal softmax attention in blocks of queries, each over the keys up to its end: most of what is hidden is never
-    computed. With a mask, as in a decode step, and in modules that are not causal it is [`eager_attention_forward`].
+    Causal softmax attention in blocks of queries, each over the keys up to its end, so most masked pairs are not
+    computed. With a mask, as in a decode step, and in non-causal modules it is [`eager_attention_forward`].
 
     Args:
-        module (`torch.nn.Module`): whose training mode decides on dropout, and `is_causal` on what is hidden.
+        module (`torch.nn.Module`): dropout applies only if `module.training`, and the causal mask only if `is_causal`.
         query, key, value (`torch.Tensor` of shape `(batch_size, heads, length, head_dim)`).
-        attention_mask (`torch.Tensor`, *optional*): added to the scores, in place of the causal mask.
-        scaling (`float`): factor of the scores.
-        dropout (`float`): share of the weights that is dropped in training.
+        attention_mask (`torch.Tensor`, *optional*): added to the scores instead of the causal mask.
+        scaling (`float`): scale of the scores.
+        dropout (`float`): dropout rate of the attention weights.
 
     Returns:
         `(torch.Tensor, None)`: `(batch_size, length, heads, head_dim)`, and no weights.
     """
-    query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves products in another type than norms
+    query, key = query.to(value.dtype), key.to(value.dtype)  # autocast returns matmuls in another dtype than norms
     if attention_mask is not None or not getattr(module, "is_causal", True):
         return eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout)[0], None
     attended = [

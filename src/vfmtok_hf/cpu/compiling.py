@@ -1,4 +1,4 @@
-"""Faster compiled decoding on CPUs, one image after the other."""
+"""Faster compiled decoding on CPUs at batch size 1."""
 
 from typing import TypeVar
 
@@ -11,8 +11,8 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 class RowSumLinear(nn.Linear):
     """
-    An `nn.Linear` that torch.compile sees, for a single row on the CPU, as a sum over products in float32: one pass over
-    the weight that reads it faster than the libraries' matrix products do (docs/performance.md).
+    An `nn.Linear` that computes a single row on the CPU as a sum of elementwise products in float32. torch.compile turns it
+    into one pass over the weight, which is faster than the libraries' matmuls (docs/performance.md).
     """
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -26,8 +26,8 @@ class RowSumLinear(nn.Linear):
 
 def use_row_sums(model: ModuleT) -> ModuleT:
     """
-    Have the linear layers of a generator on the CPU compute as [`RowSumLinear`] in compiled decode steps, in place.
-    Weights and saved files stay as they are. Call it before `compile_decoding`.
+    Replace the linear layers of a generator on the CPU with [`RowSumLinear`] in compiled decode steps, in place. Weights
+    and saved files do not change. Call it before `compile_decoding`.
 
     Args:
         model (`torch.nn.Module`): a generator with unpacked weights.

@@ -27,7 +27,7 @@ class PackedLayer(nn.Module):
         raise NotImplementedError
 
     def to_linear(self) -> nn.Linear:
-        """The layer with a plain weight, equal to the last bit."""
+        """The layer with the original weight, bit for bit."""
         linear = self.linear_class(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         linear.weight = self.plain_weight()
         if self.bias is not None:
@@ -38,7 +38,7 @@ class PackedLayer(nn.Module):
     def refuse_gradients(hidden_states: torch.Tensor) -> None:
         """
         Raises:
-            RuntimeError: a gradient is wanted.
+            RuntimeError: a gradient is required.
         """
         if hidden_states.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("Packed weights have no gradients: call unpack_weights(model) before training.")

@@ -1,10 +1,10 @@
 """
-Faster inference on CPUs, with equal results: linear layers by oneDNN on weights in its own memory layout, and no memory
-given away that is needed again.
+Faster inference on CPUs with equal results: linear layers run in oneDNN with packed weights, and freed memory stays in the
+process.
 
-torch gives float32 products to the BLAS library it was built with, which need not know the machine: MKL, for one, runs
-AVX2 code on AMD processors that have AVX-512. oneDNN, which is part of torch too, knows them, and reads weights that lie
-in blocks at nearly the speed of memory (docs/performance.md has the measurements).
+torch computes float32 matmuls with the BLAS library it was built with, which may not support the CPU well: MKL runs AVX2
+code on AMD processors with AVX-512. oneDNN, which is also part of torch, uses AVX-512 there, and reads blocked weights at
+nearly the speed of memory (measured in docs/performance.md).
 """
 
 import ctypes
@@ -52,10 +52,10 @@ class PackedLinear(PackedLayer):
 
 class JointProduct:
     """
-    The outputs of several `nn.Linear` that read the same input, from one product with their stacked weights.
+    One matmul for several `nn.Linear` with the same input, using their stacked weights.
 
     Args:
-        layers (`Sequence[torch.nn.Linear]`): all with a bias or none.
+        layers (`Sequence[torch.nn.Linear]`): all with or all without a bias.
     """
 
     def __init__(self, layers: Sequence[nn.Linear]):
@@ -69,9 +69,9 @@ class JointProduct:
 
     def output(self, index: int, hidden_states: torch.Tensor) -> torch.Tensor:
         """
-        What layer `index` makes of `hidden_states` `(..., in_features)`: a view of the product that its siblings share.
+        Output of layer `index` for `hidden_states` `(..., in_features)`: a view of the shared result.
 
-        The first layer computes it, the others, called in turn with the same tensor, find it.
+        The first layer computes it. The others, called next with the same tensor, reuse it.
         """
         last = self._last
         if index == 0 or last is None or last[0] is not hidden_states:
@@ -80,7 +80,7 @@ class JointProduct:
         return last[1][index]
 
     def to_linears(self) -> list[nn.Linear]:
-        """The layers with plain weights, equal to the last bit."""
+        """The layers with their original weights, bit for bit."""
         stacked = self.packed.to_linear()
         layers, end = [], 0
         for size in self.sizes:
@@ -98,11 +98,11 @@ class JointProduct:
 
 class PackedPart(nn.Module):
     """
-    One layer of a [`JointProduct`]. Saved as the layer it was.
+    One layer of a [`JointProduct`]. It is saved as the original layer.
 
     Args:
         joint_product (`JointProduct`): shared by all parts.
-        index (`int`): which of its layers this one is.
+        index (`int`): index of this layer.
     """
 
     def __init__(self, joint_product: JointProduct, index: int):
@@ -114,7 +114,7 @@ class PackedPart(nn.Module):
         return self.joint_product.output(self.index, hidden_states)
 
     def to_linear(self) -> nn.Linear:
-        """The layer with a plain weight, equal to the last bit."""
+        """The layer with the original weight, bit for bit."""
         return self.joint_product.to_linears()[self.index]
 
     def extra_repr(self) -> str:
@@ -128,7 +128,7 @@ class PackedPart(nn.Module):
         return self
 
 
-# Layers that their module calls one after the other with the same input.
+# Layers that a module calls consecutively with the same input.
 JOINT_LAYERS = {
     VFMTokARAttention: ("q_proj", "k_proj", "v_proj"),
     VFMTokARMLP: ("gate_proj", "up_proj"),
@@ -137,19 +137,19 @@ JOINT_LAYERS = {
 
 
 def has_product(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies matrices of this type on this machine: float32, and mostly bfloat16."""
+    """Whether oneDNN supports matmuls of this dtype on this machine: float32, and usually bfloat16."""
     if not torch.backends.mkldnn.is_available():
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def can_pack(module: nn.Module) -> bool:
-    """Whether a layer computes what an `nn.Linear` does, on the CPU and in a type that oneDNN multiplies."""
+    """Whether a layer is an ordinary `nn.Linear` on the CPU, with a dtype that oneDNN supports."""
     return (
         isinstance(module, nn.Linear)
         and type(module).forward is nn.Linear.forward
         and not isinstance(module, NonDynamicallyQuantizableLinear)  # nn.MultiheadAttention reads its weight
-        and type(module.weight) is nn.Parameter  # quantized ones are of other classes
+        and type(module.weight) is nn.Parameter  # quantized weights have other classes
         and module.weight.device.type == "cpu"
         and has_product(module.weight.dtype)
     )
@@ -157,14 +157,14 @@ def can_pack(module: nn.Module) -> bool:
 
 def pack_weights(model: ModuleT) -> ModuleT:
     """
-    Prepare a model for fast inference on the CPU, in place; layers that oneDNN has no product for stay.
+    Prepare a model for fast inference on the CPU, in place. Unsupported layers are left unchanged.
 
-    Linear layers change places with [`PackedLinear`], one at a time, so that memory grows by one layer; a generator's query,
-    key and value become one [`JointProduct`], so do gate and up. Convolutions get channels-last weights, which their
-    activations follow. Results change by rounding only, of layers that torchao quantized to 8 or 4 bits (they go to
-    torch's kernels for such weights) by bfloat16's. Models in bfloat16 get [`blockwise_attention_forward`], and the vision
-    models inside `eager` attention, as torch's fused one is slow in bfloat16. Training needs [`unpack_weights`] first;
-    `torch.compile` packs weights itself and wants the model as it was.
+    Linear layers are replaced by [`PackedLinear`] one at a time, so memory grows by only one layer. Query, key and value of
+    a generator become one [`JointProduct`], and so do gate and up. Convolutions use channels-last weights and activations.
+    Layers quantized by torchao to 8 or 4 bits use torch's kernels for such weights. Results change only by rounding, for
+    quantized layers by rounding to bfloat16. bfloat16 models use [`blockwise_attention_forward`], and the vision models
+    inside use `eager` attention, because torch's fused attention is slow in bfloat16. Call [`unpack_weights`] before
+    training and before `torch.compile`, which packs weights itself.
 
     Args:
         model (`torch.nn.Module`): a tokenizer or generator, in float32 or bfloat16.
@@ -196,12 +196,12 @@ def pack_weights(model: ModuleT) -> ModuleT:
 
 
 def pretrained_parts(model: nn.Module) -> list[PreTrainedModel]:
-    """A model of transformers and those inside."""
+    """The transformers models in a model, including itself."""
     return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
 
 
 def unpack_weights(model: ModuleT) -> ModuleT:
-    """Undo [`pack_weights`] of `model` in place, to the last bit; returns the argument."""
+    """Undo [`pack_weights`] of `model` in place, bit for bit. Returns the argument."""
     if hasattr(model, "_unpacked_attention"):
         for part, attention in zip(pretrained_parts(model), model._unpacked_attention, strict=True):
             part.set_attn_implementation({"": attention})
@@ -215,22 +215,22 @@ def unpack_weights(model: ModuleT) -> ModuleT:
     return model
 
 
-# Of glibc's malloc.h.
+# Constants of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 
 def keep_freed_memory() -> None:
     """
-    Have this process keep the memory of tensors that are freed for those that come.
+    Stop glibc from returning freed memory to the operating system.
 
-    By default glibc returns large blocks to the system at once. The next tensor then gets fresh pages, which the system
-    has to clear one by one. The process does not shrink again, which is why programs call this and the library does not;
-    the `vfmtok` commands and training do. Other C libraries than glibc stay as they are.
+    By default, glibc returns large blocks immediately. The next tensor then gets new pages, which the system must clear.
+    The process does not shrink afterwards, so programs call this and the library does not; the `vfmtok` commands and the
+    trainers do. It does nothing with other C libraries.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if set_option is None:
         return
-    # No blocks straight from the system, no return of free ones at the end of the heap, one heap for all threads.
+    # No mmap for large blocks, no trimming of the heap, one heap for all threads.
     for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_ARENA_MAX, 1)):
         set_option(option, value)
 

@@ -1,9 +1,8 @@
 """
-Layers that torchao quantized, by torch's own kernels for CPUs.
+Run layers quantized by torchao with torch's own CPU kernels.
 
-torch has products that read 8 or 4 bit weights as they lie in memory, with activations in bfloat16. torchao's tensors do not
-use them on a CPU (docs/performance.md has both measured). `pack_weights` of `cpu.packing`, which is where to start, does
-so through this file.
+torch has matmuls that read 8 or 4 bit weights directly, with bfloat16 activations. torchao's tensors do not use them on a CPU
+(docs/performance.md compares both). `pack_weights` in `cpu.packing` is the entry point.
 """
 
 import sys
@@ -21,7 +20,7 @@ class PackedQuantizedLinear(PackedLayer):
     It takes and returns activations of the dtype that the quantized layer had, and computes in bfloat16 with float32 sums.
 
     Args:
-        linear (`torch.nn.Linear`): on the CPU, its weight a tensor of torchao that the class `accepts`.
+        linear (`torch.nn.Linear`): on the CPU, with a torchao tensor as weight that the class `accepts`.
     """
 
     def _product(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -38,7 +37,7 @@ class PackedQuantizedLinear(PackedLayer):
 
 class PackedInt8Linear(PackedQuantizedLinear):
     """
-    8 bit weights with one scale per output, read where torchao keeps them.
+    8 bit weights with one scale per output, read directly from torchao's tensor.
 
     Args:
         linear (`torch.nn.Linear`): its weight is a `torchao` `Int8Tensor` without quantized activations.
@@ -51,7 +50,7 @@ class PackedInt8Linear(PackedQuantizedLinear):
 
     @staticmethod
     def accepts(weight: torch.Tensor) -> bool:
-        """Whether the kernel computes what `weight`, an `Int8Tensor`, says."""
+        """Whether the kernel supports `weight`, an `Int8Tensor`."""
         return (
             weight.block_size == [1, weight.shape[1]]
             and weight.act_quant_kwargs is None
@@ -70,7 +69,7 @@ class PackedInt8Linear(PackedQuantizedLinear):
 
 class PackedInt4Linear(PackedQuantizedLinear):
     """
-    4 bit weights in groups along the inputs, two to a byte; torchao's tensor takes a byte for each.
+    4 bit weights in groups along the inputs, two per byte; torchao's tensor uses a byte for each.
 
     Args:
         linear (`torch.nn.Linear`): its weight is a `torchao` `IntxUnpackedToInt8Tensor` of `torch.int4`.
@@ -88,7 +87,7 @@ class PackedInt4Linear(PackedQuantizedLinear):
 
     @staticmethod
     def accepts(weight: torch.Tensor) -> bool:
-        """Whether the kernel computes what `weight`, an `IntxUnpackedToInt8Tensor`, says."""
+        """Whether the kernel supports `weight`, an `IntxUnpackedToInt8Tensor`."""
         rows, group_size = weight.block_size
         return (
             weight.target_dtype is torch.int4
@@ -105,7 +104,7 @@ class PackedInt4Linear(PackedQuantizedLinear):
         """torchao's tensor."""
         from torchao.quantization import IntxUnpackedToInt8Tensor
 
-        # The layout of the nibbles is the kernel's own: it gives them back as the product with the identity.
+        # The layout of the nibbles is internal to the kernel: a matmul with the identity returns them.
         unit_scales = torch.zeros_like(self.scales)
         unit_scales[..., 0] = 1
         identity = torch.eye(self.in_features, dtype=torch.bfloat16)
@@ -123,7 +122,7 @@ class PackedInt4Linear(PackedQuantizedLinear):
 
 
 def packed_class(module: nn.Module) -> type[PackedQuantizedLinear] | None:
-    """The class to compute `module`, a quantized `nn.Linear`, on the CPU; None for others, and if there is no kernel."""
+    """The class for `module`, a quantized `nn.Linear`, on the CPU; None for others or if there is no kernel."""
     if type(module) is not nn.Linear or not module.weight.is_cpu or "torchao" not in sys.modules:
         return None
     from torchao.quantization import Int8Tensor, IntxUnpackedToInt8Tensor

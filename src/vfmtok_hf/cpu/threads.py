@@ -1,4 +1,4 @@
-"""How many threads a small model wants."""
+"""The number of threads for small models."""
 
 import os
 
@@ -11,10 +11,10 @@ SMALL = 30_000_000  # parameters
 
 def use_one_thread_for_small_models(*models: nn.Module | None) -> None:
     """
-    One thread for models that are small together, unless OMP_NUM_THREADS says how many.
+    Use one thread if the models together are small, unless OMP_NUM_THREADS is set.
 
-    Their steps are shorter than the wait for other threads: with a core taken away the embedded checkpoint's generator was
-    27 times slower on two threads than on one.
+    Their steps are shorter than the wait for other threads: on a machine with one busy core, the emoji generator was 27
+    times slower on two threads than on one.
     """
     num_parameters = sum(p.numel() for model in models if model is not None for p in model.parameters())
     if "OMP_NUM_THREADS" not in os.environ and num_parameters < SMALL:

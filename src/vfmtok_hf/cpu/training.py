@@ -1,4 +1,4 @@
-"""Faster training on CPUs: the frozen part of a model from packed weights."""
+"""Faster training on CPUs: packed weights for the frozen part of a model."""
 
 import copy
 
@@ -11,12 +11,12 @@ from vfmtok_hf.cpu.packing import PackedLinear, can_pack, has_product
 
 class FrozenProduct:
     """
-    What an `nn.Linear` that is not trained computes: from a packed copy of its weights where no gradient is wanted and the
-    precision is the copy's.
+    A frozen `nn.Linear` that uses a packed copy of its weight if no gradient is required and the dtype is that of the
+    copy.
 
     Args:
         linear (`torch.nn.Linear`): in float32 on the CPU.
-        dtype (`torch.dtype`): of the copy: float32, or bfloat16 for use under autocast, which converts weights each time.
+        dtype (`torch.dtype`): dtype of the copy: float32, or bfloat16 for autocast, which otherwise converts weights each time.
     """
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype):
@@ -33,14 +33,14 @@ class FrozenProduct:
 
 def pack_frozen_weights(model: nn.Module, dtype: torch.dtype) -> None:
     """
-    Have the linear layers of a frozen part of a model that is trained compute as [`FrozenProduct`].
+    Replace the linear layers in the frozen part of a model with [`FrozenProduct`].
 
-    Unlike after [`pack_weights`] the parameters stay where they are, for saving and for gradients that pass through, and
-    their memory is needed twice. The part must not be moved, converted or given other weights afterwards.
+    Unlike [`pack_weights`], this keeps the parameters, for saving and for gradients that pass through, so their memory is
+    needed twice. Afterwards, the part must not be moved or converted, and its weights must not change.
 
     Args:
         model (`torch.nn.Module`): in float32 on the CPU.
-        dtype (`torch.dtype`): as in [`FrozenProduct`]. Where oneDNN cannot multiply it nothing changes.
+        dtype (`torch.dtype`): as in [`FrozenProduct`]. Does nothing if oneDNN does not support it.
     """
     if not has_product(dtype):
         return

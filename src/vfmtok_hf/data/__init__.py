@@ -1,1 +1,1 @@
-"""Images and tokens outside of memory: readers, folders, datasets, loaders, token sets, output files."""
+"""Read and write images and tokens: readers, folders, data sets, loaders, token sets, output files."""

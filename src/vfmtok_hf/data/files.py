@@ -1,4 +1,4 @@
-"""Which files count: the one rule of everything here that walks a folder."""
+"""Find image and data files in folders. All code that walks a folder uses these rules."""
 
 import os
 from collections.abc import Collection, Iterator, Sequence
@@ -11,22 +11,22 @@ from PIL.ImageFile import StubImageFile
 
 try:
     from pillow_heif import register_heif_opener
-except ImportError:  # HEIC files are found all the same, and the reader's message names the package
+except ImportError:  # HEIC files are still found, and the reader's error names the package
     pass
 else:
     register_heif_opener()
 
 DATA_FILES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # of the library's `imagefolder`
-# Formats that Pillow recognizes and cannot decode by itself. Its stubs, such as HDF5, say so of themselves.
+# Formats that Pillow recognizes but cannot decode by itself. Its stubs, such as HDF5, declare that themselves.
 NOT_DECODED = {"MPEG", "EPS"}
-# Folders with copies of images that macOS and Synology leave behind, beside the hidden ones.
+# Folders, besides hidden ones, in which macOS and Synology leave copies of images.
 LEFTOVER_FOLDERS = {"__MACOSX", "@eaDir"}
 
 
 @cache
 def image_suffixes() -> frozenset[str]:
-    """Suffixes, in lower case, of the formats that Pillow can open and decode; and those of HEIC."""
+    """Lower-case suffixes of the formats that Pillow can open and decode, and of HEIC."""
     PIL.Image.init()
     suffixes = {".heic", ".heif"}
     for suffix, image_format in PIL.Image.EXTENSION.items():
@@ -41,8 +41,8 @@ def files_below(folder: Path, suffixes: Collection[str]) -> list[Path]:
     """
     All files below a folder that end in one of `suffixes` in any case, sorted by path.
 
-    Hidden files and folders (`.ipynb_checkpoints`, `._photo.jpg`) and what macOS and Synology leave behind do not count.
-    Symbolic links are followed, but for those that lead back to a folder above them.
+    Hidden files and folders (`.ipynb_checkpoints`, `._photo.jpg`) and those that macOS and Synology leave behind are ignored.
+    Symbolic links are followed, except those that lead back to a parent folder.
     """
     return sorted(_walk(folder, suffixes, above=()))
 
@@ -54,7 +54,7 @@ def _walk(folder: Path, suffixes: Collection[str], above: tuple[str, ...]) -> It
     for entry in os.scandir(folder):
         if entry.name.startswith(".") or entry.name in LEFTOVER_FOLDERS:
             continue
-        # The entry knows what it is without asking the file system again, unless it is a link.
+        # The entry knows its type without another system call, unless it is a link.
         if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
             yield from _walk(Path(entry.path), suffixes, (*above, place))
         elif os.path.splitext(entry.name)[1].lower() in suffixes:
@@ -63,11 +63,11 @@ def _walk(folder: Path, suffixes: Collection[str], above: tuple[str, ...]) -> It
 
 def find_images(paths: Sequence[Path]) -> dict[str, Path]:
     """
-    Image files by name: those given, and all below the folders given, sorted. A file in a folder is named by its path
+    Image files by name: the given files and all files below the given folders, sorted. A file in a folder is named by its path
     in that folder.
 
     Raises:
-        FileNotFoundError: a path does not exist, or there is no image at all.
+        FileNotFoundError: a path does not exist, or there is no image.
         ValueError: two images have the same name.
     """
     images: dict[str, Path] = {}
@@ -77,7 +77,7 @@ def find_images(paths: Sequence[Path]) -> dict[str, Path]:
         for file in files_below(path, image_suffixes()) if path.is_dir() else [path]:
             name = file.relative_to(path).as_posix() if path.is_dir() else file.name
             if name in images:
-                raise ValueError(f"Both {images[name]} and {file} would be called {name}: take them one at a time.")
+                raise ValueError(f"Both {images[name]} and {file} would be named {name}: process them separately.")
             images[name] = file
     if not images:
         raise FileNotFoundError(f"There are no images in {', '.join(map(str, paths))}.")
@@ -86,21 +86,21 @@ def find_images(paths: Sequence[Path]) -> dict[str, Path]:
 
 def holds_data_files(folder: Path) -> bool:
     """
-    Whether a folder is for the `datasets` library: it holds parquet, arrow or `.tar` files, or images with metadata.
+    Whether a folder is a data set of the `datasets` library: it contains parquet, arrow or `.tar` files, or images with metadata.
 
     Raises:
-        ValueError: it holds both images and data files.
+        ValueError: it contains both images and data files.
     """
-    if (folder / "state.json").is_file() or has_metadata(folder):  # the former by `Dataset.save_to_disk`
+    if (folder / "state.json").is_file() or has_metadata(folder):  # the former is from `Dataset.save_to_disk`
         return True
     suffixes = {file.suffix.lower() for file in files_below(folder, image_suffixes().union(DATA_FILES))}
     if suffixes.isdisjoint(DATA_FILES):
         return False
     if suffixes - set(DATA_FILES):
-        raise ValueError(f"{folder} holds both images and data files: name the folder or the files that you mean.")
+        raise ValueError(f"{folder} contains both images and data files. Pass the folder or the files that you mean.")
     return True
 
 
 def has_metadata(folder: Path) -> bool:
-    """Whether a folder, or a folder of a split in it, is one of the library's `imagefolder` with columns in a file."""
+    """Whether a folder, or the folder of a split in it, is an `imagefolder` with a metadata file."""
     return any(file.is_file() for name in METADATA_FILES for file in (folder / name, *folder.glob(f"*/{name}")))

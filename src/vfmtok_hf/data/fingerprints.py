@@ -25,7 +25,7 @@ def json_sha256(value: Any) -> str:
 
 def weights_sha256(*models: nn.Module, skip: tuple[str, ...] = ()) -> str:
     """
-    Hexadecimal SHA-256 of names and values of all weights and buffers, as they are loaded.
+    Hexadecimal SHA-256 of the names and values of all weights and buffers, in the loaded precision.
 
     Args:
         skip (`tuple[str, ...]`): prefixes of the names to leave out.

@@ -1,4 +1,4 @@
-"""Images for training, at random or as a stream: an item depends on seed, epoch and position alone."""
+"""Images for training, with random access or as a stream. An item depends only on seed, epoch and position."""
 
 import logging
 from typing import Any
@@ -21,14 +21,14 @@ class ImageDataset(Dataset):
     """
     Images of records, augmented.
 
-    An item is a function of (seed, epoch, index) alone, so a resumed run sees what an uninterrupted one would, with
-    any number of workers. The place of an image that cannot be decoded is taken by the next one that can; each such
+    An item depends only on (seed, epoch, index), so a resumed run sees the same items as an uninterrupted one, with
+    any number of workers. An image that cannot be decoded is replaced by the next one that can; each such
     image is named once in the log.
 
     Args:
         records ([`ImageRecords`]): the images.
-        augmentation ([`Augmentation`]): from image to `pixel_values`.
-        cache_images (`bool`): keep the decoded images in memory, shrunk as far as the largest crop needs.
+        augmentation ([`Augmentation`]): converts an image to `pixel_values`.
+        cache_images (`bool`): keep the decoded images in memory, reduced to the size that the tightest crop needs.
         seed (`int`): of the augmentation.
     """
 
@@ -39,13 +39,13 @@ class ImageDataset(Dataset):
         self.augmentation = augmentation
         self.seed = seed
         self.epoch = 0
-        # Worker processes write into it too.
+        # Worker processes write to it as well.
         self.unreadable = torch.zeros(len(records), dtype=torch.bool).share_memory_()
         self.cache = [self._decoded(index, shrink=True) for index in range(len(records))] if cache_images else None
 
     @property
     def num_unreadable(self) -> int:
-        """Different images found unreadable so far, by all workers of this process, and those without a label."""
+        """Number of distinct unreadable images so far, over all workers of this process, plus images without a label."""
         return int(self.unreadable.sum()) + len(self.records.unlabeled)
 
     def name(self, index: int) -> str:
@@ -58,7 +58,7 @@ class ImageDataset(Dataset):
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
-        """`pixel_values` (3, image_size, image_size) in [-1, 1], `label`, and `index` of the image that it became."""
+        """`pixel_values` (3, image_size, image_size) in [-1, 1], `label`, and `index` of the image that was used."""
         rng = np.random.default_rng((self.seed, self.epoch, index))
         for candidate in range(index, index + len(self)):
             candidate %= len(self)
@@ -87,7 +87,7 @@ class ImageStream(Stream):
     Args:
         source, split, image_column, label_column, class_names, labeled: as in
             [`~vfmtok_hf.data.sources.open_records`].
-        augmentation ([`Augmentation`]): from image to `pixel_values`.
+        augmentation ([`Augmentation`]): converts an image to `pixel_values`.
         epoch_images, shuffle_buffer, seed: as in [`Stream`].
     """
 

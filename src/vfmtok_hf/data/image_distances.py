@@ -31,21 +31,21 @@ BACKBONES = {
 class LPIPS(nn.Module):
     """
     Learned perceptual distance between images (Zhang et al. 2018, equation 1), version 0.1: network and channel weights
-    of the authors' package `lpips`.
+    from the authors' package `lpips`.
 
-    The distances are float32 whatever the precision of the convolutions, and features of zeros have a finite gradient,
-    both unlike in the package. Nothing here is trained.
+    Unlike in that package, distances are float32 in any precision of the convolutions, and zero features have a finite gradient.
+    Nothing is trained here.
 
     Args:
         backbone (`str`): "vgg", which the original trains with, "alex" or "squeeze".
         weights (`str`, *optional*): file of torchvision's ImageNet weights of the backbone (`.pth` or `.safetensors`).
-            Default: torch's cache; a download into it is announced in the log.
-        dropout (`float`): share of channel differences that is dropped in training mode. The original leaves the
-            package's own 0.5 switched on while training.
+            Defaults to torch's cache. A download is announced in the log.
+        dropout (`float`): dropout rate of channel differences in training mode. The original leaves the
+            package's own rate of 0.5 active during training.
 
     Raises:
-        FileNotFoundError: no weights, and no way to get them. Says what to download and where to put it.
-        ValueError: the file is of another network, or is a pickle of more than tensors.
+        FileNotFoundError: the weights cannot be found or downloaded. The error states what to download.
+        ValueError: the file belongs to another network, or is a pickle with more than tensors.
         ImportError: the `lpips` package is missing.
     """
 
@@ -61,7 +61,7 @@ class LPIPS(nn.Module):
         """
         Args:
             reconstruction, target (`torch.FloatTensor` of shape `(batch_size, 3, height, width)`): in [-1, 1]. The
-                gradient reaches the reconstruction alone.
+                gradient flows only to the reconstruction.
 
         Returns:
             `torch.FloatTensor` of shape `(batch_size,)`: distances, 0 for equal images.
@@ -82,7 +82,7 @@ def unit_difference(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
     """
     Squared difference of features `(batch_size, channels, height, width)`, in float32 and normalized along the channels.
     """
-    # `normalize` has a gradient for vectors of zeros, which ReLU leaves here and there; the root of a sum has none.
+    # `normalize` has a gradient at zero vectors, which ReLU can produce; the square root of a sum has none.
     return (F.normalize(ours.float(), dim=1) - F.normalize(theirs.float(), dim=1)).square()
 
 
@@ -106,7 +106,7 @@ def _load_network(backbone: str, weights: str | None) -> "lpips.LPIPS":
         raise ImportError("LPIPS needs the lpips package: pip install lpips")
     import lpips
 
-    # Without values, since the package would draw random ones; and torchvision warns of how it is called there.
+    # On the meta device, because the package would initialize random weights; torchvision warns about its call.
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")
         network = lpips.LPIPS(net=backbone, pretrained=False, pnet_rand=True, verbose=False)
@@ -123,7 +123,7 @@ def _load_network(backbone: str, weights: str | None) -> "lpips.LPIPS":
             if state[name] is None or state[name].shape != expected.shape:
                 found = "is missing" if state[name] is None else f"has shape {tuple(state[name].shape)}"
                 raise ValueError(
-                    f"{weights or 'The cached file'} does not hold torchvision's weights of {backbone}: {source} "
+                    f"{weights or 'The cached file'} does not contain torchvision's weights of {backbone}: {source} "
                     f"{found}, expected shape {tuple(expected.shape)}."
                 )
         elif part == "scaling_layer":
@@ -145,7 +145,7 @@ def _cached_weights(backbone: str) -> dict[str, torch.Tensor]:
     except OSError as error:
         raise FileNotFoundError(
             f"LPIPS needs torchvision's weights of {backbone}, which could not be downloaded ({error}). Download "
-            f"{weights.url} elsewhere and put it into {folder}, or name the file (in training with --vgg_weights)."
+            f"{weights.url} elsewhere and put it into {folder}, or pass the file (in training with --vgg_weights)."
         ) from error
 
 
@@ -159,4 +159,4 @@ def _read(file: Path, backbone: str) -> dict[str, torch.Tensor]:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError) as error:
-        raise ValueError(f"{file} is damaged or holds more than tensors, and is not loaded: {error}") from error
+        raise ValueError(f"{file} is damaged or contains more than tensors and is not loaded: {error}") from error

@@ -1,4 +1,4 @@
-"""Sets of images to measure: folders of files, and `.npz` files as of ADM's evaluation suite."""
+"""Sets of images for evaluation: folders of files, and `.npz` files of ADM's evaluation suite."""
 
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,16 +28,16 @@ class ImageSet(Protocol):
 
 class FolderImages:
     """
-    Image files and all images below folders.
+    Image files, and all images below folders.
 
     Args:
         paths (`Sequence[Path]`): files and folders.
         size (`int`, *optional*): side in pixels to crop and resize to, as VFMTok's image processor does. Without it
-            images are taken as they are, and must be of one size.
+            images are not resized and must have the same size.
 
     Raises:
         FileNotFoundError: a path does not exist, or there is no image.
-        ValueError (while reading): an unreadable file, or images of several sizes; the file is named.
+        ValueError (while reading): an unreadable file, or images of different sizes; the error names the file.
     """
 
     def __init__(self, paths: Sequence[Path], size: int | None = None):
@@ -59,7 +59,7 @@ class FolderImages:
                 if images[-1].shape != shape:
                     raise ValueError(
                         f"{self.files[0]} is {shape[2]} x {shape[1]} pixels and {file} {images[-1].shape[2]} x "
-                        f"{images[-1].shape[1]}: give the size that all are to be brought to."
+                        f"{images[-1].shape[1]}: pass the size that all should be resized to."
                     )
             yield torch.stack(images)
 
@@ -71,11 +71,11 @@ class FolderImages:
 class NpzImages:
     """
     Images of a `.npz` file in the format of ADM (guided-diffusion): `arr_0`, uint8 `(images, height, width, 3)`. They
-    are read batch by batch, never all at once.
+    are read batch by batch.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it has no such array.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file does not contain this array.
     """
 
     def __init__(self, path: Path):
@@ -95,15 +95,15 @@ class NpzImages:
         with self._array() as (member, _):
             for start in range(0, len(self), batch_size):
                 count = min(batch_size, len(self) - start)
-                # A copy, as torch wants memory that may be written to.
+                # A copy, because torch needs writable memory.
                 pixels = np.frombuffer(member.read(count * height * width * channels), np.uint8).copy()
                 if pixels.size != count * height * width * channels:
-                    raise ValueError(f"{self.path} is truncated: write or fetch it again.")
+                    raise ValueError(f"{self.path} is truncated: write or download it again.")
                 yield torch.from_numpy(pixels.reshape(count, height, width, channels)).permute(0, 3, 1, 2)
 
 
 class _NpyMember:
-    """An array inside a `.npz`, opened behind its header: yields the open member and the array's shape."""
+    """Open an array inside a `.npz` after its header. Yields the open member and the array's shape."""
 
     def __init__(self, path: Path, name: str):
         if not path.is_file():
@@ -124,7 +124,7 @@ class _NpyMember:
         shape, fortran_order, dtype = read_header(self.member)
         if len(shape) != 4 or shape[-1] != 3 or dtype != np.uint8 or fortran_order:
             raise ValueError(
-                f"{self.path} must hold uint8 images (images, height, width, 3), got {dtype} of shape {shape}."
+                f"{self.path} must contain uint8 images (images, height, width, 3), got {dtype} of shape {shape}."
             )
         return self.member, shape
 
@@ -135,8 +135,8 @@ class _NpyMember:
 
 def write_npz(path: Path, batches: Iterable[torch.Tensor], num_images: int, labels: torch.Tensor) -> None:
     """
-    Write images as ADM's evaluation suite reads them, whole or not at all: `arr_0`, uint8 `(images, height, width, 3)`,
-    and `arr_1`, their class labels. Only one batch is in memory.
+    Write images atomically in the format of ADM's evaluation suite: `arr_0`, uint8 `(images, height, width, 3)`,
+    and `arr_1`, their class labels. Only one batch is in memory at a time.
 
     Args:
         batches (iterable of `torch.ByteTensor` of shape `(any, 3, height, width)`): `num_images` images in all.

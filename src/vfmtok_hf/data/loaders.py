@@ -1,6 +1,6 @@
 """
-Batches in training order, reproducibly: what a process sees at a step depends on the seed and on the position in the run
-alone, so that a resumed run goes on exactly where it stopped.
+Reproducible batches in training order. What a process sees at a step depends only on the seed and the position in the run,
+so a resumed run continues exactly where it stopped.
 """
 
 import signal
@@ -16,11 +16,11 @@ from vfmtok_hf.data.streams import Stream
 
 class EpochSampler(Sampler[int]):
     """
-    Order of one epoch, a function of (seed, epoch) alone.
+    Order of one epoch, which depends only on (seed, epoch).
 
     Args:
         labels (`list[int]`): class of each item.
-        balance_power (`float`): 0 is a plain shuffle. Otherwise items are drawn with replacement so that a class of
+        balance_power (`float`): 0 is a plain shuffle. Otherwise items are sampled with replacement so that a class of
             n items has a weight of n ** (1 - balance_power): 0.5 softens imbalance, 1 makes all classes equally likely.
         seed (`int`): of the order.
     """
@@ -49,7 +49,7 @@ class EpochSampler(Sampler[int]):
 
 
 class EpochBatches(Sampler[list[int]]):
-    """Batches of one process: every `num_processes`-th whole batch of the order that a sampler gives."""
+    """Batches of one process: every `num_processes`-th complete batch of a sampler's order."""
 
     def __init__(self, sampler: EpochSampler, batch_size: int, num_processes: int = 1, process_index: int = 0):
         self.sampler = sampler
@@ -59,7 +59,7 @@ class EpochBatches(Sampler[list[int]]):
         self.first_batch = 0
 
     def set_position(self, epoch: int, first_batch: int) -> None:
-        """Where the next iteration starts."""
+        """Set where the next iteration starts."""
         self.sampler.set_epoch(epoch)
         self.first_batch = first_batch
 
@@ -75,33 +75,33 @@ class EpochBatches(Sampler[list[int]]):
 
 def leave_stopping_to_the_trainer(worker: int) -> None:
     """
-    For workers of a loader (`worker_init_fn`). A scheduler such as Slurm, and Ctrl-C, signal the whole process group: a
-    worker that dies of it takes the trainer along before that has saved.
+    Ignore signals in a loader's workers (`worker_init_fn`). Slurm and Ctrl-C signal the whole process group, and a
+    worker that dies would end the trainer before it has saved.
     """
     for signal_number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signal_number, signal.SIG_IGN)
 
 
 class Position(Protocol):
-    """Where a run is in its data."""
+    """Position of a run in its data."""
 
     epoch: int
-    batch: int  # batches of this epoch done
+    batch: int  # finished batches of this epoch
 
 
 class TrainingLoader:
     """
-    Batches without end for one of several processes, from any position of the run, on its device.
+    Endless batches for one of several processes, from any position of the run, on its device.
 
     Args:
         data: a [`Stream`], or a map-style data set with `labels` and `set_epoch`.
         batch_size (`int`): of this process.
         num_processes, process_index (`int`): all processes together go through the data once an epoch.
         balance_power (`float`): as in [`EpochSampler`]; streams cannot be balanced.
-        num_workers (`int`): processes that read and augment.
+        num_workers (`int`): number of processes that read and augment.
 
     Raises:
-        ValueError: there are fewer items than one batch for each process.
+        ValueError: there are fewer items than one batch per process.
     """
 
     def __init__(
@@ -119,7 +119,9 @@ class TrainingLoader:
         self.device = torch.device(device)
         if isinstance(data, Stream):
             if balance_power:
-                raise ValueError("Classes of a stream cannot be balanced: --balance_power needs --streaming false.")
+                raise ValueError(
+                    "The classes of a stream cannot be balanced: --balance_power needs --streaming false."
+                )
             data.set_share(batch_size, num_processes, process_index, num_workers)
             self.order, length, batching = data, data.batches_per_epoch, {"batch_size": batch_size}
         else:
@@ -136,13 +138,13 @@ class TrainingLoader:
             num_workers=num_workers,
             worker_init_fn=leave_stopping_to_the_trainer,
             pin_memory=self.device.type == "cuda",
-            # Starting an epoch draws from it: from the global generator a resumed run would draw once more.
+            # Starting an epoch samples from it; with the global generator, a resumed run would sample once more.
             generator=torch.Generator(),
             **batching,
         )
 
     def batches(self, position: Position) -> Iterator[dict[str, torch.Tensor]]:
-        """Batches from where `position` stands, which they advance."""
+        """Batches from `position` on, which is advanced."""
         while True:
             if not isinstance(self.data, Stream):
                 self.data.set_epoch(position.epoch)

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, checked for being writable before any work is done."""
+"""Write files and folders atomically, and check in advance that they can be written."""
 
 import hashlib
 import os
@@ -12,30 +12,30 @@ from pathlib import Path
 import PIL.Image
 
 
-MAX_NAME_BYTES = 255  # of a file name, on most file systems
+MAX_NAME_BYTES = 255  # limit of a file name on most file systems
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def is_picture(path: Path) -> bool:
-    """Whether a path names a picture to write, rather than a folder for many."""
+    """Whether a path is an image file to write, not a folder."""
     return path.suffix.lower() in PICTURE_SUFFIXES
 
 
 def check_output_file(path: Path) -> None:
     """
-    Raise unless the file can be written. Nothing is left behind; missing folders are made when it is written.
+    Raise unless the file can be written. Nothing is left behind; missing folders are created when it is written.
 
     Raises:
         IsADirectoryError: `path` is a folder.
-        OSError: a folder on the way is a file or does not admit new files.
+        OSError: a parent folder is a file or not writable.
     """
     if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder: name a file in it.")
+        raise IsADirectoryError(f"{path} is a folder: pass a file in it.")
     _check_folder(path.absolute().parent, path)
 
 
 def check_picture_output(path: Path) -> None:
-    """The same for a picture, or else for a folder of pictures, which may exist already."""
+    """The same for an image file, or for a folder of images, which may exist."""
     if is_picture(path):
         check_output_file(path)
     else:
@@ -43,23 +43,25 @@ def check_picture_output(path: Path) -> None:
 
 
 def check_output_folder(path: Path) -> None:
-    """The same for a folder of any files, which may exist already."""
+    """The same for a folder of any files, which may exist."""
     _check_folder(path.absolute(), path)
 
 
 def check_model_folder(path: Path, overwrite: bool = False) -> None:
     """
-    The same for the folder of a model, which must be new or empty, or a model's that may be replaced.
+    The same for a model folder, which must be new, empty, or a model folder that may be replaced.
 
     Raises:
-        FileExistsError: something is there that may not be replaced.
-        OSError: a folder on the way is a file or does not admit new files.
+        FileExistsError: something that must not be replaced exists.
+        OSError: a parent folder is a file or not writable.
     """
     if path.is_dir() and any(path.iterdir()):
         if not overwrite:
             raise FileExistsError(f"{path} exists and is not empty: choose another output or pass overwrite=True.")
         if not (path / "config.json").exists():
-            raise FileExistsError(f"{path} has no config.json, so it is no model folder and will not be overwritten.")
+            raise FileExistsError(
+                f"{path} has no config.json, so it is not a model folder and will not be overwritten."
+            )
     elif path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} is a file; the output is a folder.")
     _check_folder(path.absolute().parent, path)
@@ -68,7 +70,7 @@ def check_model_folder(path: Path, overwrite: bool = False) -> None:
 def _check_folder(folder: Path, output: Path) -> None:
     existing = next(ancestor for ancestor in (folder, *folder.parents) if ancestor.exists())
     try:
-        # Asking the file system beats reading permission bits, which know nothing of read-only mounts.
+        # Try it, because permission bits do not show read-only mounts.
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
@@ -78,14 +80,14 @@ def _check_folder(folder: Path, output: Path) -> None:
 def _reason(existing: Path, error: OSError) -> str:
     if not existing.is_dir():
         return "is a file, not a folder"
-    return f"does not admit new files ({error.strerror})"
+    return f"is not writable ({error.strerror})"
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary sibling to write into. It becomes `path` when the block ends, or vanishes if the block fails."""
+    """Yield a temporary sibling to write to. It is renamed to `path` when the block ends, or deleted if the block fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Without the file's own name, which may be as long as names can be; the suffix decides on the format.
+    # Without the file's own name, which can have the maximum length. The suffix selects the format.
     temporary = path.with_name(f".{uuid.uuid4().hex}.partial{path.suffix[:16]}")
     try:
         yield temporary
@@ -97,7 +99,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 @contextmanager
 def whole_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """
-    The same for the folder of a model, whose files are written into a temporary sibling; raises what
+    The same for a model folder, whose files are written to a temporary sibling. Raises the errors of
     [`check_model_folder`] raises.
     """
     check_model_folder(path, overwrite)
@@ -121,7 +123,7 @@ def whole_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def fitting(file_name: str) -> str:
-    """A file name that is not too long: as it is, or cut and with a digest of the whole one."""
+    """A file name that is not too long: unchanged, or cut and extended with a checksum of the full name."""
     encoded = file_name.encode()
     if len(encoded) <= MAX_NAME_BYTES:
         return file_name
@@ -132,33 +134,33 @@ def fitting(file_name: str) -> str:
 
 def picture_names(names: Sequence[str]) -> list[str]:
     """
-    The PNG file, relative to a folder, of each image.
+    The PNG file of each image, relative to a folder.
 
     Raises:
-        ValueError: a name points out of the folder, or two images would get one file.
+        ValueError: a name points outside of the folder, or two images would get the same file.
     """
     images: dict[str, str] = {}
     for name in names:
         path = Path(name)
         if path.is_absolute() or ".." in path.parts or not path.name:
-            raise ValueError(f"The image name {name!r} points out of the output folder.")
+            raise ValueError(f"The image name {name!r} points outside of the output folder.")
         file = path.with_name(fitting(path.name if path.suffix.lower() == ".png" else f"{path.name}.png")).as_posix()
         if file in images:
             raise ValueError(
-                f"The images {images[file]!r} and {name!r} would both become {file}: take them one at a time."
+                f"The images {images[file]!r} and {name!r} would both be written to {file}: process them separately."
             )
         images[file] = name
     for file, name in images.items():
         for folder in (parent.as_posix() for parent in Path(file).parents):
             if folder in images:
                 raise ValueError(
-                    f"The image {images[folder]!r} would become {folder}, which is a folder for {name!r}: take them one at a "
-                    "time."
+                    f"The image {images[folder]!r} would be written to {folder}, which is the folder of {name!r}: process them "
+                    "separately."
                 )
     return list(images)
 
 
 def save_picture(picture: PIL.Image.Image, path: Path) -> None:
-    """Write a picture whole; the suffix decides on the format."""
+    """Write an image atomically. The suffix selects the format."""
     with whole_file(path) as temporary:
         picture.save(temporary)

@@ -1,4 +1,4 @@
-"""Images to measure, in the order of their source: files and folders of them, or a data set of the `datasets` library."""
+"""Images for evaluation, in the order of their source: files, folders, or a data set of the `datasets` library."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -12,12 +12,12 @@ from vfmtok_hf.data.sources import cell_bytes, features_of, find_image_column, l
 from vfmtok_hf.modeling.image_reading_vfmtok import read_image
 
 
-# What the image processor reads: a file, or an image that is already decoded.
+# An input of the image processor: a file or a decoded image.
 Picture: TypeAlias = Path | PIL.Image.Image
 
 
 def batches_of(pictures: Iterable[Picture], batch_size: int) -> Iterator[list[Picture]]:
-    """Lists of `batch_size` pictures, the last one perhaps shorter."""
+    """Lists of `batch_size` images; the last one may be shorter."""
     remaining = iter(pictures)
     while batch := list(islice(remaining, batch_size)):
         yield batch
@@ -25,10 +25,10 @@ def batches_of(pictures: Iterable[Picture], batch_size: int) -> Iterator[list[Pi
 
 def is_data_set(source: str, split: str | None) -> bool:
     """
-    Whether the `datasets` library is to read it: a split is named, or its files are for that library.
+    Whether a source is read by the `datasets` library: a split is passed, or its files are data files.
 
     Raises:
-        ValueError: a folder that holds both images and data files.
+        ValueError: a folder contains both images and data files.
     """
     path = Path(source)
     return split is not None or path.suffix in DATA_FILES or (path.is_dir() and holds_data_files(path))
@@ -36,13 +36,13 @@ def is_data_set(source: str, split: str | None) -> bool:
 
 class DatasetPictures(Iterable[Picture]):
     """
-    Pictures of a data set, in its order, decoded as they are read. A stream is read from its beginning each time.
+    Images of a data set in its order, decoded when they are read. A stream starts from its beginning each time.
 
     Args:
-        source (`str`): as of `vfmtok_hf.data.sources.open_records`. It needs no labels.
+        source (`str`): as in `vfmtok_hf.data.sources.open_records`. Labels are not needed.
 
     Raises (while reading):
-        UnreadableImage: a damaged or missing image; the message names its row.
+        UnreadableImage: an image is damaged or missing; the error names its row.
     """
 
     def __init__(self, source: str, split: str, image_column: str | None, streaming: bool):
@@ -63,21 +63,21 @@ def open_pictures(
     sources: Sequence[str], split: str | None = None, image_column: str | None = None, streaming: bool = False
 ) -> Sequence[Path] | DatasetPictures:
     """
-    The images that a command's arguments mean.
+    Open the images that a command's arguments select.
 
     Raises:
-        FileNotFoundError: a source does not exist, or holds no images.
-        ValueError: several data sets, options of data sets for what is none, or a column that cannot be told.
+        FileNotFoundError: a source does not exist or contains no images.
+        ValueError: several data sets, data set options without a data set, or an ambiguous column.
     """
     if not any(is_data_set(source, split) for source in sources):
         if image_column is not None or streaming:
-            raise ValueError("--image-column and --streaming are for data sets: name their --split too.")
+            raise ValueError("--image-column and --streaming are for data sets: pass --split as well.")
         return list(find_images([Path(source) for source in sources]).values())
     if len(sources) > 1:
-        raise ValueError(f"Of data sets one at a time can be measured, got {', '.join(sources)}.")
+        raise ValueError(f"Only one data set can be measured at a time, got {', '.join(sources)}.")
     return DatasetPictures(sources[0], split or "train", image_column, streaming)
 
 
 def number_of(pictures: Sequence[Path] | DatasetPictures) -> int | None:
-    """How many; of a stream it is not known."""
+    """The number of images, or None for a stream."""
     return pictures.count if isinstance(pictures, DatasetPictures) else len(pictures)

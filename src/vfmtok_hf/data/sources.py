@@ -1,6 +1,6 @@
 """
-Where images come from: folders of classes, and whatever the `datasets` library reads (parquet, arrow, WebDataset tars,
-`imagefolder` with metadata, repositories of the Hub), at random or as a stream.
+Sources of images: class folders, and everything that the `datasets` library reads (parquet, arrow, WebDataset tars,
+`imagefolder` with metadata, repositories on the Hub), with random access or as a stream.
 """
 
 import copy
@@ -26,22 +26,22 @@ logger = logging.getLogger("vfmtok_hf.data")
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "pixel_values")
 LABEL_COLUMNS = ("label", "labels", "cls", "class", "class_name", "category", "target", "fine_label")
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
-ONE_CLASS = ["image"]  # of images whose labels are not read
+ONE_CLASS = ["image"]  # for images whose labels are not read
 END_OF_TAR = 1024  # bytes
-NAMED_AT_MOST = 5  # rows in one message
+NAMED_AT_MOST = 5  # maximum number of rows in one message
 
 
 class ImageRecords(Sequence):
     """
-    Labeled images by number, in any order. An item is the image, read as [`read_image`] does.
+    Labeled images with random access. An item is the image as read by [`read_image`].
 
     Args:
         images (sequence): paths, bytes or cells of a data set.
         labels (`list[int]`): class of each record.
         class_names (`list[str]`): name of each class.
-        source (`str`): where they are from, for messages.
+        source (`str`): the source, for messages.
         fingerprint (`str`): changes with the images.
-        rows (`list[int]`, *optional*): number in `images` of each record. Defaults to all.
+        rows (`list[int]`, *optional*): index in `images` of each record. Defaults to all.
         unlabeled (`list[str]`, *optional*): names of images that were left out because they have no label.
     """
 
@@ -74,22 +74,22 @@ class ImageRecords(Sequence):
         One image; `min_side` as in [`read_image`].
 
         Raises:
-            UnreadableImage: it is damaged or empty.
-            FileNotFoundError: its file is gone, which is no damage.
+            UnreadableImage: the image is damaged or empty.
+            FileNotFoundError: the file is missing, which is not treated as damage.
         """
         return read_image(self.encoded(index), self.name(index), min_side)
 
     def encoded(self, index: int) -> bytes:
-        """The content of an image's file; raises as `read` does."""
+        """The content of an image's file. Raises the errors of `read`."""
         return cell_bytes(self.images[self.rows[index]], self.name(index))
 
     def name(self, index: int) -> str:
-        """Path of the image, or its row where it has none."""
+        """Path of the image, or its row if it has no path."""
         return _name_of(self.images[self.rows[index]], self.source, self.rows[index])
 
     def hold_out(self, share: float, seed: int) -> tuple["ImageRecords", "ImageRecords"]:
         """
-        Two disjoint parts: the rest, and `share` of each class (at least one image if it has two).
+        Split into two disjoint parts: the rest, and `share` of each class (at least one image of classes with two or more).
 
         Raises:
             ValueError: no class has two images.
@@ -102,7 +102,9 @@ class ImageRecords(Sequence):
             count = min(max(round(share * len(members)), 1), len(members) - 1)
             held_out += members[:count].tolist()
         if not held_out:
-            raise ValueError(f"No class of {self.source} has two images, to hold one out: give --validation_data.")
+            raise ValueError(
+                f"No class of {self.source} has two images, so none can be held out: pass --validation_data."
+            )
         chosen = set(held_out)
         rest = self._selected([index for index in range(len(self)) if index not in chosen])
         rest.unlabeled = self.unlabeled
@@ -125,7 +127,7 @@ def _name_of(image: Any, source: str, row: int) -> str:
 
 
 def cell_bytes(cell: Any, name: str | None = None) -> bytes:
-    """[`encoded_bytes`] of a data set's cell, which may also name a file of the Hub or inside of an archive."""
+    """[`encoded_bytes`] of a data set's cell, which may also name a file on the Hub or inside an archive."""
     path = cell.get("path") if isinstance(cell, dict) and cell.get("bytes") is None else None
     if path is not None and "://" in path:
         import fsspec
@@ -136,7 +138,7 @@ def cell_bytes(cell: Any, name: str | None = None) -> bytes:
 
 
 class _Column(Sequence):
-    """Encoded images of a column of a `datasets.Dataset`."""
+    """Encoded images in a column of a `datasets.Dataset`."""
 
     def __init__(self, dataset, column: str):
         self.dataset = dataset.select_columns([column])
@@ -151,7 +153,7 @@ class _Column(Sequence):
 
 def read_class_names(file: str | Path | None) -> list[str] | None:
     """
-    Names of the classes in a JSON file with `id2label`, such as a model's config.json.
+    Read class names from a JSON file with `id2label`, such as a model's config.json.
 
     Raises:
         ValueError: the file does not number its classes from 0.
@@ -179,22 +181,22 @@ def open_records(
     labeled: bool = True,
 ) -> ImageRecords:
     """
-    All images of a source, readable in any order.
+    Open all images of a source with random access.
 
     Args:
-        source: folder with one folder of images per class; or folder of images with a `metadata.jsonl`, `.csv` or
-            `.parquet`; or folder or file (pattern) of parquet, arrow or `.tar` (WebDataset) files; or folder by
-            `Dataset.save_to_disk`; or the name of a data set repository.
-        split (`str`): of what the `datasets` library reads.
-        image_column, label_column (`str`, *optional*): found by type and name if not given.
-        class_names (`list[str]`, *optional*): for sources that have numbers only. The folders of an image folder are
-            its classes, in alphabetical order.
-        labeled (`bool`): False reads no labels: there need be none, images of a folder may lie anywhere in it, and all
-            are of one class.
+        source: a folder with one folder of images per class; a folder of images with a `metadata.jsonl`, `.csv` or
+            `.parquet`; a folder or file (pattern) of parquet, arrow or `.tar` (WebDataset) files; a folder written by
+            `Dataset.save_to_disk`; or the name of a data set on the Hub.
+        split (`str`): split of a data set of the `datasets` library.
+        image_column, label_column (`str`, *optional*): by default, they are found by type and name.
+        class_names (`list[str]`, *optional*): for sources that only number their classes. In an image folder, subfolders are
+            the classes, in alphabetical order.
+        labeled (`bool`): if False, labels are not read and not required, images may be in nested folders, and all images
+            have the same class.
 
     Raises:
-        FileNotFoundError: there is no such source, or it holds no images.
-        ValueError: columns cannot be told, labels do not fit `class_names`, a folder holds images and data files or
+        FileNotFoundError: the source does not exist or contains no images.
+        ValueError: columns are ambiguous, labels do not match `class_names`, a folder contains images and data files or
             images outside of class folders, or a data file is damaged.
     """
     folder = Path(source)
@@ -222,7 +224,7 @@ def _folder_records(folder: Path, class_names: list[str] | None, labeled: bool) 
     stray = [file for file in files if file.parent == folder]
     if labeled and stray:
         raise ValueError(
-            f"{folder} must hold one folder of images per class ({folder}/class_name/image.png), but {stray[0]} lies outside "
+            f"{folder} must contain one folder of images per class ({folder}/class_name/image.png), but {stray[0]} is outside "
             "of them."
         )
     if not files:
@@ -235,7 +237,7 @@ def _folder_records(folder: Path, class_names: list[str] | None, labeled: bool) 
     class_of_file = [file.relative_to(folder).parts[0] for file in files]
     folders = sorted(set(class_of_file))
     if SPLITS.issuperset(name.lower() for name in folders):
-        raise ValueError(f"{folder} holds splits ({', '.join(folders)}), not classes: name one of them.")
+        raise ValueError(f"{folder} contains splits ({', '.join(folders)}), not classes: pass one of them.")
     if class_names is not None and len(class_names) != len(folders):
         raise ValueError(f"Got {len(class_names)} class names for the {len(folders)} classes of {folder}: {folders}.")
     numbers = {name: number for number, name in enumerate(folders)}
@@ -245,18 +247,18 @@ def _folder_records(folder: Path, class_names: list[str] | None, labeled: bool) 
 
 def load_dataset(source: str | Path, split: str, streaming: bool) -> Any:
     """
-    What the `datasets` library makes of a source.
+    Load a source with the `datasets` library.
 
     Raises:
         ImportError: the library is not installed.
-        FileNotFoundError: a folder without data, or no such file.
-        ValueError: a data file is truncated or damaged; the message names it.
+        FileNotFoundError: the file does not exist, or the folder contains no data.
+        ValueError: a data file is truncated or damaged; the error names it.
     """
     try:
         import datasets
     except ImportError as error:
         raise ImportError(
-            f"{source} is not a folder of class folders with images. Anything else is read by the `datasets` library: "
+            f"{source} is not a folder of class folders with images. Other sources need the `datasets` library: "
             'pip install "vfmtok-hf[train]".'
         ) from error
 
@@ -288,7 +290,7 @@ def features_of(dataset: Any) -> Any:
 
 
 def data_files_of(source: str | Path) -> list[Path]:
-    """Local files of a source that the `datasets` library reads: of a folder, or of a file name or pattern."""
+    """Local files of a source of the `datasets` library: a folder, a file name or a pattern."""
     path = Path(source)
     if path.is_dir():
         return files_below(path, DATA_FILES)
@@ -298,7 +300,7 @@ def data_files_of(source: str | Path) -> list[Path]:
 @contextmanager
 def damage_named(files: Sequence[Path]) -> Iterator[None]:
     """
-    Give errors of the `datasets` library the name of the damaged file, which they lack.
+    Add the name of the damaged file to errors of the `datasets` library.
 
     Raises:
         ValueError: one of `files` is truncated or damaged.
@@ -315,7 +317,7 @@ def damage_named(files: Sequence[Path]) -> Iterator[None]:
 
 
 def _check_data_file(file: Path) -> None:
-    """Raise unless the structure of a data file is whole; the values in it are not read."""
+    """Raise unless the structure of a data file is complete. Its values are not read."""
     import pyarrow.ipc
     import pyarrow.parquet
 
@@ -332,7 +334,7 @@ def _check_data_file(file: Path) -> None:
 
 
 def _check_end_of_tar(file: Path) -> None:
-    """Raise unless two blocks of zeros end an archive. One that is cut between two members is read as a shorter one."""
+    """Raise unless an archive ends with two zero blocks. Otherwise an archive cut between two members would look complete."""
     with file.open("rb") as opened:
         opened.seek(-min(file.stat().st_size, END_OF_TAR), os.SEEK_END)
         if opened.read() != bytes(END_OF_TAR):
@@ -341,10 +343,10 @@ def _check_end_of_tar(file: Path) -> None:
 
 def find_image_column(source: str, features: Any, column: str | None) -> str:
     """
-    Name of the column with images: the one given, else by type, else by name.
+    Name of the column with images: as passed, else found by type, else by name.
 
     Raises:
-        ValueError: a given column is not there, or none or several could be meant. Lists all columns.
+        ValueError: the column does not exist, or there are no or several candidates. The error lists all columns.
     """
     import datasets
 
@@ -370,7 +372,7 @@ def _find_column(
     found = found or [name for name in features if name.lower() in known_names]
     if len(found) != 1:
         what = "no column" if not found else f"several columns ({', '.join(found)})"
-        raise ValueError(f"{source} has {what} to take for --{argument}: name one of {columns}.")
+        raise ValueError(f"{source} has {what} for --{argument}: pass one of {columns}.")
     return found[0]
 
 
@@ -379,7 +381,7 @@ def type_name(feature: Any) -> str:
 
 
 def without_decoding(dataset: Any, features: Any, image_column: str) -> Any:
-    """Images as bytes: decoding is ours, so that damage to one of them does not end the run."""
+    """Read images as bytes and decode them ourselves, so that a damaged image does not end the run."""
     import datasets
 
     if isinstance(features[image_column], datasets.Image):
@@ -388,14 +390,14 @@ def without_decoding(dataset: Any, features: Any, image_column: str) -> Any:
 
 
 def known_class_names(features: Any, label_column: str) -> list[str] | None:
-    """Names that the data set itself has for its classes."""
+    """The data set's own class names."""
     return getattr(features[label_column], "names", None)
 
 
 def _numbered(
     source: str, dataset: Any, column: str, class_names: list[str] | None
 ) -> tuple[list[int | None], list[str]]:
-    """Class of each row or None, and the names: given, or the data set's own, or the labels themselves."""
+    """Class of each row or None, and the class names: as passed, else the data set's own, else the labels."""
     labels = [None if is_null_label(label, dataset.features[column]) else label for label in dataset[column]]
     distinct = sorted({label for label in labels if label is not None})
     if not distinct:
@@ -405,8 +407,8 @@ def _numbered(
         if distinct != list(range(len(distinct))):
             raise ValueError(
                 f"The {len(distinct)} labels in the column {column} of {source} are not numbered 0 to "
-                f"{len(distinct) - 1}, but go from {distinct[0]} to {distinct[-1]} with holes: choose another "
-                "--label_column, or name all classes by --class_names."
+                f"{len(distinct) - 1}, but go from {distinct[0]} to {distinct[-1]} with gaps: choose another "
+                "--label_column, or name all classes with --class_names."
             )
         class_names = [str(number) for number in distinct]
     class_names = class_names or distinct
@@ -415,13 +417,13 @@ def _numbered(
 
 
 def is_null_label(label: Any, feature: Any) -> bool:
-    """Whether a cell holds no label; the library's `ClassLabel` may write -1 for that."""
+    """Whether a cell has no label. The library's `ClassLabel` may store that as -1."""
     return label is None or (label == -1 and hasattr(feature, "names"))
 
 
 def class_number(label: int | str, numbers: dict[str, int], source: str, column: str) -> int:
     """
-    The class of a label, which is its name or its number.
+    The class of a label, which is a class name or number.
 
     Raises:
         ValueError: there is no such class.

@@ -1,4 +1,4 @@
-"""Numbers about images and image tokens that training logs and evaluation reports."""
+"""Statistics of images and image tokens for training logs and evaluation."""
 
 import math
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ import torch
 
 def psnr(images: torch.Tensor, reconstructions: torch.Tensor, data_range: float) -> torch.Tensor:
     """
-    Peak signal-to-noise ratio in dB of each image: 10 log10(data_range^2 / mean squared error). Equal images have infinity.
+    Peak signal-to-noise ratio in dB of each image: 10 log10(data_range^2 / mean squared error); infinity for equal images.
 
     Args:
-        images, reconstructions (`torch.Tensor` of shape `(batch_size, 3, height, width)`): floating-point, whose precision
-            and device the result has.
-        data_range (`float`): largest minus smallest possible value.
+        images, reconstructions (`torch.Tensor` of shape `(batch_size, 3, height, width)`): floating-point; their precision
+            and device are those of the result.
+        data_range (`float`): difference between the largest and the smallest possible value.
 
     Returns:
         `torch.Tensor` of shape `(batch_size,)`.
@@ -26,9 +26,9 @@ def psnr(images: torch.Tensor, reconstructions: torch.Tensor, data_range: float)
 class CodebookStatistics:
     """
     Args:
-        usage (`float`): share of the codebook that occurs, in [0, 1].
+        usage (`float`): share of the codebook that is used, in [0, 1].
         entropy (`float`): of the code distribution, in bits.
-        perplexity (`float`): 2 ** entropy, how many equally frequent codes would have that entropy.
+        perplexity (`float`): 2 ** entropy, the number of equally frequent codes with that entropy.
     """
 
     usage: float
@@ -46,6 +46,6 @@ def codebook_statistics(counts: torch.Tensor) -> CodebookStatistics:
 
 
 def entropy_bits(counts: torch.Tensor) -> torch.Tensor:
-    """Entropy in bits of the distributions that counts `(..., codes)` describe, `(...)` float64 on the CPU."""
+    """Entropy in bits of the distributions given by counts `(..., codes)`, as `(...)` float64 on the CPU."""
     counts = counts.cpu().double()
     return torch.special.entr(counts / counts.sum(-1, keepdim=True)).sum(-1) / math.log(2)

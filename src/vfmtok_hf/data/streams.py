@@ -25,7 +25,7 @@ from vfmtok_hf.modeling.image_reading_vfmtok import UnreadableImage
 
 logger = logging.getLogger("vfmtok_hf.data")
 
-# So many in a row are no damage here and there, but a wrong column or a wrong format.
+# This many unreadable images in a row mean a wrong column or format, not single damaged files.
 MAX_UNREADABLE_IN_A_ROW = 10_000
 MAX_WORKERS = 256
 
@@ -36,9 +36,9 @@ class Stream(IterableDataset):
     `make` of it.
 
     An epoch has a fixed number of items. In each epoch the order of the files changes, and rows leave a buffer of
-    `shuffle_buffer` at random. Every process and every worker reads its own part; who reaches the end of its part
-    early reads it again, so that all processes make the same number of steps. After a resume the part of the epoch
-    that was seen is read once more without decoding it.
+    `shuffle_buffer`. Every worker of every process reads its own part. A worker that reaches the end of its part
+    early reads it again, so all processes take the same number of steps. After a resume, the part of the epoch
+    that was seen is read again without decoding it.
 
     Args:
         source, split, label_column, class_names, labeled: as in [`~vfmtok_hf.data.sources.open_records`].
@@ -48,7 +48,7 @@ class Stream(IterableDataset):
         seed (`int`): of the order, and of what is random in an item.
 
     Raises:
-        ValueError: the size of an epoch or the names of the classes are not known and not given.
+        ValueError: the size of an epoch or the class names are unknown and not passed.
     """
 
     def __init__(
@@ -68,18 +68,20 @@ class Stream(IterableDataset):
         self.label_column = find_label_column(str(source), self.features, label_column) if labeled else None
         class_names = (class_names or known_class_names(self.features, self.label_column)) if labeled else ONE_CLASS
         if class_names is None:
-            raise ValueError(f"The column {self.label_column} of {source} does not name its classes: --class_names.")
+            raise ValueError(
+                f"The column {self.label_column} of {source} does not name its classes: pass --class_names."
+            )
         stated = (dataset.info.splits or {}).get(split)
         if epoch_items is None and not (stated and stated.num_examples):
-            raise ValueError(f"{source} does not state how many images it has: give --epoch_images.")
-        # Of the files alone: the buffer of the library reads ahead in threads, ours is below.
+            raise ValueError(f"{source} does not state how many images it has: pass --epoch_images.")
+        # Only the files: the library's shuffle buffer reads ahead in threads, so ours is below.
         self.dataset = dataset.shuffle(seed=seed, buffer_size=1, max_buffer_input_shards=1)
         self.shuffle_buffer = shuffle_buffer
         self.class_names = class_names
         self.class_numbers = {name: number for number, name in enumerate(class_names)}
         self.epoch_items = epoch_items or stated.num_examples
         self.seed = seed
-        # One entry a worker, as additions of several processes to the same number can get lost.
+        # One entry per worker, because concurrent additions of several processes to one number can get lost.
         self.unreadable = torch.zeros(MAX_WORKERS, dtype=torch.int64).share_memory_()
         self.set_share(batch_size=1)
         self.set_position(0, 0)
@@ -106,7 +108,7 @@ class Stream(IterableDataset):
         self.parts = num_processes * self.workers
 
     def set_position(self, epoch: int, first_batch: int) -> None:
-        """Where the next iteration starts."""
+        """Set where the next iteration starts."""
         self.epoch = epoch
         self.first_batch = first_batch
 
@@ -117,7 +119,7 @@ class Stream(IterableDataset):
 
     @property
     def num_unreadable(self) -> int:
-        """Times that an image could not be decoded so far, by all workers of this process."""
+        """Number of images that could not be decoded so far, over all workers of this process."""
         return int(self.unreadable.sum())
 
     def name(self, index: int) -> str:
@@ -131,7 +133,7 @@ class Stream(IterableDataset):
         """
         worker = get_worker_info()
         number = worker.id if worker else 0
-        # A loader takes the batches of its workers in turn, and starts with the first worker wherever the epoch is.
+        # A loader takes the batches of its workers in turn and always starts with the first worker.
         turn = (number + self.first_batch) % self.workers
         batches_before = len(range(turn, self.first_batch, self.workers))
         batches = len(range(turn, self.batches_per_epoch, self.workers))
@@ -140,8 +142,8 @@ class Stream(IterableDataset):
 
     def _items(self, part: int, start: int, end: int, worker: int) -> Iterator[dict]:
         """
-        Items `start` to `end` of a part. The next readable image also fills the places of unreadable ones before it,
-        so that an item's position tells how many rows were read before it.
+        Items `start` to `end` of a part. The next readable image replaces unreadable ones before it,
+        so an item's position is the number of rows read before it.
         """
         places: list[int] = []
         for position, row in enumerate(self._rows_without_end(part)):
@@ -174,7 +176,7 @@ class Stream(IterableDataset):
         return class_number(row[self.label_column], self.class_numbers, self.source, self.label_column)
 
     def _rows_without_end(self, part: int) -> Iterator[dict[str, Any]]:
-        """Rows of a part in this epoch's order, over and over."""
+        """Rows of a part in this epoch's order, repeated forever."""
         rng = np.random.default_rng((self.seed, self.epoch, part))
         while True:
             buffer: list[dict[str, Any]] = []
@@ -194,7 +196,7 @@ class Stream(IterableDataset):
         rows.set_epoch(self.epoch)
         is_empty = True
         with damage_named(data_files_of(self.source)):
-            # Not a plain iteration: that would divide the rows among the workers once more.
+            # Plain iteration would divide the rows among the workers a second time.
             for batch in rows.iter(batch_size=1):
                 is_empty = False
                 yield {name: values[0] for name, values in batch.items()}

@@ -1,4 +1,4 @@
-"""Image tokens of many image files, on disk with the names of their images."""
+"""Files of image tokens with the names of their images."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,16 +31,16 @@ def tokenize_files(
     on_error: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[list[str], torch.Tensor]]:
     """
-    Names and image tokens `(number of images, num_image_tokens)` of one batch of files after the other. Only that
+    Yield names and image tokens `(number of images, num_image_tokens)` of one batch of files at a time. Only that
     batch is in memory.
 
     Args:
-        images: files by name, as of `find_images`.
-        on_error: called with the reason of an image that cannot be used, which is then left out. Without it the first
+        images: files by name, as returned by `find_images`.
+        on_error: called with the reason for each image that cannot be used and is skipped. Without it, the first
             such image raises.
 
     Raises:
-        ValueError: an image cannot be used; the message names it.
+        ValueError: an image cannot be used; the error names it.
     """
     names = list(images)
     for start in range(0, len(names), batch_size):
@@ -58,13 +58,13 @@ def _tokenize_batch(pipe, images, on_error) -> tuple[list[str], torch.Tensor]:
                 raise ValueError(reason) from error
             on_error(reason)
             return [], torch.empty(0, pipe.vq_model.config.num_anchors, dtype=torch.int64)
-    # One of the batch is to blame: find it, and keep the others.
+    # Find the image in the batch that failed, and keep the others.
     parts = [_tokenize_batch(pipe, {name: path}, on_error) for name, path in images.items()]
     return [name for names, _ in parts for name in names], torch.cat([tokens for _, tokens in parts])
 
 
 def names_file(path: Path) -> Path:
-    """Where the names of the images of a `.npy` file are, which itself holds numbers only."""
+    """The file with the image names of a `.npy` file, which itself contains only numbers."""
     return path.with_suffix(".names.json")
 
 
@@ -76,10 +76,10 @@ def save_tokens(
     tokenizer: VFMTokModel | None = None,
 ) -> None:
     """
-    Write image tokens as int32 `(number of images, num_image_tokens)`, whole or not at all.
+    Write image tokens atomically, as int32 `(number of images, num_image_tokens)`.
 
-    `.safetensors` holds them as `image_tokens`, with the names as a JSON list in its metadata entry `names`; `.npy`
-    holds the array, with the names in a `.names.json` beside it; `.parquet` is a data set as of
+    `.safetensors` stores them as `image_tokens`, with the names as a JSON list in its metadata entry `names`; `.npy`
+    stores the array, with the names in a `.names.json` next to it; `.parquet` is a data set as in
     `vfmtok_hf.data.token_sets`, without labels, and needs the image `files` by name and the `tokenizer`.
 
     Raises:
@@ -108,11 +108,11 @@ def save_tokens(
 
 def load_tokens(path: Path) -> tuple[list[str], torch.Tensor]:
     """
-    Names and image tokens of a file by `save_tokens`. Files made elsewhere need no names: their images are numbered.
+    Read names and image tokens from a file by `save_tokens`. If a file has no names, its images are numbered.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: another suffix, or the file does not hold integers of two dimensions.
+        FileNotFoundError: the file does not exist.
+        ValueError: another suffix, or the file does not contain two-dimensional integers.
     """
     check_suffix(path)
     if not path.is_file():
@@ -123,7 +123,7 @@ def load_tokens(path: Path) -> tuple[list[str], torch.Tensor]:
         raise ValueError(f"{path} is not a file of image tokens: {error}.") from error
     if image_tokens.ndim != 2 or image_tokens.is_floating_point():
         raise ValueError(
-            f"{path} must hold integers of shape (number of images, num_image_tokens), got {image_tokens.dtype} of "
+            f"{path} must contain integers of shape (number of images, num_image_tokens), got {image_tokens.dtype} of "
             f"shape {tuple(image_tokens.shape)}."
         )
     if names is None:
@@ -158,10 +158,10 @@ LOADERS = {".npy": _load_npy, ".safetensors": _load_safetensors, ".parquet": _lo
 
 def check_suffix(path: Path) -> None:
     """
-    Check in advance that a token file can be of this kind.
+    Check in advance that a token file of this type can be written.
 
     Raises:
-        ValueError: the suffix of `path` is not one of a token file.
+        ValueError: the suffix of `path` is not that of a token file.
         ImportError: `.parquet` without the `datasets` library.
     """
     if path.suffix not in TOKEN_FILE_SUFFIXES:

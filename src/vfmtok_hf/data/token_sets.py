@@ -1,13 +1,13 @@
 """
-Image tokens on disk: ordinary data sets of parquet files, which `datasets.load_dataset` reads and `push_to_hub` publishes.
+Image tokens on disk, as ordinary data sets of parquet files that `datasets.load_dataset` reads and `push_to_hub` publishes.
 
-    image_tokens   one token sequence (num_image_tokens,); the feature of its numbers has the tokenizer's identity as `id`
-    label          class of the image; only where images are labeled
-    image          name of the image: path of a file, or row of a data set
+    image_tokens   one token sequence (num_image_tokens,); the `id` of its feature identifies the tokenizer
+    label          class of the image, if images are labeled
+    image          name of the image: the path of a file, or the row of a data set
     sha256         of the encoded image
 
-A row is one view of an image, and the views of an image follow each other. `extract_tokens.py` writes a folder of such files
-with an `index.json` (what made the tokens, what was left out, and sha256 of each file); `vfmtok tokenize` writes one file.
+A row is one view of an image, and the views of an image are consecutive. `extract_tokens.py` writes a folder of such files
+with an `index.json` (the tokenizer, what was left out, and the sha256 of each file); `vfmtok tokenize` writes one file.
 """
 
 import json
@@ -30,15 +30,15 @@ INDEX_FILE = "index.json"
 FORMAT = "vfmtok-image-tokens-2"
 SHARDS = "tokens-*.parquet"
 EARLIER_SHARDS = "shard-*.safetensors"
-FACTS = b"vfmtok"  # schema metadata of a shard: what it belongs to, and its unreadable images
-# What decoding alone depends on: it may differ between tokenizers that give the same tokens.
+FACTS = b"vfmtok"  # schema metadata of a shard: its extraction, and its unreadable images
+# Settings and weights of the decoder: they may differ between tokenizers that produce the same tokens.
 DECODING_PARTS = ("post_quant_proj", "vit_decoder", "pixel_decoder")
 DECODING_FIELDS = ("decoder_", "pixel_decoder_", "num_register_tokens")
 BOOKKEEPING_FIELDS = ("_name_or_path", "name_or_path", "transformers_version", "dtype", "architectures")
 
 
 def tokenizer_identity(tokenizer: VFMTokModel) -> dict[str, str]:
-    """Digests of all that image tokens depend on: settings, and weights as they are loaded."""
+    """Checksums of everything that image tokens depend on: settings, and weights in the loaded precision."""
     config = {
         name: value
         for name, value in _without_bookkeeping(tokenizer.config.to_dict()).items()
@@ -68,7 +68,7 @@ def encode_sequences(tokenizer: VFMTokModel, pixel_values: torch.Tensor, codeboo
     """
     `(images, codebook_top_k, num_image_tokens)`, computed in the tokenizer's own precision without autocast.
 
-    With `codebook_top_k` 2 each image also gives the sequence of its second-nearest codebook rows, as in the training of
+    With `codebook_top_k` 2, each image also has the sequence of its second-nearest codebook rows, as in the training of
     VFMTok-RAR (`encode_topk_indices` and `get_neighboring_codes` of the original's `vq_model.py`).
     """
     latents = tokenizer.encode(pixel_values).latents
@@ -95,9 +95,9 @@ def write_token_table(
 
     Args:
         image_tokens (`np.ndarray` of shape `(rows, num_image_tokens)`): below `codebook_size`.
-        images, sha256, labels: one for each row; `class_names` go with labels.
-        identity: [`tokenizer_identity`] of what made the tokens.
-        facts (`dict`, *optional*): kept in the file's metadata, for the extraction that goes on.
+        images, sha256, labels: one per row; labels require `class_names`.
+        identity: [`tokenizer_identity`] of the tokenizer.
+        facts (`dict`, *optional*): stored in the file's metadata, for resuming the extraction.
     """
     import datasets
     import pyarrow as pa
@@ -121,7 +121,7 @@ def write_token_table(
 
 
 def shard_facts(file: Path) -> dict[str, Any] | None:
-    """What a parquet file says of the extraction that it belongs to: nothing if it is of none, None if it is damaged."""
+    """The facts in a parquet file about its extraction: empty if it belongs to none, None if it is damaged."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -134,15 +134,15 @@ def shard_facts(file: Path) -> dict[str, Any] | None:
 
 def read_index(folder: Path) -> dict[str, Any]:
     """
-    The index of an extraction.
+    Read the index of an extraction.
 
     Raises:
         FileNotFoundError: the extraction has not finished.
-        ValueError: the folder is of another format.
+        ValueError: the folder has another format.
     """
     if any(folder.glob(EARLIER_SHARDS)):
         raise ValueError(
-            f"{folder} holds token shards of an earlier format (.safetensors), which is no longer read: extract the tokens "
+            f"{folder} contains token shards in an earlier format (.safetensors), which is not supported anymore: extract the tokens "
             "again into another folder."
         )
     file = folder / INDEX_FILE
@@ -150,12 +150,12 @@ def read_index(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder} has no {INDEX_FILE}: the extraction has not finished. Run it again.")
     index = json.loads(file.read_text(encoding="utf-8"))
     if index.get("format") != FORMAT:
-        raise ValueError(f"{file} is of the format {index.get('format')!r}, not {FORMAT!r}.")
+        raise ValueError(f"{file} has the format {index.get('format')!r}, not {FORMAT!r}.")
     return index
 
 
 def check_shard(folder: Path, shard: dict[str, Any], verify: bool) -> None:
-    """Raise unless the file of a shard is what the index says."""
+    """Raise unless the file of a shard matches the index."""
     file = folder / shard["file"]
     cure = "delete it and run the extraction again."
     if not file.is_file():
@@ -163,7 +163,7 @@ def check_shard(folder: Path, shard: dict[str, Any], verify: bool) -> None:
     if file.stat().st_size != shard["bytes"]:
         raise ValueError(f"The token shard {file} has {file.stat().st_size} bytes, not {shard['bytes']}: {cure}")
     if verify and file_sha256(file) != shard["sha256"]:
-        raise ValueError(f"The token shard {file} is damaged, its sha256 is not that of the index: {cure}")
+        raise ValueError(f"The token shard {file} is damaged: its sha256 is not that of the index: {cure}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def check_shard(folder: Path, shard: dict[str, Any], verify: bool) -> None:
 
 
 def is_token_set(source: str | Path, split: str = "train") -> bool:
-    """Whether a source of data holds image tokens rather than images: an extraction, finished or not, or such a column."""
+    """Whether a source contains image tokens instead of images: an extraction, finished or not, or a token column."""
     folder = Path(source)
     if folder.is_dir():
         if is_extraction(folder):
@@ -182,7 +182,7 @@ def is_token_set(source: str | Path, split: str = "train") -> bool:
 
 
 def is_extraction(folder: Path) -> bool:
-    """Whether a folder was written by `extract_tokens.py`, perhaps not to its end or in an earlier format."""
+    """Whether a folder was written by `extract_tokens.py`, possibly unfinished or in an earlier format."""
     return (
         (folder / INDEX_FILE).is_file()
         or any(folder.glob(EARLIER_SHARDS))
@@ -212,15 +212,15 @@ def open_extraction(source: str | Path, verify: bool) -> tuple[str | Path, dict[
 
 class TokenSet(Dataset):
     """
-    Token sequences of labeled images. Which of an image's sequences an item is is a function of (seed, epoch, index).
-    Images that occur twice, byte for byte, count once.
+    Token sequences of labeled images. (seed, epoch, index) determine which of an image's sequences an item is.
+    Byte-identical images count once.
 
     Args:
-        source (`str` or `Path`): a folder by `extract_tokens.py`, or anything that
-            [`~vfmtok_hf.data.sources.load_dataset`] reads and that has the columns of this module.
-        seed (`int`): of the choice.
+        source (`str` or `Path`): a folder written by `extract_tokens.py`, or anything that
+            [`~vfmtok_hf.data.sources.load_dataset`] reads, with the columns of this module.
+        seed (`int`): seed of that choice.
         verify (`bool`): as in [`open_extraction`], whose errors it raises.
-        split (`str`): of what has several.
+        split (`str`): split of a data set that has several.
 
     Raises:
         ValueError: a column is missing.
@@ -238,7 +238,7 @@ class TokenSet(Dataset):
         missing = {"image_tokens", "image", "sha256"} - set(self.features)
         if missing or self.class_names is None:
             raise ValueError(
-                f"{source} is no set of labeled image tokens: it lacks {', '.join(sorted(missing)) or 'names of the classes'}."
+                f"{source} is not a set of labeled image tokens: it lacks {', '.join(sorted(missing)) or 'names of the classes'}."
             )
         self.first_rows, self.num_views = self._images()
         rows = self.dataset.select_columns([label_column]).with_format("numpy")
@@ -246,7 +246,7 @@ class TokenSet(Dataset):
         self.tokens = self.dataset.select_columns(["image_tokens"]).with_format("numpy")
 
     def _images(self) -> tuple[np.ndarray, np.ndarray]:
-        """First row and number of rows of each image that has not been before."""
+        """First row and number of rows of each distinct image."""
         import pyarrow.compute as pc
 
         table = self.dataset.select_columns(["image", "sha256"]).with_format("arrow")[:]
@@ -265,7 +265,7 @@ class TokenSet(Dataset):
 
     @property
     def num_unreadable(self) -> int:
-        """Images that the extraction left out because they cannot be decoded or have no label."""
+        """Number of images that the extraction left out because they cannot be decoded or have no label."""
         return len(self.index["unreadable"])
 
     def name(self, index: int) -> str:
@@ -282,7 +282,7 @@ class TokenSet(Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, torch.Tensor | int]]:
-        """Several items at once, as loaders ask for them."""
+        """Several items at once, for loaders."""
         rows = [
             self.first_rows[index]
             + np.random.default_rng((self.seed, self.epoch, index)).integers(self.num_views[index])

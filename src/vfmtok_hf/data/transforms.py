@@ -1,4 +1,4 @@
-"""Images to the pixels that a model is trained on: crops and mirror images."""
+"""Convert images to the pixels that a model is trained on: crops and mirror images."""
 
 import math
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ from vfmtok_hf.modeling.image_reading_vfmtok import WHITE
 
 
 def cut_square(image: Image.Image, left: float, top: float, side: float, image_size: int) -> Image.Image:
-    """A square of the image, resized. Where it reaches beyond the image it is white. Lengths in the image's pixels."""
+    """Crop a square of the image and resize it. Parts outside of the image are white. Lengths are in the image's pixels."""
     padding = max(0, int(np.ceil(side - min(image.size))))
     if padding:
         image = ImageOps.expand(image, padding, WHITE)
-    # Rounding may carry the far edges a hair past the image, which Pillow refuses.
+    # Rounding can move the far edges slightly past the image, which Pillow refuses.
     box = (
         left + padding,
         top + padding,
@@ -34,13 +34,13 @@ def as_pixel_values(image: Image.Image) -> torch.Tensor:
 @dataclass(frozen=True)
 class Augmentation:
     """
-    What training does to an image before it becomes `image_size` pixels square.
+    The training augmentation: crop, mirror and resize an image to a square of `image_size` pixels.
 
     Args:
         image_size (`int`): side of the square result in pixels.
-        crop_scale (`tuple[float, float]`, *optional*): range of the random crop's side as a share of the image's
-            shorter side. Above 1 the image is padded with white. `None`: the whole central square, no augmentation.
-        horizontal_flip (`bool`): mirror half of the images, in training (`crop_scale` given) only.
+        crop_scale (`tuple[float, float]`, *optional*): range of the random crop's side, relative to the image's
+            shorter side. Above 1, the image is padded with white. `None` is the central square without augmentation.
+        horizontal_flip (`bool`): mirror half of the images, only in training (with `crop_scale`).
     """
 
     image_size: int
@@ -49,7 +49,7 @@ class Augmentation:
 
     @property
     def min_side(self) -> int:
-        """Shorter side in pixels of an image with which even the tightest crop is not enlarged."""
+        """Shorter side in pixels at which even the tightest crop is not enlarged."""
         return math.ceil(self.image_size / (self.crop_scale[0] if self.crop_scale else 1.0))
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> torch.Tensor:
@@ -64,7 +64,7 @@ class Augmentation:
         return as_pixel_values(cropped)
 
     def shrunk(self, image: Image.Image) -> Image.Image:
-        """The image with no more pixels than the tightest crop needs."""
+        """The image, reduced to the pixels that the tightest crop needs."""
         factor = self.image_size / ((self.crop_scale[0] if self.crop_scale else 1.0) * min(image.size))
         if factor >= 1:
             return image
@@ -74,16 +74,16 @@ class Augmentation:
 @dataclass(frozen=True)
 class ImageViews:
     """
-    The views of an image that become token sequences once and for all.
+    The views of an image that are encoded to token sequences once.
 
     Args:
         image_size (`int`): side of each view in pixels.
-        crops (`str`): "random": `count` views by [`Augmentation`] with `crop_scale`, as in the training of VFMTok;
+        crops (`str`): "random": `count` views by [`Augmentation`] with `crop_scale`, as in VFMTok's training;
             "ten": center and corners of the central square, each with its mirror image, for each of `ten_crop_ranges`,
             as LlamaGen extracts codes; "center": the central square.
-        count (`int`), crop_scale (`tuple[float, float]`), horizontal_flip (`bool`), seed (`int`): of random crops.
+        count (`int`), crop_scale (`tuple[float, float]`), horizontal_flip (`bool`), seed (`int`): options of random crops.
             `horizontal_flip` also adds the mirror image of the central square.
-        ten_crop_ranges (`tuple[float, ...]`): side of the central square as a multiple of the crop's, at least 1.
+        ten_crop_ranges (`tuple[float, ...]`): side of the central square as a multiple of the crop's side, at least 1.
     """
 
     image_size: int
@@ -102,12 +102,12 @@ class ImageViews:
 
     @property
     def min_side(self) -> int:
-        """As of [`Augmentation`]."""
+        """As in [`Augmentation`]."""
         tightest = {"random": self.crop_scale[0], "ten": 1 / max(self.ten_crop_ranges), "center": 1.0}[self.crops]
         return math.ceil(self.image_size / tightest)
 
     def __call__(self, image: Image.Image, index: int) -> torch.Tensor:
-        """`(num_views, 3, image_size, image_size)` in [-1, 1], a function of the image and its `index` alone."""
+        """`(num_views, 3, image_size, image_size)` in [-1, 1], which depends only on the image and its `index`."""
         if self.crops == "random":
             augment = Augmentation(self.image_size, self.crop_scale, self.horizontal_flip)
             views = [augment(image, np.random.default_rng((self.seed, view, index))) for view in range(self.count)]
@@ -120,7 +120,7 @@ class ImageViews:
         return torch.stack([as_pixel_values(square) for square in squares])
 
     def _cut(self, image: Image.Image, crop_range: float, across: float, down: float) -> Image.Image:
-        """A crop of the central square, at the given shares of the way that it can move."""
+        """A crop of the central square; the shares are its position between the two ends of each axis."""
         square = min(image.size)
         side = square / crop_range
         left = (image.width - square) / 2 + across * (square - side)

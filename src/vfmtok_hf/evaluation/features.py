@@ -1,4 +1,4 @@
-"""Features of images: what distances between sets of images are computed on. The network is a parameter."""
+"""Image features for distances between sets of images, from a network of your choice."""
 
 import inspect
 import math
@@ -24,10 +24,10 @@ ProgressCallback = Callable[[int], None]
 class Features:
     """
     Args:
-        pooled (`torch.FloatTensor` of shape `(images, channels)`): one vector an image. FID, precision, recall.
-        spatial (`torch.FloatTensor` of shape `(images, positions * channels)`): a feature map's first channels, so
-            many as give 2048 numbers at most. sFID.
-        logits (`torch.FloatTensor` of shape `(images, classes)`, *optional*): of a classifier. Inception score.
+        pooled (`torch.FloatTensor` of shape `(images, channels)`): one vector per image, for FID, precision and recall.
+        spatial (`torch.FloatTensor` of shape `(images, positions * channels)`): the first channels of a feature map, at
+            most 2048 numbers, for sFID.
+        logits (`torch.FloatTensor` of shape `(images, classes)`, *optional*): from a classifier, for the inception score.
     """
 
     pooled: torch.Tensor
@@ -45,8 +45,8 @@ class Features:
 
 class FeatureExtractor(Protocol):
     """
-    8-bit images `(batch_size, 3, height, width)` to their features, on the CPU. `name` tells networks apart, and
-    `classifies` says whether there are logits.
+    Compute features of 8-bit images `(batch_size, 3, height, width)`, returned on the CPU. `name` identifies the network,
+    and `classifies` tells whether there are logits.
     """
 
     name: str
@@ -57,8 +57,8 @@ class FeatureExtractor(Protocol):
 
 def first_channels(feature_map: torch.Tensor, numbers: int = 2048) -> torch.Tensor:
     """
-    `(batch_size, channels, height, width)` to `(batch_size, height * width * kept)`, channels last: as many of the first
-    channels as give `numbers` at most. Of Inception's 17 x 17 map these are the 7 channels of ADM's evaluator.
+    Flatten `(batch_size, channels, height, width)` to `(batch_size, height * width * kept)`, channels last, keeping as many
+    of the first channels as give at most `numbers`. For Inception's 17 x 17 map, these are the 7 channels of ADM's evaluator.
     """
     height, width = feature_map.shape[-2:]
     kept = max(numbers // (height * width), 1)
@@ -67,16 +67,16 @@ def first_channels(feature_map: torch.Tensor, numbers: int = 2048) -> torch.Tens
 
 class InceptionFeatures:
     """
-    Inception-v3 as FID means it: the TensorFlow graph of 2015-12-05 and its resizing, ported by torch-fidelity. Features
+    The Inception-v3 of FID: the TensorFlow graph of 2015-12-05 and its resizing, ported by torch-fidelity. Features
     as in ADM's evaluator: `pool_3`, the first branch of `mixed_6`, and the logits without bias.
 
     Args:
-        weights (`Path`, *optional*): torch-fidelity's file of weights. Without it torch-fidelity downloads it.
+        weights (`Path`, *optional*): torch-fidelity's file with weights. By default, torch-fidelity downloads it.
         device (`torch.device` or `str`): where to compute.
 
     Raises:
-        OSError: the weights could not be downloaded, or the file is not there.
-        ValueError: the file is not one of Inception's weights.
+        OSError: the weights could not be downloaded, or the file does not exist.
+        ValueError: the file does not contain Inception's weights.
     """
 
     name = "inception"
@@ -87,17 +87,17 @@ class InceptionFeatures:
 
         try:
             if weights is not None:
-                # torch-fidelity unpickles whatever the file holds: look first that it is tensors alone.
+                # torch-fidelity unpickles the file: check first that it contains only tensors.
                 torch.load(weights, map_location="cpu", weights_only=True)
             self.model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], weights)
         except OSError as error:
             raise OSError(
-                f"Inception's weights could not be had ({error}): fetch {URL_INCEPTION_V3} where there is a network and "
-                "give the file with --inception-weights, or choose a vision model with --features."
+                f"Could not download the Inception weights ({error}). Download {URL_INCEPTION_V3} on a machine with a network and "
+                "pass the file with --inception-weights, or choose a vision model with --features."
             ) from error
-        except Exception as error:  # what unpickling some other file raises, nobody can tell
+        except Exception as error:  # unpickling another file can raise anything
             file = weights or "The downloaded file"
-            raise ValueError(f"{file} does not hold Inception's weights: fetch {URL_INCEPTION_V3}.") from error
+            raise ValueError(f"{file} does not contain Inception's weights: download {URL_INCEPTION_V3}.") from error
         self.model.to(device)
         self.device = device
         self.spatial: torch.Tensor
@@ -114,20 +114,20 @@ class InceptionFeatures:
 
 class VisionModelFeatures:
     """
-    A frozen vision model of transformers or timm, alone or as the image tower of a model such as CLIP: the class token if
-    it has one, else the mean over positions; the last feature map; and logits if the folder holds a classifier. With DINOv2
-    the Fréchet distance is FD-DINOv2 (Stein et al. 2023), whose resizing is bicubic too.
+    A vision model of transformers or timm, or the image tower of a model such as CLIP. Features are the class token if
+    there is one, otherwise the mean over positions; the last feature map; and logits if it is a classifier. With DINOv2,
+    the Fréchet distance is FD-DINOv2 (Stein et al. 2023), which also resizes bicubically.
 
     Whole images are resized to the input's size, never cropped; the model's image processor scales their values.
 
     Args:
         name_or_path (`str`): folder or repository.
-        size (`int`, *optional*): side in pixels of the network's input. Default: its own.
+        size (`int`, *optional*): side in pixels of the network's input. Defaults to the model's own.
         device (`torch.device` or `str`): where to compute.
 
     Raises:
-        OSError: there is no such model.
-        ValueError: it gives no features of images, random ones, or the size of its input cannot be told.
+        OSError: the model does not exist.
+        ValueError: the model returns no features or random ones, or its input size is unknown.
     """
 
     def __init__(self, name_or_path: str, size: int | None = None, device: torch.device | str = "cpu"):
@@ -141,7 +141,7 @@ class VisionModelFeatures:
         self.device = device
         own_size, self.scale_values = _input_format(name_or_path, config)
         if size is None and own_size is None:
-            raise ValueError(f"{name_or_path} takes images of any size: choose one with --feature-size.")
+            raise ValueError(f"{name_or_path} accepts images of any size: choose one with --feature-size.")
         self.size = size or own_size
         self.arguments = {"output_hidden_states": True} if self.classifies else {}
         if "interpolate_pos_encoding" in inspect.signature(self.model.forward).parameters:
@@ -150,21 +150,21 @@ class VisionModelFeatures:
         self._try_out(name_or_path, config.model_type)
 
     def _try_out(self, name_or_path: str, model_type: str) -> None:
-        """Raise `ValueError` unless an image gives features, and the same ones twice."""
+        """Raise `ValueError` unless the model returns features, and the same ones twice."""
         noise = torch.rand(1, 3, self.size, self.size, generator=torch.Generator().manual_seed(0))
         image = (255 * noise).byte()
         try:
             first, second = self(image), self(image)
-        except Exception as error:  # what models of other kinds raise, nobody can tell
+        except Exception as error:  # models of other types can raise anything
             reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             raise ValueError(
-                f"{name_or_path} ({model_type}) gives no features of {self.size} x {self.size} images ({reason}): name a "
-                "vision model, or another --feature-size."
+                f"{name_or_path} ({model_type}) returns no features for {self.size} x {self.size} images ({reason}): choose "
+                "a vision model, or another --feature-size."
             ) from error
         if (first.spatial - second.spatial).norm() > 1e-3 * first.spatial.norm():
             raise ValueError(
-                f"{name_or_path} ({model_type}) gives other features each time, as masked autoencoders do: name another "
-                "vision model."
+                f"{name_or_path} ({model_type}) returns different features each time, as masked autoencoders do: choose "
+                "another vision model."
             )
 
     @torch.no_grad()
@@ -194,7 +194,7 @@ class VisionModelFeatures:
         return pooled, patches.transpose(1, 2).unflatten(-1, (side, side))
 
     def _prefix_tokens(self, positions: int) -> tuple[int, bool]:
-        """How many tokens come before those of the map, and whether the first of them is a class token."""
+        """The number of tokens before those of the map, and whether the first is a class token."""
         timm_model = getattr(self.model, "timm_model", None)
         if timm_model is not None:
             return timm_model.num_prefix_tokens, getattr(timm_model, "cls_token", None) is not None
@@ -210,8 +210,8 @@ def _input_format(
     name_or_path: str, config: PreTrainedConfig
 ) -> tuple[int | None, Callable[[torch.Tensor], torch.Tensor]]:
     """
-    Side of a vision model's input, if it has one of its own, and the function that makes its `pixel_values` of resized
-    images `(batch_size, 3, side, side)` in [0, 255].
+    The input size of a vision model, if it has one, and the function that converts resized images
+    `(batch_size, 3, side, side)` in [0, 255] to its `pixel_values`.
     """
     timm_config = getattr(config, "pretrained_cfg", None)
     if timm_config:
@@ -221,7 +221,7 @@ def _input_format(
         processor = AutoImageProcessor.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{name_or_path} has no image processor, which says what input the model takes: save one in its folder, or name "
+            f"{name_or_path} has no image processor, which defines the model's input: save one in its folder, or choose "
             "another vision model."
         ) from error
     settings = processor.to_dict()
@@ -236,8 +236,8 @@ def _input_format(
 
 class OwnVisionFeatures:
     """
-    The frozen vision model inside an image tokenizer: its last level. Always at hand, and no neutral judge: the tokenizer
-    was trained to keep these very features.
+    The last level of a tokenizer's own vision model. It needs no download, but is not a neutral judge, because the
+    tokenizer was trained to preserve these features.
     """
 
     classifies = False
@@ -265,7 +265,7 @@ def load_feature_extractor(
         return InceptionFeatures(inception_weights, device)
     if source == "own":
         if vq_model is None:
-            raise ValueError("Features 'own' need an image tokenizer: give one, or name a vision model.")
+            raise ValueError("Features 'own' need an image tokenizer: pass one, or choose a vision model.")
         return OwnVisionFeatures(vq_model)
     return VisionModelFeatures(source, size, device)
 
@@ -277,10 +277,10 @@ def extract_features(
     progress_callback: ProgressCallback = lambda count: None,
 ) -> Features:
     """
-    Features of a whole set.
+    Compute the features of a whole set.
 
     Raises:
-        ValueError: features that are not finite; the images are named by their numbers.
+        ValueError: features are not finite; the error names the images by number.
     """
     parts: list[Features] = []
     done = 0

@@ -1,9 +1,9 @@
 """
-Generate the samples that generators are measured by, and measure them.
+Generate samples and evaluate generators on them.
 
-Sample i has label i modulo the number of classes and a random generator of its own, seeded seed + i. Samples are written
-in chunks, whole or not at all, so that a run cut off is continued by running it again: what is there is kept, what is
-missing is generated, by any number of processes, and the result is the same.
+Sample i has label i modulo the number of classes and its own random generator with seed `seed + i`. Samples are written in
+chunks, atomically. After an interruption, running again keeps existing chunks and generates missing ones, with any number
+of processes and the same result.
 """
 
 import json
@@ -29,14 +29,14 @@ from vfmtok_hf.pipelines import VFMTokPipeline
 class SampleFolderSettings:
     """
     Args:
-        num_samples (`int`): a multiple of the number of classes gives each class equally many.
-        seed (`int`): sample i is generated from seed + i.
-        guidance_scale (`float`): 1 is none.
-        guidance_scale_pow (`float`, *optional*): of a RAR generator.
-        temperature, top_k, top_p: left out they come from the generator's `generation_config`.
-        size (`int`, *optional*): side of the images in pixels. Default: the tokenizer's.
-        resize_mode (`str`): how they get there.
-        chunk_size (`int`): samples generated at once and kept in one file.
+        num_samples (`int`): a multiple of the number of classes balances the classes.
+        seed (`int`): sample i uses seed + i.
+        guidance_scale (`float`): 1 disables guidance.
+        guidance_scale_pow (`float`, *optional*): for RAR generators.
+        temperature, top_k, top_p: default to the generator's `generation_config`.
+        size (`int`, *optional*): side of the images in pixels. Defaults to the tokenizer's.
+        resize_mode (`str`): how images are resized to `size`.
+        chunk_size (`int`): samples that are generated at once and stored in one file.
     """
 
     num_samples: int = 50_000
@@ -52,7 +52,7 @@ class SampleFolderSettings:
 
     @property
     def sampling(self) -> dict[str, float]:
-        """The settings that the generator's `generate` takes."""
+        """The arguments for the generator's `generate`."""
         names = ("guidance_scale", "guidance_scale_pow", "temperature", "top_k", "top_p")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
@@ -62,35 +62,35 @@ def check_sampling(pipe: VFMTokPipeline, settings: SampleFolderSettings) -> None
     Check the settings before anything is generated.
 
     Raises:
-        ValueError: the generator does not take them.
+        ValueError: the generator does not support them.
     """
     if settings.guidance_scale_pow is not None and not isinstance(pipe.transformer, VFMTokRARForImageGeneration):
-        raise ValueError("guidance_scale_pow is a setting of RAR generators alone: leave it out.")
+        raise ValueError("guidance_scale_pow is only for RAR generators: leave it out.")
     pipe.transformer.sampling_settings.resolve(settings.sampling, pipe.transformer.generation_config)
 
 
 def balanced_labels(num_samples: int, num_classes: int) -> torch.Tensor:
-    """`(num_samples,)` int64: classes in turn, so that their numbers differ by one at most."""
+    """Labels `(num_samples,)` int64, cycling through the classes, so class counts differ by at most one."""
     return torch.arange(num_samples) % num_classes
 
 
 def model_fingerprint(pipe: VFMTokPipeline) -> str:
-    """Changes with any weight of the generator or the tokenizer's decoder side."""
+    """A checksum of the weights of the generator and of the tokenizer's decoder side."""
     return weights_sha256(pipe.transformer, pipe.vq_model, skip=("vision_model.",))
 
 
 class SampleFolder:
     """
-    The samples of one setting, in chunks of `settings.chunk_size`. It is an `ImageSet` once it is complete.
+    The samples of one setting, in chunks of `settings.chunk_size`. A complete folder is an `ImageSet`.
 
     Args:
-        folder (`Path`): made when the first sample is generated.
+        folder (`Path`): created with the first sample.
         settings (`SampleFolderSettings`): of the samples.
-        num_classes (`int`): of the generator.
-        fingerprint (`str`): of the model, as of `model_fingerprint`.
+        num_classes (`int`): number of classes of the generator.
+        fingerprint (`str`): the model's `model_fingerprint`.
 
     Raises:
-        ValueError: the folder holds samples of other settings or another model; the differences are named.
+        ValueError: the folder contains samples of other settings or another model; the error names the differences.
     """
 
     def __init__(self, folder: Path, settings: SampleFolderSettings, num_classes: int, fingerprint: str):
@@ -106,18 +106,18 @@ class SampleFolder:
         self.check_settings()
 
     def check_settings(self) -> None:
-        """Raise `ValueError` if the folder holds samples of other settings or another model."""
+        """Raise `ValueError` if the folder contains samples of other settings or another model."""
         file = self.folder / "settings.json"
         found = json.loads(file.read_text()) if file.is_file() else self.record
         differing = [name for name in self.record if self.record[name] != found.get(name)]
         if differing:
             texts = [f"{name} {found.get(name)} instead of {self.record[name]}" for name in differing]
             raise ValueError(
-                f"{self.folder} holds samples of other settings: {', '.join(texts)}. Name another folder."
+                f"{self.folder} contains samples of other settings: {', '.join(texts)}. Choose another folder."
             )
 
     def write_settings(self) -> None:
-        """Save the settings that later runs are checked against. Any of several processes may do so, as all write the same."""
+        """Save the settings that later runs are checked against. All processes write the same content."""
         self.check_settings()
         with whole_file(self.folder / "settings.json") as temporary:
             temporary.write_text(json.dumps(self.record, indent=1))
@@ -127,8 +127,8 @@ class SampleFolder:
 
     def missing(self, process_index: int = 0, num_processes: int = 1) -> list[int]:
         """
-        Numbers of the chunks that are not there yet; of several processes, those of one. A chunk belongs to the same
-        process whenever that process asks, so that none is generated twice or left out.
+        Numbers of the missing chunks of one process. The assignment of chunks to processes is fixed, so no chunk is
+        generated twice or left out.
         """
         own = range(process_index, len(self.chunks), num_processes)
         return [chunk for chunk in own if not self.file(chunk).is_file()]
@@ -137,7 +137,7 @@ class SampleFolder:
         return self.settings.num_samples
 
     def batches(self, batch_size: int) -> Iterator[torch.Tensor]:
-        """Chunk by chunk, in parts of `batch_size` at most."""
+        """Iterate over the chunks, in batches of at most `batch_size`."""
         for chunk in range(len(self.chunks)):
             yield from torch.from_numpy(np.load(self.file(chunk))).split(batch_size)
 
@@ -150,7 +150,7 @@ def generate_samples(
     progress_callback: ProgressCallback = lambda count: None,
 ) -> None:
     """
-    Generate what is missing of a folder of samples; each of several processes generates its share.
+    Generate the missing samples of a folder. Each process generates its share.
 
     Args:
         progress_callback: called after each chunk with the number of its samples.
@@ -172,7 +172,7 @@ def generate_samples(
 
 
 def write_samples_npz(samples: SampleFolder, path: Path) -> None:
-    """The samples and their labels as one file for ADM's evaluation suite."""
+    """Write the samples and their labels to one file for ADM's evaluation suite."""
     write_npz(path, samples.batches(samples.settings.chunk_size), len(samples), samples.labels)
 
 
@@ -184,36 +184,36 @@ def load_reference(
     progress_callback: ProgressCallback = lambda count: None,
 ) -> Reference:
     """
-    What samples are compared with.
+    Load the reference that samples are compared with.
 
     Args:
-        images (`ImageSet` or `Path`): images, or ADM's `.npz` of a reference batch. If it holds statistics (`mu`, `sigma`,
-            `mu_s`, `sigma_s`), these are used as they are, for they are of more images than the file itself holds.
-        size (`int`, *optional*): side in pixels of the samples, which the images of a `.npz` must have too.
+        images (`ImageSet` or `Path`): images, or a reference batch in ADM's `.npz` format. Statistics in the file (`mu`,
+            `sigma`, `mu_s`, `sigma_s`) are used unchanged, because they cover more images than the file contains.
+        size (`int`, *optional*): side in pixels of the samples. Images of a `.npz` must have the same size.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: no `.npz`, images of another size, or statistics that are not finite or not of the chosen network.
+        FileNotFoundError: the file does not exist.
+        ValueError: not a `.npz`, images of another size, or statistics that are not finite or belong to another network.
     """
     if not isinstance(images, Path):
         return Reference.of(extract_features(images, extractor, batch_size, progress_callback))
     if not images.is_file():
         raise FileNotFoundError(f"There is no reference file {images}.")
     if not zipfile.is_zipfile(images):
-        raise ValueError(f"{images} is not a .npz file, or is truncated: fetch it again.")
+        raise ValueError(f"{images} is not a .npz file, or is truncated: download it again.")
     with np.load(images, allow_pickle=False) as archive:
         names = set(archive.files)
         stored = {name: archive[name].astype(np.float64) for name in names & {"mu", "sigma", "mu_s", "sigma_s"}}
     has_statistics = len(stored) == 4
     if not has_statistics and "arr_0" not in names:
-        raise ValueError(f"{images} holds neither images (arr_0) nor statistics (mu, sigma, mu_s, sigma_s).")
+        raise ValueError(f"{images} contains neither images (arr_0) nor statistics (mu, sigma, mu_s, sigma_s).")
     if has_statistics and extractor.name != "inception":
         raise ValueError(
-            f"{images} holds statistics of Inception, the features are those of {extractor.name}: give reference images, "
-            "or choose the features 'inception'."
+            f"{images} contains statistics of Inception, but the features are those of {extractor.name}: pass reference "
+            "images, or choose the features 'inception'."
         )
     if has_statistics and not all(np.isfinite(values).all() for values in stored.values()):
-        raise ValueError(f"{images} holds statistics that are NaN or infinite: fetch or compute them again.")
+        raise ValueError(f"{images} contains statistics that are NaN or infinite: download or compute them again.")
     features = None
     if "arr_0" in names:
         features = extract_features(_npz_of_size(images, size), extractor, batch_size, progress_callback)
@@ -231,8 +231,8 @@ def _npz_of_size(path: Path, size: int | None) -> NpzImages:
     height, width = images.shape[1:3]
     if size is not None and (height, width) != (size, size):
         raise ValueError(
-            f"{path} holds images of {width} x {height} pixels, and the samples have {size} x {size}: choose one size for "
-            "both."
+            f"{path} contains images of {width} x {height} pixels, but the samples have {size} x {size}: choose the same "
+            "size for both."
         )
     return images
 
@@ -241,10 +241,10 @@ def _npz_of_size(path: Path, size: int | None) -> NpzImages:
 class GenerationResult:
     """
     Args:
-        values (`dict[str, float]`): `fid`, `sfid`, `precision`, `recall`, and `inception_score` of a classifier's features.
-        num_samples (`int`): how many.
+        values (`dict[str, float]`): `fid`, `sfid`, `precision`, `recall`, and `inception_score` if the network is a classifier.
+        num_samples (`int`): number of samples.
         protocol (`dict`): features and sampling settings.
-        remarks (`list[str]`): how far to trust the values.
+        remarks (`list[str]`): limitations of the values.
     """
 
     values: dict[str, float]
@@ -262,12 +262,12 @@ def evaluate_generation(
     progress_callback: ProgressCallback = lambda count: None,
 ) -> GenerationResult:
     """
-    Distances of samples to a reference.
+    Compute the distances between samples and a reference.
 
     Args:
-        samples (`ImageSet`): a complete `SampleFolder`, or images from anywhere.
-        reference (`Reference`): as of `load_reference`, by the same extractor.
-        protocol (`dict`, *optional*): what else the result is to say about itself.
+        samples (`ImageSet`): a complete `SampleFolder` or any images.
+        reference (`Reference`): returned by `load_reference` with the same extractor.
+        protocol (`dict`, *optional*): further entries of the result's protocol.
     """
     features = extract_features(samples, extractor, batch_size, progress_callback)
     values, remarks = compare_features(features, reference)

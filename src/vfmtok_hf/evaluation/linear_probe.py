@@ -1,15 +1,15 @@
 """
-How much a linear classifier finds in frozen representations: the paper's "L.P." column.
+Linear probes of frozen representations: the paper's "L.P." column.
 
-The protocol is MAE's (He et al. 2022, appendix A.1), which the authors name: batch norm without affine parameters, one
-linear layer, LARS, 90 epochs of a cosine with 10 of warm-up, no weight decay, random crops and flips. Two things differ.
+The protocol is MAE's (He et al. 2022, appendix A.1), which the authors cite: batch norm without affine parameters, one
+linear layer, LARS, 90 epochs of a cosine with 10 of warm-up, no weight decay, random crops and flips. There are two differences.
 
-Representations are computed once, `views` augmentations of each training image, and the classifier sees another one each
-epoch, where MAE augments anew each time.
+Representations are computed once for `views` augmentations of each training image, and each epoch uses another one. MAE
+augments again in each epoch.
 
-MAE's learning rate, 0.1 x batch size / 256, is for the 1.3 million images of ImageNet: LARS moves the weights by a share of
-their norm a step, and a few thousand images would leave them near where they began. By default the rate is therefore chosen,
-for each representation by itself, on a tenth of the training images. With `base_learning_rates=(0.1,)` it is MAE's.
+MAE's learning rate, 0.1 x batch size / 256, is for the 1.3 million images of ImageNet. LARS moves the weights by a share of
+their norm per step, so with a few thousand images they would hardly change. By default, the rate is therefore selected for
+each representation on a tenth of the training images. `base_learning_rates=(0.1,)` uses MAE's.
 """
 
 import math
@@ -37,8 +37,8 @@ MIN_TRAINING_IMAGES = 20
 class ProbeSettings:
     """
     Args:
-        batch_size (`int`): MAE's 16384, or a tenth of the training images if that is less.
-        base_learning_rates (`tuple[float, ...]`): for 256 images; of several the best on held-out training images is taken.
+        batch_size (`int`): 16384 as in MAE, or a tenth of the training images if that is smaller.
+        base_learning_rates (`tuple[float, ...]`): per 256 images. Several are compared on held-out training images.
         views (`int`): augmentations of each training image.
     """
 
@@ -54,10 +54,10 @@ class ProbeSettings:
 class ProbeResult:
     """
     Args:
-        top1 (`float`): share of test images classified right.
-        mean_class_accuracy (`float`): the mean of that share over classes, which small classes count in as large ones.
+        top1 (`float`): share of test images that are classified correctly.
+        mean_class_accuracy (`float`): mean of that share over classes, with equal weights.
         channels (`int`): width of the representation.
-        base_learning_rate (`float`): that was taken.
+        base_learning_rate (`float`): the selected learning rate.
     """
 
     top1: float
@@ -68,12 +68,12 @@ class ProbeResult:
 
 class LabeledImages:
     """
-    Images with a class each.
+    Labeled images.
 
     Args:
-        pictures (sequence): images of any kind that the image processor reads, of any sizes.
-        labels (`Sequence[int]`): number of each one's class.
-        class_names (`Sequence[str]`): in the order of their numbers.
+        pictures (sequence): images of any type and size that the image processor reads.
+        labels (`Sequence[int]`): class of each image.
+        class_names (`Sequence[str]`): class names, by class number.
         name (`str`): for messages.
 
     Raises:
@@ -82,7 +82,7 @@ class LabeledImages:
 
     def __init__(self, pictures: Sequence, labels: Sequence[int], class_names: Sequence[str], name: str):
         if len(set(labels)) < 2:
-            raise ValueError(f"{name} has images of one class only: nothing can be told apart.")
+            raise ValueError(f"{name} has images of one class only: a probe needs two or more classes.")
         self.pictures = pictures
         self.labels = torch.tensor(labels)
         self.class_names = list(class_names)
@@ -107,19 +107,19 @@ class LabeledImages:
 
     def labels_as_in(self, other: "LabeledImages") -> torch.Tensor:
         """
-        Labels by the numbers that another set gives to the same classes.
+        Labels in the class numbering of another set.
 
         Raises:
             ValueError: the classes differ.
         """
         differing = sorted(set(self.class_names) ^ set(other.class_names))
         if differing:
-            raise ValueError(f"{other.name} and {self.name} hold different classes: {', '.join(differing[:5])}.")
+            raise ValueError(f"{other.name} and {self.name} have different classes: {', '.join(differing[:5])}.")
         return torch.tensor([other.class_names.index(name) for name in self.class_names])[self.labels]
 
     def batches(self, size: int, batch_size: int, view: int | None) -> Iterator[torch.Tensor]:
         """
-        `pixel_values` `(at most batch_size, 3, size, size)` in [-1, 1]: the center crops, or an augmentation for each `view`.
+        `pixel_values` `(at most batch_size, 3, size, size)` in [-1, 1]: center crops, or the augmentation `view`.
         """
         for start in range(0, len(self), batch_size):
             numbers = range(start, min(start + batch_size, len(self)))
@@ -141,10 +141,10 @@ class LabeledImages:
 @torch.no_grad()
 def represent(model: VFMTokModel, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
     """
-    What is probed, of `pixel_values` `(batch_size, 3, image_size, image_size)`; each `(batch_size, channels)`:
+    The probed representations of `pixel_values` `(batch_size, 3, image_size, image_size)`, each `(batch_size, channels)`:
 
-    - `image_embeds`: the feature branch's class token, what the paper probes.
-    - `token_embeddings`: the codebook rows of all image tokens, one after the other.
+    - `image_embeds`: the feature branch's class token, as in the paper.
+    - `token_embeddings`: the concatenated codebook rows of all image tokens.
     - `vision_model`: the frozen vision model's last level, mean over positions.
     - `pixels`: the image itself, at 32 x 32.
     """
@@ -166,8 +166,8 @@ def representations_of(
     progress_callback: ProgressCallback = lambda count: None,
 ) -> dict[str, torch.Tensor]:
     """
-    Each representation of all images, `(views or 1, images, channels)` float32 on the CPU; without `views` of their center
-    crops.
+    Each representation of all images, `(views or 1, images, channels)` float32 on the CPU. Without `views`, images are
+    center-cropped.
 
     Raises:
         ValueError: values that are not finite.
@@ -211,7 +211,7 @@ def train_linear_probe(
 def _choose_learning_rate(
     train: torch.Tensor, labels: torch.Tensor, num_classes: int, settings: ProbeSettings
 ) -> float:
-    """The rate of least cross-entropy on a random tenth of the training images after training on the others."""
+    """The learning rate with the lowest cross-entropy on a random tenth of the training images, trained on the rest."""
     if len(settings.base_learning_rates) == 1:
         return settings.base_learning_rates[0]
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(settings.seed))
@@ -227,7 +227,7 @@ def _choose_learning_rate(
 def _fit(
     train: torch.Tensor, labels: torch.Tensor, num_classes: int, rate: float, settings: ProbeSettings
 ) -> Callable[..., torch.Tensor]:
-    """The trained classifier, `(images, channels)` to `(images, classes)` without gradient."""
+    """Train a classifier that maps `(images, channels)` to `(images, classes)`, without gradient."""
     views, num_images, channels = train.shape
     generator = torch.Generator().manual_seed(settings.seed)
     linear = nn.Linear(channels, num_classes)
@@ -238,7 +238,7 @@ def _fit(
     batch_size = min(settings.batch_size, max(num_images // 10, 2))
     steps_per_epoch = num_images // batch_size
     peak = rate * batch_size / 256
-    # As in MAE only the matrix has its step scaled by the ratio of norms.
+    # As in MAE, only the step of the matrix is scaled by the ratio of norms.
     groups = [{"params": [linear.weight], "always_adapt": True}, {"params": [linear.bias]}]
     optimizer = Lars(groups, lr=peak, momentum=0.9, weight_decay=0.0)
     for epoch in range(settings.epochs):
@@ -288,7 +288,7 @@ def represent_data(
     progress_callback: ProgressCallback = lambda count: None,
 ) -> ProbeData:
     """
-    What `train_probes` needs; arguments and errors are those of `evaluate_linear_probe`.
+    Compute the inputs of `train_probes`. The arguments and errors are those of `evaluate_linear_probe`.
     """
     if len(train) < MIN_TRAINING_IMAGES:
         raise ValueError(
@@ -323,12 +323,12 @@ def evaluate_linear_probe(
     progress_callback: ProgressCallback = lambda count: None,
 ) -> dict[str, ProbeResult]:
     """
-    Probe everything of `represent`.
+    Train linear probes on all representations of `represent`.
 
     Args:
-        train, test (`LabeledImages`): of the same classes.
-        progress_callback: called with the number of images done after each batch, `images * views` of training and then those of
-            testing.
+        train, test (`LabeledImages`): with the same classes.
+        progress_callback: called after each batch with its number of images: first `images * views` for training, then those
+            for testing.
 
     Raises:
         ValueError: fewer than 20 training images, classes that differ, or an image that cannot be read.

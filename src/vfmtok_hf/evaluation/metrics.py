@@ -1,8 +1,8 @@
 """
-Distances between sets of features, as FID, sFID, inception score, precision and recall are defined.
+Distances between sets of features: FID, sFID, inception score, precision and recall.
 
-The arithmetic is torch-fidelity's, which agrees with ADM's evaluator (`evaluations/evaluator.py` of guided-diffusion); here
-are its arguments, checks of what goes in, and remarks on what comes out.
+torch-fidelity computes them, in agreement with ADM's evaluator (`evaluations/evaluator.py` of guided-diffusion). This module
+checks the inputs and adds remarks about the results.
 """
 
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class FeatureStatistics:
             features (`torch.Tensor` of shape `(images, channels)`).
 
         Raises:
-            ValueError: fewer than two images, which have no covariance.
+            ValueError: there are fewer than two images.
         """
         if len(features) < 2:
             raise ValueError(
@@ -87,24 +87,24 @@ def precision_recall(features: torch.Tensor, reference: torch.Tensor) -> tuple[f
         features, reference (`torch.Tensor` of shape `(images, channels)`).
 
     Raises:
-        ValueError: a side has no more than three images.
+        ValueError: a side has three images or fewer.
     """
     from torch_fidelity.metric_prc import calculate_precision_recall_part
 
     check_enough_neighbors(min(len(features), len(reference)))
-    # Distances come from a matrix product, in which float32 would lose those of near neighbors.
+    # Distances are computed by a matmul, where float32 is not precise enough for near neighbors.
     return calculate_precision_recall_part(features.double(), reference.double(), NEIGHBORS)
 
 
 @dataclass
 class Reference:
     """
-    What images are compared with: features, or statistics alone as some `.npz` files of ADM hold them.
+    The reference of a comparison: features, or only statistics, as in some of ADM's `.npz` files.
 
     Args:
         pooled, spatial (`FeatureStatistics`): for FID and sFID.
         pooled_features (`torch.Tensor` of shape `(images, channels)`, *optional*): for precision and recall.
-        num_images (`int`, *optional*): how many images the statistics are of, if that is known.
+        num_images (`int`, *optional*): number of images of the statistics, if known.
     """
 
     pooled: FeatureStatistics
@@ -120,11 +120,11 @@ class Reference:
 
 def compare_features(features: Features, reference: Reference) -> tuple[dict[str, float], list[str]]:
     """
-    Every distance that the features allow.
+    Compute every distance that the features support.
 
     Returns:
-        Values by name, `fid`, `sfid`, `inception_score` (with a classifier's logits only), `precision` and `recall` (with
-        the reference's features only); and remarks on how far to trust them.
+        Values by name, `fid`, `sfid`, `inception_score` (only with a classifier's logits), `precision` and `recall` (only
+        with the reference's features); and remarks about their limitations.
     """
     values = {
         "fid": frechet_distance(FeatureStatistics.of(features.pooled), reference.pooled),
@@ -138,7 +138,7 @@ def compare_features(features: Features, reference: Reference) -> tuple[dict[str
     if reference.pooled_features is not None:
         values["precision"], values["recall"] = precision_recall(features.pooled, reference.pooled_features)
     else:
-        remarks.append("No precision and recall: the reference holds statistics without images.")
+        remarks.append("No precision and recall: the reference contains statistics without images.")
     return values, remarks + sample_size_remarks(len(features), reference)
 
 
@@ -161,19 +161,19 @@ def check_enough_splits(num_images: int) -> None:
     if num_images < INCEPTION_SCORE_SPLITS:
         raise ValueError(
             f"An inception score needs at least {INCEPTION_SCORE_SPLITS} images, got {num_images}: add images, or choose "
-            "features of no classifier."
+            "a feature network that is not a classifier."
         )
 
 
 def check_enough_images(num_images: int, reference: Reference, classifies: bool) -> None:
     """
-    Check, before images are generated, that `compare_features` will take so many.
+    Check in advance that there are enough images for `compare_features`.
 
     Args:
         classifies (`bool`): whether their features will have logits.
 
     Raises:
-        ValueError: too few for one of the metrics.
+        ValueError: there are too few images for one of the metrics.
     """
     if reference.pooled_features is not None:
         check_enough_neighbors(min(num_images, len(reference.pooled_features)))
@@ -182,14 +182,14 @@ def check_enough_images(num_images: int, reference: Reference, classifies: bool)
 
 
 def sample_size_remarks(num_images: int, reference: Reference) -> list[str]:
-    """What too few images do to the numbers."""
+    """Remarks about too few images."""
     remarks = []
     channels = max(len(reference.pooled.mean), len(reference.spatial.mean))
     counts = [count for count in (num_images, reference.num_images) if count is not None]
     if min(counts) <= channels:
         remarks.append(
             f"{min(counts)} images in up to {channels} channels: the covariances are singular, and FID and sFID are far "
-            "too high. Compare them only with values of the same numbers of images."
+            "too high. Compare them only with values of the same number of images."
         )
     elif min(counts) < PAPER_NUM_IMAGES:
         remarks.append(

@@ -1,4 +1,4 @@
-"""How close reconstructions come to their originals."""
+"""Compare reconstructions with their originals."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ PerceptualDistance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 def psnr(originals: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
     """
-    Peak signal-to-noise ratio in dB of each image: 10 log10(255^2 / mean squared error). Equal images have infinity.
+    Peak signal-to-noise ratio in dB of each image: 10 log10(255^2 / mean squared error); infinity for equal images.
 
     Args:
         originals, reconstructions (`torch.ByteTensor` of shape `(batch_size, 3, height, width)`): 8-bit images.
@@ -44,7 +44,7 @@ def ssim(
         originals, reconstructions (`torch.ByteTensor` of shape `(batch_size, 3, height, width)`): 8-bit images.
         convention (`str`):
             `"original"` as in `vqgan_test.py`: a uniform 7 x 7 window, and a data range of 2 for images in [0, 1], which
-            doubles the range and so raises the value a little. `"standard"` as published (Wang et al. 2004): a Gaussian
+            increases the value slightly. `"standard"` as published (Wang et al. 2004): a Gaussian
             window of sigma 1.5, population covariances, the true data range.
 
     Returns:
@@ -80,7 +80,7 @@ def check_ssim_window(size: int, convention: SSIMConvention) -> None:
     """
     if size < SSIM_WINDOWS[convention]:
         raise ValueError(
-            f"SSIM as {convention!r} looks through a window of {SSIM_WINDOWS[convention]} pixels: measure at that size or a "
+            f"SSIM {convention!r} uses a window of {SSIM_WINDOWS[convention]} pixels: measure at that size or a "
             f"larger one, got {size}."
         )
 
@@ -90,7 +90,7 @@ def load_lpips(network: Literal["alex", "vgg", "squeeze"] = "alex", device: torc
     LPIPS (Zhang et al. 2018) between 8-bit images, by [`~vfmtok_hf.data.image_distances.LPIPS`].
 
     Returns:
-        A function of two batches of 8-bit images `(batch_size, 3, height, width)` that gives the distance of each pair.
+        A function of two batches of 8-bit images `(batch_size, 3, height, width)` that returns the distance of each pair.
 
     Raises:
         FileNotFoundError: the network's weights could not be downloaded.
@@ -113,10 +113,10 @@ class ReconstructionResult:
     """
     Args:
         values (`dict[str, float]`): `psnr` (dB) and `ssim`, means over images; `lpips`, `rfid`, `rsfid`, `ris` and the
-            like if asked for; `codebook_usage` in [0, 1] and `codebook_perplexity`.
+            like if requested; `codebook_usage` in [0, 1] and `codebook_perplexity`.
         num_images (`int`): how many.
-        protocol (`dict[str, str]`): under which conventions.
-        remarks (`list[str]`): how far to trust the values.
+        protocol (`dict[str, str]`): the conventions that were used.
+        remarks (`list[str]`): limitations of the values.
         token_counts (`torch.LongTensor` of shape `(codebook_size,)`): how often each code occurred.
     """
 
@@ -140,19 +140,19 @@ def evaluate_reconstruction(
     progress_callback: ProgressCallback = lambda count: None,
 ) -> ReconstructionResult:
     """
-    Images through their tokens and back, compared with the originals as in `vqgan_test.py`: cropped to the model's size,
-    both sides made 8-bit and resized in the same way. The reference of rFID are the originals of the same images.
+    Reconstruct images and compare them with the originals as in `vqgan_test.py`: images are cropped to the model's size, and
+    both sides are converted to 8 bits and resized in the same way. The reference of rFID is the originals of the same images.
 
     Args:
         pictures (`Iterable[Picture]`): paths of image files, or PIL images, of any sizes; read once, in order.
-        extractor (`FeatureExtractor`, *optional*): network for rFID and rIS. Without it they are left out.
-        lpips (*optional*): as of `load_lpips`.
-        size (`int`, *optional*): side in pixels at which is measured; the paper's is 256. Default: the model's own.
-        resize_mode (`str`): which of the original's two ways leads to `size`, see [`VFMTokImageProcessor.postprocess`].
+        extractor (`FeatureExtractor`, *optional*): network for rFID and rIS, which are omitted without it.
+        lpips (*optional*): returned by `load_lpips`.
+        size (`int`, *optional*): side in pixels for the comparison; the paper uses 256. Defaults to the model's size.
+        resize_mode (`str`): how images are resized to `size`, see [`VFMTokImageProcessor.postprocess`].
         progress_callback: called with the number of images done after each batch.
 
     Raises:
-        ValueError: an unreadable image, which is named, or features that are not finite; a size below SSIM's window.
+        ValueError: an image is unreadable (the error names it), features are not finite, or the size is below SSIM's window.
     """
     model = pipe.vq_model
     size = size or model.config.image_size
@@ -201,5 +201,5 @@ def evaluate_reconstruction(
     return ReconstructionResult(values, num_images, protocol, remarks, counts)
 
 
-# Of reconstructions the distances have names of their own.
+# Distances have other names for reconstructions.
 RECONSTRUCTION_NAMES = {"fid": "rfid", "sfid": "rsfid", "inception_score": "ris"}

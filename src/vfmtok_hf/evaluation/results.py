@@ -1,9 +1,9 @@
 """
-Results as tables: what was published beside what was measured, each figure with where it comes from.
+Tables of published and measured results, each figure with its source.
 
-`published.json` is the one place of published figures. `vfmtok evaluate` writes measured ones, one JSON file a measurement.
-A row of a table is one quantity: task, setting, metric, feature network and data. A published and a measured figure share a
-row only if all of these agree.
+`published.json` contains all published figures. `vfmtok evaluate` writes measured ones, one JSON file per measurement. A
+table row is one quantity: task, setting, metric, feature network and data. A published and a measured figure share a row only
+if all of these are the same.
 """
 
 import csv
@@ -53,13 +53,13 @@ class Result:
 
     Args:
         task (`str`): `reconstruction`, `generation` or `linear_probe`.
-        setting (`str`): what tells apart figures of one metric, such as "without guidance".
+        setting (`str`): distinguishes figures of one metric, such as "without guidance".
         metric (`str`): a key of `METRIC_NAMES`.
-        value (`float`): as measured or published.
-        features (`str`): the network of a metric that needs one, else empty.
-        dataset (`str`): which images.
+        value (`float`): the measured or published value.
+        features (`str`): the feature network, or empty.
+        dataset (`str`): the images.
         source (`str`): publication, or the protocol of the measurement.
-        url (`str`): of a publication; empty for measured figures.
+        url (`str`): URL of the publication; empty for measured figures.
     """
 
     task: str
@@ -73,22 +73,22 @@ class Result:
 
     @property
     def quantity(self) -> tuple[str, str, str, str, str]:
-        """What figures must agree in to stand in one row."""
+        """The key of a table row."""
         return self.task, self.setting, self.metric, self.features, self.dataset
 
 
 def published_results(model: str) -> list[Result]:
     """
-    Figures that the authors published of a model, such as `"vfmtok-l"`.
+    The authors' published figures of a model, such as `"vfmtok-l"`.
 
     Raises:
-        ValueError: an unknown model; the known ones are named.
+        ValueError: the model is unknown; the error lists the known ones.
     """
     data = json.loads(files("vfmtok_hf.evaluation").joinpath("published.json").read_text(encoding="utf-8"))
     entries = [entry for entry in data["results"] if entry["model"] == model]
     if not entries:
         known = sorted({entry["model"] for entry in data["results"]})
-        raise ValueError(f"Nothing is published of {model!r}. Known models: {', '.join(known)}.")
+        raise ValueError(f"There are no published figures of {model!r}. Known models: {', '.join(known)}.")
     return [
         Result(
             entry["task"],
@@ -109,10 +109,10 @@ def save_measurement(
     path: Path, task: str, setting: str, dataset: str, values: dict[str, float], protocol: dict[str, Any], **more: Any
 ) -> None:
     """
-    Write a measurement as the JSON file that `measured_results` reads, whole or not at all.
+    Write a measurement atomically to a JSON file for `measured_results`.
 
     Args:
-        protocol (`dict`): how it was measured; `features` names the network.
+        protocol (`dict`): protocol of the measurement; `features` names the network.
         more: further entries, such as `num_images` and `remarks`.
     """
     measurement = {
@@ -129,11 +129,11 @@ def save_measurement(
 
 def measured_results(path: Path) -> list[Result]:
     """
-    Figures of a file by `save_measurement`.
+    Read the figures in a file by `save_measurement`.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not such a file.
+        FileNotFoundError: the file does not exist.
+        ValueError: it is not a results file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no results file {path}.")
@@ -161,8 +161,8 @@ def measured_results(path: Path) -> list[Result]:
 
 def results_table(published: Iterable[Result], measured: Iterable[Result]) -> str:
     """
-    Markdown table, one row a quantity. Published and measured figures have columns of their own; where a source
-    contradicts another, both stand, each with the number of its footnote.
+    Markdown table with one row per quantity and separate columns for published and measured figures. If sources
+    contradict each other, all values are listed with the numbers of their footnotes.
     """
     published, measured = list(published), list(measured)
     sources = list(dict.fromkeys(result.source for result in [*published, *measured]))
@@ -184,7 +184,7 @@ def results_table(published: Iterable[Result], measured: Iterable[Result]) -> st
 
 
 def published_and_measured(results: Iterable[Result]) -> tuple[list[Result], list[Result]]:
-    """Figures of others, and our own."""
+    """Split figures into published and measured ones."""
     results = list(results)
     return [result for result in results if result.url], [result for result in results if not result.url]
 
@@ -202,7 +202,7 @@ def _cell(results: Sequence[Result], sources: list[str]) -> str:
 
 
 def results_csv(results: Iterable[Result]) -> str:
-    """CSV with a header, one line a figure; `origin` says `published` or `measured`."""
+    """CSV with a header and one line per figure; `origin` is `published` or `measured`."""
     text = io.StringIO()
     columns = ["origin", *Result.__dataclass_fields__]
     writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -213,14 +213,14 @@ def results_csv(results: Iterable[Result]) -> str:
 
 
 def card_metrics(results: Iterable[Result]) -> list[EvalResult]:
-    """Figures of either kind as the Hub's model cards hold them: published ones with their source, measured ones without."""
+    """Figures in the format of the Hub's model cards: published ones with their source, measured ones without."""
     return [
         EvalResult(
             task_type=TASKS[result.task],
             task_name=f"{result.task.replace('_', ' ')}, {result.setting}",
             dataset_type=re.sub(r"\W+", "-", result.dataset.lower()).strip("-"),
             dataset_name=result.dataset,
-            # The Hub's library joins figures of equal task and data, and gives them the source of the first of them.
+            # The Hub's library groups figures by task and data, and uses the source of the first one for all.
             dataset_config=result.setting + (f", {result.source}" if result.url else ""),
             metric_type=result.metric,
             metric_name=METRIC_NAMES.get(result.metric, result.metric)
@@ -239,6 +239,6 @@ def model_index(model_name: str, results: Iterable[Result]) -> list[dict[str, An
     The `model-index` entry of a model card's metadata.
 
     Args:
-        results: of either kind; give measured ones alone unless the card is to repeat what others published.
+        results: published or measured figures. Usually a card contains only measured ones.
     """
     return eval_results_to_model_index(model_name, card_metrics(results))

@@ -1,4 +1,4 @@
-"""How the codebook is used, and where in the image each anchor attends."""
+"""Codebook usage, and where in the image each anchor looks."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,23 +15,23 @@ from vfmtok_hf.pipelines import VFMTokPipeline
 
 def token_count_remarks(counts: torch.Tensor) -> list[str]:
     """
-    What too few tokens do to usage and perplexity: of n samples of K equally frequent codes, exp(-n / K) of the codes do
-    not occur; with ten tokens a code these are fewer than 0.01 %.
+    Remarks about usage and perplexity of too few tokens. In n samples of K equally frequent codes, a share of exp(-n / K)
+    of the codes does not occur; with ten tokens per code, that is less than 0.01 %.
     """
     num_tokens, codebook_size = int(counts.sum()), len(counts)
     if num_tokens >= 10 * codebook_size:
         return []
     return [
-        f"{num_tokens} tokens for {codebook_size} codes: codebook usage and perplexity are too low, and rise with the number "
-        "of images."
+        f"{num_tokens} tokens for {codebook_size} codes: codebook usage and perplexity are too low and increase with the "
+        "number of images."
     ]
 
 
 @dataclass
 class AnchorStatistics:
     """
-    Where anchors attend, means over images. Lengths are in cells of the anchor grid, so that 0.5 is the way from a cell's
-    center to its edge; heads count equally, and within a head the attention weights count.
+    Where anchors look, as means over images. Lengths are in cells of the anchor grid, so 0.5 is the distance from a cell's
+    center to its edge. Heads have equal weights, and locations within a head have their attention weights.
 
     Args:
         displacement (`torch.Tensor` of shape `(layers, num_anchors)`): from an anchor's reference point, its cell's center,
@@ -42,8 +42,8 @@ class AnchorStatistics:
             anchor's own cell.
         outside_image (`torch.Tensor` of shape `(layers, num_anchors)`): share of the weight outside of the image, where
             zeros are read.
-        content_share (`torch.Tensor` of shape `(layers,)`): share of the mean squared displacement that differs from image
-            to image. 0: anchors attend to the same places in every image.
+        content_share (`torch.Tensor` of shape `(layers,)`): share of the mean squared displacement that varies between
+            images. At 0, anchors look at the same locations in every image.
     """
 
     displacement: torch.Tensor
@@ -54,7 +54,7 @@ class AnchorStatistics:
 
 
 class AnchorTracker:
-    """Collects `AnchorStatistics` batch by batch, from what `VFMTokModel.encode` returns on request."""
+    """Accumulates `AnchorStatistics` over batches of outputs of `VFMTokModel.encode`."""
 
     def __init__(self, reference_points: torch.Tensor):
         """`reference_points` `(num_anchors, 2)` as (x, y) in [0, 1]^2."""
@@ -63,7 +63,7 @@ class AnchorTracker:
         self.parts: list[dict[str, torch.Tensor]] = []
 
     def update(self, sampling_locations: Sequence[torch.Tensor], attention_weights: Sequence[torch.Tensor]) -> None:
-        """One tensor a layer, `(batch_size, num_anchors, heads, levels, points, 2)` and the same without the 2."""
+        """Add one tensor per layer, `(batch_size, num_anchors, heads, levels, points, 2)`, and the weights without the 2."""
         layers = [
             self._of_layer(locations, weights)
             for locations, weights in zip(sampling_locations, attention_weights, strict=True)
@@ -106,10 +106,10 @@ class TokenResult:
     Args:
         num_images (`int`): how many.
         token_counts (`torch.LongTensor` of shape `(codebook_size,)`): how often each code occurred.
-        codebook (`CodebookStatistics`): of these counts.
-        position_entropy (`torch.Tensor` of shape `(num_anchors,)`): entropy in bits of the codes at each position; no
-            more than the binary logarithm of the number of images.
-        anchors (`AnchorStatistics`): where they attend.
+        codebook (`CodebookStatistics`): statistics of these counts.
+        position_entropy (`torch.Tensor` of shape `(num_anchors,)`): entropy in bits of the codes at each position, at
+            most log2 of the number of images.
+        anchors (`AnchorStatistics`): where anchors look.
     """
 
     num_images: int
@@ -119,7 +119,7 @@ class TokenResult:
     anchors: AnchorStatistics
 
     def summary(self) -> dict[str, object]:
-        """Numbers for a JSON file: means over anchors by layer, and the histogram of code counts."""
+        """Values for a JSON file: means over anchors by layer, and the histogram of code counts."""
         anchors = {
             name: [round(value, 4) for value in (values.mean(-1) if values.ndim == 2 else values).tolist()]
             for name, values in vars(self.anchors).items()
@@ -144,13 +144,13 @@ def evaluate_tokens(
     progress_callback: ProgressCallback = lambda count: None,
 ) -> TokenResult:
     """
-    Statistics of the tokens of images, and of the places that their anchors attended to.
+    Compute statistics of image tokens and of sampling locations.
 
     Args:
         pictures (`Iterable[Picture]`): paths of image files, or PIL images; read once, in order.
 
     Raises:
-        ValueError: an unreadable image, which is named, or none at all.
+        ValueError: an image is unreadable (the error names it), or there are none.
     """
     model: VFMTokModel = pipe.vq_model
     tracker = AnchorTracker(model.anchor_encoder.reference_points(model.device))
@@ -162,7 +162,7 @@ def evaluate_tokens(
         all_tokens.append(encoded.image_tokens.cpu())
         progress_callback(len(encoded.image_tokens))
     if not all_tokens:
-        raise ValueError("There are no images to take tokens of.")
+        raise ValueError("There are no images to encode.")
     image_tokens = torch.cat(all_tokens)
     codebook_size = model.config.codebook_size
     counts = image_tokens.flatten().bincount(minlength=codebook_size)
@@ -175,7 +175,7 @@ def evaluate_tokens(
 @dataclass
 class AnchorAttention:
     """
-    Where the anchors of a few images attend in the encoder's last layer.
+    Where the anchors of a few images look in the encoder's last layer.
 
     Args:
         images (`list[PIL.Image.Image]`): as the model sees them.
@@ -190,7 +190,7 @@ class AnchorAttention:
 
 @torch.no_grad()
 def anchor_attention(pipe: VFMTokPipeline, pictures: Sequence[Picture]) -> AnchorAttention:
-    """Encode a few images and keep where their anchors attend."""
+    """Encode a few images and return where their anchors look."""
     pixel_values = pipe.image_processor(list(pictures), return_tensors="pt")["pixel_values"]
     encoded = pipe.vq_model.encode(pixel_values.to(pipe.vq_model.device), output_sampling_locations=True)
     images = pipe.image_processor.postprocess(pixel_values)

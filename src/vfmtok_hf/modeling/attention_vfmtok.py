@@ -34,8 +34,8 @@ def eager_attention_forward(
         module (`torch.nn.Module`): whose training mode decides on dropout.
         query, key, value (`torch.Tensor` of shape `(batch_size, heads, length, head_dim)`).
         attention_mask (`torch.Tensor`, *optional*): added to the `(batch_size, heads, queries, keys)` scores.
-        scaling (`float`): factor of the scores.
-        dropout (`float`): share of the weights that is dropped in training.
+        scaling (`float`): scale of the scores.
+        dropout (`float`): dropout rate of the attention weights.
 
     Returns:
         `tuple(torch.Tensor)`: `(batch_size, queries, heads, head_dim)`, and the weights `(batch_size, heads, queries, keys)`.

@@ -1,4 +1,4 @@
-"""The folder of a run: whether it is continued, its checkpoints, its saved models."""
+"""The folder of a run: resuming, checkpoints and saved models."""
 
 import json
 import os
@@ -25,7 +25,7 @@ DELETING = "deleting"
 
 @dataclass
 class Progress:
-    """Where a run is: optimizer steps done, epoch, batches of this epoch done."""
+    """Progress of a run: finished optimizer steps, epoch, finished batches of this epoch."""
 
     step: int = 0
     epoch: int = 0
@@ -40,15 +40,17 @@ class Progress:
 
 def open_output(output: Path, arguments: TrainingArguments) -> Path | None:
     """
-    The newest checkpoint of a run's folder, or None for a new run. Nothing is written but the folder.
+    The newest checkpoint of a run's folder, or None for a new run. Only the folder is created.
 
     Raises:
-        ValueError: the folder holds a run and `arguments.resume` is false, or its arguments were others
+        ValueError: the folder contains a run and `arguments.resume` is false, or its arguments differ
             ([`check_resumed_arguments`]).
     """
     checkpoints = finished_checkpoints(output)
     if checkpoints and not arguments.resume:
-        raise ValueError(f"{output} already holds a run: pass --resume true to continue it, or another --output.")
+        raise ValueError(
+            f"{output} already contains a run: pass --resume true to continue it, or choose another --output."
+        )
     if checkpoints:
         check_resumed_arguments(arguments, output / "arguments.yaml")
     elif arguments.resume:
@@ -61,11 +63,11 @@ def start_run(
     accelerator: Accelerator, output: Path, checkpoint: Path | None, arguments: TrainingArguments, progress: Progress
 ) -> RunLog:
     """
-    Everything is prepared and registered: load the checkpoint, if there is one, and open the run's log where it
-    stands. What an interrupted run wrote after its checkpoint is forgotten, since those steps come again.
+    Load the checkpoint, if there is one, after everything is prepared and registered, and open the run's log. Log lines
+    after the checkpoint are deleted, because these steps are repeated.
 
     Raises:
-        ValueError: the checkpoint does not fit; see [`load_checkpoint`].
+        ValueError: the checkpoint does not match; see [`load_checkpoint`].
     """
     if checkpoint is not None:
         load_checkpoint(accelerator, checkpoint)
@@ -83,16 +85,16 @@ def start_run(
 
 
 def finished_checkpoints(output: Path) -> list[Path]:
-    """Oldest first."""
+    """Checkpoints, oldest first."""
     return sorted((output / "checkpoints").glob("step_*"))
 
 
 def save_checkpoint(accelerator: Accelerator, output: Path, step: int, keep: int) -> None:
     """
-    Everything a bit-identical continuation needs, written whole or not at all; the oldest beyond `keep` go.
+    Save everything for a bit-identical resume, atomically. Only the newest `keep` checkpoints are kept.
 
     Raises:
-        OSError: it cannot be written. The checkpoints before it are unharmed.
+        OSError: it cannot be written. Earlier checkpoints are unchanged.
     """
     folder = output / "checkpoints" / f"step_{step:08d}"
     temporary = folder.with_name(WRITING)
@@ -110,21 +112,21 @@ def save_checkpoint(accelerator: Accelerator, output: Path, step: int, keep: int
             shutil.rmtree(temporary, ignore_errors=True)
         reason = one_line(error) if error else "another process failed"
         raise OSError(
-            f"The checkpoint of step {step} could not be written to {folder.parent}: {reason}. Those before it are "
-            "unharmed: make room and continue with --resume true."
+            f"The checkpoint of step {step} could not be written to {folder.parent}: {reason}. Earlier ones are "
+            "unchanged: free disk space and continue with --resume true."
         ) from error
     if accelerator.is_main_process:
         flush_to_disk(temporary)
         replace_folder(temporary, folder)
         for old in finished_checkpoints(output)[:-keep]:
-            # Out of sight at once: deleting takes a while, in which the process may die.
+            # Rename first: deleting takes a while, during which the process may be killed.
             os.replace(old, old.with_name(DELETING))
             shutil.rmtree(old.with_name(DELETING))
     accelerator.wait_for_everyone()
 
 
 def one_line(error: BaseException) -> str:
-    """An error in one line; of a sharded checkpoint, what the processes report."""
+    """An error as one line; for a sharded checkpoint, the errors of the processes."""
     errors = [failure for failure, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
     return " ".join(" ".join(dict.fromkeys(map(str, errors))).split())
 
@@ -146,26 +148,24 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
     if any_process(accelerator, error is not None):
         reason = one_line(error) if error else "another process failed"
         if "Error(s) in loading state_dict" in reason or "parameter group" in reason:
-            cure = (
-                "It is of another model: continue with the data, --tokenizer and --init_from that the run began with."
-            )
+            cure = "It belongs to another model: use the data, --tokenizer and --init_from with which the run started."
         else:
-            cure = "If its files are damaged, move it elsewhere to continue from the one before."
+            cure = "If its files are damaged, move it away to continue from the one before."
         raise ValueError(f"{checkpoint} cannot be read: {reason}. {cure}") from error
     if num_processes != accelerator.num_processes:
         raise ValueError(
-            f"{checkpoint} was written by {num_processes} process(es), this run has {accelerator.num_processes}: their "
-            "random numbers and shares of the data would differ. Start as many, or a new run with --init_from."
+            f"{checkpoint} was written by {num_processes} process(es), but this run has {accelerator.num_processes}: their "
+            "random numbers and shares of the data would differ. Start the same number, or a new run with --init_from."
         )
     if sharding != sharding_of(accelerator):
         raise ValueError(
-            f"{checkpoint} was written with {sharding or 'no sharding'}, this run is launched with "
-            f"{sharding_of(accelerator) or 'none'}. Launch it as before, or a new run with --init_from."
+            f"{checkpoint} was written with {sharding or 'no sharding'}, but this run was launched with "
+            f"{sharding_of(accelerator) or 'none'}. Launch it as before, or start a new run with --init_from."
         )
 
 
 def remove_leftovers(output: Path) -> None:
-    """What a killed run left half written or half deleted; a model that it was about to replace comes back."""
+    """Clean up what a killed run left half written or half deleted, and restore a model that it was replacing."""
     for name in (WRITING, DELETING):
         shutil.rmtree(output / "checkpoints" / name, ignore_errors=True)
     model = output / "model"
@@ -176,7 +176,7 @@ def remove_leftovers(output: Path) -> None:
 
 
 def flush_to_disk(folder: Path) -> None:
-    """Wait until the files survive a loss of power, which a rename could otherwise overtake."""
+    """Flush files to disk, so that they survive a power loss before the rename does."""
     for file in folder.rglob("*"):
         if file.is_file():
             with file.open("rb") as opened:
@@ -184,7 +184,7 @@ def flush_to_disk(folder: Path) -> None:
 
 
 def replace_folder(temporary: Path, folder: Path) -> None:
-    """Move a finished folder to its place; what was there goes."""
+    """Move a finished folder to its place, replacing what was there."""
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -196,8 +196,8 @@ def replace_folder(temporary: Path, folder: Path) -> None:
 @contextmanager
 def whole_run_folder(folder: Path) -> Iterator[Path]:
     """
-    A temporary sibling to write into, which becomes `folder` when the block ends. Its name is known, unlike those of
-    `vfmtok_hf.data.output_files`, so that a run that goes on clears up after one that was killed.
+    Yield a temporary sibling, which is renamed to `folder` when the block ends. Unlike in
+    `vfmtok_hf.data.output_files`, its name is fixed, so a resumed run can clean up after one that was killed.
     """
     temporary = folder.with_name(folder.name + ".writing")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -206,6 +206,6 @@ def whole_run_folder(folder: Path) -> Iterator[Path]:
 
 
 def save_model(model: nn.Module, folder: Path) -> None:
-    """`save_pretrained`, whole or not at all."""
+    """`save_pretrained`, atomically."""
     with whole_run_folder(folder) as temporary:
         model.save_pretrained(temporary)

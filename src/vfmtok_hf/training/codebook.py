@@ -1,4 +1,4 @@
-"""Keeping a codebook alive: first values from the data, restart of dead rows, and how much of it is used."""
+"""Codebook initialization from data, replacement of unused rows, and codebook usage."""
 
 from collections.abc import Iterable
 
@@ -10,10 +10,9 @@ from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 
 class CodebookUsage:
     """
-    Share of the codebook that the last `history_length` image tokens of training touched, as the original measures it
+    Share of the codebook that occurs in the last `history_length` image tokens of training, as the original measures it
     (`VectorQuantizer.codebook_used`): a first-in-first-out history that starts as zeros, so early values count
-    token 0 as seen. It also counts the steps for which each row has been idle. Updating reads nothing back from the
-    device.
+    token 0 as seen. It also counts for how many steps each row was unused. Updates do not synchronize with the device.
     """
 
     def __init__(self, codebook_size: int, device: torch.device | str = "cpu", history_length: int = 65_536):
@@ -22,7 +21,7 @@ class CodebookUsage:
         self.idle_steps = torch.zeros(codebook_size, dtype=torch.int64, device=device)
 
     def update(self, image_tokens: torch.LongTensor) -> None:
-        """`image_tokens`: one step's, of all processes, any shape."""
+        """Add the `image_tokens` of one step and all processes, in any shape."""
         tokens = image_tokens.detach().flatten()
         self.history = torch.cat([self.history, tokens])[-len(self.history) :]
         self.idle_steps += 1
@@ -45,12 +44,12 @@ def spherical_kmeans(
     vectors: torch.Tensor, num_clusters: int, generator: torch.Generator, iterations: int = 20
 ) -> torch.Tensor:
     """
-    Centers of unit vectors under cosine similarity.
+    Spherical k-means: cluster centers under cosine similarity.
 
     Args:
         vectors (`torch.FloatTensor` of shape `(count, dim)`): not necessarily normalized; count >= num_clusters.
         num_clusters (`int`): number of centers.
-        generator (`torch.Generator`): for the first centers and for those that lose all members.
+        generator (`torch.Generator`): for the initial centers and for replacing empty clusters.
 
     Returns:
         `torch.FloatTensor` of shape `(num_clusters, dim)`: unit vectors.
@@ -60,7 +59,7 @@ def spherical_kmeans(
     """
     if len(vectors) < num_clusters:
         raise ValueError(
-            f"k-means needs at least {num_clusters} latents to fill the codebook, got {len(vectors)}: "
+            f"k-means needs at least {num_clusters} latents to initialize the codebook, got {len(vectors)}: "
             "use more images, more anchors or a smaller codebook_size."
         )
     vectors = F.normalize(vectors.float(), dim=-1)
@@ -76,7 +75,7 @@ def spherical_kmeans(
 
 @torch.no_grad()
 def initialize_codebook(model: VFMTokModel, batches: Iterable[torch.Tensor], seed: int) -> None:
-    """k-means over the latents of batches of `pixel_values`. A function of weights, images and seed alone."""
+    """k-means over the latents of batches of `pixel_values`. Depends only on weights, images and seed."""
     latents = torch.cat([model.encode(batch.to(model.device)).latents.flatten(0, 1) for batch in batches])
     codebook = model.quantizer.codebook.weight
     codebook.copy_(spherical_kmeans(latents, len(codebook), torch.Generator().manual_seed(seed)))
@@ -87,8 +86,8 @@ def restart_dead_rows(
     codebook: torch.Tensor, usage: CodebookUsage, latents: torch.Tensor, patience: int, seed: int
 ) -> torch.Tensor:
     """
-    Replace, in place, each codebook row that was idle for `patience` steps by the direction of a random current
-    latent. With the same seed all processes choose alike. Reads nothing back from the device.
+    Replace, in place, each codebook row that was unused for `patience` steps with the direction of a random current
+    latent. With the same seed, all processes make the same choice. Does not synchronize with the device.
 
     Args:
         codebook (`torch.FloatTensor` of shape `(codebook_size, codebook_dim)`): stored rows.

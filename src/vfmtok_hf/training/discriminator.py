@@ -1,4 +1,4 @@
-"""Discriminators of the adversarial term: on features of a frozen DINO, the original's, or on patches of pixels."""
+"""Discriminators of the adversarial loss: on features of a frozen DINO, as in the original, or on image patches."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -14,16 +14,16 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from vfmtok_hf.modeling.vision_features_vfmtok import run_watched, watch_blocks
 
 
-# Images that share the statistics of a batch normalization.
+# Number of images that share the statistics of a batch normalization.
 VIRTUAL_BATCH = 8
 
 
 def load_dino(name_or_path: str) -> ViTModel:
     """
-    The vision transformer under the discriminator, with the original's approximate GELU and epsilon.
+    The discriminator's vision transformer, with the original's approximate GELU and epsilon.
 
     Raises:
-        FileNotFoundError: neither a folder nor in the cache, and no way to download it.
+        FileNotFoundError: it is neither a folder nor cached, and cannot be downloaded.
     """
     try:
         return ViTModel.from_pretrained(
@@ -32,19 +32,19 @@ def load_dino(name_or_path: str) -> ViTModel:
     except OSError as error:
         raise FileNotFoundError(
             f"The discriminator needs the vision model {name_or_path!r}, which is neither a folder nor in the Hub's "
-            f"cache. Run `hf download {name_or_path}` with a network, or name its folder with --discriminator_model; "
+            f"cache. Run `hf download {name_or_path}` on a machine with a network, or pass its folder with --discriminator_model; "
             "--discriminator patch needs no weights and --adversarial_weight 0 trains without the term."
         ) from error
 
 
 class DinoDiscriminator(nn.Module):
     """
-    Judges every patch of an image on five levels of a frozen vision transformer: its embeddings, and its states after
+    Scores every patch of an image on five levels of a frozen vision transformer: its embeddings, and its states after
     each quarter of its layers. Sources: Sauer et al. 2023 (StyleGAN-T, section 3.2) and the original's
     `discriminator_dino.py`.
 
     Args:
-        vision_model (`ViTModel`): frozen here. Its image size and width decide the discriminator's.
+        vision_model (`ViTModel`): frozen here. Its image size and width determine those of the discriminator.
     """
 
     def __init__(self, vision_model: ViTModel):
@@ -69,7 +69,7 @@ class DinoDiscriminator(nn.Module):
         return torch.cat([head(state) for head, state in zip(self.heads, states, strict=True)], dim=1)
 
     def _resize(self, images: torch.Tensor) -> torch.Tensor:
-        """Larger images are shrunk or, half of the times, cropped at random: the same window for the whole batch."""
+        """Downsample larger images or, half of the time, crop them at random, with the same window for the whole batch."""
         size = self.vision_model.config.image_size
         height, width = images.shape[-2:]
         if min(height, width) > size and random.random() <= 0.5:
@@ -78,7 +78,7 @@ class DinoDiscriminator(nn.Module):
         return F.interpolate(images, size=(size, size), mode="area" if height > size else "bicubic")
 
     def _levels(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """Patch states plus the class state, `(batch_size, hidden_size, patches)` for each level."""
+        """Sum of patch states and class state, `(batch_size, hidden_size, patches)` per level."""
         _, states = run_watched(self.vision_model, images)
         states = [states[level].float() for level in self.levels]
         return [(state[:, 1:] + state[:, :1]).transpose(1, 2) for state in states]
@@ -105,7 +105,7 @@ class DinoDiscriminatorHead(nn.Module):
 class LocalBatchNorm(nn.Module):
     """
     Batch normalization of `(batch_size, channels, length)` within equal groups of at most `VIRTUAL_BATCH` images, in
-    float32 and without running statistics: it computes alike in training and evaluation, on one process or several.
+    float32 and without running statistics. The result is the same in training and evaluation, on one process or several.
     """
 
     def __init__(self, channels: int):
@@ -130,15 +130,15 @@ def check_virtual_batches(batch_size: int) -> None:
     if batch_size % num_groups:
         raise ValueError(
             f"The DINO discriminator normalizes within equal groups of at most {VIRTUAL_BATCH} images, and "
-            f"--batch_size {batch_size} does not split into {num_groups}: take a multiple of {VIRTUAL_BATCH}."
+            f"--batch_size {batch_size} does not split into {num_groups}: use a multiple of {VIRTUAL_BATCH}."
         )
 
 
 class PatchDiscriminator(nn.Module):
     """
-    Judges overlapping patches of an image (Isola et al. 2017, section 3.2): `(batch_size, 3, height, width)` in
+    Scores overlapping patches of an image (Isola et al. 2017, section 3.2): `(batch_size, 3, height, width)` in
     [-1, 1] -> `(batch_size, 1, height / 2**num_layers, width / 2**num_layers)` logits. Group norm instead of batch
-    norm, so that a judgment does not depend on the rest of the batch.
+    norm, so a score does not depend on the rest of the batch.
     """
 
     def __init__(self, base_channels: int = 32, num_layers: int = 3, num_groups: int = 8):
@@ -163,7 +163,7 @@ class PatchDiscriminator(nn.Module):
 
 
 class DiscriminatorObjective(nn.Module):
-    """A discriminator and its loss as one module: two calls of a discriminator wrapped for DDP would disturb it."""
+    """A discriminator and its loss as one module, because DDP does not support calling the discriminator twice."""
 
     def __init__(self, discriminator: nn.Module):
         super().__init__()
@@ -178,7 +178,7 @@ class DiscriminatorObjective(nn.Module):
 
 @contextmanager
 def frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Within the `with` block gradients pass through the parameters' module without reaching them."""
+    """Within the block, gradients pass through the module without reaching its parameters."""
     for parameter in parameters:
         parameter.requires_grad_(False)
     try:

@@ -1,6 +1,6 @@
 """
-Training on several processes: how they start and stop together, and what differs from whole copies where FSDP2 or
-DeepSpeed's ZeRO-2 split a model over them.
+Training on several processes: starting and stopping together, and what differs if FSDP2 or DeepSpeed's ZeRO-2 shard
+the model.
 """
 
 import os
@@ -26,17 +26,17 @@ from vfmtok_hf.training.logs import check_trackers, logger
 
 def start_accelerator(arguments: TrainingArguments, output: Path, can_shard: bool = False) -> Accelerator:
     """
-    Accelerate as the launcher set it up, with seeded random numbers. Random numbers differ between processes.
+    Create the `Accelerator` as the launcher configured it, and seed random numbers, differently on each process.
 
     Args:
-        can_shard (`bool`): whether the run can train a model that is split over the processes.
+        can_shard (`bool`): whether the run can train a sharded model.
 
     Raises:
         ValueError: a tracker is unknown, or the launcher shards the model in a way that is not supported.
         ImportError: a tracker is not installed.
     """
     accelerator = Accelerator(
-        # Without being told, Accelerate would not connect processes that have no accelerator.
+        # By default, Accelerate does not connect CPU processes.
         cpu=not torch.accelerator.is_available(),
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             arguments.gradient_accumulation_steps, sync_with_dataloader=False
@@ -51,8 +51,8 @@ def start_accelerator(arguments: TrainingArguments, output: Path, can_shard: boo
         and accelerator.num_processes == 1
     ):
         logger.warning(
-            "one process: `accelerate launch --cpu` starts no more, whatever its --num_processes. Several processes on "
-            "CPUs: torchrun --nproc_per_node N -m vfmtok_hf.training.train_..."
+            "one process: `accelerate launch --cpu` starts only one, whatever its --num_processes. For several processes on "
+            "CPUs, use torchrun --nproc_per_node N -m vfmtok_hf.training.train_..."
         )
     set_up_sharding(accelerator, arguments, can_shard)
     if accelerator.device.type == "cpu":
@@ -63,8 +63,8 @@ def start_accelerator(arguments: TrainingArguments, output: Path, can_shard: boo
 
 class StopRequest:
     """
-    True in a boolean context once `agree` has learned of a SIGTERM or SIGINT to any process: the loop then saves and
-    leaves. The signal itself interrupts nothing.
+    True in a boolean context once `agree` found that any process received SIGTERM or SIGINT. The loop then saves and
+    exits. The signal itself does not interrupt anything.
     """
 
     def __init__(self, accelerator: Accelerator):
@@ -78,7 +78,7 @@ class StopRequest:
         self.received = True
 
     def agree(self) -> None:
-        """Once a step, on all processes, so that all of them leave after the same one."""
+        """Call once per step on all processes, so that all of them exit after the same step."""
         self.agreed = any_process(self.accelerator, self.received)
 
     def __bool__(self) -> bool:
@@ -86,7 +86,7 @@ class StopRequest:
 
 
 def any_process(accelerator: Accelerator, flag: bool) -> bool:
-    """Whether the flag is set on any process. Called by all of them."""
+    """Whether the flag is set on any process. Must be called on all processes."""
     if accelerator.num_processes == 1:
         return flag
     return accelerator.reduce(torch.tensor(float(flag), device=accelerator.device)).item() > 0
@@ -101,19 +101,19 @@ def check_losses(
     indices: torch.Tensor,
 ) -> None:
     """
-    Stop all processes if a number of any of them is not finite. Called by all, before weights change (under DeepSpeed
-    after it, see [`clip_gradients`]).
+    Stop all processes if a number on any of them is not finite. Must be called on all, before weights change (with
+    DeepSpeed afterwards, see [`clip_gradients`]).
 
     Args:
-        step (`int`): steps done before this one.
-        values (`dict[str, torch.Tensor]`): named scalars of this process: the loss and its terms.
-        norms (`dict[str, torch.Tensor]`): of gradients, the same on all processes.
+        step (`int`): number of finished steps.
+        values (`dict[str, torch.Tensor]`): named scalars of this process, the loss and its terms.
+        norms (`dict[str, torch.Tensor]`): gradient norms, the same on all processes.
         name_of (callable): name of a training image by its index.
-        indices (`torch.LongTensor`): of the images that this process had in the step.
+        indices (`torch.LongTensor`): indices of this process's images in the step.
 
     Raises:
-        FloatingPointError: names the terms, and the images of the processes whose terms they are. If all terms are
-            finite and a gradient is not, it names that and the images of all processes.
+        FloatingPointError: names the terms, and the images of the affected processes. If only a gradient is not finite,
+            it names the gradient and the images of all processes.
     """
     is_bad = ~torch.stack([value.detach().isfinite() for value in (values | norms).values()])
     if not any_process(accelerator, bool(is_bad.any())):
@@ -126,35 +126,34 @@ def check_losses(
     images = [image for _, images in culprits for image in images]
     raise FloatingPointError(
         f"Not finite at step {step}: {', '.join(names)}. Lower the learning rate or check these images: "
-        f"{', '.join(images)}. The last checkpoint is unharmed."
+        f"{', '.join(images)}. The last checkpoint is unchanged."
     )
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Models that are split over the processes
+# Sharded models
 
 
 def sharding_of(accelerator: Accelerator) -> str | None:
-    """What splits the training over the processes: "FSDP", "DEEPSPEED" or nothing."""
+    """The kind of sharding: "FSDP", "DEEPSPEED" or none."""
     kind = accelerator.distributed_type
     return kind.value if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) else None
 
 
 def set_up_sharding(accelerator: Accelerator, arguments: TrainingArguments, can_shard: bool) -> None:
     """
-    Check what the launcher configured, and hand the run's settings on to what shards.
+    Check the launcher's sharding configuration, and add the run's settings to it.
 
     Raises:
-        ValueError: the launcher shards in a way that training does not support, or shards a model that is not to be
-            sharded.
+        ValueError: the sharding is not supported, or the model cannot be sharded.
     """
     kind = sharding_of(accelerator)
     if kind is None:
         return
     if not can_shard:
         raise ValueError(
-            f"{kind} is supported neither by the training of image tokenizers nor with --lora_rank or --compile. "
-            "Launch with configs/accelerate/one_node_8_gpus.yaml; docs/scaling.md tells what fits."
+            f"{kind} is not supported for image tokenizers, and not with --lora_rank or --compile. "
+            "Launch with configs/accelerate/one_node_8_gpus.yaml; docs/scaling.md describes the alternatives."
         )
     if kind == "FSDP":
         set_up_fsdp(accelerator)
@@ -166,14 +165,14 @@ def set_up_fsdp(accelerator: Accelerator) -> None:
     """
     Check the plugin, and set its precision.
 
-    In mixed precision the weights are gathered as bfloat16, all layers compute in it, and gradients are summed in
-    float32. The rotary tables stay float32, which a cast of the layers' inputs would round.
+    In mixed precision, weights are gathered in bfloat16, layers compute in bfloat16, and gradients are reduced in
+    float32. The layers' inputs are not cast, because that would round the float32 rotary tables.
     """
     plugin = accelerator.state.fsdp_plugin
     supported = {
         "fsdp_version: 2": plugin.fsdp_version == 2,
         "fsdp_state_dict_type: SHARDED_STATE_DICT": plugin.state_dict_type.name == "SHARDED_STATE_DICT",
-        # Else other models that are loaded, such as the image tokenizer, would be empty on all processes but one.
+        # Otherwise other loaded models, such as the image tokenizer, would be empty on all processes but one.
         "fsdp_cpu_ram_efficient_loading: false": not plugin.cpu_ram_efficient_loading,
         "fsdp_offload_params: false": not isinstance(plugin.cpu_offload, CPUOffloadPolicy),
         "fsdp_activation_checkpointing: false (the run has gradient_checkpointing)": not plugin.activation_checkpointing,
@@ -189,8 +188,8 @@ def set_up_deepspeed(accelerator: Accelerator, arguments: TrainingArguments) -> 
     """
     Check the plugin, and give it the run's batch size, accumulation and clipping.
 
-    The weights stay float32, since the moving average is of them: DeepSpeed's bfloat16 would replace them.
-    [`prepare_model`] sees to mixed precision.
+    Weights stay in float32, because the moving average needs them; DeepSpeed's bfloat16 mode would replace them.
+    [`prepare_model`] sets up mixed precision.
     """
     plugin = accelerator.state.deepspeed_plugin
     supported = {
@@ -211,7 +210,7 @@ def set_up_deepspeed(accelerator: Accelerator, arguments: TrainingArguments) -> 
 def require(supported: dict[str, bool], file: str) -> None:
     """
     Raises:
-        ValueError: names the settings that are false, and the configuration that has them all.
+        ValueError: names the wrong settings, and a configuration that has the right ones.
     """
     missing = [setting for setting, is_given in supported.items() if not is_given]
     if missing:
@@ -219,9 +218,9 @@ def require(supported: dict[str, bool], file: str) -> None:
 
 
 def prepare_model(accelerator: Accelerator, model: nn.Module, mixed_precision: str) -> None:
-    """What Accelerate does to whole models, and leaves undone for those that it hands to FSDP2 or DeepSpeed."""
+    """Do what Accelerate does only for unsharded models: autocast, and equal weights on all processes."""
     if accelerator.is_fsdp2:
-        # Fresh weights are random by process, and each would keep its own part of its own.
+        # New weights differ between processes, and each process would keep a shard of its own.
         broadcast([tensor.data for tensor in model.state_dict().values()])
     if accelerator.distributed_type == DistributedType.DEEPSPEED and mixed_precision == "bf16":
         model.forward = torch.autocast(accelerator.device.type, torch.bfloat16)(model.forward)
@@ -229,8 +228,8 @@ def prepare_model(accelerator: Accelerator, model: nn.Module, mixed_precision: s
 
 def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float) -> torch.Tensor:
     """
-    Scale the gradients to the norm `max_norm` if theirs is larger, and return theirs, the same on all processes.
-    DeepSpeed has done so, and its step, in the backward pass; where the norm is not finite it takes no step.
+    Clip gradients to the norm `max_norm`, and return their norm before, which is the same on all processes. DeepSpeed
+    clips and steps in the backward pass, and takes no step if the norm is not finite.
     """
     norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
     return torch.as_tensor(norm.full_tensor() if isinstance(norm, DTensor) else norm, device=accelerator.device)
@@ -238,15 +237,15 @@ def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float) 
 
 def gathered(accelerator: Accelerator, model: PreTrainedModel) -> PreTrainedModel | None:
     """
-    A sharded model whole, in main memory, on the main process and None on the others; another model as it is. Called by
-    all processes.
+    Gather a sharded model in main memory on the main process; other processes get None. Returns other models unchanged.
+    Must be called on all processes.
     """
     if not accelerator.is_fsdp2:
         return model
     weights = accelerator.get_state_dict(model)
     if not accelerator.is_main_process:
         return None
-    # Sharding puts a subclass in the place of a model's class.
+    # Sharding replaces a model's class with a subclass.
     model_class = next(base for base in type(model).__mro__ if not issubclass(base, FSDPModule))
     with torch.device("meta"):
         whole = model_class(model.config)
@@ -257,8 +256,8 @@ def gathered(accelerator: Accelerator, model: PreTrainedModel) -> PreTrainedMode
 
 def save_together(accelerator: Accelerator) -> None:
     """
-    DeepSpeed's processes wait for each other once they have written their parts. Let one that cannot write wait with
-    them before it raises: else they would wait for ever.
+    DeepSpeed's processes wait for each other after writing their parts. A process that cannot write must wait with them
+    before it raises, because otherwise they would wait forever.
     """
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return
@@ -278,7 +277,7 @@ def save_together(accelerator: Accelerator) -> None:
 
 
 def checkpoint_averages(accelerator: Accelerator, ema: EMA) -> None:
-    """Have the moving average saved and loaded with the rest of a checkpoint; under FSDP2, each process its part."""
+    """Save and load the moving average with the checkpoint; with FSDP2, each process its shard."""
     if not accelerator.is_fsdp2:
         accelerator.register_for_checkpointing(ema)
         return

@@ -11,16 +11,16 @@ from torch.distributed.fsdp import FSDPModule
 class EMA:
     """
     Float32 average of a model's trainable parameters and of its buffers: `average += (1 - decay) * (value - average)`.
-    Frozen parameters are not copied and buffers of integers follow the model without averaging.
+    Frozen parameters are not copied, and integer buffers are copied from the model without averaging.
 
-    The decay rises with the number of updates, `min(decay, (1 + updates) / (10 + updates))`, so that a short run's
-    average does not remember its random start.
+    The decay increases with the number of updates, `min(decay, (1 + updates) / (10 + updates))`, so the average of a short
+    run is not dominated by its random initialization.
 
-    Of a model sharded by FSDP2 each process averages its own part.
+    With FSDP2, each process averages its own shard.
 
     Args:
-        model (`nn.Module`): the model without wrappers, on its final device, and sharded if it is to be.
-        decay (`float`): weight of the past in each update, in [0, 1).
+        model (`nn.Module`): the model without wrappers, on its final device, already sharded if FSDP2 is used.
+        decay (`float`): weight of the previous average in each update, in [0, 1).
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -41,7 +41,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Once per optimizer step, after it."""
+        """Update the average. Call it after each optimizer step."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         averages, values = [], []
@@ -55,7 +55,7 @@ class EMA:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within the `with` block the model holds the averaged weights."""
+        """Within the block, the model has the averaged weights."""
         own = {name: value.detach().clone() for name, value in self._tracked()}
         self._write(self.averages)
         try:

@@ -1,10 +1,10 @@
 """
-Turn images into image tokens once, for any number of generator trainings.
+Encode images to image tokens once, for any number of generator trainings.
 
     python -m vfmtok_hf.training.extract_tokens --data data/train --tokenizer runs/tokenizer/model --output tokens/train
     torchrun --nproc_per_node 8 -m vfmtok_hf.training.extract_tokens --config extract.yaml
 
-The same command after an interruption goes on with the shards that are missing.
+After an interruption, the same command continues with the missing shards.
 """
 
 import hashlib
@@ -56,23 +56,23 @@ def extract_tokens(
     progress_callback: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """
-    Write the tokens of all images as parquet files, and return their index. Files that are there already are kept.
+    Write the tokens of all images to parquet files and return their index. Existing files are kept.
 
-    Several processes (of `torchrun` or `accelerate launch`) take turns at the shards, so that each image is encoded
-    by exactly one. Images that cannot be decoded are left out and named in the log and in the index. An image that
-    occurs twice, byte for byte, is read once: the index names the others as duplicates.
+    Several processes (from `torchrun` or `accelerate launch`) share the shards, so each image is encoded by exactly one.
+    Images that cannot be decoded are left out and named in the log and in the index. Byte-identical images are encoded
+    once; the index names the others as duplicates.
 
     Args:
         tokenizer ([`VFMTokModel`]): on the device to use.
         views ([`ImageViews`]): the views of an image.
-        codebook_top_k (`int`): token sequences of each view, see [`encode_sequences`].
-        shard_size (`int`): images in a shard.
-        batch_size (`int`): views encoded at once. It changes no result.
-        overwrite (`bool`): replace what another tokenizer, other images or other settings made, which else raises.
+        codebook_top_k (`int`): token sequences per view, see [`encode_sequences`].
+        shard_size (`int`): images per shard.
+        batch_size (`int`): views encoded at once. It does not change the result.
+        overwrite (`bool`): replace tokens of another tokenizer, other images or other settings. Otherwise they raise.
         progress_callback: called with the number of images after each batch of this process.
 
     Raises:
-        ValueError: `output` holds other tokens, or no image can be decoded.
+        ValueError: `output` contains other tokens, or no image can be decoded.
     """
     state, output = PartialState(), Path(output)
     tokenizer.eval()
@@ -88,7 +88,7 @@ def extract_tokens(
         _prepare(output, fingerprint, overwrite)
     state.wait_for_everyone()
     missing = [number for number in range(num_shards) if not (output / shard_name(number)).is_file()]
-    state.wait_for_everyone()  # before the first new shard appears, so that all processes see the same ones missing
+    state.wait_for_everyone()  # before the first new shard appears, so that all processes see the same missing ones
     for number in missing[state.process_index :: state.num_processes]:
         indices = range(number * shard_size, min((number + 1) * shard_size, len(records)))
         shard = _ViewedImages(records, views, indices)
@@ -132,7 +132,7 @@ def extract_tokens(
 
 
 def finished_index(output: Path, fingerprint: str) -> dict[str, Any] | None:
-    """The index of a folder that holds all the shards that it should, as far as their sizes tell."""
+    """The index of a complete folder; shards are checked by their sizes."""
     try:
         index = read_index(output)
         for shard in index["shards"]:
@@ -147,29 +147,29 @@ def shard_name(number: int) -> str:
 
 
 def _prepare(output: Path, fingerprint: str, overwrite: bool) -> None:
-    """Make the folder ready: without what a killed process left, without damaged shards, without other tokens."""
+    """Remove leftovers of a killed process, damaged shards and other tokens from the folder."""
     output.mkdir(parents=True, exist_ok=True)
     for partial in output.glob(".*.partial*"):
         partial.unlink()
     for file in (*output.glob(SHARDS), *output.glob(EARLIER_SHARDS)):
         facts = shard_facts(file) if file.match(SHARDS) else {}
         if facts is None:
-            logger.warning("%s is damaged: made again", file)
+            logger.warning("%s is damaged: writing it again", file)
             file.unlink()
             continue
         belongs = facts.get("fingerprint") == fingerprint
         if not belongs and not overwrite:
             raise ValueError(
-                f"{output} holds tokens of another tokenizer, other images or other settings: choose another --output."
+                f"{output} contains tokens of another tokenizer, other images or other settings: choose another --output."
             )
         if not belongs:
-            logger.info("%s belongs to another tokenizer, other images or other settings: made again", file)
+            logger.info("%s belongs to another tokenizer, other images or other settings: writing it again", file)
             file.unlink()
     (output / INDEX_FILE).unlink(missing_ok=True)
 
 
 class _ViewedImages(Dataset):
-    """All views of single images; `views` is None where the image cannot be decoded."""
+    """All views of single images; `views` is None if the image cannot be decoded."""
 
     def __init__(self, records: ImageRecords, views: ImageViews, indices: range):
         self.records = records
@@ -199,7 +199,7 @@ def _encode_shard(
     num_workers: int,
     progress_callback: Callable[[int], None] | None,
 ) -> tuple[list[dict[str, Any]], np.ndarray]:
-    """The readable images of a shard, and the tokens of all their views in turn."""
+    """The readable images of a shard, and the tokens of all their views in order."""
     images_at_once = max(batch_size // shard.views.num_views, 1)
     loader = DataLoader(
         shard, batch_size=images_at_once, num_workers=num_workers, collate_fn=list, generator=torch.Generator()
@@ -221,9 +221,9 @@ def _encode_shard(
 
 
 def _summary(records: ImageRecords, files: list[Path]) -> dict[str, Any]:
-    """What the index says of the shards: their digests, images left out, and images that came before."""
+    """The index entries of the shards: checksums, images left out, and duplicates."""
     shards, unreadable, duplicates = [], [*records.unlabeled], []
-    first_name: dict[str, str] = {}  # by digest
+    first_name: dict[str, str] = {}  # by sha256
     for file in files:
         unreadable += shard_facts(file)["unreadable"]
         table = pq.read_table(file, columns=["image", "sha256"])
@@ -242,7 +242,7 @@ def _summary(records: ImageRecords, files: list[Path]) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(ExtractionArguments, argv, "python -m vfmtok_hf.training.extract_tokens")
     configure_logging()
-    # Without being told, Accelerate would not connect processes that have no accelerator.
+    # By default, Accelerate does not connect CPU processes.
     state = Accelerator(cpu=not torch.accelerator.is_available())
     tokenizer = load_tokenizer(arguments.tokenizer).to(state.device)
     with state.main_process_first():  # the datasets library prepares its cache

@@ -1,4 +1,4 @@
-"""Training that starts from trained models, in full or by low-rank adapters, and ends in a pipeline."""
+"""Fine-tune trained models, in full or with low-rank adapters, and save a pipeline."""
 
 import copy
 from pathlib import Path
@@ -28,27 +28,27 @@ LORA_TARGETS = {
 
 def load_tokenizer(name_or_path: str) -> VFMTokModel:
     """
-    An image tokenizer from a folder or repository that holds one, or a pipeline with one; in float32.
+    Load an image tokenizer in float32, from a folder or repository of a tokenizer or a pipeline.
 
     Raises:
-        ValueError: it is another kind of model.
+        ValueError: it is another type of model.
     """
     return _load_component(name_or_path, "vq_model", (VFMTokModel,)).eval()
 
 
 def load_generator(name_or_path: str) -> Generator:
-    """The same for a generator of either kind."""
+    """The same for a generator of either type."""
     return _load_component(name_or_path, "transformer", (VFMTokARForImageGeneration, VFMTokRARForImageGeneration))
 
 
 def _load_component(name_or_path: str, component: str, classes: tuple[type, ...]):
-    # The root of a pipeline has no config.json.
+    # The root folder of a pipeline has no config.json.
     subfolder = "" if has_file(name_or_path, "config.json") else component
-    # Half precision files save disk space; their averages and updates need float32.
+    # Files may be in half precision, but averages and updates need float32.
     model = AutoModel.from_pretrained(name_or_path, subfolder=subfolder, dtype=torch.float32)
     if not isinstance(model, classes):
         expected = " or ".join(cls.__name__ for cls in classes)
-        raise ValueError(f"{name_or_path} holds a {type(model).__name__}, expected a {expected} or a pipeline.")
+        raise ValueError(f"{name_or_path} contains a {type(model).__name__}, expected a {expected} or a pipeline.")
     return model
 
 
@@ -58,13 +58,13 @@ def is_pipeline(name_or_path: str) -> bool:
 
 def add_lora(model: Generator, rank: int, alpha: float, dropout: float) -> "PeftModel":
     """
-    Freeze a generator but for low-rank updates of its linear layers (arXiv 2106.09685) and its class embeddings, which
-    are trained in full. The adapters are put into `model` itself.
+    Freeze a generator except for low-rank updates of its linear layers (arXiv 2106.09685) and its class embeddings, which
+    are trained in full. The adapters are added to `model` in place.
 
     Args:
-        rank (`int`): of the updates.
+        rank (`int`): rank of the updates.
         alpha (`float`): the updates are scaled by `alpha / rank`.
-        dropout (`float`): of the input of the updates, in training.
+        dropout (`float`): dropout rate of the updates' input in training.
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -74,7 +74,7 @@ def add_lora(model: Generator, rank: int, alpha: float, dropout: float) -> "Peft
     table, first = model.class_embedding_table()
     if first == 0:
         embeddings = {"modules_to_save": ["class_embedding"]}
-    else:  # The table holds the image tokens too, which stay frozen.
+    else:  # The table also contains the image tokens, which stay frozen.
         embeddings = {"trainable_token_indices": {"embed_tokens": list(range(first, len(table.weight)))}}
     config = LoraConfig(
         r=rank,
@@ -87,15 +87,15 @@ def add_lora(model: Generator, rank: int, alpha: float, dropout: float) -> "Peft
 
 
 def save_adapted(adapted: "PeftModel", folder: Path, adapter_folder: Path) -> None:
-    """The model with its adapters merged, which loads without peft, and the adapters alone."""
+    """Save the model with merged adapters, which loads without peft, and the adapters alone."""
     with whole_run_folder(adapter_folder) as temporary:
-        # Left to itself, peft asks the Hub whether the base model has other embeddings.
+        # By default, peft contacts the Hub to check whether the base model has other embeddings.
         adapted.save_pretrained(temporary, save_embedding_layers=False)
     save_model(copy.deepcopy(adapted).merge_and_unload(), folder)
 
 
 def save_pipeline(tokenizer: VFMTokModel, generator_folder: Path, folder: Path) -> None:
-    """A pipeline of a tokenizer and a saved generator, whole or not at all."""
+    """Save a pipeline of a tokenizer and a saved generator, atomically."""
     from vfmtok_hf.pipelines import VFMTokPipeline  # diffusers takes seconds to import
 
     size = tokenizer.config.image_size

@@ -1,4 +1,4 @@
-"""What a generator is trained and validated on: token sets, images that become tokens once, or in every step."""
+"""Data of a generator: token sets, or images that are encoded once or in every step."""
 
 from pathlib import Path
 
@@ -21,10 +21,10 @@ def open_token_data(
     arguments: GeneratorArguments, tokenizer: VFMTokModel, accelerator: Accelerator
 ) -> tuple[TokenSet | ImageDataset | Stream, TokenSet]:
     """
-    Training data, as tokens or as images; and validation data, as tokens.
+    Open training data, as tokens or images, and validation data, as tokens.
 
     Raises:
-        ValueError: there are no validation data and none can be held out, or they have other classes.
+        ValueError: there are no validation data and none can be held out, or their classes differ.
     """
     held_out = None
     train_source: TokenSet | ImageRecords | Stream
@@ -36,9 +36,7 @@ def open_token_data(
         )
     else:
         if arguments.streaming and arguments.num_crops:
-            raise ValueError(
-                "The images of a stream become tokens in every step: --streaming true needs --num_crops 0."
-            )
+            raise ValueError("The images of a stream are encoded in every step: --streaming true needs --num_crops 0.")
         train_source, held_out = open_training_images(arguments, tokenizer.config.image_size, accelerator)
     validation_source: TokenSet | ImageRecords
     if arguments.validation_data is not None and is_token_set(arguments.validation_data, arguments.validation_split):
@@ -103,7 +101,7 @@ def tokenize_once(
     arguments: GeneratorArguments,
     tokenizer: VFMTokModel,
 ) -> TokenSet:
-    """The tokens of images, kept in the run's folder; those of another tokenizer or other images are replaced."""
+    """Encode images to tokens in the run's folder. Tokens of another tokenizer or other images are replaced."""
     folder = Path(arguments.output) / "tokens" / name
     workers = arguments.num_workers
     extract_tokens(tokenizer, records, folder, views, codebook_top_k, num_workers=workers, overwrite=True)
@@ -113,7 +111,7 @@ def tokenize_once(
 def token_batch(
     batch: dict[str, torch.Tensor], tokenizer: VFMTokModel, codebook_top_k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Class labels and image tokens. Of images, each gives `codebook_top_k` sequences that follow each other."""
+    """Class labels and image tokens of a batch. Each image has `codebook_top_k` consecutive sequences."""
     if "image_tokens" in batch:
         return batch["label"], batch["image_tokens"]
     sequences = encode_sequences(tokenizer, batch["pixel_values"], codebook_top_k)

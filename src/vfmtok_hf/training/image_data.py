@@ -1,4 +1,4 @@
-"""The images that a run's arguments name, and how they are dealt out: the same for tokenizers and generators."""
+"""Images of a run and their distribution over processes, for tokenizers and generators."""
 
 import torch
 from accelerate import Accelerator
@@ -20,13 +20,13 @@ def open_training_images(
     arguments: TrainingArguments, image_size: int, accelerator: Accelerator, labeled: bool = True
 ) -> tuple[ImageRecords | ImageStream, ImageRecords | None]:
     """
-    The images to train on; and those that are held out of them, where there are no `validation_data`.
+    Open the training images, and the images held out from them if there are no `validation_data`.
 
     Args:
         labeled (`bool`): as in [`open_records`].
 
     Raises:
-        ValueError: nothing can be held out of a stream.
+        ValueError: a stream cannot be split.
     """
     if not arguments.streaming:
         records = open_split(arguments, arguments.train_data, arguments.split, accelerator, labeled)
@@ -34,7 +34,7 @@ def open_training_images(
             return records, None
         return records.hold_out(arguments.validation_share, arguments.seed)
     if arguments.validation_data is None:
-        raise ValueError("Of a stream no part can be held out: give --validation_data.")
+        raise ValueError("A stream cannot be split: pass --validation_data.")
     stream = ImageStream(
         arguments.train_data,
         training_augmentation(arguments, image_size),
@@ -53,7 +53,7 @@ def open_training_images(
 def open_validation_images(
     arguments: TrainingArguments, held_out: ImageRecords | None, accelerator: Accelerator, labeled: bool = True
 ) -> ImageRecords:
-    """The images held out of the training data, or those of `validation_data`."""
+    """The images held out from the training data, or those of `validation_data`."""
     if held_out is not None:
         return held_out
     return open_split(arguments, arguments.validation_data, arguments.validation_split, accelerator, labeled)
@@ -88,6 +88,6 @@ def validation_loader(data: Dataset, arguments: TrainingArguments, accelerator: 
         arguments.batch_size,
         num_workers=arguments.num_workers,
         worker_init_fn=leave_stopping_to_the_trainer,
-        # Its own, as a loader would draw from the global one, and training would notice.
+        # Its own generator: a loader would sample from the global one and so change the training.
         generator=torch.Generator(),
     )

@@ -1,4 +1,4 @@
-"""What a run reports: its log of one JSON object per line, trackers beside it, curves, pictures."""
+"""Logging: a JSON object per line, trackers, curves and image grids."""
 
 import dataclasses
 import hashlib
@@ -22,7 +22,7 @@ from vfmtok_hf.plotting import Curves
 from vfmtok_hf.training.arguments import TrainingArguments
 
 
-if TYPE_CHECKING:  # curves are also plotted where nothing is trained
+if TYPE_CHECKING:  # curves can be plotted without the training libraries
     from accelerate import Accelerator
 
 logger = logging.getLogger("vfmtok_hf.training")
@@ -37,7 +37,7 @@ def configure_logging() -> None:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main`; what can go wrong outside this program becomes one line on stderr and exit code 1."""
+    """Run a script's `main`. Expected errors become one line on stderr and exit code 1."""
     try:
         main()
     except (ImportError, OSError, ValueError, FloatingPointError, StrictDataclassError) as error:
@@ -45,7 +45,7 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 class RunLog:
-    """One JSON object per line in `log.jsonl`, a readable line on the console, and the trackers. Main process only."""
+    """Write `log.jsonl`, the console and the trackers, on the main process only."""
 
     def __init__(self, accelerator: "Accelerator", output: Path):
         self.accelerator = accelerator
@@ -63,8 +63,8 @@ class RunLog:
 
 class WindowMeans:
     """
-    Means of named scalars over the steps and processes since the last log line, and images per second. Adding reads
-    nothing from the device.
+    Means of named scalars over the steps and processes since the last log line, and images per second. Adding values
+    does not synchronize with the device.
     """
 
     def __init__(self, accelerator: "Accelerator"):
@@ -78,14 +78,14 @@ class WindowMeans:
         self.started = time.perf_counter()
 
     def add(self, values: dict[str, torch.Tensor], num_images: int) -> None:
-        """`num_images`: of all processes."""
+        """Add values; `num_images` is the number of images of all processes."""
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach()
         self.counts.update(values.keys())
         self.images += num_images
 
     def take(self) -> dict[str, float]:
-        """The means and `images/s`; the window starts again. Called by all processes."""
+        """Return the means and `images/s`, and reset. Must be called on all processes."""
         means = torch.stack([total.float() / self.counts[name] for name, total in self.sums.items()])
         means = self.accelerator.reduce(means, "mean").tolist()
         values = dict(zip(self.sums, means, strict=True))
@@ -96,7 +96,7 @@ class WindowMeans:
 
 def read_log(file: Path) -> list[dict[str, Any]]:
     """
-    Its lines. A last line that a killed run left incomplete does not count.
+    The lines of a log. An incomplete last line of a killed run is ignored.
 
     Raises:
         ValueError: another line is damaged.
@@ -113,7 +113,7 @@ def read_log(file: Path) -> list[dict[str, Any]]:
 
 
 def drop_lines_after(file: Path, step: int) -> None:
-    """Forget the steps after `step`, which come again."""
+    """Delete the lines after `step`, because these steps are repeated."""
     if file.is_file():
         kept = [entry for entry in read_log(file) if entry["step"] <= step]
         with whole_file(file) as temporary:
@@ -122,8 +122,8 @@ def drop_lines_after(file: Path, step: int) -> None:
 
 def read_curves(run: Path) -> Curves:
     """
-    The numbers that a run logged: quantity -> kind of line (`train` or `validation`) -> step -> value. Of a step logged
-    twice the later line counts.
+    The logged numbers of a run: quantity -> kind of line (`train` or `validation`) -> step -> value. If a step was logged
+    twice, the later line is used.
 
     Raises:
         FileNotFoundError: the folder has no log.
@@ -131,7 +131,7 @@ def read_curves(run: Path) -> Curves:
     """
     file = run / LOG_FILE
     if not file.is_file():
-        raise FileNotFoundError(f"{run} is no training run: it has no {LOG_FILE}.")
+        raise FileNotFoundError(f"{run} is not a training run: it has no {LOG_FILE}.")
     curves: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for entry in read_log(file):
         for name in entry.keys() - {"kind", "step", "time"}:
@@ -143,7 +143,7 @@ def read_curves(run: Path) -> Curves:
 
 def check_trackers(names: list[str]) -> list[str]:
     """
-    `names`, for `Accelerator(log_with=...)`, which would drop in silence those that are not installed.
+    Check `names` for `Accelerator(log_with=...)`, which silently ignores trackers that are not installed.
 
     Raises:
         ValueError: a tracker is unknown.
@@ -151,19 +151,19 @@ def check_trackers(names: list[str]) -> list[str]:
     """
     for name in names:
         if name not in TRACKERS:
-            raise ValueError(f"Unknown tracker {name!r}: choose among {', '.join(TRACKERS)}.")
+            raise ValueError(f"Unknown tracker {name!r}: choose from {', '.join(TRACKERS)}.")
         if importlib.util.find_spec(name) is None:
-            raise ImportError(f"--tracker {name} needs the package: pip install {name}")
+            raise ImportError(f"--tracker {name} needs a package: pip install {name}")
     return names
 
 
 def start_trackers(accelerator: "Accelerator", arguments: TrainingArguments, output: Path, step: int) -> None:
     """
-    Start or continue the run in the trackers of the accelerator. Its name is that of the output folder; a continued
-    run goes on under the same name from `step`.
+    Start or continue the run in the accelerator's trackers, under the name of the output folder. A resumed run
+    continues under the same name from `step`.
     """
     resumed = step > 0
-    identity = hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:16]  # folders of one name are many
+    identity = hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:16]  # the folder's name is not unique
     accelerator.init_trackers(
         "vfmtok",
         config={name: _plain(value) for name, value in dataclasses.asdict(arguments).items()},
@@ -176,12 +176,12 @@ def start_trackers(accelerator: "Accelerator", arguments: TrainingArguments, out
 
 
 def _plain(value: Any) -> int | float | str | bool:
-    """TensorBoard's table of arguments takes nothing else."""
+    """Convert arguments to the types that TensorBoard's table accepts."""
     return value if isinstance(value, int | float | str | bool) else json.dumps(value)
 
 
 def save_grid(images: torch.Tensor, file: Path, columns: int) -> None:
-    """`(count, 3, height, width)` in [-1, 1] as one PNG picture, row by row."""
+    """Save images `(count, 3, height, width)` in [-1, 1] as one PNG grid, row by row."""
     grid = make_grid(images.float().cpu().clamp(-1, 1) / 2 + 0.5, nrow=columns, padding=2, pad_value=1.0)
     pixels = (grid * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     save_picture(Image.fromarray(pixels), file)

@@ -1,4 +1,4 @@
-"""The tokenizer and its losses as one module, so that DDP and torch.compile see a single object."""
+"""The tokenizer and its losses as one module for DDP and torch.compile."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -17,17 +17,17 @@ QUANTIZER_TERMS = ("codebook", "commitment", "entropy")
 
 class TokenizerObjective(nn.Module):
     """
-    `VFMTokModel` and its training losses. The vision features of an image are computed once and serve the encoder,
+    `VFMTokModel` and its training losses. The vision features of an image are computed once and used by the encoder,
     the feature loss and the perceptual loss.
 
     Args:
         model (`VFMTokModel`): the tokenizer.
-        weights (`dict[str, float]`): weights of the terms on pixels: `l1`, `mse`, `lpips`, `perceptual` (distance
-            between features of the frozen vision model). Those of the model's own terms are in its configuration. A
-            term of weight 0 is not computed where that saves work. The original's pixel loss is `mse` 2.
-        train_encoder (`bool`): False keeps everything up to the image tokens fixed and trains the decoders only;
-            tokens are then computed in float32, as a finished tokenizer computes them.
-        lpips (`LPIPS`, *optional*): needed where its weight is above 0.
+        weights (`dict[str, float]`): weights of the pixel losses: `l1`, `mse`, `lpips`, `perceptual` (distance
+            between features of the frozen vision model). The weights of the model's own terms are in its configuration.
+            Expensive terms of weight 0 are not computed. The original's pixel loss is `mse` 2.
+        train_encoder (`bool`): False freezes everything up to the image tokens and trains only the decoders. Tokens are
+            then computed in float32, as in inference.
+        lpips (`LPIPS`, *optional*): required if its weight is above 0.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class TokenizerObjective(nn.Module):
         self.train_encoder = train_encoder
         self.lpips = lpips
         self.feature_weight = model.config.feature_loss_weight
-        # DDP waits for the gradient of every trainable parameter: those that no term reaches are frozen.
+        # DDP waits for the gradient of every trainable parameter, so parameters without a loss are frozen.
         encoder = (model.anchor_encoder, model.quant_proj, model.quantizer)
         features = (
             model.vit_decoder.feature_mask_token,
@@ -55,12 +55,12 @@ class TokenizerObjective(nn.Module):
         """
         Args:
             pixel_values (`torch.FloatTensor` of shape `(batch_size, 3, image_size, image_size)`): in [-1, 1].
-            quantize (`bool`): False bypasses the codebook: the decoder gets the l2-normalized latents (warm-up).
+            quantize (`bool`): False bypasses the codebook and decodes the l2-normalized latents (warm-up).
 
         Returns:
-            `loss` (the weighted sum), `image_loss` (the weighted sum of the terms on pixels, which the adaptive
-            adversarial weight compares with), `terms` (named; the quantizer's as the model weights them, the others
-            without weight), `reconstruction`, `latents` and `image_tokens`. All losses are float32 under any autocast.
+            `loss` (the weighted sum), `image_loss` (the weighted sum of the pixel losses, for the adaptive adversarial
+            weight), `terms` (by name; the quantizer's weighted, the others unweighted), `reconstruction`, `latents` and
+            `image_tokens`. All losses are float32 under any autocast.
         """
         precision = nullcontext() if self.train_encoder else without_autocast(pixel_values.device)
         with precision, torch.set_grad_enabled(self.train_encoder):
@@ -80,7 +80,7 @@ class TokenizerObjective(nn.Module):
             loss = loss + self.feature_weight * terms["feature"]
         if self.train_encoder:
             quantizer_terms = {name: quantized[f"{name}_loss"] for name in QUANTIZER_TERMS}
-            # During the warm-up they stay in the graph with weight 0, for DDP's sake.
+            # In the warm-up, they stay in the graph with weight 0, because DDP requires it.
             loss = loss + (1.0 if quantize else 0.0) * sum(quantizer_terms.values())
             terms |= quantizer_terms
         return {
@@ -106,9 +106,9 @@ class TokenizerObjective(nn.Module):
 
 @torch.no_grad()
 def compile_objective(objective: TokenizerObjective) -> nn.Module:
-    """`torch.compile` of an objective on its final device, as one graph."""
+    """Compile an objective on its final device, as one graph."""
     model = objective.model
     blank = torch.zeros(1, 3, model.config.image_size, model.config.image_size, device=model.device)
-    # In their first pass vision models of transformers install hooks, at which the graph would break.
+    # In their first forward pass, transformers' vision models install hooks, which would break the graph.
     model.extract_vision_features(blank)
     return torch.compile(objective)

@@ -1,4 +1,4 @@
-"""What is fastest on the machine that trains: its precision and its attention."""
+"""Choose the fastest precision and attention on this machine."""
 
 import time
 
@@ -10,16 +10,16 @@ from vfmtok_hf.cpu.attention import fastest_attention
 from vfmtok_hf.training.logs import logger
 
 
-SPEEDUP = 1.2  # below it bfloat16 is not worth its rounding
+SPEEDUP = 1.2  # a smaller speedup does not justify bfloat16's rounding
 
 
 def choose_mixed_precision(mixed_precision: str) -> str:
     """
-    What `auto` stands for on this machine, "bf16" or "no"; said in the log. The main process decides for all.
+    The meaning of `auto` on this machine, "bf16" or "no". The main process decides for all, and logs it.
     """
     if mixed_precision != "auto":
         return mixed_precision
-    # Without being told, Accelerate would not connect processes that have no accelerator.
+    # By default, Accelerate does not connect CPU processes.
     state = PartialState(cpu=not torch.accelerator.is_available())
     [chosen] = broadcast_object_list(["bf16" if is_bfloat16_faster(state.device) else "no"])
     if state.is_main_process:
@@ -28,7 +28,7 @@ def choose_mixed_precision(mixed_precision: str) -> str:
 
 
 def is_bfloat16_faster(device: torch.device) -> bool:
-    """Whether the device computes in bfloat16, and not by emulating it. CPUs are timed, which takes less than a second."""
+    """Whether the device has bfloat16 units. CPUs are timed, which takes less than a second."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
@@ -37,7 +37,7 @@ def is_bfloat16_faster(device: torch.device) -> bool:
 
 
 def seconds_of_matmul(dtype: torch.dtype) -> float:
-    """The shortest of five products of matrices on the CPU."""
+    """The shortest time of five matrix multiplications on the CPU."""
     matrix = torch.ones(512, 512, dtype=dtype)
     durations = []
     for _ in range(5):

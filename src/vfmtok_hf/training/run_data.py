@@ -1,4 +1,4 @@
-"""Whether a continued run sees the data that it began with: images, classes, and the part that is held out."""
+"""Check that a resumed run uses the same data: images, classes, and the held-out part."""
 
 import json
 from pathlib import Path
@@ -20,14 +20,14 @@ def check_data(
     arguments: TrainingArguments, train: Any, validation: Any, is_main_process: bool, classes_may_change: bool
 ) -> None:
     """
-    Note the data of a new run in its folder, and compare those of a continued one with the note.
+    Record the data of a new run in its folder, and compare the data of a resumed run with the record.
 
     Args:
         train, validation: [`ImageRecords`], [`Stream`] or a token set.
-        classes_may_change (`bool`): whether the model has nothing to do with them.
+        classes_may_change (`bool`): True if the model does not depend on the classes.
 
     Raises:
-        ValueError: the data differ, and `accept_changed_data` is false or classes may not change. Names the difference.
+        ValueError: the data differ, and `accept_changed_data` is false or classes may not change. The error names the difference.
     """
     output = Path(arguments.output)
     file = output / DATA_FILE
@@ -39,19 +39,19 @@ def check_data(
         if differences and (not arguments.accept_changed_data or (other_classes and not classes_may_change)):
             raise ValueError(_refusal(output, differences, other_classes and not classes_may_change))
         if differences:
-            logger.warning("the data differ from those that the run began with: %s", "; ".join(differences))
+            logger.warning("the data differ from those at the start of the run: %s", "; ".join(differences))
     if is_main_process:
         with whole_file(file) as temporary:
             temporary.write_text(json.dumps(now, indent=1), encoding="utf-8")
 
 
 def identity_of(data: Any) -> dict[str, Any]:
-    """Number of images, names of classes, and a digest of what else tells data apart; all stay when the data move."""
+    """Number of images, class names, and a checksum of the rest. None of them changes when the data move."""
     if isinstance(data, Stream):
         return {"images": data.epoch_items, "classes": data.class_names, "sha256": None}
     content: list[Any] = [data.labels]
     if isinstance(data, ImageRecords):
-        # Of files the fingerprint is names and sizes; the library's of tables changes with their place.
+        # The fingerprint of files consists of names and sizes; the library's fingerprint changes with the location.
         content += [data.fingerprint] if isinstance(data.images, list) else [data.rows]
     return {"images": len(data), "classes": data.class_names, "sha256": json_sha256(content)}
 
@@ -71,7 +71,7 @@ def _differences(part: str, before: dict[str, Any], now: dict[str, Any]) -> list
 
 
 def _refusal(output: Path, differences: list[str], by_classes: bool) -> str:
-    cure = "Restore them, or start another run in a new --output with --init_from"
+    cure = "Restore them, or start a new run with another --output and --init_from"
     if not by_classes:
-        cure += "; --accept_changed_data continues on them as they are"
-    return f"The data differ from those that the run in {output} began with: {'; '.join(differences)}. {cure}."
+        cure += "; --accept_changed_data continues with the changed data"
+    return f"The data differ from those at the start of the run in {output}: {'; '.join(differences)}. {cure}."

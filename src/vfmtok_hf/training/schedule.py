@@ -1,4 +1,4 @@
-"""The learning rate, and the order of RAR's tokens, over the steps of a run."""
+"""Learning rate and token order (RAR) over the steps of a run."""
 
 import math
 
@@ -9,11 +9,11 @@ from vfmtok_hf.training.arguments import GeneratorArguments, TrainingArguments
 
 def learning_rate_at(step: int, arguments: TrainingArguments) -> float:
     """
-    Linear warm-up to the peak `learning_rate`, then constant, or a half cosine or a straight line down to
+    Linear warm-up to the peak `learning_rate`, then constant, or a half cosine or linear decay to
     `final_learning_rate` times the peak at `max_steps`.
 
     Args:
-        step (`int`): steps done before this one, from 0.
+        step (`int`): number of finished steps.
     """
     peak, final, warmup_steps = arguments.learning_rate, arguments.final_learning_rate, arguments.warmup_steps
     if step < warmup_steps:
@@ -31,6 +31,6 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 
 def random_ratio_at(step: int, arguments: GeneratorArguments) -> float:
-    """Probability of a random order in RAR's annealing: 1, then linear to 0, then 0."""
+    """Probability of a random order in RAR's annealing: 1, then linearly to 0, then 0."""
     start, end = (share * arguments.max_steps for share in (arguments.rar_random_until, arguments.rar_raster_from))
     return min(max((end - step) / max(end - start, 1), 0.0), 1.0)

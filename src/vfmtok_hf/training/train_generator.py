@@ -1,13 +1,13 @@
 """
-Train a class-conditional generator of image tokens, from nothing or from a trained one.
+Train a class-conditional generator of image tokens, from scratch or from a trained one.
 
     python -m vfmtok_hf.training.train_generator --config configs/emoji/generator.yaml
     accelerate launch -m vfmtok_hf.training.train_generator --config configs/emoji/generator.yaml --generator rar
     python -m vfmtok_hf.training.train_generator --config configs/emoji/generator.yaml --resume true
 
-The data are images, which become tokens once (`num_crops` of each) or anew in every step, or a token set, as of
-`extract_tokens.py`. The run's folder receives `model/` (averaged weights, for `from_pretrained`), `pipeline/`,
-`tokens/`, `checkpoints/`, `log.jsonl`, `arguments.yaml` and pictures of samples, one row per class.
+The data are images, which are encoded once (`num_crops` of each) or in every step, or a token set by
+`extract_tokens.py`. The run's folder contains `model/` (averaged weights, for `from_pretrained`), `pipeline/`,
+`tokens/`, `checkpoints/`, `log.jsonl`, `arguments.yaml` and sample grids, one row per class.
 """
 
 from pathlib import Path
@@ -60,12 +60,12 @@ GENERATORS = {
 }
 
 
-# Parameters with these in their names have no weight decay, nor have vectors; the originals' `creat_optimizer`.
+# Parameters with these names and vectors have no weight decay, as in the originals' `creat_optimizer`.
 WITHOUT_DECAY = {
     "vfmtok_ar": (),
     "vfmtok_rar": ("embed_tokens", "position_embeddings", "timestep_embeddings", "norm_modulation"),
 }
-# Class embeddings: of an AR, and of a RAR's adapters. Else a RAR has them in one table with the image tokens.
+# Class embeddings of an AR and of a RAR's adapters. Otherwise a RAR has one table for classes and image tokens.
 CLASS_TABLES = ("class_embedding", "trainable_tokens_delta")
 
 
@@ -75,10 +75,10 @@ CLASS_TABLES = ("class_embedding", "trainable_tokens_delta")
 
 def build_generator(arguments: GeneratorArguments, tokenizer: VFMTokModel, class_names: list[str]) -> Generator:
     """
-    A generator for the tokenizer's tokens and the data's classes; of a trained one, classes of the same name are kept.
+    Create a generator for the tokenizer's tokens and the data's classes. A trained one keeps classes of the same name.
 
     Raises:
-        ValueError: `init_from` is for other tokens, or comes with settings of a new model.
+        ValueError: `init_from` has other tokens, or is combined with settings of a new model.
     """
     sizes = {"codebook_size": tokenizer.config.codebook_size, "num_image_tokens": tokenizer.config.num_anchors}
     if arguments.init_from is None:
@@ -87,16 +87,18 @@ def build_generator(arguments: GeneratorArguments, tokenizer: VFMTokModel, class
         model = model_class(config_class(**arguments.model, **sizes, num_classes=len(class_names), id2label=id2label))
     else:
         if arguments.model:
-            raise ValueError("--model describes a new generator; --init_from brings its own configuration.")
+            raise ValueError(
+                "--model configures a new generator and cannot be combined with --init_from, which has its own configuration."
+            )
         model = load_generator(arguments.init_from)
         for name, size in sizes.items():
             if getattr(model.config, name) != size:
                 actual = getattr(model.config, name)
-                raise ValueError(f"{arguments.init_from} has {name} {actual}, the tokenizer's is {size}.")
+                raise ValueError(f"{arguments.init_from} has {name} {actual}, but the tokenizer's is {size}.")
         if class_names != [name for _, name in sorted((model.config.id2label or {}).items())]:
             origins = model.resize_class_embeddings(class_names)
             kept = [name for name, origin in zip(class_names, origins, strict=True) if origin is not None]
-            logger.info("%d classes, %d of them known to %s: %s", len(origins), len(kept), arguments.init_from, kept)
+            logger.info("%d classes, %d of which exist in %s: %s", len(origins), len(kept), arguments.init_from, kept)
     for name, value in (("temperature", arguments.temperature), ("top_k", arguments.top_k)):
         if value is not None:
             model.generation_config.update(do_sample=True, **{name: value})
@@ -104,7 +106,7 @@ def build_generator(arguments: GeneratorArguments, tokenizer: VFMTokModel, class
 
 
 def parameter_groups(model: Generator, arguments: GeneratorArguments) -> list[dict[str, Any]]:
-    """Trainable parameters with and without weight decay; and class embeddings that have a table of their own."""
+    """Trainable parameters with and without weight decay, and class embeddings if they have their own table."""
     without = WITHOUT_DECAY[model.config.model_type]
     decayed, plain, classes = [], [], []
     for name, parameter in model.named_parameters():
@@ -122,13 +124,13 @@ def parameter_groups(model: Generator, arguments: GeneratorArguments) -> list[di
 
 @torch.no_grad()
 def validate(model: Generator, data: TokenSet, batch_size: int, accelerator: Accelerator) -> dict[str, float]:
-    """Mean cross-entropy of unseen images' tokens in nats, in raster order. The processes share the images."""
+    """Mean cross-entropy of validation tokens in nats, in raster order. The processes share the images."""
     model.eval()
     count = accelerator.num_processes
-    # As many on each process, since all run a sharded model together: after the last image the first ones come again.
+    # The same number on each process, because all run a sharded model together: the first images are repeated.
     own = [(first + accelerator.process_index) % len(data) for first in range(0, len(data), count)]
     losses = []
-    # With a generator of its own, as a loader would draw from the global one, and training would notice.
+    # With its own generator: a loader would sample from the global one and so change the training.
     for batch in DataLoader(Subset(data, own), batch_size, generator=torch.Generator()):
         labels, tokens = batch["label"].to(model.device), batch["image_tokens"].to(model.device)
         logits = model(class_labels=labels, image_tokens=tokens).logits
@@ -141,7 +143,7 @@ def validate(model: Generator, data: TokenSet, batch_size: int, accelerator: Acc
 
 @torch.no_grad()
 def sample_images(model: Generator, tokenizer: VFMTokModel, arguments: GeneratorArguments) -> torch.Tensor:
-    """Images `(classes * samples_per_class, 3, height, width)`, the same random numbers at every call."""
+    """Sample images `(classes * samples_per_class, 3, height, width)`, with the same random numbers at every call."""
     model.eval()
     labels = torch.arange(min(model.config.num_classes, arguments.sample_classes), device=model.device)
     generator = torch.Generator(model.device).manual_seed(arguments.seed)
@@ -165,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
     # Data
     tokenizer_source = arguments.tokenizer or arguments.init_from
     if tokenizer_source is None or (arguments.tokenizer is None and not is_pipeline(tokenizer_source)):
-        raise ValueError("Give --tokenizer: only a pipeline as --init_from brings its own.")
+        raise ValueError("--tokenizer is required unless --init_from is a pipeline.")
     tokenizer = load_tokenizer(tokenizer_source).to(accelerator.device)
     train_data, validation_data = open_token_data(arguments, tokenizer, accelerator)
     train_loader = training_loader(train_data, arguments, accelerator)
@@ -186,8 +188,8 @@ def main(argv: list[str] | None = None) -> None:
     prepare_model(accelerator, model, arguments.mixed_precision)
     step_function = torch.compile(model) if arguments.compile else model
     step_function, optimizer = accelerator.prepare(step_function, optimizer)
-    register_fsdp_forward_method(model, "decode_step")  # of a sharded model: it gathers weights, as `forward` does
-    # Once all processes have the first one's random weights, or their parts of them.
+    register_fsdp_forward_method(model, "decode_step")  # a sharded model then gathers weights in it, as in `forward`
+    # After all processes have the first one's random weights, or their shards of them.
     ema = EMA(model, arguments.ema_decay)
     accelerator.register_for_checkpointing(progress)
     checkpoint_averages(accelerator, ema)
@@ -241,7 +243,9 @@ def main(argv: list[str] | None = None) -> None:
                     else:
                         save_adapted(adapted, output / "model", output / "adapter")
             window.restart()
-        samples_here = accelerator.is_main_process or accelerator.is_fsdp2  # A sharded model runs on all or on none.
+        samples_here = (
+            accelerator.is_main_process or accelerator.is_fsdp2
+        )  # A sharded model must run on all processes.
         if (progress.step % arguments.sample_every == 0 or done) and samples_here:
             with ema.applied():
                 samples = sample_images(model, tokenizer, arguments)

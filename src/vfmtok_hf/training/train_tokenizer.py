@@ -5,9 +5,9 @@ Train the image tokenizer on images.
     accelerate launch -m vfmtok_hf.training.train_tokenizer --config configs/emoji/tokenizer.yaml --learning_rate 5e-4
     python -m vfmtok_hf.training.train_tokenizer --config configs/emoji/tokenizer.yaml --resume true
 
-The data are a folder of images or what the `datasets` library reads; labels are needed for `balance_power` alone.
-The run's folder receives `model/` (averaged weights, for `from_pretrained`),
-`checkpoints/`, `log.jsonl`, `arguments.yaml` and reconstruction pictures. docs/training.md explains the terms.
+The data are a folder of images or a data set of the `datasets` library; only `balance_power` needs labels. The run's
+folder contains `model/` (averaged weights, for `from_pretrained`), `checkpoints/`, `log.jsonl`, `arguments.yaml` and
+reconstruction grids. docs/training.md explains the loss terms.
 """
 
 import math
@@ -63,23 +63,23 @@ CODEBOOK = "quantizer.codebook.weight"
 
 
 def build_model(arguments: TokenizerArguments) -> VFMTokModel:
-    """The model to start from: `init_from`, or random weights around the pretrained `vision_model`."""
+    """The initial model: `init_from`, or random weights around the pretrained `vision_model`."""
     if (arguments.init_from is None) == (arguments.vision_model is None):
-        raise ValueError("Give exactly one of --init_from (a tokenizer) and --vision_model (for a new tokenizer).")
+        raise ValueError("Pass exactly one of --init_from (a tokenizer) and --vision_model (for a new tokenizer).")
     if arguments.init_from is not None:
         weights = [name for name in VFMTokConfig.default_fields() if name.endswith("_loss_weight")]
         fixed = [name for name in arguments.model if name not in weights]
         if fixed:
             raise ValueError(
-                f"--model.{fixed[0]} describes a new tokenizer; --init_from brings its own configuration, of which only "
+                f"--model.{fixed[0]} configures a new tokenizer. With --init_from, only "
                 f"{', '.join(weights)} may change."
             )
-        # Averages and updates need float32, in which `mixed_precision` alone changes what is computed.
+        # Averages and updates need float32; `mixed_precision` changes only the computation.
         return VFMTokModel.from_pretrained(
             arguments.init_from, load_vision_model=True, dtype=torch.float32, **arguments.model
         )
     vision_config = AutoConfig.from_pretrained(arguments.vision_model)
-    vision_config.name_or_path = ""  # often a folder of this machine
+    vision_config.name_or_path = ""  # often a local folder
     model = VFMTokModel(VFMTokConfig(vision_config=vision_config, **arguments.model))
     model.load_vision_model(arguments.vision_model)
     return model
@@ -97,9 +97,9 @@ def build_objective(model: VFMTokModel, arguments: TokenizerArguments) -> Tokeni
 
 
 def set_up_layers(objective: TokenizerObjective, arguments: TokenizerArguments, device: torch.device) -> None:
-    """Set attention as `--attention` says; on CPUs also what is faster there."""
+    """Set the attention of `--attention`, and on CPUs further optimizations."""
     model = objective.model
-    # Frozen, the encoder and the vision model in front of it compute in float32, and nothing is dropped in either.
+    # If frozen, the encoder and the vision model compute in float32 and without dropout.
     precision = arguments.mixed_precision if objective.train_encoder else "no"
     own = choose_attention(arguments.attention, device, arguments.mixed_precision, model.config.decoder_dropout)
     vision = choose_attention(arguments.attention, device, precision, dropout=0.0, causal=False)
@@ -115,7 +115,9 @@ def build_discriminator(arguments: TokenizerArguments) -> DiscriminatorObjective
     if arguments.adversarial_weight == 0:
         return None
     if arguments.adaptive_adversarial_weight and arguments.compile:
-        raise ValueError("--adaptive_adversarial_weight walks the graph twice, which --compile true cannot: drop one.")
+        raise ValueError(
+            "--adaptive_adversarial_weight needs two backward passes, which --compile true does not support: use one of them."
+        )
     if arguments.discriminator == "patch":
         return DiscriminatorObjective(PatchDiscriminator())
     check_virtual_batches(arguments.batch_size)
@@ -126,13 +128,13 @@ def open_images(
     arguments: TokenizerArguments, image_size: int, accelerator: Accelerator
 ) -> tuple[ImageDataset | ImageStream, ImageDataset]:
     """
-    Training and validation images.
+    Open training and validation images.
 
     Raises:
-        ValueError: a stream is to be cached, or held out in part.
+        ValueError: a stream cannot be cached or split.
     """
     if arguments.streaming and arguments.cache_images:
-        raise ValueError("A stream is not kept in memory: --cache_images true needs --streaming false.")
+        raise ValueError("A stream cannot be cached: --cache_images true needs --streaming false.")
     labeled = arguments.balance_power > 0
     train_data, held_out = open_training_images(arguments, image_size, accelerator, labeled)
     records = open_validation_images(arguments, held_out, accelerator, labeled)
@@ -144,16 +146,16 @@ def open_images(
 
 
 def kmeans_batches(data: ImageDataset | ImageStream, arguments: TokenizerArguments) -> Iterator[torch.Tensor]:
-    """Batches of `kmeans_images` training images, the same on every process: those that one process would begin with."""
+    """Batches of `kmeans_images` training images, the same on every process: the first images of a single process."""
     size = arguments.batch_size
-    # Of a copy, so that the run's own place in the data stays.
+    # A copy keeps the run's position in the data.
     loader = TrainingLoader(copy(data), size, balance_power=arguments.balance_power, seed=arguments.seed)
     for batch in islice(loader.batches(Progress()), math.ceil(arguments.kmeans_images / size)):
         yield batch["pixel_values"]
 
 
 def bounded_psnr(pixel_values: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:
-    """PSNR of images in [-1, 1], `(batch_size,)`, at most 100 dB: JSON has no infinity."""
+    """PSNR of images in [-1, 1], `(batch_size,)`, at most 100 dB, because JSON has no infinity."""
     return psnr(pixel_values, reconstruction.clamp(-1, 1), data_range=2).clamp_max(100)
 
 
@@ -162,11 +164,11 @@ def validate(
     model: VFMTokModel, data: ImageDataset, quantize: bool, arguments: TokenizerArguments, accelerator: Accelerator
 ) -> tuple[dict[str, float], tuple[list[torch.Tensor], list[torch.Tensor]]]:
     """
-    Reconstruction of unseen images in float32, through the image tokens once the codebook is in use. The processes
-    share the images.
+    Reconstruct validation images in float32, through the image tokens if the codebook is in use. The processes share
+    the images.
 
     Returns:
-        `psnr` (mean over images, dB), `usage` (share of the codebook that occurs), `perplexity`; and this process's
+        `psnr` (mean over images, dB), `usage` (used share of the codebook), `perplexity`; and this process's
         first batches, `grid_images` or more originals and their reconstructions, `(batch_size, 3, height, width)`.
     """
     model.eval()
@@ -220,7 +222,7 @@ def main(argv: list[str] | None = None) -> None:
     progress = Progress()
     step_function = compile_objective(objective) if arguments.compile else objective
     step_function, optimizer = accelerator.prepare(step_function, optimizer)
-    # Once all processes have the first one's weights.
+    # After all processes have the first one's weights.
     ema = EMA(model, arguments.ema_decay)
     wrapped = [step_function]
     discriminator_objective = build_discriminator(arguments)
@@ -237,7 +239,7 @@ def main(argv: list[str] | None = None) -> None:
         wrapped.append(discriminator_step_function)
     accelerator.register_for_checkpointing(progress, ema, usage)
     log = start_run(accelerator, output, checkpoint, arguments, progress)
-    # Once the weights are those of the run.
+    # After the run's weights are loaded.
     set_up_layers(objective, arguments, accelerator.device)
 
     # Loop
@@ -281,13 +283,13 @@ def main(argv: list[str] | None = None) -> None:
                 accelerator.backward(loss)
                 if is_adversarial:
                     verdict = discriminator_step_function(reconstruction, pixel_values)
-                    # The weight matters to the clipping of the gradient.
+                    # The weight affects gradient clipping.
                     accelerator.backward(arguments.adversarial_weight * verdict["discriminator"])
                     terms |= verdict
             decibels = bounded_psnr(pixel_values, reconstruction.detach()).mean()
             parts.append({"loss": loss, **terms, "psnr": decibels})
             indices.append(batch["index"])
-            # Gathered part by part they come in the order of one large batch, so that restarts choose alike.
+            # Gathered part by part, they are in the order of one large batch, so restarts make the same choices.
             image_tokens.append(accelerator.gather(out["image_tokens"]))
             if step < restart_until:
                 latents.append(accelerator.gather(out["latents"]))
