@@ -29,7 +29,11 @@ FORKING = ("tests/training/", "tests/benchmarks/test_plan_training.py")
 # Marks of whole files and folders.
 MARKS = {
     "kernel": ("tests/test_hub_kernels.py",),
-    "browser": ("tests/spaces/test_space_api.py", "tests/spaces/test_space_browser.py"),
+    "browser": (
+        "tests/spaces/test_space_api.py",
+        "tests/spaces/test_space_browser.py",
+        "tests/spaces/test_web_browser.py",
+    ),
     "train": ("tests/training/", "tests/benchmarks/test_plan_training.py", "tests/benchmarks/test_training_step.py"),
     "docs": (
         "tests/test_docs.py",

@@ -1,6 +1,7 @@
 """The Space as a visitor meets it: its own process, with folders of its own."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from .browsing import FLAGS
 
 
 ROOT = Path(__file__).parents[2]
@@ -82,3 +85,16 @@ def parts():
     sys.path.insert(0, str(SPACE))
     yield
     sys.path.remove(str(SPACE))
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Headless Chromium."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("needs chromium: apt-get install chromium")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+        yield browser
+        browser.close()

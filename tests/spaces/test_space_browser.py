@@ -1,39 +1,17 @@
 """The Space in a real browser: every tab, on a laptop and a phone, light and dark. Pictures go to `outputs/space`."""
 
 import re
-import shutil
 
 import pytest
 
+from .browsing import LAPTOP, PATIENCE, PHONE, fits_its_width
 from .conftest import ROOT, SPACE
 
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
 expect = sync_api.expect
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-if CHROMIUM is None:
-    pytest.skip("needs chromium: apt-get install chromium", allow_module_level=True)
-
 SCREENSHOTS = ROOT / "outputs" / "space"
-LAPTOP = {"viewport": {"width": 1366, "height": 860}}
-PHONE = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2, "has_touch": True, "is_mobile": True}
-# Nothing that a browser does on its own account, and no need for a GPU or for privileges.
-FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update",
-    "--disable-sync",
-]  # fmt: skip
-# Milliseconds; a busy machine is slow, and nothing here measures speed.
-PATIENCE = 30_000
-
-
-@pytest.fixture(scope="module")
-def browser():
-    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -79,10 +57,6 @@ def settings_of(page) -> dict[str, str]:
         "images": panel.get_by_label("number input for Pictures").input_value(),
         "guidance": panel.get_by_label("number input for Guidance").input_value(),
     }
-
-
-def fits_its_width(page) -> bool:
-    return page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
 
 def photograph(page, name):

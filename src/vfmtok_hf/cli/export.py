@@ -17,11 +17,12 @@ from vfmtok_hf.cli.options import (
 )
 
 
-class GraphFormat(str, Enum):
-    """What to write graphs as."""
+class ExportFormat(str, Enum):
+    """What to write models as."""
 
     onnx = "onnx"
     torch = "torch"
+    web = "web"
 
 
 class GraphPart(str, Enum):
@@ -35,8 +36,11 @@ class GraphPart(str, Enum):
 def export(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")] = Path("export"),
     format: Annotated[
-        GraphFormat, typer.Option("--format", "-f", help="ONNX files, or `torch.export` programs (`.pt2`).")
-    ] = GraphFormat.onnx,
+        ExportFormat,
+        typer.Option(
+            "--format", "-f", help="ONNX files, `torch.export` programs (`.pt2`), or a web page that runs the models."
+        ),
+    ] = ExportFormat.onnx,
     parts: Annotated[
         list[GraphPart] | None, typer.Option("--part", "-p", help="May be repeated. *Default: all there are.*")
     ] = None,
@@ -52,8 +56,15 @@ def export(
         from transformers.utils.hub import has_file
 
         from vfmtok_hf.export.pipeline import check_export, export_pipeline
+        from vfmtok_hf.export.web import check_web_export, export_web_page
 
-        check_export(output, format.value)
+        is_page = format is ExportFormat.web
+        if is_page:
+            if parts or batch_size:
+                raise ValueError("A web page has all parts, for one image at a time: leave --part and --batch-size out.")
+            check_web_export(output)
+        else:
+            check_export(output, format.value)
         names = parts and [part.value for part in parts]
         is_pipeline = not has_file(resolve_model(model), "config.json")
         pipe = load_pipeline(
@@ -63,8 +74,13 @@ def export(
             generates=is_pipeline and (parts is None or GraphPart.decode_step in parts),
             encodes=parts is None or GraphPart.encoder in parts,
         )
-        exported = export_pipeline(pipe, output, format.value, names, batch_size)
+        if is_page:
+            exported = export_web_page(pipe, output)
+        else:
+            exported = export_pipeline(pipe, output, format.value, names, batch_size)
         for part in exported:
             text = f"{part.file.name}  {part.size / 1e6:.1f} MB  {part.check}"
             output_console.print(text, markup=False, highlight=False, soft_wrap=True)
         report_written(len(exported), "graph", output)
+        if is_page:
+            output_console.print(f"Show the page: python {output / 'serve.py'}", markup=False, soft_wrap=True)

@@ -1,6 +1,7 @@
-"""The graphs of a pipeline as ONNX files or `torch.export` programs."""
+"""The graphs of a pipeline as ONNX files, as `torch.export` programs, or in a web page."""
 
 from .pipeline import ExportedPart, export_pipeline
+from .web import export_web_page
 
 
-__all__ = ["ExportedPart", "export_pipeline"]
+__all__ = ["ExportedPart", "export_pipeline", "export_web_page"]

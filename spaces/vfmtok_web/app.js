@@ -1,0 +1,128 @@
+/** The page: its start, its tabs, and what they share. */
+
+import { Computer } from "./computer.js";
+import { setUpEdit } from "./edit.js";
+import { setUpGenerate } from "./generate.js";
+
+export const element = (id) => document.getElementById(id);
+
+/** A sentence for everybody: shown above the page if it is an error, read aloud if it is news. */
+export function alertVisitor(text) {
+  element("alert").textContent = text;
+  element("alert").hidden = !text;
+}
+
+export function announce(text) {
+  element("news").textContent = text;
+}
+
+/** Run what a visitor asked for; what goes wrong is said on the page. */
+export async function attempt(action) {
+  alertVisitor("");
+  try {
+    return await action();
+  } catch (error) {
+    alertVisitor(error.message);
+    return undefined;
+  }
+}
+
+/** Show square RGBA data in a canvas, with a description. */
+export function paint(canvas, rgba, description) {
+  const side = Math.sqrt(rgba.length / 4);
+  canvas.width = canvas.height = side;
+  canvas.getContext("2d").putImageData(new ImageData(new Uint8ClampedArray(rgba), side, side), 0, 0);
+  canvas.setAttribute("aria-label", description);
+}
+
+/** Save what a canvas shows as a PNG file. */
+export function download(canvas, name) {
+  canvas.toBlob((blob) => {
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(blob);
+    link.download = name;
+    link.click();
+    URL.revokeObjectURL(link.href);
+  });
+}
+
+export function showTab(name) {
+  for (const tab of document.querySelectorAll("[role=tab]")) {
+    const selected = tab.getAttribute("aria-controls") === name;
+    tab.setAttribute("aria-selected", selected);
+    tab.tabIndex = selected ? 0 : -1;
+    element(tab.getAttribute("aria-controls")).hidden = !selected;
+  }
+}
+
+function setUpTabs() {
+  const tabs = [...document.querySelectorAll("[role=tab]")];
+  for (const [index, tab] of tabs.entries()) {
+    tab.addEventListener("click", () => showTab(tab.getAttribute("aria-controls")));
+    tab.addEventListener("keydown", ({ key }) => {
+      const step = { ArrowRight: 1, ArrowLeft: -1 }[key];
+      const next = step && tabs.at((index + step) % tabs.length);
+      if (!next || next.hidden) return;
+      showTab(next.getAttribute("aria-controls"));
+      next.focus();
+    });
+  }
+}
+
+function showFacts({ image_size, num_image_tokens, codebook_size, generator, name }) {
+  const facts = [
+    name,
+    `${image_size} × ${image_size} pixels`,
+    `${num_image_tokens} tokens an image`,
+    `codebook of ${codebook_size.toLocaleString("en")}`,
+    generator && `${generator.num_classes.toLocaleString("en")} classes`,
+  ];
+  const items = facts.filter(Boolean).map((fact) => Object.assign(document.createElement("li"), { textContent: fact }));
+  element("facts").replaceChildren(...items);
+}
+
+/** What computes, and how it could be another way. */
+function showMachine(provider, threads) {
+  const onGpu = provider === "webgpu";
+  const place = onGpu ? "GPU (WebGPU)" : `CPU (WebAssembly, ${threads} ${threads === 1 ? "thread" : "threads"})`;
+  element("machine").textContent = `It runs on the ${place}. `;
+  if (navigator.gpu && (onGpu || location.search.includes("compute=cpu"))) {
+    const [href, textContent] = onGpu ? ["?compute=cpu", "Run on the CPU instead"] : ["?", "Run on the GPU instead"];
+    element("machine").append(Object.assign(document.createElement("a"), { href, textContent }));
+  } else if (!crossOriginIsolated) {
+    element("machine").append("The page came without the headers by which browsers allow several threads.");
+  }
+}
+
+function showDownload({ name, received, size }) {
+  element("download").value = received / size;
+  const megabytes = (bytes) => (bytes / 1e6).toFixed(1);
+  element("loading").textContent = `Fetching ${name.replace("_", " ")}: ${megabytes(received)} of ${megabytes(size)} MB`;
+}
+
+async function start() {
+  setUpTabs();
+  if (typeof WebAssembly !== "object") {
+    throw new Error("This browser has no WebAssembly, by which the page computes: use a current one.");
+  }
+  const link = new URLSearchParams(location.search);
+  const computer = new Computer(showDownload);
+  const provider = link.get("compute") === "cpu" ? "wasm" : undefined;
+  const started = await computer.request("start", { provider });
+  showFacts(started.info);
+  showMachine(started.provider, started.threads);
+  const edit = setUpEdit(computer, started.info);
+  if (started.info.generator) {
+    setUpGenerate(computer, started.info, link, edit);
+  } else {
+    element("generate-tab").hidden = true;
+    showTab("edit");
+  }
+  announce("The model is ready.");
+}
+
+start().catch((error) => {
+  element("loading").textContent = "The model could not be loaded.";
+  element("download").hidden = true;
+  alertVisitor(error.message);
+});

@@ -1,0 +1,140 @@
+/** The exported models: fetched once and kept by the browser, and run by onnxruntime-web. */
+
+const CACHE = "vfmtok-models";
+
+/** SHA-256 of a buffer in hexadecimal digits. */
+async function digest(buffer) {
+  const bytes = new Uint8Array(await crypto.subtle.digest("SHA-256", buffer));
+  return Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
+/** The body of a response, with a word after each piece about how much of it has come. */
+async function readBody(response, onProgress) {
+  const pieces = [];
+  let received = 0;
+  for (let reader = response.body.getReader(); ; ) {
+    const { done, value } = await reader.read();
+    if (done) return new Blob(pieces).arrayBuffer();
+    pieces.push(value);
+    received += value.length;
+    onProgress(received);
+  }
+}
+
+/**
+ * A file of the page, out of the browser's cache if it is there. Its digest is part of its key, so that a new export is
+ * fetched anew. Browsers offer the cache and the digest to secure pages (https, localhost) alone; others fetch each time.
+ */
+async function fetchFile(base, { file, sha256 }, onProgress) {
+  const cache = globalThis.caches && (await caches.open(CACHE).catch(() => null));
+  const key = new URL(`${file}?sha256=${sha256}`, base).href;
+  const kept = await cache?.match(key);
+  if (kept) return kept.arrayBuffer();
+  const response = await fetch(key).catch(() => null);
+  if (!response?.ok) throw new Error(`${file} could not be fetched (${response?.status ?? "no connection"}).`);
+  const buffer = await readBody(response, onProgress);
+  if (globalThis.crypto?.subtle && (await digest(buffer)) !== sha256) {
+    throw new Error(`${file} is damaged: its content is not the one that was exported. Export or upload it again.`);
+  }
+  await cache?.put(key, new Response(buffer)).catch(() => null); // a full disk costs the next visit a download
+  return buffer;
+}
+
+/** Drop what earlier exports left in the cache. */
+async function dropOldFiles(base, parts) {
+  const cache = globalThis.caches && (await caches.open(CACHE).catch(() => null));
+  const current = new Set(Object.values(parts).map(({ file, sha256 }) => new URL(`${file}?sha256=${sha256}`, base).href));
+  for (const request of (await cache?.keys()) ?? []) {
+    if (request.url.startsWith(base) && !current.has(request.url)) await cache.delete(request);
+  }
+}
+
+export class Models {
+  /**
+   * @param {object} ort the onnxruntime-web module.
+   * @param {"webgpu" | "wasm"} provider what computes.
+   * @param {string} base address of the folder of models.
+   * @param {object} info its export.json.
+   * @param {(name: string, received: number, size: number) => void} onProgress of downloads.
+   */
+  constructor(ort, provider, base, info, onProgress) {
+    Object.assign(this, { ort, provider, base, info, onProgress, sessions: {} });
+    dropOldFiles(base, info.parts);
+  }
+
+  /** The session of a part, fetched at its first use. */
+  session(name) {
+    this.sessions[name] ??= this.#open(name).catch((error) => {
+      delete this.sessions[name]; // the next use tries again
+      throw error;
+    });
+    return this.sessions[name];
+  }
+
+  async #open(name) {
+    const part = this.info.parts[name];
+    const buffer = await fetchFile(this.base, part, (received) => this.onProgress(name, received, part.size));
+    const options = { executionProviders: [this.provider] };
+    // The keys and values that one step leaves for the next need not leave the GPU.
+    const kept = part.outputs.filter((output) => output.endsWith("_out"));
+    if (this.provider === "webgpu") {
+      options.preferredOutputLocation = Object.fromEntries(kept.map((output) => [output, "gpu-buffer"]));
+    }
+    try {
+      return await this.ort.InferenceSession.create(buffer, options);
+    } catch (error) {
+      throw new Error(`${part.file} could not be opened: ${error.message}`);
+    }
+  }
+
+  #int64(values, shape = [1, values.length]) {
+    return new this.ort.Tensor("int64", BigInt64Array.from(values, BigInt), shape);
+  }
+
+  /** Image tokens of `(3, side, side)` pixel values. */
+  async encode(pixelValues) {
+    const side = this.info.image_size;
+    const session = await this.session("encoder");
+    const input = new this.ort.Tensor("float32", pixelValues, [1, 3, side, side]);
+    const { image_tokens } = await session.run({ pixel_values: input });
+    return Array.from(image_tokens.data, Number);
+  }
+
+  /** `(3, side, side)` pixel values of image tokens. */
+  async decode(tokens) {
+    const session = await this.session("decoder");
+    const { reconstruction } = await session.run({ image_tokens: this.#int64(tokens) });
+    return reconstruction.data;
+  }
+
+  /** What generateTokens needs to begin sequences. */
+  async newSequence() {
+    const session = await this.session("decode_step");
+    const { ort } = this;
+    const { cache_shape } = this.info.generator;
+    const shape = cache_shape.map((size) => (size === "batch" ? 1 : size));
+    const zeros = () => new ort.Tensor("float32", new Float32Array(shape.reduce((a, b) => a * b)), shape);
+    // A model of random order also asks where each token lies: here in raster order.
+    const order = Array.from({ length: this.info.num_image_tokens }, (_, position) => position);
+    const constant = session.inputNames.includes("orders") ? { orders: this.#int64(order) } : {};
+
+    return (label) => {
+      let position = 0;
+      let states = { keys: zeros(), values: zeros() };
+      const release = () => Object.values(states).forEach((tensor) => tensor.dispose());
+      const next = async (token) => {
+        const { logits, keys_out, values_out } = await session.run({
+          class_labels: this.#int64([label], [1]),
+          image_tokens: this.#int64([token], [1]),
+          position: this.#int64([position++], []),
+          ...states,
+          ...constant,
+        });
+        release();
+        states = { keys: keys_out, values: values_out };
+        return logits.data;
+      };
+      return { next, release };
+    };
+  }
+}
