@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := src tests examples kernel benchmarks spaces
 
-.PHONY: install check test test-oldest test-avx2 demo space docs docs-serve notebooks gpu quality style emoji-checkpoint clean
+.PHONY: install check test test-oldest test-avx2 demo space web-space web-space-serve docs docs-serve notebooks gpu quality style emoji-checkpoint clean
 
 include kernel/kernel.mk
 
@@ -53,6 +53,15 @@ demo: install  ## generate images with the checkpoint that comes with the packag
 
 space: install  ## the Gradio Space with the embedded checkpoint, on http://127.0.0.1:7860
 	GRADIO_ANALYTICS_ENABLED=False $(BIN)/python spaces/vfmtok/app.py
+
+outputs/web-space/index.html: install $(wildcard spaces/vfmtok_web/*)
+	rm -rf $(@D)
+	$(BIN)/vfmtok export --format web --output $(@D)
+
+web-space: outputs/web-space/index.html  ## the static Space with the embedded checkpoint, into outputs/web-space; needs npm
+
+web-space-serve: web-space  ## the same on http://127.0.0.1:8000, with the headers that threads need
+	$(BIN)/python outputs/web-space/serve.py
 
 docs: install  ## the documentation site, into site/
 	$(BIN)/mkdocs build

@@ -1,6 +1,6 @@
 /** The tab that turns an image into tokens to edit. */
 
-import { announce, attempt, download, element, paint } from "./app.js";
+import { announce, attempt, download, element, paint, showTab } from "./page.js";
 import { centerSquare, psnr } from "./pixels.js";
 
 const MAX_PIXELS = 40e6;
@@ -26,9 +26,9 @@ export function setUpEdit(computer, info) {
   const cells = element("cells");
   let image = null; // its RGBA data, its name, and its own tokens
   let tokens = [];
-  let history = []; // earlier tokens, for undo
+  let earlier = []; // tokens before each change, for undo
   let first = null; // the token that waits for the one to swap with
-  let decoding = null; // the decode in progress, if any
+  let decoding = null; // what decode promised, until it is done
 
   const tool = () => document.querySelector("[name=tool]:checked").value;
   const isErased = (index) => tokens[index] === info.blank_tokens[index] && image.tokens[index] !== tokens[index];
@@ -71,25 +71,28 @@ export function setUpEdit(computer, info) {
     element("edit-count").textContent = tokens.length;
     element("changed").textContent = changed;
     element("distinct").textContent = new Set(tokens).size;
-    element("undo").disabled = history.length === 0;
+    element("undo").disabled = earlier.length === 0;
     element("restore").disabled = changed === 0;
     element("save-edited").disabled = false;
   }
 
-  /** Decode the tokens of now; while one decode runs, only the newest further one waits. */
-  async function decode() {
-    if (decoding) return;
+  /** Show what the tokens decode to. Of the changes during a decode, the next one takes the newest alone. */
+  function decode() {
+    decoding ??= decodeNewest().finally(() => (decoding = null));
+    return decoding;
+  }
+
+  async function decodeNewest() {
     let decoded;
     do {
       decoded = tokens;
-      decoding = computer.request("decode", { tokens });
-      const { rgba } = await decoding.finally(() => (decoding = null));
+      const { rgba } = await computer.request("decode", { tokens });
       paint(element("edited"), rgba, `Reconstruction of ${image.name}`);
     } while (decoded !== tokens);
   }
 
   function change(newTokens) {
-    history.push(tokens);
+    earlier.push(tokens);
     tokens = newTokens;
     show();
     return attempt(decode);
@@ -114,7 +117,7 @@ export function setUpEdit(computer, info) {
   /** Show an image with its tokens, and their reconstruction. */
   async function open(rgba, ownTokens, name) {
     image = { rgba, name, tokens: ownTokens };
-    [tokens, history, first] = [ownTokens, [], null];
+    [tokens, earlier, first] = [ownTokens, [], null];
     element("edit-veil").hidden = true;
     cells.hidden = false;
     paint(element("original"), rgba, name);
@@ -128,6 +131,7 @@ export function setUpEdit(computer, info) {
 
   function openFile(file) {
     if (!file) return;
+    showTab("edit");
     attempt(async () => {
       announce("Encoding the image.");
       const { data } = centerSquare(await readPixels(file), info.image_size);
@@ -156,7 +160,7 @@ export function setUpEdit(computer, info) {
     next.focus();
   });
   element("undo").addEventListener("click", () => {
-    tokens = history.pop();
+    tokens = earlier.pop();
     show();
     attempt(decode);
   });
@@ -164,12 +168,10 @@ export function setUpEdit(computer, info) {
   element("save-edited").addEventListener("click", () => download(element("edited"), "reconstruction.png"));
   element("file").addEventListener("change", ({ target }) => openFile(target.files[0]));
   addEventListener("paste", ({ clipboardData }) => {
-    if (!element("edit").hidden) openFile([...clipboardData.files].find((file) => file.type.startsWith("image/")));
+    openFile([...clipboardData.files].find((file) => file.type.startsWith("image/")));
   });
   for (const type of ["dragover", "drop"]) addEventListener(type, (event) => event.preventDefault());
-  addEventListener("drop", ({ dataTransfer }) => {
-    if (!element("edit").hidden) openFile(dataTransfer.files[0]);
-  });
+  addEventListener("drop", ({ dataTransfer }) => openFile(dataTransfer.files[0]));
   for (const [type, over] of [["dragover", true], ["dragleave", false], ["drop", false]]) {
     element("drop").addEventListener(type, () => element("drop").classList.toggle("over", over));
   }

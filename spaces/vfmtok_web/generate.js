@@ -1,6 +1,6 @@
 /** The tab that generates. */
 
-import { alertVisitor, announce, attempt, download, element, paint, showTab } from "./app.js";
+import { alertVisitor, announce, attempt, download, element, paint, showTab } from "./page.js";
 
 const MAX_SEED = 2 ** 32 - 1;
 const MAX_EARLIER = 24;
@@ -26,8 +26,9 @@ export function setUpGenerate(computer, info, link, edit) {
   function fillForm() {
     const options = Array.from({ length: info.generator.num_classes }, (_, label) => new Option(className(label), label));
     field("label").replaceChildren(...options);
-    field("top_k").max = info.codebook_size;
     const { temperature, top_k, top_p, guidance_scale } = info.sampling;
+    field("top_k").max = info.codebook_size;
+    field("guidance").max = Math.max(5, 2 * guidance_scale);
     const values = { temperature, top_k, top_p, guidance: Math.max(guidance_scale, 1) };
     for (const [name, value] of Object.entries(values)) field(name).value = link.get(name) ?? value;
     if (/^\d+$/.test(link.get("seed"))) field("seed").value = Math.min(Number(link.get("seed")), MAX_SEED);
@@ -61,9 +62,9 @@ export function setUpGenerate(computer, info, link, edit) {
 
   function settingsLink() {
     const address = new URL(location.href);
-    const values = { label: className(field("label").value) };
-    for (const name of ["seed", ...Object.keys(WORDS)]) values[name] = field(name).value;
-    if (new URLSearchParams(location.search).has("compute")) values.compute = link.get("compute");
+    const values = {};
+    for (const name of ["label", "seed", ...Object.keys(WORDS)]) values[name] = field(name).value;
+    if (link.has("compute")) values.compute = link.get("compute");
     address.search = new URLSearchParams(values);
     return address.href;
   }

@@ -8,6 +8,12 @@ async function digest(buffer) {
   return Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
+/** Where the browser keeps models: null on pages that are not secure (neither https nor localhost), or if it refuses. */
+const openCache = () => globalThis.caches?.open(CACHE).catch(() => null) ?? null;
+
+/** The address of a part's file. Its digest is part of it, so that a new export is fetched anew. */
+const addressOf = (base, { file, sha256 }) => new URL(`${file}?sha256=${sha256}`, base).href;
+
 /** The body of a response, with a word after each piece about how much of it has come. */
 async function readBody(response, onProgress) {
   const pieces = [];
@@ -21,29 +27,27 @@ async function readBody(response, onProgress) {
   }
 }
 
-/**
- * A file of the page, out of the browser's cache if it is there. Its digest is part of its key, so that a new export is
- * fetched anew. Browsers offer the cache and the digest to secure pages (https, localhost) alone; others fetch each time.
- */
-async function fetchFile(base, { file, sha256 }, onProgress) {
-  const cache = globalThis.caches && (await caches.open(CACHE).catch(() => null));
-  const key = new URL(`${file}?sha256=${sha256}`, base).href;
-  const kept = await cache?.match(key);
+/** A part's file, out of the browser's cache if it is there. Only secure pages have digests to check it by. */
+async function fetchFile(base, part, onProgress) {
+  const { file, sha256 } = part;
+  const cache = await openCache();
+  const address = addressOf(base, part);
+  const kept = await cache?.match(address);
   if (kept) return kept.arrayBuffer();
-  const response = await fetch(key).catch(() => null);
+  const response = await fetch(address).catch(() => null);
   if (!response?.ok) throw new Error(`${file} could not be fetched (${response?.status ?? "no connection"}).`);
   const buffer = await readBody(response, onProgress);
   if (globalThis.crypto?.subtle && (await digest(buffer)) !== sha256) {
     throw new Error(`${file} is damaged: its content is not the one that was exported. Export or upload it again.`);
   }
-  await cache?.put(key, new Response(buffer)).catch(() => null); // a full disk costs the next visit a download
+  await cache?.put(address, new Response(buffer)).catch(() => null); // a full disk costs the next visit a download
   return buffer;
 }
 
 /** Drop what earlier exports left in the cache. */
 async function dropOldFiles(base, parts) {
-  const cache = globalThis.caches && (await caches.open(CACHE).catch(() => null));
-  const current = new Set(Object.values(parts).map(({ file, sha256 }) => new URL(`${file}?sha256=${sha256}`, base).href));
+  const cache = await openCache();
+  const current = new Set(Object.values(parts).map((part) => addressOf(base, part)));
   for (const request of (await cache?.keys()) ?? []) {
     if (request.url.startsWith(base) && !current.has(request.url)) await cache.delete(request);
   }
@@ -58,7 +62,12 @@ export class Models {
    * @param {(name: string, received: number, size: number) => void} onProgress of downloads.
    */
   constructor(ort, provider, base, info, onProgress) {
-    Object.assign(this, { ort, provider, base, info, onProgress, sessions: {} });
+    this.ort = ort;
+    this.provider = provider;
+    this.base = base;
+    this.info = info;
+    this.onProgress = onProgress;
+    this.sessions = {};
     dropOldFiles(base, info.parts);
   }
 
@@ -83,7 +92,8 @@ export class Models {
     try {
       return await this.ort.InferenceSession.create(buffer, options);
     } catch (error) {
-      throw new Error(`${part.file} could not be opened: ${error.message}`);
+      const advice = this.provider === "webgpu" ? " Add ?compute=cpu to the address to run on the CPU." : "";
+      throw new Error(`${part.file} could not be opened: ${error.message}${advice}`);
     }
   }
 

@@ -296,7 +296,10 @@ def claim_another_model(page):
     [
         (answer_with(b"nothing"), "decoder.onnx is damaged"),
         (claim_another_model, "decoder.onnx could not be opened"),
-        (lambda page: page.route("**/decoder.onnx*", lambda route: route.abort()), "decoder.onnx could not be fetched"),
+        (
+            lambda page: page.route("**/decoder.onnx*", lambda route: route.abort()),
+            "decoder.onnx could not be fetched",
+        ),
         (lambda page: page.add_init_script("delete globalThis.WebAssembly"), "no WebAssembly"),
     ],
     ids=["damaged", "no model", "missing", "no WebAssembly"],

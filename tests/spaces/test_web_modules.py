@@ -165,7 +165,9 @@ def test_values_become_the_processors_8_bit_levels():
     """
     images = torch.rand(1, 3, 4, 4) * 3 - 1.5
     levels = VFMTokImageProcessor.to_uint8(images)[0].permute(1, 2, 0)
-    assert torch.equal(torch.tensor(run(code, values=images.flatten().tolist())).reshape(4, 4, 4)[..., :3], levels.long())
+    assert torch.equal(
+        torch.tensor(run(code, values=images.flatten().tolist())).reshape(4, 4, 4)[..., :3], levels.long()
+    )
 
 
 def test_the_folder_is_complete_and_its_readme_names_every_file():

@@ -61,7 +61,9 @@ def export(
         is_page = format is ExportFormat.web
         if is_page:
             if parts or batch_size:
-                raise ValueError("A web page has all parts, for one image at a time: leave --part and --batch-size out.")
+                raise ValueError(
+                    "A web page has all parts, for one image at a time: leave --part and --batch-size out."
+                )
             check_web_export(output)
         else:
             check_export(output, format.value)

@@ -143,7 +143,7 @@ def store_in_half(exported: ExportedPart, part: ExportPart) -> ExportedPart:
 
 def page_info(pipe: VFMTokPipeline, blank_tokens: list[int]) -> dict[str, Any]:
     """What the page shows and starts from. `blank_tokens` stand where no token has been drawn."""
-    name = Path(str(pipe.config._name_or_path)).name if "_name_or_path" in pipe.config else ""
+    name = Path(pipe.config.get("_name_or_path") or "").name
     info: dict[str, Any] = {"name": name, "blank_tokens": blank_tokens}
     generator = pipe.transformer
     if generator is not None:
