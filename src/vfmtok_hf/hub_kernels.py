@@ -1,16 +1,16 @@
 """
-Compiled deformable attention, bound from outside: modeling files know nothing of it, and without it everything works.
+Compiled deformable attention, applied to models from outside. It is optional, and modeling files do not depend on it.
 
-`enable_kernels` tries these sources in order and keeps the pure-PyTorch `forward` when none fits:
+`enable_kernels` tries these sources in order and keeps the pure-PyTorch `forward` if none works:
 
 1. a folder given as `path`,
-2. the folder that the environment variable `LOCAL_KERNELS` names for `vfmtok-hf/vfmtok-msda`,
-3. `kernel/build` of the source checkout this package is installed from (`make kernel` fills it),
-4. the Hub revision that this release locks in `kernels.lock`,
+2. the folder for `vfmtok-hf/vfmtok-msda` in the environment variable `LOCAL_KERNELS`,
+3. `kernel/build` of a source checkout, the output of `make kernel`,
+4. the Hub revision locked in `kernels.lock`,
 5. on CUDA, `kernels-community/deformable-detr`.
 
-It never raises because a source is missing or broken: each failure is logged once, with its reason. Nothing is compiled,
-and nothing is downloaded unless `download=True`.
+A missing or broken source never raises an error: it is logged once, with its reason. Nothing is compiled, and nothing is
+downloaded unless `download=True`.
 
 `VFMTokPipeline`, and tokenizer training on CPUs, call `use_found_kernels`, which does the same unless the user called
 `enable_kernels` or `disable_kernels` before.
@@ -53,23 +53,23 @@ def enable_kernels(
     download: bool = False,
 ) -> ModuleT:
     """
-    Bind the first compiled layer that works to every `MultiScaleDeformableAttention` in a model.
+    Use the first compiled layer that works for every `MultiScaleDeformableAttention` in a model.
 
-    The layer is recognized by its class name, so models of transformers' Deformable DETR family and models loaded with
-    `trust_remote_code=True` are served too. Tensors on another device than `device` take the pure-PyTorch path.
+    The layer is recognized by its class name, so this also works for transformers' Deformable DETR models and for models
+    loaded with `trust_remote_code=True`. Tensors on another device than `device` use pure PyTorch.
 
     Args:
         module_or_model (`torch.nn.Module`): a whole model or the one module.
-        mode (`str`): `"training"` binds only layers that have a backward.
-        device (`str` or `torch.device`, *optional*): where the model will run; default: where its parameters are.
+        mode (`str`): `"training"` uses only layers with a backward pass.
+        device (`str` or `torch.device`, *optional*): where the model will run. Defaults to the device of its parameters.
         path (path, *optional*): a kernel folder, such as `kernel/` or a variant folder of its `build/`.
-        download (`bool`): whether a source may be fetched from the Hub.
+        download (`bool`): whether a source may be downloaded from the Hub.
 
     Returns:
         `torch.nn.Module`: the argument.
 
     Raises:
-        ValueError: `mode` is neither of the two.
+        ValueError: `mode` is invalid.
     """
     if mode not in ("inference", "training"):
         raise ValueError(f'mode must be "inference" or "training", got {mode!r}')
@@ -82,9 +82,9 @@ def enable_kernels(
 
 def use_found_kernels(module_or_model: ModuleT, device: str | torch.device) -> ModuleT:
     """
-    Bind what `enable_kernels` finds for a device, once per device, unless the user enabled or disabled kernels.
+    Do what `enable_kernels` does, once per device, unless the user enabled or disabled kernels.
 
-    Only layers with a backward are bound, since nobody said that the model will not be trained.
+    Only layers with a backward pass are used, because the model might be trained.
     """
     device_type = torch.device(device).type
     modules = [module for module in _layers_of(module_or_model) if _choice(module) not in ("the user's", device_type)]
@@ -95,8 +95,8 @@ def use_found_kernels(module_or_model: ModuleT, device: str | torch.device) -> M
 
 def disable_kernels(module_or_model: ModuleT) -> ModuleT:
     """
-    Give every `MultiScaleDeformableAttention` in `module_or_model`, a whole model or the one module, its pure-PyTorch
-    `forward` back; returns the argument.
+    Restore the pure-PyTorch `forward` of every `MultiScaleDeformableAttention` in `module_or_model`, a whole model or the one
+    module. Returns the argument.
     """
     modules = _layers_of(module_or_model)
     for module in modules:
@@ -106,13 +106,13 @@ def disable_kernels(module_or_model: ModuleT) -> ModuleT:
 
 
 def active_implementation(module_or_model: nn.Module) -> str:
-    """What runs the deformable attention of a model: `"pure PyTorch"`, or `"compiled: "` and where it came from."""
+    """The implementation of a model's deformable attention: `"pure PyTorch"`, or `"compiled: "` and its source."""
     sources = {_source_of(module) for module in _layers_of(module_or_model)}
     return ", ".join(sorted(f"compiled: {source}" if source else "pure PyTorch" for source in sources)) or "none"
 
 
 def kernel_facts(device: str | torch.device = "cpu") -> dict[str, str]:
-    """Which implementation `enable_kernels` chooses on a device, and why not the ones before it; for `vfmtok info`."""
+    """The implementation that `enable_kernels` chooses on a device, and why earlier ones failed; for `vfmtok info`."""
     module = MultiScaleDeformableAttention()
     failures = _bind_first_working([module], "inference", torch.device(device).type, path=None, download=False)
     facts = {"deformable attention": active_implementation(module)}
@@ -124,11 +124,11 @@ def kernel_facts(device: str | torch.device = "cpu") -> dict[str, str]:
 
 
 class Source(NamedTuple):
-    """Somewhere a compiled layer may come from."""
+    """A source of a compiled layer."""
 
     name: str
     load: Callable[[], type[nn.Module]]
-    asked_for: bool  # by the user, who wants to be warned when it fails
+    asked_for: bool  # by the user, who is warned if it fails
 
 
 def _sources(device_type: str, path: str | os.PathLike | None, download: bool) -> Iterator[Source]:
@@ -154,7 +154,7 @@ def _sources(device_type: str, path: str | os.PathLike | None, download: bool) -
 
 
 def _local_kernels_folder() -> Path | None:
-    """What LOCAL_KERNELS ("org/name=/path:org/other=/path") says about our kernel."""
+    """The path of our kernel in LOCAL_KERNELS ("org/name=/path:org/other=/path")."""
     for entry in os.environ.get("LOCAL_KERNELS", "").split(":"):
         repo_id, _, folder = entry.partition("=")
         if repo_id == KERNEL_REPO_ID:
@@ -169,8 +169,8 @@ def _layer(kernel: ModuleType) -> type[nn.Module]:
 def _load_folder(folder: Path, device_type: str) -> ModuleType:
     from kernels import get_local_kernel
 
-    # A variant folder is looked up through its parent, which checks that its name fits this torch and this machine:
-    # a library built for another torch could take the process down.
+    # Load a variant folder through its parent, which checks that its name matches this torch and this machine: a
+    # library built for another torch could crash the process.
     root = folder.resolve().parent if (folder / "metadata.json").exists() else folder.resolve()
     if not root.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder")
@@ -179,7 +179,7 @@ def _load_folder(folder: Path, device_type: str) -> ModuleType:
 
 def _loaded_from(root: Path, device_type: str) -> ModuleType | None:
     """
-    The module of an identical build that was loaded from elsewhere, if any: its operators cannot be registered twice.
+    The module of an identical build that was already loaded, if any, because operators cannot be registered twice.
     """
     from kernels import get_loaded_kernels
 
@@ -202,9 +202,9 @@ def _load_locked(repo_id: str, device_type: str, download: bool) -> ModuleType:
 
     commit = _locked_commit(repo_id)
     if commit is None:
-        raise FileNotFoundError("this release locks no revision of it")
+        raise FileNotFoundError("this release does not lock a revision")
     if download:
-        # Who installed this package trusts the commit that it pins.
+        # Installing this package implies trust in the commit that it pins.
         return get_kernel(repo_id, revision=commit, backend=device_type, trust_remote_code=[repo_id])
     return load_kernel(repo_id, lockfile=LOCK_FILE, backend=device_type)
 
@@ -215,13 +215,13 @@ def _load_community(download: bool) -> ModuleType:
     if _locked_commit(COMMUNITY_REPO_ID) is not None:
         return _load_locked(COMMUNITY_REPO_ID, "cuda", download)
     if not download:
-        raise FileNotFoundError("not downloaded; enable_kernels(..., download=True) fetches it")
+        raise FileNotFoundError("not downloaded; enable_kernels(..., download=True) downloads it")
     return get_kernel(COMMUNITY_REPO_ID, version=COMMUNITY_VERSION, backend="cuda")
 
 
 @functools.cache
 def _community_layer(layer: type[nn.Module]) -> type[nn.Module]:
-    """The community layer without what it refuses: mixed dtypes, strided tensors, a batch that im2col_step does not divide."""
+    """The community layer, extended to mixed dtypes, strided tensors and batch sizes that im2col_step does not divide."""
 
     class CommunityLayer(nn.Module):
         has_backward = True
@@ -268,7 +268,7 @@ def _device_type(module_or_model: nn.Module) -> str:
 
 
 def _choice(module: nn.Module) -> str | None:
-    """Who chose the module's implementation: `"the user's"` call, or `use_found_kernels` for the device type named."""
+    """Who chose the module's implementation: `"the user's"` call, or `use_found_kernels` for the named device type."""
     return getattr(module, "_kernel_choice", None)
 
 
@@ -278,14 +278,14 @@ def _remember_choice(modules: list[nn.Module], choice: str) -> None:
 
 
 def _source_of(module: nn.Module) -> str | None:
-    """Where a module's bound layer came from; `None` for the pure-PyTorch one."""
+    """The source of a module's compiled layer; `None` for pure PyTorch."""
     return getattr(module.forward, "kernel_source", None)
 
 
 def _bind_first_working(
     modules: list[nn.Module], mode: str, device_type: str, path: str | os.PathLike | None, download: bool
 ) -> dict[str, str]:
-    """Bind the first source that works to the modules; returns why each source before it did not."""
+    """Use the first source that works for the modules. Returns why earlier sources failed."""
     failures: dict[str, str] = {}
     if not modules:
         return failures
@@ -294,7 +294,7 @@ def _bind_first_working(
             layer = _guarded_layer(source.load(), device_type, source.name)  # type: ignore[arg-type]
             for module in modules:
                 _bind(module, layer, mode, device_type)
-        except Exception as error:  # whatever a foreign library may raise must not reach the user's program
+        except Exception as error:  # errors of another library must not reach the user's program
             reason = _one_line(error)
             failures[source.name] = reason
             level = logging.WARNING if source.asked_for else logging.INFO
@@ -320,7 +320,7 @@ def _log_once(level: int, message: str) -> None:
 
 @functools.cache
 def _guarded_layer(layer: type[nn.Module], device_type: str, source: str) -> type[nn.Module]:
-    """The layer for the device it was compiled for, and the module's own `forward` elsewhere or where tracing needs it."""
+    """Use the compiled layer on its device, and the module's own `forward` elsewhere or if tracing needs it."""
     can_torch_compile = getattr(layer, "can_torch_compile", False)
 
     class GuardedLayer(nn.Module):
@@ -354,7 +354,7 @@ def _guarded_layer(layer: type[nn.Module], device_type: str, source: str) -> typ
 
 @dataclass(frozen=True)
 class _LoadedLayer:
-    """The repository interface of `kernels.kernelize`, for a layer that is already here."""
+    """The repository interface of `kernels.kernelize`, for a layer that is already loaded."""
 
     layer: type[nn.Module]
 
@@ -364,8 +364,8 @@ class _LoadedLayer:
 
 def _bind(module: nn.Module, layer: type[nn.Module], mode: str, device_type: str) -> None:
     """
-    Let `kernels` check the layer against the module and bind it to this one instance; other layers of the model that
-    `kernels` knows are left alone.
+    Let `kernels` check the layer against the module and apply it to this instance only, not to other layers that `kernels`
+    supports.
     """
     from kernels import Mode, kernelize, replace_kernel_forward_from_hub, use_kernel_mapping
 

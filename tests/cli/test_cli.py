@@ -135,7 +135,7 @@ def test_image_i_is_drawn_from_seed_plus_i(model, tmp_path):
     ("arguments", "message"),
     [
         (["--labels", "hart"], "There is no class 'hart'. Did you mean 'heart'?"),
-        (["--labels", "77"], "Class labels must lie in 0 to 4, got 77."),
+        (["--labels", "77"], "Class labels must be in 0 to 4, got 77."),
         (["--top-p", "0"], "top_p"),
         (["--model", "./absent"], "There is no model folder ./absent."),
         (["--device", "nonsense"], "nonsense"),

@@ -153,7 +153,7 @@ def test_only_one_source_of_vision_weights(tmp_path, vision_folder):
 
 
 def test_unknown_vision_models_leave_nothing(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no folder or repository of a vision model") as error:
+    with pytest.raises(FileNotFoundError, match="not a folder or repository of a vision model") as error:
         convert_tokenizer(TOKENIZER, tmp_path / "out", vision_model=tmp_path / "absent")
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
@@ -168,7 +168,7 @@ def test_config_may_be_a_json_file(tmp_path):
     assert report.config.num_image_tokens == 16
 
 
-@pytest.mark.parametrize(("content", "cause"), [("{", "is not JSON"), ("[1]", "must hold a JSON object")])
+@pytest.mark.parametrize(("content", "cause"), [("{", "is not JSON"), ("[1]", "must contain a JSON object")])
 def test_bad_config_files(tmp_path, content, cause):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ValueError, match=cause):
@@ -233,7 +233,7 @@ def test_existing_folders_are_replaced_on_request_only(tmp_path):
 
 def test_folders_that_hold_no_model_are_never_replaced(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(FileExistsError, match="no model folder"):
+    with pytest.raises(FileExistsError, match="not a model folder"):
         convert_rar(RAR, tmp_path, overwrite=True)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 

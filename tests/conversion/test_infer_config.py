@@ -78,7 +78,7 @@ def test_tiny_rar_is_inferred_from_its_shapes():
 def test_rar_tables_without_the_originals_surplus_need_the_number_of_tokens():
     state_dict = tiny(RAR)
     state_dict["timesteps_embeddings"] = state_dict["timesteps_embeddings"][:, :18]
-    with pytest.raises(ValueError, match="give num_image_tokens in config"):
+    with pytest.raises(ValueError, match="set num_image_tokens in config"):
         build_rar(state_dict, {})
     assert build_rar(state_dict, {"num_image_tokens": 16}).model.config.num_timestep_embeddings == 18
 
@@ -87,16 +87,16 @@ def test_rar_tables_without_the_originals_surplus_need_the_number_of_tokens():
 
 
 def test_unknown_sizes_ask_for_their_heads():
-    with pytest.raises(ValueError, match="3 layers of width 64 are no released size: give num_attention_heads"):
+    with pytest.raises(ValueError, match="3 layers of width 64 are not a released size: set num_attention_heads"):
         build_ar(tiny(AR), {})
-    with pytest.raises(ValueError, match="width 64 is no released one: give decoder_num_heads"):
+    with pytest.raises(ValueError, match="No released tokenizer has width 64: set decoder_num_heads"):
         build_tokenizer(tiny(TOKENIZER), {"vision_config": {"num_attention_heads": 2}}, tiny(DINOV2))
-    with pytest.raises(ValueError, match="DINOv2 of width 32 is no released one: give num_attention_heads"):
+    with pytest.raises(ValueError, match="No released DINOv2 has width 32: set num_attention_heads"):
         build_tokenizer(tiny(TOKENIZER), {"decoder_num_heads": 4}, tiny(DINOV2))
 
 
 def test_unknown_vision_models_must_be_described():
-    with pytest.raises(ValueError, match=r"\[32, 32, 32, 32\] wide, which is not the released vision model"):
+    with pytest.raises(ValueError, match=r"\[32, 32, 32, 32\] wide, which does not match the released vision model"):
         build_tokenizer(tiny(TOKENIZER), {"decoder_num_heads": 4})
     config = build_tokenizer(tiny(TOKENIZER), LIGHT_CONFIG).model.config
     assert config.vision_config.model_type == "dinov2_with_registers"
@@ -129,8 +129,8 @@ def test_dinov2_without_registers_is_refused():
 @pytest.mark.parametrize(
     ("overrides", "cause"),
     [
-        ({"num_heads": 4}, "config holds 'num_heads', which VFMTokARConfig does not have"),
-        ({"hidden_size": 128}, "config says hidden_size = 128, the checkpoint has 64"),
+        ({"num_heads": 4}, "config contains 'num_heads', which VFMTokARConfig does not have"),
+        ({"hidden_size": 128}, "config has hidden_size = 128, but the checkpoint has 64"),
         ({"num_image_tokens": 17}, "num_image_tokens must be a square number"),
         ({"num_image_tokens": "many"}, "'num_image_tokens' expected int"),
         ({"num_attention_heads": 5}, "must be divisible by num_attention_heads"),
@@ -149,7 +149,7 @@ def test_impossible_encoder_heads_are_named(heads):
 
 
 def test_light_and_full_are_not_confused():
-    with pytest.raises(ValueError, match="give vision_checkpoint or vision_model"):
+    with pytest.raises(ValueError, match="pass vision_checkpoint or vision_model"):
         build_tokenizer(tiny(TOKENIZER), {**LIGHT_CONFIG, "save_vision_model": True})
     with pytest.raises(ValueError, match="leave one of them out"):
         build_tokenizer(tiny(TOKENIZER), {**TOKENIZER_CONFIG, "save_vision_model": False}, tiny(DINOV2))

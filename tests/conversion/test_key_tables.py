@@ -188,7 +188,7 @@ def original(request):
 def test_unmapped_keys_are_named(original):
     state_dict, build = original
     state_dict |= {"extra.weight": torch.zeros(1), "more": torch.zeros(1), "blocks.0.odd": torch.zeros(1)}
-    with pytest.raises(CheckpointError, match=r"^The checkpoint holds 'extra.weight' \(and 2 more\)"):
+    with pytest.raises(CheckpointError, match=r"^The checkpoint contains 'extra.weight' \(and 2 more\)"):
         build(state_dict)
 
 

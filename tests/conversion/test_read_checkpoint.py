@@ -88,7 +88,7 @@ def test_pickled_code_is_refused_and_not_run(weights, tmp_path, monkeypatch):
     torch.save({"ema": weights, "args": Malicious()}, tmp_path / "rar.pt")
     monkeypatch.setattr(os, "system", lambda *_: pytest.fail("the pickle was executed"))
     message = refusal(tmp_path / "rar.pt")
-    assert "pickle that wants to call" in message
+    assert "pickle that calls" in message
     assert "system" in message
 
 
@@ -130,8 +130,8 @@ def test_git_lfs_pointers(tmp_path):
     [
         ([1, 2], "holds list"),
         ({}, "holds dict"),
-        ({"optimizer": {}, "steps": 4}, "holds no weights: its entries are 'optimizer', 'steps'"),
-        ({"some.weight": torch.zeros(1)}, "lacks 'timesteps_embeddings' and holds 'some.weight'"),
+        ({"optimizer": {}, "steps": 4}, "contains no weights: its entries are 'optimizer', 'steps'"),
+        ({"some.weight": torch.zeros(1)}, "lacks 'timesteps_embeddings' and contains 'some.weight'"),
     ],
 )
 def test_pickles_of_something_else(tmp_path, content, cause):
@@ -155,11 +155,13 @@ def test_checkpoints_of_another_kind(path, kind, cause):
 def test_converted_checkpoints(tmp_path):
     model = build_ar(tiny(AR), AR_CONFIG).model
     model.save_pretrained(tmp_path)
-    assert "already: load its folder with from_pretrained" in refusal(tmp_path / "model.safetensors", "ar")
+    assert "already in Hugging Face format: load its folder with from_pretrained" in refusal(
+        tmp_path / "model.safetensors", "ar"
+    )
     assert "already converted" in refusal(tmp_path, "ar")
     assert export_original_ar(model)
 
 
 def test_vision_models_in_hugging_face_format(tmp_path):
     torch.save({"embeddings.patch_embeddings.projection.weight": torch.zeros(1)}, tmp_path / "dinov2.bin")
-    assert "give its folder as vision_model" in refusal(tmp_path / "dinov2.bin", "dinov2")
+    assert "pass its folder as vision_model" in refusal(tmp_path / "dinov2.bin", "dinov2")

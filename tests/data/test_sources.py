@@ -48,11 +48,11 @@ def test_columns_are_chosen_or_named_in_the_error(tmp_path):
     with pytest.raises(ValueError, match=r"no column 'jpg'.*picture \(Image\), kind \(ClassLabel\), id \(int64\)"):
         open_records(folder, image_column="jpg")
     plain = write_parquet(rows.remove_columns("kind"), tmp_path / "plain")
-    with pytest.raises(ValueError, match=r"no column to take for --label_column: name one of picture \(Image\), id"):
+    with pytest.raises(ValueError, match=r"no column for --label_column: pass one of picture \(Image\), id"):
         open_records(plain)
     images = list(rows.cast_column("picture", datasets.Image(decode=False))["picture"])
     both = write_parquet(rows.add_column("second", images, feature=datasets.Image()), tmp_path / "both")
-    with pytest.raises(ValueError, match=r"several columns \(picture, second\) to take for --image_column"):
+    with pytest.raises(ValueError, match=r"several columns \(picture, second\) for --image_column"):
         open_records(both)
     with pytest.raises(ValueError, match=r"label 2 in its column id, which is none of its 2 classes"):
         open_records(folder, label_column="id", class_names=["a", "b"])
@@ -75,7 +75,7 @@ def test_a_picture_beside_data_files_is_not_taken_for_the_data(labeled, tmp_path
     data = write_parquet(image_table(), tmp_path / "data")
     (data / "assets").mkdir()
     (data / "assets" / "preview.png").write_bytes(png(picture(0)))
-    with pytest.raises(ValueError, match="holds both images and data files"):
+    with pytest.raises(ValueError, match="contains both images and data files"):
         open_records(data, labeled=labeled)
     assert len(open_records(data / "*.parquet", labeled=labeled)) == NUM_IMAGES
 
@@ -89,7 +89,9 @@ def test_held_out_images_are_disjoint_and_of_every_class(tmp_path):
     assert held_out.labels == [0, 0, 0, 1, 1, 1]
     assert {rest.fingerprint, held_out.fingerprint, records.fingerprint} > {records.fingerprint}
     single, _ = records.hold_out(0.99, seed=1)
-    with pytest.raises(ValueError, match="No class of .* has two images, to hold one out: give --validation_data"):
+    with pytest.raises(
+        ValueError, match="No class of .* has two images, so none can be held out: pass --validation_data"
+    ):
         single.hold_out(0.1, seed=1)
 
 

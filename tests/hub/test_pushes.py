@@ -246,14 +246,14 @@ def test_commands(folder, tmp_path):
     assert dry.exit_code == 0, dry.output
     for shown in (
         "vq_model/model.safetensors",
-        "nothing was sent (dry run)",
+        "nothing was uploaded (dry run)",
         "license: mit",
         "name: FID without guidance",
     ):
         assert shown in dry.stdout
     (tmp_path / "figures.json").write_text('[{"value": 1}]')
     for arguments, message in (
-        ((folder / "nothing", "me/thing"), "give a saved model's folder"),
+        ((folder / "nothing", "me/thing"), "pass the folder of a saved model"),
         ((folder, "me/thing", "--metrics", tmp_path / "figures.json"), "fields of a model-index"),
         ((folder, "me/thing", "--tokenizer", "a/b"), "go with --convert"),
     ):

@@ -47,5 +47,5 @@ def test_a_resized_model_saves_loads_trains_and_draws(model, tmp_path):
 
 def test_class_names_must_differ(model):
     for names in ([], ["sun", "sun"]):
-        with pytest.raises(ValueError, match="classes of different names"):
+        with pytest.raises(ValueError, match="distinct class names"):
             model.resize_class_embeddings(names)

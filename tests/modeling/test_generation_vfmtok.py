@@ -428,8 +428,8 @@ def test_unknown_arguments_are_refused(model):
         ({"temperature": 0.0}, "do_sample=False"),
         ({"temperature": math.nan}, "temperature must be"),
         ({"top_k": -1}, "top_k must be"),
-        ({"top_p": 0.0}, "top_p must lie in"),
-        ({"top_p": 1.1}, "top_p must lie in"),
+        ({"top_p": 0.0}, "top_p must be in"),
+        ({"top_p": 1.1}, "top_p must be in"),
         ({"generator": generators(0)}, "Got 1 generators for 4 class labels"),
     ],
     # Not the values: a generator shows its address, and test processes must agree on names.
@@ -465,7 +465,7 @@ def test_unusable_labels_are_refused_before_any_work(model, labels, error, messa
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
 def test_nan_in_the_weights_is_an_error(model, do_sample, guidance_scale):
     model.layers[1].self_attn.o_proj.weight.data[0, 0] = math.nan
-    with pytest.raises(ValueError, match="weights hold NaN"):
+    with pytest.raises(ValueError, match="weights contain NaN"):
         model.generate(LABELS, do_sample=do_sample, guidance_scale=guidance_scale, top_k=5, top_p=0.9)
 
 

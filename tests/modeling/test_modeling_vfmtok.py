@@ -417,7 +417,7 @@ def test_bad_pixel_values():
     picture = Image.new("RGB", (32, 32))
     for bad in (picture, [picture], [[0.5]]):
         for method in (model.encode, model.get_image_features, model):
-            with pytest.raises(TypeError, match="VFMTokImageProcessor makes it from images"):
+            with pytest.raises(TypeError, match="Create it from images with VFMTokImageProcessor"):
                 method(bad)
     with pytest.raises(ValueError, match="NaN or infinity"):
         model.encode(torch.full((1, 3, 32, 32), torch.nan))

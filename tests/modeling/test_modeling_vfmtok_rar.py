@@ -308,7 +308,7 @@ def test_random_ratio_draws_orders_for_the_loss():
     ("orders", "error", "message"),
     [
         (torch.arange(8).expand(3, -1), ValueError, r"orders must have shape \(3, 9\), got \(3, 8\)"),
-        (torch.zeros(3, 9, dtype=torch.int64), ValueError, "hold every position from 0 to 8 once"),
+        (torch.zeros(3, 9, dtype=torch.int64), ValueError, "contain every position from 0 to 8 once"),
         (torch.arange(1, 10).expand(3, -1), ValueError, "orders must lie in 0 to 8, got 9"),
         (torch.arange(9.0).expand(3, -1), TypeError, "orders must be int64"),
     ],
@@ -435,8 +435,8 @@ def test_keeping_everything_or_nothing_is_allowed():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"keep_mask": KEEP}, ValueError, "go together"),
-        ({"image_tokens": torch.zeros(3, 9, dtype=torch.int64)}, ValueError, "go together"),
+        ({"keep_mask": KEEP}, ValueError, "together"),
+        ({"image_tokens": torch.zeros(3, 9, dtype=torch.int64)}, ValueError, "together"),
         (
             {"image_tokens": torch.zeros(3, 9, dtype=torch.int64), "keep_mask": KEEP[:8]},
             ValueError,

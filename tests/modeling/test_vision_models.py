@@ -182,7 +182,7 @@ def test_timm_backbone(tmp_path):
 
 
 def test_two_tower_config_is_refused():
-    with pytest.raises(ValueError, match="of a two-tower model .* pass the vision config"):
+    with pytest.raises(ValueError, match="for a two-tower model .* pass its vision config"):
         tiny_model(vision_config={"model_type": "clip"})
 
 

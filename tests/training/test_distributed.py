@@ -107,7 +107,7 @@ def test_a_damaged_checkpoint_is_named(run_with_dropout, train, tmp_path, monkey
     whole, options = run_with_dropout
     resumed = copy_until(whole, 2, tmp_path / "resumed")
     (finished_checkpoints(resumed)[-1] / "ema" / "__1_0.distcp").write_bytes(b"")
-    monkeypatch.setattr(train_generator, "main", expect(ValueError, "step_00000002 cannot be read.*move it elsewhere"))
+    monkeypatch.setattr(train_generator, "main", expect(ValueError, "step_00000002 cannot be read.*move it away"))
     train(resumed, options | {"resume": True}, configuration=ONE_NODE)
 
 

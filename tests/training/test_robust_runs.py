@@ -203,7 +203,9 @@ def test_a_damaged_checkpoint_is_named(whole, sources, tmp_path):
     assert "step_00000002 cannot be read" in str(failure(tokenizer_options(*sources, output, resume=True)))
     other = copy_until(whole, 2, tmp_path / "other")
     (last_checkpoint(other) / "run.json").write_text('{"num_processes": 2, "sharding": null}')
-    assert "written by 2 process(es), this run has 1" in str(failure(tokenizer_options(*sources, other, resume=True)))
+    assert "written by 2 process(es), but this run has 1" in str(
+        failure(tokenizer_options(*sources, other, resume=True))
+    )
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(sources, tmp_path, monkeypatch):

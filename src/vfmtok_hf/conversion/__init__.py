@@ -1,5 +1,5 @@
 """
-Original VFMTok checkpoints to Hugging Face folders and back: the only place that speaks the original's names.
+Convert original VFMTok checkpoints to Hugging Face folders and back. Only this package uses the original's names.
 """
 
 from .build_models import (

@@ -1,7 +1,7 @@
 """
-Models from original state dicts, and original state dicts from models. No files.
+Convert original state dicts to models, and models to original state dicts, without files.
 
-Models are made without storage (`meta`) and take the converted tensors, so that memory holds the weights once.
+Models are created on the `meta` device and filled with the converted tensors, so memory holds the weights only once.
 """
 
 from collections.abc import Mapping
@@ -38,11 +38,11 @@ StateDict = Mapping[str, torch.Tensor]
 @dataclass(frozen=True)
 class Conversion:
     """
-    A model that holds an original's weights.
+    A model with the weights of an original checkpoint.
 
     Args:
-        keys_read: tensors of the original, the vision model's included.
-        dropped: those left out, with the reason of each.
+        keys_read: tensors of the original, including those of the vision model.
+        dropped: tensors left out, with the reason for each.
     """
 
     model: PreTrainedModel
@@ -57,11 +57,11 @@ def build_tokenizer(
     vision_model: str | None = None,
 ) -> Conversion:
     """
-    The tokenizer of an original state dict.
+    Build the tokenizer of an original state dict.
 
-    Its vision weights come from `vision_state_dict` (an original DINOv2's) or from under the original's backbone prefix
-    in `state_dict` itself. Of `vision_model`, a repository or folder, only the configuration is read: where
-    `config.save_vision_model` asks for its weights, call `load_vision_model`.
+    Vision weights come from `vision_state_dict` (an original DINOv2) or from the original's backbone prefix in
+    `state_dict`. Only the configuration of `vision_model`, a repository or folder, is read: if
+    `config.save_vision_model` is true, call `load_vision_model` for its weights.
     """
     overrides = dict(overrides)
     vision_overrides = overrides.pop("vision_config", {})
@@ -70,13 +70,13 @@ def build_tokenizer(
     tokenizer = {key: tensor for key, tensor in state_dict.items() if not key.startswith(ORIGINAL_VISION_PREFIX)}
     embedded = {key: tensor for key, tensor in state_dict.items() if key not in tokenizer}
     if embedded and (vision_state_dict is not None or vision_model is not None):
-        raise ValueError("The checkpoint contains its vision model: give neither vision_checkpoint nor vision_model.")
+        raise ValueError("The checkpoint contains its vision model: pass neither vision_checkpoint nor vision_model.")
     vision, prefix = (embedded, ORIGINAL_VISION_PREFIX) if embedded else (vision_state_dict or {}, "")
     save_vision_model = overrides.pop("save_vision_model", bool(vision) or vision_model is not None)
     if save_vision_model and not vision and vision_model is None:
-        raise ValueError("config asks to save the vision model: give vision_checkpoint or vision_model.")
+        raise ValueError("config.save_vision_model is true: pass vision_checkpoint or vision_model.")
     if vision and not save_vision_model:
-        raise ValueError("config asks for a light checkpoint, but vision weights are given: leave one of them out.")
+        raise ValueError("config.save_vision_model is false, but vision weights are passed: leave one of them out.")
     if not save_vision_model:
         released = None if vision_overrides else infer_config.RELEASED_VISION_MODEL
         overrides.setdefault("vision_model_name_or_path", vision_model or released)
@@ -91,7 +91,7 @@ def build_tokenizer(
         vision_config = infer_config.pretrained_vision_config(vision_model, vision_overrides)
     else:
         vision_config = infer_config.described_vision_config(shapes, vision_overrides)
-    # The model is made with a vision model only if there are weights to fill it; whether it is saved may differ.
+    # Build the vision model only if there are weights for it; whether it is saved may differ.
     config = infer_config.tokenizer_config(shapes, vision_config, {**overrides, "save_vision_model": bool(vision)})
     conversion = _fill(VFMTokModel, config, (tokenizer, table), (vision, vision_table))
     conversion.model.config.save_vision_model = save_vision_model
@@ -107,7 +107,7 @@ def _vision_table(vision: StateDict, prefix: str) -> KeyTable:
 
 
 def build_ar(state_dict: StateDict, overrides: Mapping[str, Any]) -> Conversion:
-    """The next-token generator of an original state dict."""
+    """Build the next-token generator of an original state dict."""
     shapes = _shapes(state_dict)
     table = ar_table(infer_config.ar_fields(shapes)["num_hidden_layers"])
     check_keys(state_dict, table)
@@ -115,7 +115,7 @@ def build_ar(state_dict: StateDict, overrides: Mapping[str, Any]) -> Conversion:
 
 
 def build_rar(state_dict: StateDict, overrides: Mapping[str, Any]) -> Conversion:
-    """The randomized-order generator of an original state dict."""
+    """Build the randomized-order generator of an original state dict."""
     shapes = _shapes(state_dict)
     table = rar_table(infer_config.rar_fields(shapes)["num_hidden_layers"])
     check_keys(state_dict, table)
@@ -126,7 +126,7 @@ def export_original_tokenizer(model: VFMTokModel, include_vision_model: bool = F
     """
     The model's weights under the original tokenizer's names, in its order, as the original's `ema` and `model` entries.
 
-    The original's history of used codes, which conversion drops, is zeros here as in its moving averages.
+    The original's history of used codes, which conversion drops, is zero, as in the original's moving averages.
 
     Args:
         include_vision_model: add the vision model, a DINOv2 with registers, as `export_original_dinov2` names it but
@@ -145,10 +145,10 @@ def export_original_dinov2(model: VFMTokModel) -> dict[str, torch.Tensor]:
     The tokenizer's vision model under facebookresearch's DINOv2 names.
 
     Raises:
-        ValueError: the vision model is another, or missing.
+        ValueError: the vision model is of another type, or missing.
     """
     if model.vision_model is None:
-        raise ValueError("This model has no vision weights: call its load_vision_model first.")
+        raise ValueError("This model has no vision weights: call load_vision_model first.")
     vision_config: Any = model.config.vision_config
     if vision_config.model_type != "dinov2_with_registers":
         raise ValueError(f"Only DINOv2 with registers has original names, not {vision_config.model_type!r}.")

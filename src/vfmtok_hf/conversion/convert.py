@@ -1,4 +1,4 @@
-"""Original checkpoint files to Hugging Face folders."""
+"""Convert original checkpoint files to Hugging Face folders."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -23,17 +23,17 @@ PROVENANCE_FILE = "provenance.json"
 @dataclass(frozen=True)
 class ConversionReport:
     """
-    What a conversion did, or in a dry run would do.
+    Report of a conversion or of a dry run.
 
     Args:
         source, sha256: the original file.
-        entry: its entry that was read (`"ema"`, `"model"`, ...); `None` for a file that is nothing but weights.
-        keys_read: tensors read, a DINOv2's included.
-        dropped: tensors left out, with the reason of each.
-        num_parameters: elements of all tensors that the original files gave.
-        dtypes: data types of the weights.
+        entry: the entry that was read (`"ema"`, `"model"`, ...); `None` for a bare state dict.
+        keys_read: number of tensors read, including DINOv2.
+        dropped: tensors left out, with the reason for each.
+        num_parameters: number of elements of all tensors from the original files.
+        dtypes: dtypes of the weights.
         config: configuration of the model.
-        output: the folder written; `None` in a dry run.
+        output: the written folder; `None` in a dry run.
     """
 
     source: Path
@@ -47,7 +47,7 @@ class ConversionReport:
     output: Path | None
 
     def provenance(self) -> dict[str, str]:
-        """Where the weights come from, which goes along with them as provenance.json."""
+        """The origin of the weights, for provenance.json."""
         return {
             "source file": self.source.name,
             "source sha256": self.sha256,
@@ -56,7 +56,7 @@ class ConversionReport:
         }
 
     def summary(self) -> str:
-        """The report in a few lines for people."""
+        """The report as a few lines of text."""
         entry = f"entry {self.entry!r}" if self.entry else "a bare state dict"
         lines = [
             f"read     {self.source} ({entry}, sha256 {self.sha256})",
@@ -81,28 +81,28 @@ def convert_tokenizer(
     """
     Convert an original tokenizer checkpoint to a folder for `VFMTokModel.from_pretrained`.
 
-    Original files leave the vision model out. Without one given here the result is a light checkpoint: it decodes,
-    and encodes after `VFMTokModel.load_vision_model`.
+    Original files omit the vision model. If you do not pass one, the result is a light checkpoint, which decodes, and
+    encodes after `VFMTokModel.load_vision_model`.
 
     Args:
-        checkpoint: `.pt` of the original's training, or its state dict alone as `.pt`, `.bin` or `.safetensors`.
+        checkpoint: training checkpoint (`.pt`) of the original, or a state dict as `.pt`, `.bin` or `.safetensors`.
         output: folder to write.
         vision_checkpoint: original DINOv2 file (`dinov2_vitl14_reg4_pretrain.pth`).
-        vision_model: instead of that, repository or folder of a transformers vision model.
-        weights: `"ema"`, the moving averages, or `"model"`, the last step's weights.
-        config: `VFMTokConfig` fields, or a JSON file of them, for what shapes cannot tell; `vision_config` may hold
-            fields of the vision model's configuration.
-        dry_run: do everything but fetch `vision_model`'s weights and write.
+        vision_model: alternatively, repository or folder of a transformers vision model.
+        weights: `"ema"` for the moving averages, `"model"` for the weights of the last step.
+        config: `VFMTokConfig` fields, or a JSON file with them, that cannot be inferred from shapes; `vision_config` may
+            contain fields of the vision model's configuration.
+        dry_run: do everything except downloading `vision_model`'s weights and writing.
         overwrite: replace an existing model folder.
 
     Raises:
-        FileNotFoundError: there is no such checkpoint.
-        CheckpointError: it is damaged, of another kind, or does not fit; a `ValueError`.
+        FileNotFoundError: the checkpoint does not exist.
+        CheckpointError: the checkpoint is damaged, of another type, or does not match. It is a `ValueError`.
         FileExistsError, NotADirectoryError, PermissionError: the output cannot be written.
-        ValueError: arguments exclude each other, or a field is needed that `config` must give.
+        ValueError: arguments are incompatible, or `config` lacks a required field.
     """
     if vision_checkpoint is not None and vision_model is not None:
-        raise ValueError("Give vision_checkpoint or vision_model, not both.")
+        raise ValueError("Pass vision_checkpoint or vision_model, not both.")
 
     def build(state_dict, overrides) -> Conversion:
         vision = None if vision_checkpoint is None else read_checkpoint(vision_checkpoint, "dinov2").state_dict
@@ -130,7 +130,7 @@ def convert_ar(
     """
     Convert an original next-token generator (`GPT-*.pt`) to a folder for `VFMTokARForImageGeneration.from_pretrained`.
 
-    Arguments and errors as in `convert_tokenizer`; `config` holds fields of `VFMTokARConfig`.
+    Arguments and errors as in `convert_tokenizer`; `config` contains fields of `VFMTokARConfig`.
     """
     return _convert("ar", checkpoint, output, weights, config, dry_run, overwrite, build_ar)
 
@@ -147,7 +147,7 @@ def convert_rar(
     Convert an original randomized-order generator (`.safetensors` or `.bin`) to a folder for
     `VFMTokRARForImageGeneration.from_pretrained`.
 
-    Arguments and errors as in `convert_tokenizer`; `config` holds fields of `VFMTokRARConfig`.
+    Arguments and errors as in `convert_tokenizer`; `config` contains fields of `VFMTokRARConfig`.
     """
     return _convert("rar", checkpoint, output, weights, config, dry_run, overwrite, build_rar)
 
@@ -193,7 +193,7 @@ def _convert(
 
 
 def write_provenance(folder: Path, facts: Mapping[str, str]) -> None:
-    """Write provenance.json, which model cards quote."""
+    """Write provenance.json, which model cards show."""
     (folder / PROVENANCE_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
@@ -210,5 +210,5 @@ def _read_overrides(config: Mapping[str, Any] | str | Path | None) -> dict[str, 
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}.") from error
     if not isinstance(overrides, dict):
-        raise ValueError(f"{path} must hold a JSON object of configuration fields.")
+        raise ValueError(f"{path} must contain a JSON object of configuration fields.")
     return overrides

@@ -1,8 +1,8 @@
-"""The error of everything that is wrong with a checkpoint rather than with the call."""
+"""The error for invalid checkpoints, as opposed to invalid arguments."""
 
 
 class CheckpointError(ValueError):
-    """A checkpoint file is damaged, of another kind, or does not fit its model. The message is one line."""
+    """A checkpoint file is damaged, of another type, or does not match its model. The message is one line."""
 
 
 def listing(names: list[str], limit: int = 1) -> str:

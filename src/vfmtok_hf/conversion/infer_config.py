@@ -1,7 +1,7 @@
 """
-Configurations from checkpoints: what the tensors' shapes tell, and what only known models or the caller can tell.
+Infer configurations from the shapes of a checkpoint's tensors, from known models and from overrides.
 
-The tables are made from the same findings: `*_fields` read counts and sizes, `*_config` add what no shape shows.
+`*_fields` read counts and sizes from shapes; `*_config` add what shapes do not show.
 """
 
 import math
@@ -26,13 +26,13 @@ Shapes = Mapping[str, tuple[int, ...]]
 AR_HEADS = {
     (size["num_hidden_layers"], size["hidden_size"]): size["num_attention_heads"] for size in VARIANTS.values()
 }
-# The original's anchor encoder has 8 heads whatever its settings say; its ViT decoder's depend on the width.
+# The original's anchor encoder always has 8 heads; those of its ViT decoder depend on the width.
 ENCODER_HEADS = 8
 DECODER_HEADS = {512: 8}
 # DINOv2 S, B and L: heads by width.
 DINOV2_HEADS = {384: 6, 768: 12, 1024: 16}
 RELEASED_VISION_MODEL = "facebook/dinov2-with-registers-large"
-# Rows that RAR's tables have beyond the image tokens.
+# Additional rows of RAR's tables besides the image tokens.
 RAR_SPARE_POSITIONS = 1024
 RAR_SPARE_TIMESTEPS = 100
 
@@ -54,7 +54,7 @@ class _Sizes:
         return shape
 
     def count(self, list_name: str) -> int:
-        """Members of a numbered list, one at least: `count("layers.")` of keys `layers.0.a`, `layers.1.a` is 2."""
+        """Length of a numbered list, at least one: `count("layers.")` for keys `layers.0.a`, `layers.1.a` is 2."""
         pattern = re.compile(re.escape(self.prefix + list_name) + r"(\d+)\.")
         members = {match[1] for key in self.shapes if (match := pattern.match(key))}
         if not members:
@@ -70,7 +70,7 @@ def _grid_side(key: str, positions: int) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What shapes tell
+# Fields inferred from shapes
 
 
 def tokenizer_fields(shapes: Shapes) -> dict[str, Any]:
@@ -122,12 +122,12 @@ def dinov2_fields(shapes: Shapes, prefix: str = "") -> dict[str, Any]:
     sizes = _Sizes(shapes, prefix)
     if f"{prefix}register_tokens" not in shapes:
         raise CheckpointError(
-            "This DINOv2 has no register tokens, which original tokenizers build on; for another vision model give its "
+            "This DINOv2 has no register tokens, which original tokenizers use. To use another vision model, pass its "
             "Hugging Face repository as vision_model."
         )
     if f"{prefix}blocks.0.mlp.w12.weight" in shapes:
         raise CheckpointError(
-            "DINOv2 giant (SwiGLU) is not converted from its original file: give its Hugging Face repository as "
+            "DINOv2 giant (SwiGLU) cannot be converted from its original file: pass its Hugging Face repository as "
             "vision_model."
         )
     hidden_size, _, patch_size, _ = sizes.of("patch_embed.proj.weight", 4)
@@ -143,7 +143,7 @@ def dinov2_fields(shapes: Shapes, prefix: str = "") -> dict[str, Any]:
 
 
 def ar_fields(shapes: Shapes) -> dict[str, Any]:
-    """Fields of `VFMTokARConfig` that the shapes determine: all but the heads and the number of image tokens."""
+    """Fields of `VFMTokARConfig` that the shapes determine: all except the number of heads and of image tokens."""
     sizes = _Sizes(shapes)
     codebook_size, hidden_size = sizes.of("tok_embeddings.weight", 2)
     return {
@@ -156,13 +156,13 @@ def ar_fields(shapes: Shapes) -> dict[str, Any]:
 
 
 def rar_fields(shapes: Shapes) -> dict[str, Any]:
-    """Fields of `VFMTokRARConfig` that the shapes determine: all but the number of image tokens."""
+    """Fields of `VFMTokRARConfig` that the shapes determine: all except the number of image tokens."""
     sizes = _Sizes(shapes)
     vocabulary, hidden_size = sizes.of("embeddings.weight", 2)
     codebook_size = sizes.of("lm_head.weight", 2)[0]
     return {
         "codebook_size": codebook_size,
-        # Behind the image tokens come a mask token, the classes and the null class.
+        # After the image tokens: a mask token, the classes and the null class.
         "num_classes": vocabulary - codebook_size - 2,
         "hidden_size": hidden_size,
         "num_hidden_layers": sizes.count("blocks."),
@@ -180,14 +180,14 @@ def rar_fields(shapes: Shapes) -> dict[str, Any]:
 def tokenizer_config(shapes: Shapes, vision_config: PreTrainedConfig, overrides: Mapping[str, Any]) -> VFMTokConfig:
     """
     Args:
-        vision_config: of the vision model that the tokenizer is to be joined with.
+        vision_config: configuration of the tokenizer's vision model.
         overrides: `VFMTokConfig` fields, without `vision_config`.
     """
     inferred = tokenizer_fields(shapes)
     decoder_heads = DECODER_HEADS.get(inferred["hidden_size"])
     if decoder_heads is None and "decoder_num_heads" not in overrides:
         raise ValueError(
-            f"A tokenizer of width {inferred['hidden_size']} is no released one: give decoder_num_heads in config."
+            f"No released tokenizer has width {inferred['hidden_size']}: set decoder_num_heads in config."
         )
     encoder_heads = overrides.get("encoder_num_heads", ENCODER_HEADS)
     if not isinstance(encoder_heads, int) or encoder_heads < 1:
@@ -205,8 +205,8 @@ def tokenizer_config(shapes: Shapes, vision_config: PreTrainedConfig, overrides:
     config = _build(VFMTokConfig, inferred, known, {**overrides, "vision_config": vision_config})
     if len(config.vision_feature_layers) != num_levels:
         raise ValueError(
-            f"The checkpoint reads {num_levels} levels of vision features, the configuration names "
-            f"{config.vision_feature_layers}: give vision_feature_layers in config."
+            f"The checkpoint uses {num_levels} levels of vision features, but the configuration names "
+            f"{config.vision_feature_layers}: set vision_feature_layers in config."
         )
     return config
 
@@ -217,8 +217,8 @@ def dinov2_config(shapes: Shapes, overrides: Mapping[str, Any], prefix: str = ""
     heads = DINOV2_HEADS.get(inferred["hidden_size"])
     if heads is None and "num_attention_heads" not in overrides:
         raise ValueError(
-            f"A DINOv2 of width {inferred['hidden_size']} is no released one: "
-            "give num_attention_heads in config's vision_config."
+            f"No released DINOv2 has width {inferred['hidden_size']}: "
+            "set num_attention_heads in config's vision_config."
         )
     _check_overrides(inferred, overrides)
     return AutoConfig.for_model(**{"num_attention_heads": heads, **inferred, **overrides})
@@ -226,18 +226,18 @@ def dinov2_config(shapes: Shapes, overrides: Mapping[str, Any], prefix: str = ""
 
 def described_vision_config(shapes: Shapes, overrides: Mapping[str, Any]) -> PreTrainedConfig:
     """
-    Vision configuration of a tokenizer without vision weights: the released DINOv2-L where the widths fit it.
+    Vision configuration of a tokenizer without vision weights: the released DINOv2-L if the widths match.
 
     Args:
-        overrides: fields of the vision configuration, all that differ from that class's defaults if the widths do not.
+        overrides: fields of the vision configuration. If the widths do not match, all that differ from its defaults.
     """
     released = RELEASED_VISION_CONFIG
     widths = vision_feature_widths(shapes)
     fits_released = set(widths) == {released["hidden_size"]}
     if not fits_released and not overrides:
         raise ValueError(
-            f"The checkpoint's vision features are {widths} wide, which is not the released vision model: give "
-            "vision_checkpoint or vision_model, or describe the vision model in config's vision_config."
+            f"The checkpoint's vision features are {widths} wide, which does not match the released vision model: pass "
+            "vision_checkpoint or vision_model, or configure the vision model in config's vision_config."
         )
     described = {"model_type": released["model_type"], **overrides}
     if fits_released and described["model_type"] == released["model_type"]:
@@ -251,7 +251,7 @@ def pretrained_vision_config(name_or_path: str, overrides: Mapping[str, Any]) ->
         config = AutoConfig.from_pretrained(name_or_path)
     except OSError as error:
         reason = str(error).splitlines()[0]
-        raise FileNotFoundError(f"{name_or_path} is no folder or repository of a vision model: {reason}") from error
+        raise FileNotFoundError(f"{name_or_path} is not a folder or repository of a vision model: {reason}") from error
     config = getattr(config, "vision_config", config)
     for name, value in overrides.items():
         setattr(config, name, value)
@@ -264,7 +264,7 @@ def ar_config(shapes: Shapes, overrides: Mapping[str, Any]) -> VFMTokARConfig:
     size = (inferred["num_hidden_layers"], inferred["hidden_size"])
     if size not in AR_HEADS and "num_attention_heads" not in overrides:
         raise ValueError(
-            f"{size[0]} layers of width {size[1]} are no released size: give num_attention_heads in config."
+            f"{size[0]} layers of width {size[1]} are not a released size: set num_attention_heads in config."
         )
     known = {"num_attention_heads": AR_HEADS.get(size), **_imagenet_labels(inferred["num_classes"])}
     return _build(VFMTokARConfig, inferred, known, overrides)
@@ -278,7 +278,7 @@ def rar_config(shapes: Shapes, overrides: Mapping[str, Any]) -> VFMTokRARConfig:
     if not agree and "num_image_tokens" not in overrides:
         raise ValueError(
             f"{inferred['num_position_embeddings']} positions and {inferred['num_timestep_embeddings']} timesteps are "
-            "not the original's surplus over the image tokens: give num_image_tokens in config."
+            "not consistent with the original's number of image tokens: set num_image_tokens in config."
         )
     known = {"num_image_tokens": num_image_tokens, **_imagenet_labels(inferred["num_classes"])}
     return _build(VFMTokRARConfig, inferred, known, overrides)
@@ -288,7 +288,7 @@ def _imagenet_labels(num_classes: int) -> dict[str, Any]:
     """The released generators' classes are ImageNet-1k's in its usual order."""
     if num_classes != 1000:
         return {}
-    from timm.data import ImageNetInfo  # slow to import, and needed for this alone
+    from timm.data import ImageNetInfo  # slow to import, and only needed here
 
     names = ImageNetInfo("imagenet-1k")
     return {"id2label": {index: names.index_to_description(index) for index in range(1000)}}
@@ -296,16 +296,16 @@ def _imagenet_labels(num_classes: int) -> dict[str, Any]:
 
 def _build(config_class, inferred: Mapping[str, Any], known: Mapping[str, Any], overrides: Mapping[str, Any]):
     if unknown := sorted(set(overrides) - config_class.default_fields().keys()):
-        raise ValueError(f"config holds {listing(unknown)}, which {config_class.__name__} does not have.")
+        raise ValueError(f"config contains {listing(unknown)}, which {config_class.__name__} does not have.")
     _check_overrides(inferred, overrides)
     try:
         return config_class(**{**known, **inferred, **overrides})
     except (StrictDataclassError, ValueError) as error:
-        # Of a wrong type's two lines the second says what is wrong.
-        raise ValueError(f"The configuration does not fit: {str(error).splitlines()[-1].strip()}") from error
+        # For a wrong type, the second of two lines describes the error.
+        raise ValueError(f"The configuration is invalid: {str(error).splitlines()[-1].strip()}") from error
 
 
 def _check_overrides(inferred: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
     for name in sorted(set(inferred) & set(overrides)):
         if inferred[name] != overrides[name]:
-            raise CheckpointError(f"config says {name} = {overrides[name]}, the checkpoint has {inferred[name]}.")
+            raise CheckpointError(f"config has {name} = {overrides[name]}, but the checkpoint has {inferred[name]}.")

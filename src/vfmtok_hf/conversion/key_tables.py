@@ -1,8 +1,8 @@
 """
-The original's parameter names and ours, row by row, and the pure functions that apply them in either direction.
+Tables of the original's parameter names and ours, and pure functions that apply them in either direction.
 
-A table is the list of *all* tensors of one network in the original's own order, made from the few counts (layers,
-levels) that decide which tensors exist. Names: https://github.com/CVMI-Lab/VFMTok and
+A table lists *all* tensors of a network in the original's order. It is generated from the few counts (layers, levels)
+that determine which tensors exist. Names: https://github.com/CVMI-Lab/VFMTok and
 https://github.com/CVMI-Lab/VFMTok-RAR (`state_dict()` of their networks), https://github.com/facebookresearch/dinov2.
 """
 
@@ -23,7 +23,7 @@ VISION_PREFIX = "vision_model."
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor of the original. Of ours there may be several: the original is them, stacked along dimension 0."""
+    """One tensor of the original, which may be several of our tensors stacked along dimension 0."""
 
     original: str
     ours: tuple[str, ...]
@@ -31,7 +31,7 @@ class Row:
 
 @dataclass(frozen=True)
 class DroppedRow:
-    """A tensor of the original that is no weight. Converting back writes zeros of `shape`."""
+    """A tensor of the original that is not a weight. Converting back writes zeros of `shape`."""
 
     original: str
     shape: tuple[int, ...]
@@ -80,7 +80,9 @@ def tokenizer_table(
         *_pixel_decoder(pixel_decoder_channels, pixel_decoder_num_res_blocks),
         *_anchor_encoder(num_levels, encoder_num_layers),
         *_vit_decoder(decoder_num_layers),
-        DroppedRow("slot_quantize.codebook_used", (65536,), "history of codes seen in training, read by no forward"),
+        DroppedRow(
+            "slot_quantize.codebook_used", (65536,), "history of codes seen in training, not used by any forward pass"
+        ),
         *_weight("slot_quantize.embedding", "quantizer.codebook"),
         *_layer("pre_slots_quant", "quant_proj"),
         *_layer("post_slots_quant", "post_quant_proj"),
@@ -264,14 +266,14 @@ def rar_table(num_layers: int) -> KeyTable:
 
 def check_keys(keys: Sequence[str] | Mapping, table: KeyTable) -> None:
     """
-    Every key has its row and every row its key; only rows that are dropped anyway may lack theirs.
+    Check that keys and rows correspond one to one; only keys of dropped rows may be missing.
 
     Raises:
-        CheckpointError: naming the first unmapped or missing key, and how many more there are.
+        CheckpointError: names the first unmapped or missing key and the number of others.
     """
     known = {row.original for row in table}
     if unmapped := [key for key in keys if key not in known]:
-        raise CheckpointError(f"The checkpoint holds {listing(unmapped)}, which this model does not have.")
+        raise CheckpointError(f"The checkpoint contains {listing(unmapped)}, which this model does not have.")
     if missing := [row.original for row in table if isinstance(row, Row) and row.original not in keys]:
         raise CheckpointError(f"The checkpoint lacks {listing(missing)}.")
 
@@ -280,13 +282,13 @@ def to_ours(
     state_dict: Mapping[str, torch.Tensor], table: KeyTable, shapes: Mapping[str, Sequence[int]]
 ) -> dict[str, torch.Tensor]:
     """
-    The original's tensors under our names, each with storage of its own.
+    The original's tensors under our names, each with its own storage.
 
     Args:
-        shapes: the shape that the model has under each of our names.
+        shapes: the model's shape for each of our names.
 
     Raises:
-        CheckpointError: an unmapped, missing or mis-shaped key, or values that are not finite floating-point numbers.
+        CheckpointError: a key is unmapped, missing or mis-shaped, or values are not finite floating-point numbers.
     """
     check_keys(state_dict, table)
     rows = [row for row in table if row.original in state_dict]
@@ -297,14 +299,14 @@ def to_ours(
             continue
         tensor = state_dict[row.original]
         _check_values(row.original, tensor)
-        # Cloned: files may share storage among tensors, which safetensors refuses, or be mapped from disk.
+        # Clone, because tensors may share storage, which safetensors refuses, or be memory-mapped.
         parts = (part.clone(memory_format=torch.contiguous_format) for part in tensor.chunk(len(row.ours)))
         converted.update(zip(row.ours, parts, strict=True))
     return converted
 
 
 def to_original(state_dict: Mapping[str, torch.Tensor], table: KeyTable) -> dict[str, torch.Tensor]:
-    """The inverse of `to_ours`, in the original's order. Keys of `state_dict` that no row names are an error."""
+    """The inverse of `to_ours`, in the original's order. Keys of `state_dict` without a row are an error."""
     ours = {name for row in table if isinstance(row, Row) for name in row.ours}
     if unmapped := [key for key in state_dict if key not in ours]:
         raise CheckpointError(f"The original has no name for {listing(unmapped)}.")
@@ -316,7 +318,7 @@ def to_original(state_dict: Mapping[str, torch.Tensor], table: KeyTable) -> dict
         if isinstance(row, DroppedRow):
             original[row.original] = torch.zeros(row.shape, dtype=torch.float32, device=reference.device)
         else:
-            # Also copies a single tensor, so that the result never aliases the model.
+            # Also copies a single tensor, so the result never shares memory with the model.
             original[row.original] = torch.cat([state_dict[name].detach() for name in row.ours])
     return original
 
@@ -328,7 +330,7 @@ def _check_shapes(state_dict: Mapping[str, torch.Tensor], rows: KeyTable, shapes
         if tuple(state_dict[row.original].shape) != (expected := _original_shape(row, shapes))
     ]
     if wrong:
-        raise CheckpointError(f"The checkpoint is of another size than its configuration: {listing(wrong)}.")
+        raise CheckpointError(f"The checkpoint does not match the size of its configuration: {listing(wrong)}.")
 
 
 def _original_shape(row: Row | DroppedRow, shapes: Mapping[str, Sequence[int]]) -> tuple[int, ...]:
@@ -340,6 +342,6 @@ def _original_shape(row: Row | DroppedRow, shapes: Mapping[str, Sequence[int]]) 
 
 def _check_values(key: str, tensor: torch.Tensor) -> None:
     if not tensor.is_floating_point():
-        raise CheckpointError(f"{key!r} holds {tensor.dtype} where floating-point weights belong.")
+        raise CheckpointError(f"{key!r} has dtype {tensor.dtype}, but weights must be floating-point.")
     if not tensor.is_meta and not tensor.isfinite().all():
         raise CheckpointError(f"{key!r} contains NaN or infinity: the checkpoint is damaged, use another one.")

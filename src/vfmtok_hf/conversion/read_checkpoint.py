@@ -1,4 +1,4 @@
-"""Reading original checkpoint files: safely, and with an error that says what a wrong file is."""
+"""Read original checkpoint files safely, and explain what a wrong file is."""
 
 import argparse
 import pickle
@@ -18,12 +18,12 @@ from .errors import CheckpointError, listing
 
 Weights = Literal["ema", "model"]
 
-# Where training checkpoints keep each kind of weights, in the order in which the original's scripts look.
+# Entries of each type of weights in training checkpoints, in the order of the original's scripts.
 ENTRIES = {"ema": ("ema",), "model": ("model", "module", "state_dict")}
-# A file without moving averages may hold its only weights under one of these names.
+# A file without moving averages may have its only weights under one of these names.
 UNNAMED_ENTRIES = ("module", "state_dict")
 
-# One key that each kind of file has and no other.
+# A key that only this type of file has.
 ORIGINAL_MARKERS = {
     "slot_quantize.embedding.weight": "tokenizer",
     "tok_embeddings.weight": "ar",
@@ -47,10 +47,10 @@ DESCRIPTIONS = {
 @dataclass(frozen=True)
 class Checkpoint:
     """
-    One set of weights of an original file.
+    A set of weights from an original file.
 
     Args:
-        entry: the file's entry that was read; `None` when the file is nothing but weights.
+        entry: the entry that was read; `None` for a bare state dict.
     """
 
     path: Path
@@ -62,17 +62,17 @@ def read_checkpoint(path: str | Path, kind: str, weights: Weights = "ema") -> Ch
     """
     Read a `.pt`, `.pth`, `.bin` or `.safetensors` file.
 
-    Pickles may hold tensors, plain containers and `argparse.Namespace` (training arguments), nothing else. Zipped ones
-    are mapped from disk, so that optimizer states are never read.
+    Pickles may contain only tensors, plain containers and `argparse.Namespace` (training arguments). Zipped files are
+    memory-mapped, so optimizer states are never read.
 
     Args:
-        kind: what the file must be: `"tokenizer"`, `"ar"`, `"rar"` or `"dinov2"`.
-        weights: which weights of a training checkpoint to take, the moving averages or the last step's. Files with
-            one set of weights are read either way.
+        kind: the expected type of file: `"tokenizer"`, `"ar"`, `"rar"` or `"dinov2"`.
+        weights: the weights of a training checkpoint to use, the moving averages or those of the last step. Files with
+            one set of weights are read with either value.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        CheckpointError: it is damaged, of another kind, or has no such weights.
+        CheckpointError: the file is damaged, of another type, or does not contain these weights.
     """
     path = Path(path)
     if weights not in ENTRIES:
@@ -86,15 +86,15 @@ def read_checkpoint(path: str | Path, kind: str, weights: Weights = "ema") -> Ch
 
 def _check_is_file(path: Path) -> None:
     if path.is_dir():
-        hint = " It has a config.json: already converted, load it with from_pretrained."
+        hint = " It has a config.json, so it is already converted: load it with from_pretrained."
         raise CheckpointError(
-            f"{path} is a folder; give the checkpoint file.{hint if (path / 'config.json').exists() else ''}"
+            f"{path} is a folder; pass the checkpoint file.{hint if (path / 'config.json').exists() else ''}"
         )
     if not path.exists():
         raise FileNotFoundError(f"There is no checkpoint file {path}.")
     with path.open("rb") as file:
         if file.read(24).startswith(b"version https://git-lfs"):
-            raise CheckpointError(f"{path} is a Git LFS pointer, not the weights: fetch them with `git lfs pull`.")
+            raise CheckpointError(f"{path} is a Git LFS pointer, not the weights: download them with `git lfs pull`.")
 
 
 def _load_safetensors(path: Path) -> dict[str, torch.Tensor]:
@@ -114,8 +114,8 @@ def _load_pickle(path: Path):
     except pickle.UnpicklingError as error:
         if found := re.search(r"GLOBAL (\S+)", str(error)):
             raise CheckpointError(
-                f"{path} was refused: it is a pickle that wants to call {found[1]}. Weights need no code; "
-                "save the state dict alone, best as safetensors."
+                f"{path} was refused: it is a pickle that calls {found[1]}. Weights need no code: "
+                "save only the state dict, preferably as safetensors."
             ) from error
         raise _damaged(path) from error
     except (RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
@@ -128,7 +128,7 @@ def _damaged(path: Path) -> CheckpointError:
 
 def _select_weights(content, path: Path, weights: Weights) -> tuple[str | None, dict[str, torch.Tensor]]:
     if not isinstance(content, Mapping) or not content:
-        raise CheckpointError(f"{path} holds {type(content).__name__} instead of named weights.")
+        raise CheckpointError(f"{path} contains {type(content).__name__} instead of named weights.")
     if _is_state_dict(content):
         return None, dict(content)
     entries = [name for name in ("ema", "model", *UNNAMED_ENTRIES) if _is_state_dict(content.get(name))]
@@ -141,7 +141,7 @@ def _select_weights(content, path: Path, weights: Weights) -> tuple[str | None, 
     if entries:
         other = "model" if weights == "ema" else "ema"
         raise CheckpointError(f"{path} has no {weights!r} weights, only {listing(entries, 4)}: use weights={other!r}.")
-    raise CheckpointError(f"{path} holds no weights: its entries are {listing([str(key) for key in content], 4)}.")
+    raise CheckpointError(f"{path} contains no weights: its entries are {listing([str(key) for key in content], 4)}.")
 
 
 def _is_state_dict(value) -> bool:
@@ -155,11 +155,11 @@ def _check_kind(state_dict: Mapping[str, torch.Tensor], path: Path, kind: str) -
     if kind in found:
         return
     if any(marker in state_dict for marker in HUGGING_FACE_MARKERS):
-        cure = "give its folder as vision_model" if kind == "dinov2" else "load its folder with from_pretrained"
-        raise CheckpointError(f"{path} is in Hugging Face format already: {cure}.")
+        cure = "pass its folder as vision_model" if kind == "dinov2" else "load its folder with from_pretrained"
+        raise CheckpointError(f"{path} is already in Hugging Face format: {cure}.")
     if found:
         raise CheckpointError(f"{path} is {DESCRIPTIONS[found.pop()]}, not {DESCRIPTIONS[kind]}.")
     marker = next(marker for marker, name in ORIGINAL_MARKERS.items() if name == kind)
     raise CheckpointError(
-        f"{path} is not {DESCRIPTIONS[kind]}: it lacks {marker!r} and holds {listing(list(state_dict))}."
+        f"{path} is not {DESCRIPTIONS[kind]}: it lacks {marker!r} and contains {listing(list(state_dict))}."
     )

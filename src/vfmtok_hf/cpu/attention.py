@@ -60,9 +60,13 @@ def blocks(query: torch.Tensor) -> Iterator[tuple[int, int, torch.Tensor]]:
 
 def fastest_attention(in_bfloat16: bool, dropout: float = 0.0, causal: bool = True) -> str:
     """
-    The attention that is fastest on CPUs, by its name: `sdpa`, torch's fused one, but where that is slow. In bfloat16 it is, and
-    with dropout it falls back to computing all pairs, hidden ones too. There causal attention goes by blocks, other attention
-    is `eager`.
+    Name of the fastest attention on CPUs: torch's fused `sdpa`, except in bfloat16, where it is slow, and with dropout, where it
+    computes all pairs including masked ones. In these cases, causal attention is blockwise and other attention is `eager`.
+
+    Args:
+        in_bfloat16 (`bool`): whether the computation is in bfloat16.
+        dropout (`float`): dropout rate of the attention weights.
+        causal (`bool`): whether the attention is causal.
     """
     if not in_bfloat16 and dropout == 0:
         return "sdpa"

@@ -1,4 +1,4 @@
-"""What the linear layers for inference on the CPU share, whatever their weights are."""
+"""Base class of the packed linear layers for inference on the CPU."""
 
 import torch
 from torch import nn
@@ -6,9 +6,9 @@ from torch import nn
 
 class PackedLayer(nn.Module):
     """
-    An `nn.Linear` for inference on the CPU, its weight in the layout of a faster product.
+    An `nn.Linear` for inference on the CPU, with its weight in the layout of a faster matmul.
 
-    It is saved, copied and pickled as the layer it came from. It has no backward.
+    It is saved, copied and pickled as the original layer. It has no backward pass.
 
     Args:
         linear (`torch.nn.Linear`): on the CPU.
@@ -19,11 +19,11 @@ class PackedLayer(nn.Module):
         self.linear_class = type(linear)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.dtype = linear.weight.dtype
-        # Neither this nor the weight is a parameter: code written for parameters would touch a storage that is not there.
+        # Neither this nor the weight is a parameter, because packed weights have no storage, which code for parameters expects.
         self.bias = None if linear.bias is None else linear.bias.detach()
 
     def plain_weight(self) -> nn.Parameter:
-        """The layer's weight as it was."""
+        """The layer's original weight."""
         raise NotImplementedError
 
     def to_linear(self) -> nn.Linear:
@@ -37,6 +37,8 @@ class PackedLayer(nn.Module):
     @staticmethod
     def refuse_gradients(hidden_states: torch.Tensor) -> None:
         """
+        Check that no gradient of `hidden_states` is required.
+
         Raises:
             RuntimeError: a gradient is required.
         """

@@ -1,4 +1,4 @@
-"""The graphs of a pipeline as ONNX files, as `torch.export` programs, or in a web page."""
+"""Export a pipeline to ONNX files, `torch.export` programs or a web page."""
 
 from .pipeline import ExportedPart, export_pipeline
 from .web import export_web_page

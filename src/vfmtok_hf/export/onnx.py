@@ -1,4 +1,4 @@
-"""Graphs as ONNX files, for onnxruntime."""
+"""Export graphs to ONNX files for onnxruntime."""
 
 import logging
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ REQUIRED_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 
 
 def write_onnx(part: ExportPart, program: torch.export.ExportedProgram, file: Path) -> Graph:
-    """Translate a program to ONNX, write it, and open it in onnxruntime."""
+    """Convert a program to ONNX, write it, and open it in onnxruntime."""
     with quiet_exporter():
         onnx_program = torch.onnx.export(
             program,
@@ -44,7 +44,7 @@ def onnx_graph(file: Path) -> Graph:
 
 @contextmanager
 def quiet_exporter() -> Iterator[None]:
-    """torch's exporter warns about packages and versions that have no bearing on the result, which is checked."""
+    """Suppress warnings of torch's exporter about packages and versions. The result is checked."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,6 +1,6 @@
 """
-The parts of a pipeline that become graphs, each with tensors alone for inputs and outputs, and how a graph is compared with the
-part that it was made of.
+The parts of a pipeline that are exported, with only tensors as inputs and outputs, and the comparison of a graph with its
+model.
 
 - `encoder`: pixel values -> image tokens,
 - `decoder`: image tokens -> image,
@@ -26,18 +26,18 @@ from vfmtok_hf.pipelines import VFMTokPipeline
 PartName = Literal["encoder", "decoder", "decode_step"]
 Graph = Callable[..., list[torch.Tensor]]
 
-# Two libraries sum in different orders: a nearest codebook row may change where two are equally near to rounding.
+# Libraries sum in different orders, so the nearest codebook row can change if two are equally near up to rounding.
 LEAST_EQUAL_SHARE = 0.999
 LARGEST_DIFFERENCE = 1e-3
 
 
 class ExportPart(nn.Module, ABC):
-    """One graph: its tensors by name, a batch to trace and check it with, and the check."""
+    """One graph: its tensors by name, example inputs, and its check."""
 
     name: PartName
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
-    # Where each input has its batch; None if nowhere.
+    # Batch dimension of each input; None if it has none.
     batch_dims: tuple[int | None, ...]
 
     @abstractmethod
@@ -47,7 +47,7 @@ class ExportPart(nn.Module, ABC):
     @abstractmethod
     def check(self, graph: Graph, batch_size: int) -> str:
         """
-        Compare a graph with the model on random inputs, and say in a few words what was found.
+        Compare a graph with the model on random inputs, and describe the result in a few words.
 
         Raises:
             ValueError: they differ by more than rounding.
@@ -55,7 +55,7 @@ class ExportPart(nn.Module, ABC):
 
 
 def without(model: VFMTokModel, *names: str) -> VFMTokModel:
-    """The model without some of its modules, which its graph would otherwise store unused. The others are shared."""
+    """A shallow copy of the model without some modules, so that its graph does not store their unused weights."""
     partial = copy.copy(model)
     partial._modules = {**model._modules, **dict.fromkeys(names)}
     return partial
@@ -137,7 +137,7 @@ class DecodeStep(ExportPart):
 
     @property
     def num_positions(self) -> int:
-        """Steps to a whole image: the last token is drawn and never read."""
+        """Steps per image: the last token is sampled but not fed back."""
         return self.model.new_cache().max_length
 
     def forward(
@@ -223,7 +223,7 @@ class RARDecodeStep(DecodeStep):
 
 
 def pipeline_parts(pipe: VFMTokPipeline) -> dict[str, ExportPart]:
-    """The parts that a pipeline has: no decode step without a generator, no encoder without vision weights."""
+    """The parts of a pipeline: no decode step without a generator, no encoder without vision weights."""
     model, generator = pipe.vq_model, pipe.transformer
     parts: list[ExportPart] = [Decoder(model)]
     if model.vision_model is not None:
@@ -240,24 +240,24 @@ def pipeline_parts(pipe: VFMTokPipeline) -> dict[str, ExportPart]:
 
 
 def smooth_images(batch_size: int, side: int) -> torch.Tensor:
-    """Random `(batch_size, 3, side, side)` images in [-1, 1] that have large shapes, as pictures do and noise does not."""
+    """Random `(batch_size, 3, side, side)` images in [-1, 1] with large shapes, unlike noise."""
     coarse = torch.rand(batch_size, 3, 5, 5) * 2 - 1
     return F.interpolate(coarse, size=(side, side), mode="bicubic").clamp(-1, 1)
 
 
 def compare_tokens(actual: torch.Tensor, expected: torch.Tensor) -> str:
-    """How many tokens are equal. Raises ValueError where it is more than numerical ties can explain."""
+    """Count equal tokens. Raises ValueError if more differ than numerical ties can explain."""
     equal = int((actual == expected).sum())
     if equal < LEAST_EQUAL_SHARE * expected.numel():
         raise ValueError(
-            f"The exported graph gives other tokens than the model: {equal} of {expected.numel()} are equal. "
+            f"The exported graph and the model return different tokens: {equal} of {expected.numel()} are equal. "
             "Nothing was written."
         )
     return f"{equal} of {expected.numel()} tokens equal"
 
 
 def compare_floats(what: str, actual: torch.Tensor, expected: torch.Tensor) -> str:
-    """The largest difference. Raises ValueError where it exceeds rounding, relative to the largest value if that is > 1."""
+    """The largest difference. Raises ValueError if it exceeds rounding, relative to the largest value if that is > 1."""
     difference = (actual - expected).abs().max().item()
     if not difference <= LARGEST_DIFFERENCE * max(1.0, expected.abs().max().item()):
         raise ValueError(

@@ -1,7 +1,7 @@
 """
-A pipeline as graphs that run without this package: `torch.export` programs, or ONNX files for onnxruntime.
+Export a pipeline to graphs that run without this package: `torch.export` programs, or ONNX files for onnxruntime.
 
-Before a folder appears every graph in it has been run, and compared with the model it was made of.
+Every graph is run and compared with its model before the output folder is written.
 """
 
 import json
@@ -32,7 +32,7 @@ CHECK_BATCH_SIZE = 4
 
 @dataclass(frozen=True)
 class ExportedPart:
-    """A written graph: its file, its size in bytes with any data beside it, and what its check found."""
+    """A written graph: its file, its size in bytes including external data, and the result of its check."""
 
     name: str
     file: Path
@@ -48,21 +48,21 @@ def export_pipeline(
     batch_size: int | None = None,
 ) -> list[ExportedPart]:
     """
-    Write a pipeline's models as graphs, one file a part, and `export.json`, which says how to use them.
+    Export a pipeline's models as graphs, one file per part, with their metadata in `export.json`.
 
-    Each file is read back and run on random inputs before the folder appears. The graphs compute in float32 on the CPU
-    (`torch.export` programs can be moved, onnxruntime has its own devices); the pipeline is moved there, and its
-    compiled kernels are unbound and packed weights unpacked, since a graph has no place for them.
+    Each file is loaded and run on random inputs before the folder is written. The graphs use float32 on the CPU
+    (`torch.export` programs can be moved, onnxruntime has its own devices). The pipeline is moved to the CPU, its compiled
+    kernels are disabled and packed weights unpacked, because graphs cannot contain them.
 
     Args:
         pipe ([`VFMTokPipeline`]): with a generator or without.
-        output (`str` or `Path`): folder to write, which must not exist or be empty.
+        output (`str` or `Path`): folder to write, which must be new or empty.
         format (`str`): `"onnx"`, or `"torch"` for `torch.export` programs (`.pt2`).
-        parts (`list[str]`, *optional*): some of `"encoder"`, `"decoder"`, `"decode_step"`. Defaults to all there are.
+        parts (`list[str]`, *optional*): some of `"encoder"`, `"decoder"`, `"decode_step"`. Defaults to all.
         batch_size (`int`, *optional*): the only batch size of the graphs. Defaults to any.
 
     Returns:
-        `list[ExportedPart]`: what was written, and how it compared with the models.
+        `list[ExportedPart]`: the written files and their comparisons with the models.
 
     Raises:
         ValueError: an unknown format or part, a part that the pipeline lacks, or a graph that differs from its model.
@@ -94,7 +94,7 @@ def export_program(part: ExportPart, batch_size: int | None) -> torch.export.Exp
 
 
 def export_part(part: ExportPart, folder: Path, format: Format, batch_size: int | None) -> ExportedPart:
-    """Trace, write, read back and compare one part."""
+    """Trace, write, load and compare one part."""
     file = folder / f"{part.name}{SUFFIXES[format]}"
     graph = WRITERS[format](part, export_program(part, batch_size), file)
     check_size = batch_size or CHECK_BATCH_SIZE
@@ -106,7 +106,7 @@ def export_part(part: ExportPart, folder: Path, format: Format, batch_size: int 
 
 
 def check_parts(parts: Sequence[str] | None, available: dict[str, ExportPart]) -> list[str]:
-    """The parts asked for, in the order of the data, or all there are."""
+    """The selected parts, in data-flow order, or all."""
     for name in parts or ():
         if name not in get_args(PartName):
             raise ValueError(f"There is no part {name!r}: the parts are {', '.join(get_args(PartName))}.")
@@ -119,7 +119,7 @@ def check_parts(parts: Sequence[str] | None, available: dict[str, ExportPart]) -
 
 def check_export(output: Path, format: str) -> None:
     """
-    Whether an export can be written, asked before a model is loaded.
+    Validate format and output path before loading the model.
 
     Raises:
         ValueError: an unknown format.
@@ -139,7 +139,7 @@ def check_export(output: Path, format: str) -> None:
 def export_info(
     pipe: VFMTokPipeline, parts: list[ExportPart], format: Format, batch_size: int | None
 ) -> dict[str, Any]:
-    """What a program that runs the graphs has to know."""
+    """Metadata for programs that run the graphs."""
     config = pipe.vq_model.config
     info: dict[str, Any] = {
         "format": format,

@@ -1,4 +1,4 @@
-"""Graphs as `torch.export` programs, which torch alone runs."""
+"""Export graphs to `torch.export` programs, which need only torch."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from vfmtok_hf.export.parts import ExportPart, Graph
 
 
 def write_torch(part: ExportPart, program: torch.export.ExportedProgram, file: Path) -> Graph:
-    """Write a program, and read it back for running."""
+    """Write a program and load it again."""
     torch.export.save(program, file)
     module = torch.export.load(file).module()
 

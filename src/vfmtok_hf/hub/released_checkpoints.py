@@ -1,4 +1,4 @@
-"""The checkpoints that the authors of VFMTok have released, and what each is published as."""
+"""The checkpoints released by the authors of VFMTok, and how to publish them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +20,9 @@ class ReleasedCheckpoint:
     Args:
         source: its path there.
         kind: of model; `None` if this package does not support it.
-        name: of the repository to publish it as.
-        num_parameters: of that model, a tokenizer's vision model included.
-        published_as: its name in `evaluation/published.json`, which has the figures that its authors report.
+        name: name of the repository to publish.
+        num_parameters: parameters of the model, including a tokenizer's vision model.
+        published_as: name in `evaluation/published.json`, which contains the authors' figures.
     """
 
     source: str
@@ -65,13 +65,13 @@ RELEASED_CHECKPOINTS = (
 
 
 def find_released(checkpoint: str | Path) -> ReleasedCheckpoint | None:
-    """The released checkpoint that a file is by the end of its path, such as `originals/DINOv2/GPT-B/GPT-B-300e.pt`."""
+    """The released checkpoint of a file, by the end of its path, such as `originals/DINOv2/GPT-B/GPT-B-300e.pt`."""
     path = Path(checkpoint).resolve().as_posix()
     return next((row for row in RELEASED_CHECKPOINTS if path.endswith(f"/{row.source}")), None)
 
 
 def released_table() -> str:
-    """The table of docs/hub.md: what each released file is published as, its size, and the options of `vfmtok push`."""
+    """The table in docs/hub.md: repository and size of each released file, and options of `vfmtok push`."""
     tokenizer, *_ = RELEASED_CHECKPOINTS
     lines = ["| file | repository | float32 weights | options |", "|---|---|---|---|"]
     for row in RELEASED_CHECKPOINTS:

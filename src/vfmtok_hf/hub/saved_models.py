@@ -1,4 +1,4 @@
-"""Folders written by `save_pretrained`: what they hold, read without loading their weights."""
+"""Inspect folders written by `save_pretrained` without loading their weights."""
 
 import json
 import math
@@ -31,10 +31,10 @@ class SavedModel:
         folder: where it is.
         kind: `"pipeline"`, or the `model_type` of its model.
         configs: config.json of the model (under `""`) or of each of a pipeline's models (under its name).
-        index: model_index.json of a pipeline, else empty.
-        files: files that belong to it by their path in the folder: configurations, the weights that loading reads, and
-            documents in the folder itself. The rest, such as the state of a trainer, does not belong to it.
-        num_weights: elements of all tensors, buffers included and variants left out.
+        index: model_index.json of a pipeline, otherwise empty.
+        files: the model's files by their path in the folder: configurations, the weights that loading reads, and
+            documents in the folder itself, but not training states.
+        num_weights: elements of all tensors, including buffers and excluding variants.
     """
 
     folder: Path
@@ -61,8 +61,8 @@ def read_saved_model(folder: str | Path) -> SavedModel:
     Read a folder without loading its weights.
 
     Raises:
-        FileNotFoundError: there is no such folder, or a file of its model is missing.
-        ValueError: a file is damaged or truncated, or the model is not one of VFMTok's.
+        FileNotFoundError: the folder does not exist, or a file of the model is missing.
+        ValueError: a file is damaged or truncated, or the model is not a VFMTok model.
     """
     folder = Path(folder)
     if (folder / INDEX_FILE).is_file():
@@ -71,7 +71,9 @@ def read_saved_model(folder: str | Path) -> SavedModel:
     elif (folder / "config.json").is_file():
         index, parts = {}, {"": ""}
     else:
-        raise FileNotFoundError(f"{folder} has neither {INDEX_FILE} nor config.json: give a saved model's folder.")
+        raise FileNotFoundError(
+            f"{folder} has neither {INDEX_FILE} nor config.json: pass the folder of a saved model."
+        )
     processors = [part for part, class_name in parts.items() if class_name == VFMTokImageProcessor.__name__]
     models = [part for part in parts if part not in processors]
     configs = {part: read_config(folder / part / "config.json") for part in models}
@@ -80,7 +82,7 @@ def read_saved_model(folder: str | Path) -> SavedModel:
     for part in processors:
         if not (folder / part / "preprocessor_config.json").is_file():
             raise FileNotFoundError(
-                f"{folder / part} has no preprocessor_config.json: save a VFMTokImageProcessor there, too."
+                f"{folder / part} has no preprocessor_config.json: save a VFMTokImageProcessor there as well."
             )
     weights = [file for part in models for file in weight_files(folder / part)]
     elements = {file: count_elements(file) for file in weights if file.suffix == ".safetensors"}
@@ -110,12 +112,14 @@ def read_config(path: Path) -> dict[str, Any]:
     config = read_json(path)
     if config.get("model_type") not in MODELS_BY_TYPE:
         known = ", ".join(MODELS_BY_TYPE)
-        raise ValueError(f"{path} is of a model of type {config.get('model_type')!r}; VFMTok's are {known}.")
+        raise ValueError(
+            f"{path} belongs to a model of type {config.get('model_type')!r}; VFMTok models have the types {known}."
+        )
     return config
 
 
 def is_document(path: Path) -> bool:
-    """Whether people read it: Markdown, a license, a picture, or where the weights come from."""
+    """Whether a file is documentation: Markdown, a license, an image, or provenance."""
     return (
         path.suffix.lower() in (".md", *PICTURE_SUFFIXES)
         or path.name.upper().startswith(("LICENSE", "NOTICE", "CITATION"))
@@ -125,11 +129,11 @@ def is_document(path: Path) -> bool:
 
 def weight_files(folder: Path) -> list[Path]:
     """
-    The files that loading reads, of every variant (such as `fp16`): where there is a whole file, an index beside it is a
-    stale one; shards count if an index names them.
+    The files that loading reads, of every variant (such as `fp16`). If there is an unsharded file, an index next to it is
+    stale. Shards are included if an index names them.
 
     Raises:
-        FileNotFoundError: there are none without a variant.
+        FileNotFoundError: there are no weights without a variant.
     """
     names = [file.name for file in folder.iterdir()]
     whole = {match[1]: [name] for name in names if (match := WHOLE_WEIGHTS.fullmatch(name))}
@@ -147,7 +151,7 @@ def weight_files(folder: Path) -> list[Path]:
 def count_elements(weights: Path) -> int:
     try:
         with safe_open(weights, framework="pt") as file:
-            # Shapes come from the header, to which opening compares the file's size.
+            # Shapes come from the header; opening compares the file's size with it.
             return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{weights} is missing.") from error

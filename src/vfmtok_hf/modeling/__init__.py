@@ -1,7 +1,7 @@
 """
 The models, their configurations and their image processor, in plain PyTorch.
 
-Importing any of these modules makes all of their classes known to transformers' Auto classes.
+Importing any of these modules registers all of their classes with transformers' Auto classes.
 """
 
 from .auto_vfmtok import register_config, register_image_processor, register_model

@@ -1,5 +1,5 @@
 """
-The anchor encoder: anchor queries that gather a vision model's feature levels into one state per image token.
+The anchor encoder: anchor queries gather the feature levels of a vision model into one state per image token.
 
 The deformable attention is that of Deformable DETR (arXiv 2010.04159); the layers follow
 https://github.com/CVMI-Lab/VFMTok (Apache-2.0).
@@ -18,7 +18,7 @@ from .autoencoder_config_vfmtok import AutoencoderConfigMixin
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
-    """Turns autocast off where it is on. Some devices have none, and exported graphs should not mention it."""
+    """Disable autocast if it is enabled. Some devices do not support it, and exported graphs should not contain it."""
     if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
@@ -26,8 +26,8 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
 
 class MultiScaleDeformableAttention(nn.Module):
     """
-    Deformable attention's sampling core in plain PyTorch: the reference of the compiled layers that may replace its
-    `forward` from outside. It has no parameters, and its signature is the one that transformers' models use.
+    The sampling operation of deformable attention in plain PyTorch, and the reference for compiled layers that replace its
+    `forward` from outside. It has no parameters, and its signature is that of the layer in transformers.
 
     Source: Deformable DETR (arXiv 2010.04159), equation 3.
     """
@@ -47,14 +47,14 @@ class MultiScaleDeformableAttention(nn.Module):
             value (`torch.Tensor` of shape `(batch_size, sum of height * width, heads, head_dim)`):
                 Features of all levels, flattened and concatenated.
             value_spatial_shapes (`torch.LongTensor` of shape `(levels, 2)`), level_start_index (`(levels,)`):
-                Height and width of each level and where it starts; read by compiled layers.
+                Height, width and start of each level, for compiled layers.
             value_spatial_shapes_list (`list[tuple[int, int]]`):
-                The same heights and widths without a device.
+                The same heights and widths as a Python list.
             sampling_locations (`torch.Tensor` of shape `(batch_size, queries, heads, levels, points, 2)`):
-                As (x, y) with the image being [0, 1]^2; outside of it zeros are read.
+                (x, y), where the image is [0, 1]^2; locations outside of it read zeros.
             attention_weights (`torch.Tensor` of shape `(batch_size, queries, heads, levels, points)`).
             im2col_step (`int`):
-                Batch chunk of the original CUDA kernel; read by compiled layers that keep it.
+                Batch chunk of the original CUDA kernel, for compiled layers that use it.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, queries, heads * head_dim)`.
@@ -62,7 +62,7 @@ class MultiScaleDeformableAttention(nn.Module):
         batch_size, _, num_heads, head_dim = value.shape
         num_queries = sampling_locations.shape[1]
         levels = value.split([height * width for height, width in value_spatial_shapes_list], dim=1)
-        # Half precision would move the locations by up to a tenth of a cell, and torch's CPU `grid_sample` reads past
+        # In half precision, locations would be off by up to a tenth of a cell, and torch's CPU `grid_sample` reads past
         # the end of strided half-precision maps.
         dtype = torch.promote_types(value.dtype, torch.float32)
         sampling_grids = 2 * sampling_locations.to(dtype) - 1
@@ -128,14 +128,14 @@ class VFMTokDeformableAttention(nn.Module):
             level_sizes.cumsum(0) - level_sizes,
             sampling_locations,
             weights,
-            # The step must divide the batch in kernels that keep it; the whole batch always does.
+            # Kernels that use the step require that it divides the batch, as the whole batch does.
             batch_size,
         )
         return self.output_proj(output), sampling_locations, weights
 
 
 class VFMTokAttention(nn.Module):
-    """Multi-head self-attention with biases, causal where the configuration says so."""
+    """Multi-head self-attention with biases, causal if configured."""
 
     def __init__(self, config: AutoencoderConfigMixin, num_heads: int, dropout: float = 0.0):
         super().__init__()
@@ -153,7 +153,7 @@ class VFMTokAttention(nn.Module):
         Args:
             hidden_states (`torch.Tensor` of shape `(batch_size, length, hidden_size)`).
             lengths (`list[int]`, *optional*):
-                Of a causal sequence that is a prefix and several branches; a branch sees the prefix and itself.
+                Lengths of the parts of a causal sequence: a prefix and several branches. A branch sees the prefix and itself.
         """
         # batch_size, length, hidden_size -> batch_size, heads, length, head_dim
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
@@ -163,8 +163,8 @@ class VFMTokAttention(nn.Module):
         ]
         if lengths is None:
             return self.o_proj(self._attend(*states))
-        # Every branch repeats the prefix's attention, the cheap part, so that each call is plainly causal: a mask
-        # over all branches would keep fast attention kernels out and compute every hidden pair.
+        # Every branch repeats the prefix's attention, which is cheap, so that each call is causal. A mask over all
+        # branches would prevent fast attention kernels and compute all masked pairs.
         prefix, *branches = zip(*(state.split(lengths, dim=2) for state in states), strict=True)
         first, *others = (
             self._attend(*(torch.cat(parts, dim=2) for parts in zip(prefix, branch, strict=True)))
@@ -219,7 +219,7 @@ class VFMTokAnchorEncoderLayer(GradientCheckpointingLayer):
         features: torch.Tensor,
         spatial_shapes_list: list[tuple[int, int]],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        # Under mixed precision the original keeps both attentions in the weights' own precision.
+        # In mixed precision, the original computes both attentions in the precision of the weights.
         dtype = self.cross_attn.value_proj.weight.dtype
         with without_autocast(hidden_states.device):
             attended, sampling_locations, attention_weights = self.cross_attn(
@@ -230,7 +230,7 @@ class VFMTokAnchorEncoderLayer(GradientCheckpointingLayer):
             )
         hidden_states = self.cross_attn_norm(hidden_states + attended)
         with without_autocast(hidden_states.device):
-            # Queries, keys and values all see the position.
+            # Queries, keys and values all include the position.
             attended = self.self_attn((hidden_states + position_embeddings).to(dtype))
         hidden_states = self.self_attn_norm(hidden_states + attended)
         hidden_states = self.mlp_norm(hidden_states + self.mlp(hidden_states))
@@ -238,7 +238,7 @@ class VFMTokAnchorEncoderLayer(GradientCheckpointingLayer):
 
 
 class VFMTokFeatureProjector(nn.Module):
-    """Brings one feature level to the encoder's width. The two norms at its end stand in a row in the original."""
+    """Project one feature level to the encoder's width. The two consecutive norms are those of the original."""
 
     def __init__(self, config: AutoencoderConfigMixin, num_channels: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Explicit attention of the tokenizer's and the generators' layers."""
+"""Eager attention for the layers of the tokenizer and the generators."""
 
 import torch
 import torch.nn.functional as F
@@ -8,8 +8,8 @@ from transformers import PreTrainedConfig
 
 def causal_mask(config: PreTrainedConfig, states: torch.Tensor) -> torch.Tensor | None:
     """
-    `(length, length)` mask of `(batch_size, length, ...)` states to add to attention scores: -inf where a key lies behind
-    its query. None where the attention that `config` names computes no hidden pair, told by `is_causal` of the module.
+    Causal mask `(length, length)` for the attention scores of `(batch_size, length, ...)` states: -inf if a key comes after
+    its query. None if the attention in `config` uses the module's `is_causal` instead.
     """
     if config._attn_implementation != "eager":
         return None
@@ -31,7 +31,7 @@ def eager_attention_forward(
     Softmax attention.
 
     Args:
-        module (`torch.nn.Module`): whose training mode decides on dropout.
+        module (`torch.nn.Module`): dropout applies only if `module.training`.
         query, key, value (`torch.Tensor` of shape `(batch_size, heads, length, head_dim)`).
         attention_mask (`torch.Tensor`, *optional*): added to the `(batch_size, heads, queries, keys)` scores.
         scaling (`float`): scale of the scores.

@@ -1,8 +1,8 @@
 """
-Makes the VFMTok classes known to transformers.
+Register the VFMTok classes with transformers.
 
-Two directions: Auto classes load VFMTok checkpoints with this code, and whatever `save_pretrained` writes carries the code
-along, for `trust_remote_code=True` where it is not installed.
+Auto classes then load VFMTok checkpoints with this code, and `save_pretrained` also saves the code, for
+`trust_remote_code=True` without this package.
 """
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
@@ -11,25 +11,25 @@ from .configuration_vfmtok import VFMTokConfig
 
 
 def register_config(config_class: type) -> None:
-    """Have `AutoConfig` give `config_class` for its `model_type`."""
+    """Register `config_class` with `AutoConfig`."""
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     config_class.register_for_auto_class()
 
 
 def register_model(model_class: type) -> None:
-    """Have `AutoModel` give `model_class` for its configuration's class."""
+    """Register `model_class` with `AutoModel`."""
     AutoModel.register(model_class.config_class, model_class, exist_ok=True)
     model_class.register_for_auto_class("AutoModel")
 
 
 def register_image_processor(image_processor_class: type) -> None:
-    """Have `AutoImageProcessor` give `image_processor_class` for image tokenizers."""
+    """Register `image_processor_class` with `AutoImageProcessor`."""
     AutoImageProcessor.register(VFMTokConfig, image_processor_class, exist_ok=True)
     image_processor_class.register_for_auto_class()
 
 
 def register_task(pipeline_class: type) -> None:
-    """Have transformers' `pipeline` run the task `image-tokens` by `pipeline_class`."""
+    """Register `pipeline_class` for the task `image-tokens`."""
     from transformers.pipelines import PIPELINE_REGISTRY
 
     PIPELINE_REGISTRY.register_pipeline("image-tokens", pipeline_class, pt_model=AutoModel, type="image")

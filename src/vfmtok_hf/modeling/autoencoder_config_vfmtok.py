@@ -1,4 +1,4 @@
-"""What the configurations of the image autoencoders have in common: vision model, anchor encoder and pixel decoder."""
+"""Shared parts of the autoencoders' configurations: vision model, anchor encoder and pixel decoder."""
 
 import math
 
@@ -15,7 +15,7 @@ from transformers.image_utils import (
 from .loading_vfmtok import CheckedConfigMixin
 
 
-# What each family's own image processor normalizes with. timm models carry theirs in `pretrained_cfg`.
+# Mean and std of each family's image processor. timm models have theirs in `pretrained_cfg`.
 IMAGENET_MEAN_STD = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 MEAN_STD_BY_VISION_MODEL_TYPE = {
     "dinov2": IMAGENET_MEAN_STD,
@@ -40,7 +40,12 @@ RELEASED_VISION_CONFIG = {
 
 
 class AutoencoderConfigMixin(CheckedConfigMixin):
-    """Fields that are derived and rules between fields, for configurations that have these fields; each lists its own."""
+    """
+    Derived fields and validation for the configurations of autoencoders, which declare the fields.
+
+    Args:
+        vision_config (`dict` or `PreTrainedConfig`, *optional*): the vision model. Defaults to the released DINOv2-L.
+    """
 
     sub_configs = {"vision_config": AutoConfig}
 
@@ -51,7 +56,7 @@ class AutoencoderConfigMixin(CheckedConfigMixin):
         super().__init__(vision_config=vision_config, **kwargs)
 
     def complete(self):
-        """Derive the fields that are left out, and make lists of tuples, as JSON does."""
+        """Derive missing fields, and convert tuples to lists, as JSON does."""
         self.vision_feature_layers = list(self.vision_feature_layers)
         self.pixel_decoder_channel_multipliers = list(self.pixel_decoder_channel_multipliers)
         mean, std = self._vision_model_mean_std()
@@ -65,7 +70,7 @@ class AutoencoderConfigMixin(CheckedConfigMixin):
 
     @property
     def upsampling_factor(self) -> int:
-        """How many times the pixel decoder enlarges the ViT decoder's grid."""
+        """Upsampling factor of the pixel decoder."""
         return 2 ** (len(self.pixel_decoder_channel_multipliers) - 1)
 
     @property
@@ -78,14 +83,14 @@ class AutoencoderConfigMixin(CheckedConfigMixin):
         if vision_config.model_type not in MEAN_STD_BY_VISION_MODEL_TYPE:
             raise ValueError(
                 f"Vision models of type {vision_config.model_type!r} are not supported. Use one of "
-                f"{sorted(MEAN_STD_BY_VISION_MODEL_TYPE)}; of a two-tower model (CLIP, SigLIP) pass the vision config."
+                f"{sorted(MEAN_STD_BY_VISION_MODEL_TYPE)}; for a two-tower model (CLIP, SigLIP), pass its vision config."
             )
         pretrained_cfg = getattr(vision_config, "pretrained_cfg", None) or {}
         mean, std = MEAN_STD_BY_VISION_MODEL_TYPE[vision_config.model_type]
         return pretrained_cfg.get("mean", mean), pretrained_cfg.get("std", std)
 
     def validate_architecture(self):
-        """Rules between fields."""
+        """Validate relations between fields."""
         if self.anchor_grid_size**2 != self.num_anchors:
             raise ValueError(f"num_anchors must be a square number, got {self.num_anchors}.")
         for name in ("encoder_num_heads", "decoder_num_heads"):
@@ -109,7 +114,7 @@ class AutoencoderConfigMixin(CheckedConfigMixin):
             raise ValueError(f"vision_feature_layers must be ascending, distinct and not negative, got {layers}.")
         depth = getattr(self.vision_config, "num_hidden_layers", None)
         if depth is not None and not (layers[0] >= 1 and layers[-1] <= depth):
-            raise ValueError(f"vision_feature_layers {layers} must lie in 1..{depth}, the blocks of the vision model.")
+            raise ValueError(f"vision_feature_layers {layers} must be in 1..{depth}, the blocks of the vision model.")
 
 
 __all__ = ["RELEASED_VISION_CONFIG", "AutoencoderConfigMixin"]

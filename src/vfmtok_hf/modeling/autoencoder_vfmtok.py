@@ -1,7 +1,7 @@
 """
-The image autoencoders' common side: a frozen vision model, the anchor encoder behind it, and how both are made and loaded.
+Base of the image autoencoders: a frozen vision model, the anchor encoder, and how both are built and loaded.
 
-What stands between encoder and decoder, a codebook or continuous latents, is the models' own.
+The bottleneck, a codebook or continuous latents, is defined by each model.
 """
 
 import functools
@@ -38,7 +38,7 @@ def gaussian_kernel(size: int, sigma: float, device: torch.device) -> torch.Tens
 
 
 def gaussian_blur(images: torch.Tensor, *sigmas: float) -> torch.Tensor:
-    """Separable blur over (height, width) with the least odd kernel that is both >= 3 and >= 4 sigma, mirrored edges."""
+    """Separable blur over (height, width), with the smallest odd kernel >= 3 and >= 4 sigma and reflected edges."""
     vertical, horizontal = (gaussian_kernel(max(int(4 * s), 3) // 2 * 2 + 1, s, images.device) for s in sigmas)
     channels = images.shape[1]
     top, left = len(vertical) // 2, len(horizontal) // 2
@@ -49,8 +49,8 @@ def gaussian_blur(images: torch.Tensor, *sigmas: float) -> torch.Tensor:
 
 def resize_for_vision_model(images: torch.Tensor, size: int) -> torch.Tensor:
     """
-    Resize as the original's `pretrained_enc_arch.py`, which calls kornia: bicubic with aligned corners, and when
-    shrinking a Gaussian blur with sigma = (factor - 1) / 2 first.
+    Resize as in the original's `pretrained_enc_arch.py`, which calls kornia: bicubic with aligned corners, after a
+    Gaussian blur with sigma = (factor - 1) / 2 if the image is downsampled.
 
     Args:
         images (`torch.Tensor` of shape `(batch_size, 3, height, width)`): float32.
@@ -69,7 +69,7 @@ def resize_for_vision_model(images: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def runs_offload_hook(method: Callable) -> Callable:
-    """accelerate's offloading hooks watch `forward` alone. Methods under this decorator run them too."""
+    """Run accelerate's offloading hooks, which by default run only for `forward`, also for `method`."""
 
     @functools.wraps(method)
     def run(self, *args, **kwargs):
@@ -86,7 +86,7 @@ def vision_grid_size(vision_model: nn.Module, config: AutoencoderConfigMixin) ->
     Positions per side of the last feature level.
 
     Raises:
-        ValueError: the image is no multiple of the vision model's patches.
+        ValueError: the image size is not a multiple of the vision model's patch size.
     """
     stride = vision_feature_stride(vision_model, config)
     if config.vision_image_size % stride:
@@ -99,8 +99,8 @@ def vision_grid_size(vision_model: nn.Module, config: AutoencoderConfigMixin) ->
 
 class VFMTokAutoencoder(CheckedModelMixin, PreTrainedModel):
     """
-    Base of the models that encode the features of a frozen vision model: its parameters take no gradient and it stays
-    in evaluation mode.
+    Base of models that encode the features of a frozen vision model, whose parameters have no gradient and which stays in
+    evaluation mode.
     """
 
     main_input_name = "pixel_values"
@@ -111,7 +111,7 @@ class VFMTokAutoencoder(CheckedModelMixin, PreTrainedModel):
 
     def __init__(self, config: AutoencoderConfigMixin):
         super().__init__(config)
-        # A light checkpoint has no vision weights: its vision model is built for its widths alone and dropped.
+        # A light checkpoint has no vision weights: its vision model is built only for its widths and dropped.
         with nullcontext() if config.save_vision_model else torch.device("meta"):
             vision_model = build_vision_model(config)
         self.vision_channels = vision_feature_channels(vision_model, config)
@@ -120,12 +120,13 @@ class VFMTokAutoencoder(CheckedModelMixin, PreTrainedModel):
         self.anchor_encoder = VFMTokAnchorEncoder(config, self.vision_channels)
 
     def post_init(self) -> None:
+        """As in transformers, and freeze the vision model."""
         super().post_init()
         self._freeze_vision_model()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """As the original initializes, except that its clones of one layer are drawn independently here."""
+        """Initialize as the original does, except that its clones of one layer are initialized independently."""
         if isinstance(module, nn.Linear | nn.Conv2d):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
             if module.bias is not None:
@@ -147,7 +148,7 @@ class VFMTokAutoencoder(CheckedModelMixin, PreTrainedModel):
 
     @staticmethod
     def _init_deformable_attention(module: VFMTokDeformableAttention):
-        """Heads look in evenly spread directions, point k at distance k (Deformable DETR, appendix A.4)."""
+        """Initialize heads with evenly spread directions, and point k with distance k (Deformable DETR, appendix A.4)."""
         angles = torch.arange(module.num_heads, dtype=torch.float32) * (2 * math.pi / module.num_heads)
         directions = torch.stack([angles.cos(), angles.sin()], dim=-1)
         directions = directions / directions.abs().amax(-1, keepdim=True)
@@ -179,7 +180,7 @@ class VFMTokAutoencoder(CheckedModelMixin, PreTrainedModel):
             self.vision_model.eval()
 
     def get_input_embeddings(self) -> None:
-        """None: images come without a table of embeddings. transformers asks when it quantizes."""
+        """None, because there is no embedding table for images. transformers needs this for quantization."""
         return None
 
     def train(self, mode: bool = True) -> "VFMTokAutoencoder":
@@ -190,23 +191,23 @@ class VFMTokAutoencoder(CheckedModelMixin, PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, load_vision_model: bool = False, **kwargs):
         """
-        As in transformers, but a checkpoint that does not fill the model is an error (`loading_vfmtok.py`).
+        As in transformers, but a checkpoint that does not cover every weight raises an error (`loading_vfmtok.py`).
 
         Args:
             load_vision_model (`bool`, defaults to `False`):
-                Of a light checkpoint, fetch the vision model too: the one that its configuration names, at the
-                revision that it names. `load_vision_model()` does so later.
+                For a light checkpoint, also download the vision model that its configuration names, at the named
+                revision. `load_vision_model()` does so later.
         """
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model._freeze_vision_model()  # loading has made new parameters
+        model._freeze_vision_model()  # loading creates new parameters
         if load_vision_model and model.vision_model is None:
             model.load_vision_model()
         return loaded
 
-    @functools.wraps(PreTrainedModel.save_pretrained)  # diffusers reads from the signature what it may pass
+    @functools.wraps(PreTrainedModel.save_pretrained)  # diffusers inspects the signature
     def save_pretrained(self, *args, **kwargs):
-        # `config.save_vision_model` decides whether the vision model goes along.
+        # `config.save_vision_model` decides whether the vision model is saved.
         vision_weights = {name for name in self.state_dict() if name.startswith("vision_model.")}
         ignored = (self._keys_to_ignore_on_save or set()) - vision_weights
         self._keys_to_ignore_on_save = ignored if self.config.save_vision_model else ignored | vision_weights
@@ -214,10 +215,10 @@ class VFMTokAutoencoder(CheckedModelMixin, PreTrainedModel):
 
     def load_vision_model(self, name_or_path: str | None = None, **kwargs) -> None:
         """
-        Give a light checkpoint its vision model.
+        Load the vision model of a light checkpoint.
 
-        The configuration then names the repository and the commit that it came from, so that a light checkpoint saved
-        from this model fetches the same weights; of a folder it notes nothing.
+        The configuration then records the repository and its commit, so a light checkpoint saved from this model
+        downloads the same weights. A folder is not recorded.
 
         Args:
             name_or_path (`str`, *optional*):
@@ -226,8 +227,8 @@ class VFMTokAutoencoder(CheckedModelMixin, PreTrainedModel):
             kwargs: passed on to `from_pretrained` of the vision model.
 
         Raises:
-            ValueError: no source is known, or the weights found do not fill the vision model.
-            OSError: the source cannot be read; the message says how to go on from a folder.
+            ValueError: no source is known, or the weights do not match the vision model.
+            OSError: the source cannot be read; the error says how to use a folder instead.
         """
         if name_or_path is None:
             name_or_path = self.config.vision_model_name_or_path
@@ -245,12 +246,11 @@ class VFMTokAutoencoder(CheckedModelMixin, PreTrainedModel):
 
     def _vision_input(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """
-        What the vision model sees of `pixel_values` `(batch_size, 3, height, width)`: resized, clamped, normalized as it
-        wants them.
+        The vision model's input for `pixel_values` `(batch_size, 3, height, width)`: resized, clamped and normalized.
 
         Raises:
-            TypeError: images in place of `pixel_values`.
-            ValueError: wrong shape or dtype, or a light checkpoint without its vision model.
+            TypeError: images were passed instead of `pixel_values`.
+            ValueError: wrong shape or dtype, or the checkpoint has no vision weights.
         """
         if self.vision_model is None:
             source = self.config.vision_model_name_or_path
@@ -260,13 +260,13 @@ class VFMTokAutoencoder(CheckedModelMixin, PreTrainedModel):
             )
         if not isinstance(pixel_values, torch.Tensor):
             raise TypeError(
-                f"pixel_values must be a tensor, got {type(pixel_values).__name__}. VFMTokImageProcessor makes it from images: "
+                f"pixel_values must be a tensor, got {type(pixel_values).__name__}. Create it from images with VFMTokImageProcessor: "
                 'processor(image, return_tensors="pt")["pixel_values"].'
             )
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 3 or not pixel_values.is_floating_point():
             raise ValueError(
                 "pixel_values must be floating point of shape (batch_size, 3, height, width) in [-1, 1], got "
-                f"{pixel_values.dtype} of shape {tuple(pixel_values.shape)}. VFMTokImageProcessor makes them from images."
+                f"{pixel_values.dtype} of shape {tuple(pixel_values.shape)}. Create them from images with VFMTokImageProcessor."
             )
         images = resize_for_vision_model(pixel_values.float(), self.config.vision_image_size).clamp(-1, 1)
         mean, std = (

@@ -1,24 +1,23 @@
-"""What a generator keeps from one decode step to the next, in tensors whose shapes and addresses never change."""
+"""The cache of a generator's decode steps, in tensors with fixed shapes and addresses."""
 
 import torch
 from torch import nn
 
 
-# Lengths of the filled part that decode steps distinguish. With the drop of the unconditional rows, which comes once, a
-# generation has 8 shapes at most.
+# Visible lengths of the cache. Together with dropping the unconditional rows once, a generation has at most 8 shapes.
 NUM_BUCKETS = 7
 
 
 def kind_of(tensor: torch.Tensor) -> tuple:
-    """What two tensors must have in common for the one to take the other's values."""
+    """Properties that must be equal to copy one tensor into another."""
     return tensor.shape, tensor.dtype, tensor.device, tensor.is_inference()
 
 
 class FixedTensors(nn.Module):
-    """A module for its buffers: torch.compile knows that those keep their addresses, which CUDA graphs rely on."""
+    """A module with buffers, which torch.compile treats as tensors with fixed addresses, as CUDA graphs require."""
 
     def store(self, name: str, tensor: torch.Tensor) -> None:
-        """Keep `tensor`, by copying it into the buffer of that name if it fits there."""
+        """Store `tensor`, by copying it into the buffer of that name if the shape matches."""
         buffer = getattr(self, name, None)
         if buffer is not None and kind_of(buffer) == kind_of(tensor):
             buffer.copy_(tensor)
@@ -30,17 +29,17 @@ class LayerCache(FixedTensors):
     """
     Keys and values of one attention layer, `(batch_size, heads, max_length, head_dim)`.
 
-    The first keys decide on batch, heads, dtype and device, so that autocast and offloading need no word here. On CPUs the
-    cache is float32 at least: of half precision torch's products want dense operands there, and copy what is visible in
-    every step.
+    Batch, heads, dtype and device follow the first keys, also with autocast and offloading. On CPUs, the cache is at least
+    float32, because torch's half-precision matmuls need dense operands there and would copy the visible part in every
+    step.
 
     Args:
-        max_length (`int`): positions of the whole sequence.
+        max_length (`int`): length of the whole sequence.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
-    modulations: torch.Tensor  # of a RAR
+    modulations: torch.Tensor  # RAR only
 
     def __init__(self, max_length: int):
         super().__init__()
@@ -54,21 +53,21 @@ class LayerCache(FixedTensors):
         attention_mask: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Keep keys and values, and return those to attend to.
+        Store keys and values, and return those to attend to.
 
         Args:
             keys, values (`torch.Tensor` of shape `(rows, heads, length, head_dim)`):
-                Of the first positions of a sequence, or of the single one at `position`, of the first rows.
+                Keys and values of the first positions of a sequence, or of the single one at `position`, for the first rows.
             position (`torch.LongTensor` of shape `()`, *optional*).
             attention_mask (`torch.Tensor` of shape `(1, 1, 1, visible_length)`, *optional*): for a single position.
 
         Returns:
-            `tuple(torch.Tensor)`: the arguments, if they begin the sequence; else what is cached of these rows, `(rows,
+            `tuple(torch.Tensor)`: the arguments if they start the sequence, otherwise the cached ones of these rows, `(rows,
             heads, visible_length, head_dim)`.
         """
         if position is None:
             dtype = torch.promote_types(keys.dtype, torch.float32) if keys.is_cpu else keys.dtype
-            # Zeros, since a hidden value has the weight 0, which NaN would survive.
+            # Zeros, because masked values have weight 0, and 0 * NaN is NaN.
             padding = (0, 0, 0, self.max_length - keys.shape[2])
             self.store("keys", nn.functional.pad(keys.to(dtype), padding))
             self.store("values", nn.functional.pad(values.to(dtype), padding))
@@ -82,18 +81,18 @@ class LayerCache(FixedTensors):
 
 class DecodeCache(FixedTensors):
     """
-    The state of a generation: a [`LayerCache`] per layer, and what the model computed of the condition.
+    The state of a generation: a [`LayerCache`] per layer, and precomputed tensors of the condition.
 
-    Steps write and read the first rows of its tensors, as many as they have tokens: once guidance ends, those of the
-    unconditional half, which come last, are just not read any more.
+    Steps use the first rows of the tensors, one per token. After guidance ends, the rows of the unconditional half, which
+    come last, are no longer read.
 
     Args:
-        num_layers (`int`): of the generator.
-        max_length (`int`): positions of the whole sequence, that of its last token, which no step reads, left out.
+        num_layers (`int`): number of layers of the generator.
+        max_length (`int`): length of the whole sequence without its last token, which no step reads.
     """
 
     condition_embeds: torch.Tensor
-    # Of a RAR.
+    # RAR only.
     position_embeds: torch.Tensor
     conditions: torch.Tensor
     first_modulated: torch.Tensor
@@ -104,23 +103,23 @@ class DecodeCache(FixedTensors):
         self.layers = nn.ModuleList(LayerCache(max_length) for _ in range(num_layers))
         self.max_length = max_length
         self.visible_length = max_length
-        self.modulated = range(0)  # positions whose modulations a RAR has computed
+        self.modulated = range(0)  # positions with precomputed modulations (RAR)
 
     def show(self, length: int) -> None:
-        """Have steps look at the first positions, `length` of them or up to the end of the bucket in which that lies."""
+        """Limit steps to the first `length` positions, rounded up to the end of the bucket."""
         bucket = -(-self.max_length // NUM_BUCKETS)
         self.visible_length = min(-(-length // bucket) * bucket, self.max_length)
 
     def mask(self, position: torch.Tensor) -> torch.Tensor:
-        """`(1, 1, 1, visible_length)` to add to attention scores: the lowest number behind `position` `()`."""
+        """Mask `(1, 1, 1, visible_length)` for attention scores: the lowest number after `position` `()`."""
         dtype = self.layers[0].keys.dtype
         mask = torch.zeros(1, 1, 1, self.visible_length, dtype=dtype, device=position.device)
         hidden = torch.arange(self.visible_length, device=position.device) > position
-        # Not -inf: compiled softmax on CPUs subtracts the maximum of each lane, which may see hidden positions alone.
+        # Not -inf: compiled softmax on CPUs subtracts the maximum of each lane, which may contain only masked positions.
         return mask.masked_fill(hidden, torch.finfo(dtype).min)
 
     def embeds_at(self, position: torch.Tensor, token_embeds: torch.Tensor) -> torch.Tensor:
-        """`(rows, hidden_size)`: embeddings of the condition if `position` `()` is one of its, else `token_embeds`."""
+        """`(rows, hidden_size)`: the condition's embeddings if `position` `()` belongs to it, otherwise `token_embeds`."""
         num_conditions = self.condition_embeds.shape[1]
         index = position.clamp(max=num_conditions - 1)[None]
         condition_embeds = self.condition_embeds[: token_embeds.shape[0]].index_select(1, index)[:, 0]

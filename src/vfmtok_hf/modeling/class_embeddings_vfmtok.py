@@ -1,4 +1,4 @@
-"""Classes of a generator: labels dropped in training, and new classes for a trained one."""
+"""Classes of a generator: label dropout in training, and new classes for a trained generator."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,46 +10,46 @@ from .class_names_vfmtok import match_class_names
 
 
 def drop_labels(class_labels: torch.Tensor, probability: float, null_class: int) -> torch.Tensor:
-    """Replace each of `class_labels` by `null_class` with the given `probability`, which teaches the model what guidance needs."""
+    """Replace each of `class_labels` with `null_class` with the given `probability`, which guidance requires."""
     dropped = torch.rand(class_labels.shape, device=class_labels.device) < probability
     return class_labels.masked_fill(dropped, null_class)
 
 
 class ClassEmbeddingsMixin:
-    """`resize_class_embeddings` for generators whose embedding table ends with one row a class and the null class."""
+    """`resize_class_embeddings` for generators whose embedding table ends with the classes and the null class."""
 
     config: Any
 
     def class_embedding_table(self) -> tuple[nn.Embedding, int]:
-        """The table, and the row of class 0. The rows of the other classes and of the null class follow, to the end."""
+        """The table, and the row of class 0. The other classes and the null class follow until the end of the table."""
         raise NotImplementedError
 
     @torch.no_grad()
     def resize_class_embeddings(self, class_names: Sequence[str]) -> list[int | None]:
         """
-        Replace the classes, which become `config.id2label`. A class whose name the model knows keeps its embedding,
-        wherever it was; a new one starts as a copy of the null class, that is, as an image of any class.
+        Replace the classes and set `config.id2label`. A class whose name exists in the model keeps its embedding. A new one
+        starts as a copy of the null class, which stands for an image of any class.
 
-        Call it before the optimizer is made: the table becomes another parameter.
+        Call it before you create the optimizer, because the table becomes a new parameter.
 
         Args:
             class_names (`Sequence[str]`): names of the new classes 0, 1, ...; synonyms are separated by commas.
 
         Returns:
-            `list[int | None]`: for each new class the old class whose embedding it has; None for the null class.
+            `list[int | None]`: for each new class, the old class whose embedding it keeps, or None for the null class.
 
         Raises:
-            ValueError: there are no names, one occurs twice, or accelerate has put the embeddings elsewhere.
+            ValueError: there are no names, a name occurs twice, or the embeddings are offloaded.
         """
         class_names = list(class_names)
         if not class_names or len(set(class_names)) < len(class_names):
-            raise ValueError(f"A generator needs classes of different names, got {class_names}.")
+            raise ValueError(f"A generator needs distinct class names, got {class_names}.")
         old_names = [name for _, name in sorted((self.config.id2label or {}).items())]
         origins = match_class_names(class_names, old_names)
         table, first = self.class_embedding_table()
-        if table.weight.is_meta:  # its hook would go on loading the old table
+        if table.weight.is_meta:  # its hook would keep loading the old table
             raise ValueError(
-                "The class embeddings are offloaded: resize them before the model is given to accelerate."
+                "The class embeddings are offloaded: resize them before you pass the model to accelerate."
             )
         null_row = len(table.weight) - 1
         rows = [*range(first), *(null_row if origin is None else first + origin for origin in origins), null_row]

@@ -1,4 +1,4 @@
-"""Names of classes, and which class a name means."""
+"""Class names, and the class of a name."""
 
 import difflib
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 class ClassNames:
     """
-    Class ids by name. A class answers to its whole name and to each of its comma-separated synonyms, in any case.
+    Class ids by name. A class has its whole name and each of its comma-separated synonyms, case-insensitive.
 
     Args:
         id2label (`dict`): class id (JSON makes it a string) to name, such as `"tench, Tinca tinca"`.
@@ -22,16 +22,16 @@ class ClassNames:
                 self.synonyms.setdefault(synonym, []).append(class_id)
 
     def ids(self, name: str) -> list[int]:
-        """The classes of that name, else those with that synonym."""
+        """The classes with that name, otherwise those with that synonym."""
         normalized = _normalized(name)
         return self.whole_names.get(normalized) or self.synonyms.get(normalized) or []
 
     def find(self, name: str) -> int:
         """
-        The class of that name, or of that number written out.
+        The class with that name or number.
 
         Raises:
-            ValueError: no class or several have that name.
+            ValueError: no class or several classes have that name.
         """
         class_ids = self.ids(name)
         if not class_ids and name.strip().isdecimal():
@@ -40,7 +40,7 @@ class ClassNames:
             raise ValueError(f"There is no class {name!r}. {self._suggestion(name)}")
         if len(class_ids) > 1:
             candidates = ", ".join(f"{class_id} ({self.id2label[class_id]})" for class_id in class_ids)
-            raise ValueError(f"{name!r} names several classes: {candidates}. Pass the number of one.")
+            raise ValueError(f"{name!r} is the name of several classes: {candidates}. Pass a class number.")
         return class_ids[0]
 
     def _suggestion(self, name: str) -> str:
@@ -54,10 +54,10 @@ class ClassNames:
 
 def match_class_names(new_names: Sequence[str], old_names: Sequence[str]) -> list[int | None]:
     """
-    For each class of `new_names` the number of the one of `old_names` that it continues, or None.
+    For each class of `new_names`, the number of the matching class of `old_names`, or None.
 
-    A class continues the one with its name, else the one with the first of its synonyms that is known. A name that fits
-    several old classes, as "crane" does in ImageNet, continues none of them.
+    A class matches the one with its name, otherwise the one with its first known synonym. A name of several old classes,
+    such as "crane" in ImageNet, matches none of them.
     """
     known = ClassNames(dict(enumerate(old_names)))
 
@@ -69,7 +69,7 @@ def match_class_names(new_names: Sequence[str], old_names: Sequence[str]) -> lis
 
 
 def short_class_name(id2label: dict[int, str], class_id: int) -> str:
-    """The first synonym of the name that `id2label` gives to `class_id`; that number if it has no name."""
+    """The first synonym of a class's name in `id2label`, or its number if it has no name."""
     return id2label.get(class_id, str(class_id)).partition(",")[0].strip()
 
 

@@ -19,14 +19,14 @@ class VFMTokConfig(AutoencoderConfigMixin, PreTrainedConfig):
             for timm models timm's own 0-based `forward_intermediates` index. A level that is the model's last block
             is read after the model's final norm, all others before it.
         vision_image_size (`int`, defaults to 336):
-            Side, in pixels, to which the model resizes its input before the vision model sees it.
+            Side, in pixels, to which the model resizes the vision model's input.
         vision_image_mean, vision_image_std (`list[float]`, *optional*):
-            Normalization of the vision model's input in [0, 1]. Unset: the vision model's own.
+            Normalization of the vision model's input in [0, 1]. Defaults to the vision model's own.
         save_vision_model (`bool`, defaults to `True`):
-            Whether checkpoints contain the vision model. A light checkpoint (`False`) decodes as it is; `encode`
-            needs `VFMTokModel.load_vision_model` first.
+            Whether checkpoints contain the vision model. A light checkpoint (`False`) can decode; `encode` needs
+            `VFMTokModel.load_vision_model` first.
         vision_model_name_or_path, vision_model_revision (`str`, *optional*):
-            Where a light checkpoint's vision model comes from.
+            Source of a light checkpoint's vision model.
         image_size (`int`, defaults to 336):
             Side, in pixels, of the images that the decoder generates.
         num_anchors (`int`, defaults to 256):
@@ -40,11 +40,11 @@ class VFMTokConfig(AutoencoderConfigMixin, PreTrainedConfig):
         decoder_dropout (`float`, defaults to 0.1):
             Dropout of the ViT decoder's attention probabilities, in training only.
         num_register_tokens (`int`, defaults to 4):
-            Register tokens that the original appends to the ViT decoder's causal sequence. Being last they influence
-            nothing; they are kept so that conversion loses nothing.
+            Register tokens that the original appends to the ViT decoder's causal sequence. They have no effect, because
+            they come last; they are kept for converting back.
         feature_grid_size (`int`, *optional*):
             Patches per side of the last feature level: the side of the ViT decoder's position table and of the
-            features it reconstructs. The model derives it from its vision model where it is unset, and refuses another.
+            features it reconstructs. By default it is derived from the vision model; any other value is refused.
         codebook_size, codebook_dim (`int`, defaults to 16384 and 12):
             Number and width of the codebook's rows.
         codebook_loss_weight, commitment_loss_weight (`float`, defaults to 1.0 and 0.25):
@@ -57,7 +57,7 @@ class VFMTokConfig(AutoencoderConfigMixin, PreTrainedConfig):
             Channels of the CNN pixel decoder at full resolution and their multiples from fine to coarse. The image
             is upsampled `2 ** (len(multipliers) - 1)` times.
         pixel_decoder_num_res_blocks (`int`, defaults to 1):
-            As the original counts them: each resolution has one residual block more.
+            Residual blocks per resolution as counted by the original: there is one more.
         pixel_decoder_num_groups (`int`, defaults to 32):
             Groups of the pixel decoder's group norms.
     """
@@ -65,7 +65,7 @@ class VFMTokConfig(AutoencoderConfigMixin, PreTrainedConfig):
     model_type = "vfmtok"
     # Names of older configurations.
     attribute_map = {"commitment_cost": "commitment_loss_weight", "entropy_loss_ratio": "entropy_loss_weight"}
-    # Of its attention, in encoder and decoder.
+    # Attention of encoder and decoder.
     is_causal = True
 
     vision_config: PreTrainedConfig | None = None

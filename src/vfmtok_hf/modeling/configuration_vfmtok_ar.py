@@ -20,15 +20,15 @@ VARIANTS = {
 class VFMTokARConfig(CheckedConfigMixin, PreTrainedConfig):
     r"""
     Configuration of [`VFMTokARForImageGeneration`]. The defaults are the released VFMTok-L generator (arXiv
-    2507.08441); [`~VFMTokARConfig.from_variant`] gives the other sizes.
+    2507.08441); [`~VFMTokARConfig.from_variant`] creates the other sizes.
 
     Args:
         codebook_size (`int`, defaults to 16384):
-            Rows of the image tokenizer's codebook, which are the tokens to choose from.
+            Rows of the image tokenizer's codebook, which is the number of different tokens.
         num_classes (`int`, defaults to 1000):
             Class labels, 0 to `num_classes - 1`. Label `num_classes` is the null class: no condition.
         num_image_tokens (`int`, defaults to 256):
-            Tokens of one image. A square number: they lie on a square grid, in raster order.
+            Tokens per image. A square number, because they form a square grid in raster order.
         hidden_size, num_hidden_layers, num_attention_heads, intermediate_size (`int`):
             Width, depth, attention heads and SwiGLU width of the transformer.
         rope_theta (`float`, defaults to 10000.0):
@@ -36,18 +36,18 @@ class VFMTokARConfig(CheckedConfigMixin, PreTrainedConfig):
         rms_norm_eps (`float`, defaults to 1e-5):
             Epsilon of the RMS norms.
         initializer_range (`float`, defaults to 0.02):
-            Standard deviation of fresh weights; the output head starts at zero.
+            Standard deviation of initial weights; the output head starts at zero.
         token_dropout, residual_dropout, ffn_dropout, attention_dropout (`float`):
             Dropout, in training only, of the embedded sequence, the attention branch, the MLP branch and the
             attention probabilities.
         class_dropout (`float`, defaults to 0.1):
-            Probability with which training replaces a label by the null class, which guidance needs.
+            Probability of replacing a label with the null class in training, which guidance requires.
         id2label (`dict[int, str]`, *optional*):
             Name of every class.
     """
 
     model_type = "vfmtok_ar"
-    # One number under two names.
+    # Two names for the same number.
     attribute_map = {"num_labels": "num_classes"}
 
     codebook_size: int = 16384
@@ -71,21 +71,21 @@ class VFMTokARConfig(CheckedConfigMixin, PreTrainedConfig):
         super().__init__(**kwargs)
 
     def complete(self):
-        """Make numbers of the keys of `id2label`, of which JSON has made strings."""
+        """Convert the keys of `id2label` to integers, because JSON stores them as strings."""
         if self.id2label is not None:
             self.id2label = {int(label): name for label, name in self.id2label.items()}
 
     @classmethod
     def from_variant(cls, variant: str, **overrides) -> "VFMTokARConfig":
         """
-        The configuration of one released size.
+        The configuration of a released size.
 
         Args:
             variant (`str`): "B", "L", "XL", "XXL", "2B" or "3B".
-            overrides: fields that win over it.
+            overrides: fields to change.
 
         Raises:
-            ValueError: there is no such size.
+            ValueError: the variant does not exist.
         """
         if variant not in VARIANTS:
             raise ValueError(f"Unknown VFMTokARConfig variant {variant!r}. Use one of {', '.join(VARIANTS)}.")
@@ -102,7 +102,7 @@ class VFMTokARConfig(CheckedConfigMixin, PreTrainedConfig):
         return math.isqrt(self.num_image_tokens)
 
     def validate_architecture(self):
-        """Rules between fields."""
+        """Validate relations between fields."""
         if self.grid_size**2 != self.num_image_tokens:
             raise ValueError(f"num_image_tokens must be a square number, got {self.num_image_tokens}.")
         if self.hidden_size % self.num_attention_heads:
@@ -111,7 +111,7 @@ class VFMTokARConfig(CheckedConfigMixin, PreTrainedConfig):
             )
         if self.head_dim % 4:
             raise ValueError(
-                f"hidden_size / num_attention_heads must be a multiple of 4, two rotary axes of pairs, got {self.head_dim}."
+                f"hidden_size / num_attention_heads must be a multiple of 4 (two rotary axes of pairs), got {self.head_dim}."
             )
         if self.id2label is not None and sorted(self.id2label) != list(range(self.num_classes)):
             raise ValueError(

@@ -15,11 +15,11 @@ VARIANTS = {
 class VFMTokRARConfig(CheckedConfigMixin, PreTrainedConfig):
     r"""
     Configuration of [`VFMTokRARForImageGeneration`]. The defaults are the released VFMTok-RAR-L generator (arXiv
-    2507.08441, after RAR, arXiv 2411.00776); [`~VFMTokRARConfig.from_variant`] gives the other sizes.
+    2507.08441, after RAR, arXiv 2411.00776); [`~VFMTokRARConfig.from_variant`] creates the other sizes.
 
     Args:
         codebook_size (`int`, defaults to 16384):
-            Rows of the image tokenizer's codebook, which are the tokens to choose from.
+            Rows of the image tokenizer's codebook, which is the number of different tokens.
         num_classes (`int`, defaults to 1000):
             Class labels, 0 to `num_classes - 1`. Label `num_classes` is the null class: no condition.
         num_image_tokens (`int`, defaults to 256):
@@ -29,7 +29,7 @@ class VFMTokRARConfig(CheckedConfigMixin, PreTrainedConfig):
         layer_norm_eps (`float`, defaults to 1e-6):
             Epsilon of the layer norms.
         initializer_range (`float`, defaults to 0.02):
-            Standard deviation of fresh weights; the layers that modulate start at zero.
+            Standard deviation of initial weights; modulation layers start at zero.
         num_position_embeddings, num_timestep_embeddings (`int`, defaults to 1280 and 356):
             Rows of the position tables and of the timestep table. Only `num_image_tokens + 2` of them are read, for the
             start token, the class and the image tokens; the defaults are the original's.
@@ -37,13 +37,13 @@ class VFMTokRARConfig(CheckedConfigMixin, PreTrainedConfig):
             Dropout, in training only, of the branches' outputs and the MLP's activations, and of the attention
             probabilities.
         class_dropout (`float`, defaults to 0.1):
-            Probability with which training replaces a label by the null class, which guidance needs.
+            Probability of replacing a label with the null class in training, which guidance requires.
         id2label (`dict[int, str]`, *optional*):
             Name of every class.
     """
 
     model_type = "vfmtok_rar"
-    # One number under two names.
+    # Two names for the same number.
     attribute_map = {"num_labels": "num_classes"}
 
     codebook_size: int = 16384
@@ -66,22 +66,22 @@ class VFMTokRARConfig(CheckedConfigMixin, PreTrainedConfig):
         super().__init__(**kwargs)
 
     def complete(self):
-        """Make numbers of the keys of `id2label`, of which JSON has made strings."""
+        """Convert the keys of `id2label` to integers, because JSON stores them as strings."""
         if self.id2label is not None:
             self.id2label = {int(label): name for label, name in self.id2label.items()}
 
     @classmethod
     def from_variant(cls, variant: str, **overrides) -> "VFMTokRARConfig":
         """
-        The configuration of one released size. XL has `intermediate_size` 4096 in VFMTok-RAR's settings, and 5120 in
+        The configuration of a released size. XL has `intermediate_size` 4096 in VFMTok-RAR's settings, and 5120 in
         those of the RAR it comes from.
 
         Args:
             variant (`str`): "L", "XL" or "XXL".
-            overrides: fields that win over it.
+            overrides: fields to change.
 
         Raises:
-            ValueError: there is no such size.
+            ValueError: the variant does not exist.
         """
         if variant not in VARIANTS:
             raise ValueError(f"Unknown VFMTokRARConfig variant {variant!r}. Use one of {', '.join(VARIANTS)}.")
@@ -93,7 +93,7 @@ class VFMTokRARConfig(CheckedConfigMixin, PreTrainedConfig):
         return self.hidden_size // self.num_attention_heads
 
     def validate_architecture(self):
-        """Rules between fields."""
+        """Validate relations between fields."""
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} must be divisible by num_attention_heads {self.num_attention_heads}."

@@ -1,9 +1,9 @@
 """
-Sampling image tokens: guidance, filters, draws and the decode loop that both generators share.
+Sampling of image tokens: guidance, filters, and the decode loop of both generators.
 
 The order of operations is that of https://github.com/CVMI-Lab/VFMTok (autoregressive/models/generate.py, after
-LlamaGen) and of RAR: guidance, then temperature, then top-k, then top-p, then one draw. Nothing in the loop waits for
-the device, and its steps have a few fixed shapes, so that torch.compile and CUDA graphs can take them as they are.
+LlamaGen) and of RAR: guidance, then temperature, then top-k, then top-p, then sampling. The loop does not synchronize
+with the device, and its steps have a few fixed shapes, as torch.compile and CUDA graphs require.
 """
 
 import math
@@ -28,7 +28,7 @@ class VFMTokGeneratorOutput(ModelOutput):
         loss (`torch.FloatTensor` of shape `()`, with `return_loss=True`):
             Mean cross-entropy over all image tokens, in nats.
         logits (`torch.FloatTensor` of shape `(batch_size, num_image_tokens, codebook_size)`):
-            float32 whatever the model's dtype; `logits[:, i]` predicts `image_tokens[:, i]`.
+            float32 for any dtype of the model; `logits[:, i]` predicts `image_tokens[:, i]`.
     """
 
     loss: torch.Tensor | None = None
@@ -41,7 +41,7 @@ class VFMTokGeneratorOutput(ModelOutput):
 
 def constant_guidance(num_steps: int, scale: float, interval: int | None = None) -> list[float]:
     """
-    One guidance scale per step: `scale`, and with `interval` 1 (none) from token `interval + 2` on.
+    One guidance scale per step: `scale`, and with `interval` 1 (off) from token `interval + 2` on.
 
     The offset is the original's: its interval counts decode steps after the first token, which is always guided.
     """
@@ -51,9 +51,9 @@ def constant_guidance(num_steps: int, scale: float, interval: int | None = None)
 
 def power_cosine_guidance(num_steps: int, scale: float, power: float, interval: int | None = None) -> list[float]:
     """
-    One guidance scale per step, rising from 1 towards `scale`: (scale - 1) (1 - cos(pi (t / num_steps)^power)) / 2 + 1.
+    One guidance scale per step, increasing from 1 to `scale`: (scale - 1) (1 - cos(pi (t / num_steps)^power)) / 2 + 1.
 
-    A larger `power` rises later; 0 is constant guidance. Source: RAR, modeling/rar.py. `interval` as above.
+    A larger `power` increases later; 0 is constant guidance. Source: RAR, modeling/rar.py. `interval` as above.
     """
     ramp = [(1 - math.cos(math.pi * (step / num_steps) ** power)) / 2 for step in range(num_steps)]
     limit = constant_guidance(num_steps, scale, interval)
@@ -67,17 +67,17 @@ def apply_guidance(logits: torch.Tensor, scale: float | torch.Tensor) -> torch.T
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Drawing a token
+# Sampling a token
 
 
 def filter_top_k(logits: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Set all but the `top_k` largest logits of each row to -inf. Ties with the last one stay."""
+    """Set all but the `top_k` largest logits of each row to -inf. Ties with the last one are kept."""
     kth_largest = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[..., -1:]
     return logits.masked_fill(logits < kth_largest, -torch.inf)
 
 
 def filter_top_p(logits: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Keep each row's most probable tokens up to and including the one that takes their sum above `top_p`."""
+    """Keep the most probable tokens of each row, up to and including the one where their sum exceeds `top_p`."""
     sorted_logits, sorted_tokens = logits.sort(dim=-1, descending=True)
     probabilities = sorted_logits.softmax(dim=-1)
     mass_before = probabilities.cumsum(dim=-1) - probabilities
@@ -87,7 +87,7 @@ def filter_top_p(logits: torch.Tensor, top_p: float) -> torch.Tensor:
 
 @lru_cache
 def has_float64(device: torch.device) -> bool:
-    """Whether a device computes in float64. Apple's MPS and some Intel GPUs do not, and torch offers no other way to ask."""
+    """Whether a device supports float64. Apple's MPS and some Intel GPUs do not; torch has no query for it."""
     try:
         torch.zeros(1, dtype=torch.float64, device=device)
     except (TypeError, RuntimeError):
@@ -102,9 +102,9 @@ def uniform_numbers(
     device: torch.device,
 ) -> torch.Tensor:
     """
-    `(num_steps, batch_size)` numbers in [0, 1], drawn where the generator lives, so that a CPU seed means the same on any
-    device. With a list each row draws from its own generator, hence the same numbers in any split of the batch. float64
-    where `device` has it, else float32.
+    Uniform numbers `(num_steps, batch_size)` in [0, 1], sampled on the generator's device, so a CPU seed gives the same
+    numbers on any device. With a list, each row uses its own generator and gets the same numbers in any batch. float64 if
+    `device` supports it, otherwise float32.
     """
     if isinstance(generator, Sequence):
         return torch.cat([uniform_numbers(num_steps, 1, row_generator, device) for row_generator in generator], dim=1)
@@ -116,25 +116,25 @@ def uniform_numbers(
 
 def sample_tokens(logits: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     """
-    Draw one token per row of `(batch_size, codebook_size)` logits: `(batch_size,)` int64.
+    Sample one token per row of `(batch_size, codebook_size)` logits: `(batch_size,)` int64.
 
-    The first token at which the sum of the probabilities exceeds a uniform number of `numbers` `(batch_size,)`: one random
-    number a row, where `torch.multinomial` draws one a token and takes longer than a layer of the model. It never waits
-    for the device. The sums have the precision of the numbers: in float64 the rarest token keeps its probability, in
-    float32 probabilities below 1e-7 are rounded.
+    It is the first token at which the sum of the probabilities exceeds a uniform number of `numbers` `(batch_size,)`. That
+    takes one random number per row; `torch.multinomial` uses one per token and takes longer than a layer of the model. It
+    does not synchronize with the device. Sums have the precision of the numbers: float64 keeps the probability of the
+    rarest token, and float32 rounds probabilities below 1e-7.
     """
     cumulative = logits.softmax(dim=-1).cumsum(dim=-1, dtype=numbers.dtype)
     total = cumulative[:, -1:].contiguous()
     drawn = torch.searchsorted(cumulative, numbers[:, None] * total, right=True)
-    # A threshold may be rounded up to the total, which lies past the last token that has a probability.
+    # A threshold can be rounded up to the total, which is past the last token with a nonzero probability.
     last = torch.searchsorted(cumulative, total)
-    # Where NaN compares with nothing the result lies past the end; the decode loop reports it after its last step.
+    # With NaN, the result is past the end; the decode loop reports it after its last step.
     return torch.minimum(drawn, last)[:, 0].clamp(max=logits.shape[-1] - 1)
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """What one call of `generate` asks for, checked as a whole. The defaults sample without guidance or filters."""
+    """The validated sampling options of one `generate` call. The defaults use no guidance and no filters."""
 
     guidance_scale: float = 1.0
     guidance_interval: int | None = None
@@ -145,27 +145,29 @@ class SamplingSettings:
 
     def __post_init__(self):
         if not 0 <= self.guidance_scale < math.inf:
-            raise ValueError(f"guidance_scale must be 1 (none) or larger, got {self.guidance_scale}.")
+            raise ValueError(f"guidance_scale must be 1 (off) or larger, got {self.guidance_scale}.")
         if self.guidance_interval is not None and self.guidance_interval < 0:
             raise ValueError(
                 f"guidance_interval must be None (all steps) or at least 0, got {self.guidance_interval}."
             )
         if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature must be above 0, got {self.temperature}. For greedy use do_sample=False.")
+            raise ValueError(
+                f"temperature must be above 0, got {self.temperature}. For greedy decoding, use do_sample=False."
+            )
         if self.top_k < 0:
             raise ValueError(f"top_k must be 0 (off) or larger, got {self.top_k}.")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1], where 1 is off, got {self.top_p}.")
+            raise ValueError(f"top_p must be in (0, 1], where 1 is off, got {self.top_p}.")
 
     @classmethod
     def resolve(cls, requested: dict[str, Any], *generation_configs: GenerationConfig | None) -> "SamplingSettings":
         """
-        Each setting from `requested`, else from the first configuration that has it, else the default above.
+        Take each option from `requested`, otherwise from the first configuration that sets it, otherwise the default above.
 
-        transformers' own fallbacks (`top_k=50`, greedy) are never consulted: an unset field of its config is None.
+        transformers' own defaults (`top_k=50`, greedy) are not used: unset fields of its configuration are None.
 
         Raises:
-            TypeError: `requested` has an unknown name.
+            TypeError: `requested` contains an unknown option.
         """
         names = [field.name for field in fields(cls)]
         if unknown := requested.keys() - set(names):
@@ -178,15 +180,15 @@ class SamplingSettings:
 
     @property
     def effective_guidance_scale(self) -> float:
-        """At most 1 means no guidance, as in diffusers; RAR's original writes it 0."""
+        """Whether guidance is off: at a scale of at most 1, as in diffusers. The original RAR uses 0."""
         return max(float(self.guidance_scale), 1.0)
 
     def guidance_scales(self, num_steps: int) -> list[float]:
-        """The guidance of each of `num_steps` steps."""
+        """The guidance scale of each of `num_steps` steps."""
         return constant_guidance(num_steps, self.effective_guidance_scale, self.guidance_interval)
 
     def filter(self, logits: torch.Tensor) -> torch.Tensor:
-        """Temperature, top-k and top-p on `(batch_size, codebook_size)` logits; removed tokens become -inf."""
+        """Apply temperature, top-k and top-p to `(batch_size, codebook_size)` logits; removed tokens become -inf."""
         logits = logits / self.temperature
         if self.top_k > 0:
             logits = filter_top_k(logits, self.top_k)
@@ -203,7 +205,7 @@ def check_ids(name: str, ids: torch.Tensor, num_ids: int, wait_for_device: bool 
     """
     Raise unless `ids` are int64 in 0 to `num_ids - 1`.
 
-    Reading values off an accelerator stalls it, so there the range is checked only with `wait_for_device`.
+    Reading values from an accelerator synchronizes with it, so there the range is checked only with `wait_for_device`.
     """
     if ids.dtype != torch.int64:
         raise TypeError(f"{name} must be int64, got {ids.dtype}: convert with .long().")
@@ -223,11 +225,12 @@ def draw_tokens(
     logits_processor: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Guidance, filters and the draw of one step.
+    Guidance, filters and sampling of one step.
 
     Args:
-        logits (`torch.Tensor` of shape `(rows, codebook_size)`): one row an image; two, conditional rows first, to guide.
-        step (`torch.LongTensor` of shape `()`): which of the rows of `scales` and `numbers` count.
+        logits (`torch.Tensor` of shape `(rows, codebook_size)`): one row per image, or with guidance two, conditional
+            rows first.
+        step (`torch.LongTensor` of shape `()`): row of `scales` and `numbers` to use.
         scales (`torch.Tensor` of shape `(num_image_tokens,)`): guidance of each step.
         numbers (`torch.Tensor` of shape `(num_image_tokens, batch_size)`): uniform numbers of each step.
         settings (`SamplingSettings`).
@@ -249,7 +252,7 @@ def draw_tokens(
 def decode_step(
     model: "VFMTokGenerationMixin", tokens: torch.Tensor, position: torch.Tensor, cache: DecodeCache
 ) -> torch.Tensor:
-    """A decode step of any model, its logits where `position` is: a device map may have put the head elsewhere."""
+    """A decode step of any model. Its logits are moved to the device of `position`, for models with a device map."""
     return model.decode_step(tokens, position, cache).to(position.device)
 
 
@@ -262,22 +265,22 @@ def decode_and_draw(
     numbers: torch.Tensor,
     settings: SamplingSettings,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A decode step and its draw: all of a step that need not run in Python."""
+    """A decode step and the sampling of its token: everything in a step that does not need Python."""
     step = position - (model.num_condition_tokens - 1)
     return draw_tokens(decode_step(model, tokens, position, cache), step, scales, numbers, settings)
 
 
 def to_raster(sequence: torch.Tensor, orders: torch.Tensor | None) -> torch.Tensor:
-    """Put `(batch_size, length)` entries, of which entry j belongs to raster position `orders[:, j]`, in place."""
+    """Reorder `(batch_size, length)` entries, where entry j belongs to raster position `orders[:, j]`."""
     return sequence if orders is None else torch.zeros_like(sequence).scatter(1, orders, sequence)
 
 
 class CompiledSteps:
     """
-    Steps translated by `torch.compile`, and the caches whose memory their CUDA graphs read, one of each number of rows.
+    Compiled decode steps, and the caches that their CUDA graphs read, one per number of rows.
 
     Args:
-        options: for `torch.compile`.
+        options: options of `torch.compile`.
     """
 
     def __init__(self, **options):
@@ -286,11 +289,11 @@ class CompiledSteps:
         self.caches: dict[int, DecodeCache] = {}
 
     def __call__(self, function: FunctionType, *inputs: Any) -> Any:
-        """`function(model, tokens, position, cache, ...)`, translated. A last argument of settings is constant in a graph."""
+        """Compile `function(model, tokens, position, cache, ...)`. A last argument with options is constant in a graph."""
         _, tokens, _, cache, *others = inputs
         key = function, len(cache.condition_embeds), len(tokens), *others[-1:]
         if key not in self.functions:
-            # torch.compile allows a code object few graphs. With one of its own a key needs one for each visible length.
+            # torch.compile limits the graphs of a code object. With its own code object, a key needs one per visible length.
             own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
             self.functions[key] = torch.compile(own, fullgraph=True, dynamic=False, **self.options)
         torch.compiler.cudagraph_mark_step_begin()
@@ -301,52 +304,52 @@ class VFMTokGenerationMixin(GenerationMixin):
     """
     `generate` for models that predict image tokens from class labels.
 
-    A model's `forward(class_labels, image_tokens, cache=...)` reads the first tokens and returns the logits of the next;
-    its `decode_step(tokens, position, cache)` goes on from there, one position at a time.
+    A model's `forward(class_labels, image_tokens, cache=...)` reads the first tokens and returns the logits of the next one;
+    `decode_step(tokens, position, cache)` continues one position at a time.
     """
 
     config: Any
     output_modalities = ("image",)
-    # Positions of the sequence before the first image token.
+    # Number of positions before the first image token.
     num_condition_tokens = 1
     sampling_settings = SamplingSettings
     _compiled_steps: CompiledSteps | None = None
 
     def decode_step(self, tokens: torch.Tensor, position: torch.Tensor, cache: DecodeCache) -> torch.Tensor:
         """
-        Logits of the token that follows `position`, which is read and kept in `cache`. Shapes do not depend on it.
+        Read the token at `position` into `cache` and return the logits of the next token. All shapes are fixed.
 
         Args:
             tokens (`torch.LongTensor` of shape `(batch_size,)`):
-                The token at `position`; the class's positions ignore it.
-            position (`torch.LongTensor` of shape `()`): within [condition, image tokens in the order of drawing].
-            cache (`DecodeCache`): of a generation that has begun, as by `forward(..., cache=cache)`.
+                The token at `position`; positions of the condition ignore it.
+            position (`torch.LongTensor` of shape `()`): position in [condition, image tokens in sampling order].
+            cache (`DecodeCache`): cache of a started generation, as by `forward(..., cache=cache)`.
 
         Returns:
             `torch.FloatTensor` of shape `(batch_size, codebook_size)`.
 
         Raises:
-            NotImplementedError: a model has to define it.
+            NotImplementedError: models must define it.
         """
         raise NotImplementedError
 
     def new_cache(self) -> DecodeCache:
-        """A cache for one generation."""
+        """Create the cache of one generation."""
         max_length = self.num_condition_tokens + self.config.num_image_tokens - 1
         return DecodeCache(self.config.num_hidden_layers, max_length)
 
     def prepare_step(self, position: int, cache: DecodeCache) -> None:
-        """Called before the decode step at `position` with its `cache`, for what a model computes of several steps at once."""
+        """Hook before the decode step at `position`, for models that precompute parts of several steps."""
 
     def compile_decoding(self, **options) -> None:
         """
-        Let `torch.compile` translate decode steps and draws, in place, at the next call of `generate`.
+        Compile decode steps and sampling, in place, at the next call of `generate`.
 
-        Each number of rows has a graph for each of a few lengths that the sequence has reached, eight at most in one
-        generation. On CUDA they are CUDA graphs. The caches of all numbers of rows stay in memory.
+        There is one graph per number of rows and visible length, at most eight in one generation. On CUDA, they are CUDA
+        graphs. The caches of all numbers of rows stay in memory.
 
         Args:
-            options: for `torch.compile`. On CUDA `mode` is `"reduce-overhead"` by default.
+            options: options of `torch.compile`. On CUDA, `mode` is `"reduce-overhead"` by default.
         """
         if self.device.type == "cuda" and not {"mode", "options", "backend"} & options.keys():  # type: ignore[attr-defined]
             options["mode"] = "reduce-overhead"
@@ -369,32 +372,33 @@ class VFMTokGenerationMixin(GenerationMixin):
             class_labels (`torch.LongTensor` of shape `(batch_size,)`, or a list):
                 Labels in 0 to `num_classes - 1`; `num_classes` is the null class (no condition).
             generation_config (`GenerationConfig`, *optional*):
-                Holds settings of sampling, which take the place of those in the model's own `generation_config`.
+                Sampling options that replace those in the model's own `generation_config`.
             generator (`torch.Generator` or a sequence of one per label, *optional*):
-                Source of randomness, on any device. With one per label an image does not depend on its batch.
+                Random generators, on any device. With one per label, an image does not depend on its batch.
             logits_processor (`LogitsProcessorList`, *optional*):
                 Called as `(tokens so far, guided logits)` before the temperature.
             callback (`Callable`, *optional*):
-                Called as `callback(step, image_tokens)` after each token; `image_tokens` is `(batch_size,
-                num_image_tokens)` with 0 where nothing is drawn yet, and must not be changed. Returning `False` stops.
-                Returning a tensor like it replaces the tokens drawn so far, of which the model has read all but the newest.
+                Called as `callback(step, image_tokens)` after each token. `image_tokens` is `(batch_size,
+                num_image_tokens)`, with 0 for tokens that are not sampled yet, and must not be modified. Return `False` to
+                stop. Return a tensor of the same shape to replace the tokens sampled so far; the model has already read
+                all except the newest.
             sampling:
                 The fields of [`SamplingSettings`]: `guidance_scale`, `guidance_interval`, `temperature`, `top_k`, `top_p`,
-                `do_sample`. They override both configurations; None leaves the choice to these.
+                `do_sample`. They override both configurations; None uses the configurations.
 
         Returns:
-            `torch.LongTensor` of shape `(batch_size, num_image_tokens)`, in raster order. After a stop by the
-            callback the tokens not drawn are 0.
+            `torch.LongTensor` of shape `(batch_size, num_image_tokens)`, in raster order. If the callback stopped,
+            tokens that were not sampled are 0.
 
         Raises:
-            ValueError, TypeError: unusable arguments, before any work; logits that are not finite, at the end.
+            ValueError, TypeError: arguments are invalid (checked first), or logits are not finite (checked at the end).
         """
         settings = self.sampling_settings.resolve(sampling, generation_config, self.generation_config)
         class_labels = self._as_class_labels(class_labels)
         return self._decode_tokens(class_labels, settings, generator, logits_processor, callback)
 
     def _cache_and_runner(self, num_rows: int) -> tuple[DecodeCache, Callable]:
-        """A cache for a generation of `num_rows`, and what calls the functions of its steps."""
+        """The cache of a generation with `num_rows`, and the function that calls its steps."""
         if self._compiled_steps is None:
             return self.new_cache(), lambda function, *inputs: function(*inputs)
         return self._compiled_steps.caches.setdefault(num_rows, self.new_cache()), self._compiled_steps
@@ -410,8 +414,8 @@ class VFMTokGenerationMixin(GenerationMixin):
         known_tokens: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
-        The loop. `orders` `(batch_size, num_image_tokens)` has the raster position of each token of the sequence (None:
-        raster), `known_tokens` `(batch_size, n)` the sequence's first tokens.
+        The decode loop. `orders` `(batch_size, num_image_tokens)` are the raster positions of the sequence's tokens (None:
+        raster order), and `known_tokens` `(batch_size, n)` its first tokens.
         """
         batch_size, device = class_labels.shape[0], class_labels.device
         if isinstance(generator, Sequence) and len(generator) != batch_size:
@@ -427,7 +431,7 @@ class VFMTokGenerationMixin(GenerationMixin):
             drawn_numbers = uniform_numbers(num_tokens - first_step, batch_size, generator, device)
             numbers = F.pad(drawn_numbers, (0, 0, first_step, 0))
 
-        # One row per image and, while guidance lasts, a second one for its unconditional twin.
+        # One row per image and, with guidance, a second one without the class.
         labels, passes = class_labels, 1
         if guided_steps > first_step:
             labels, passes = torch.cat([labels, torch.full_like(labels, self.config.num_classes)]), 2
@@ -437,7 +441,9 @@ class VFMTokGenerationMixin(GenerationMixin):
             tokens[:, :first_step] = known_tokens
         largest_logits = torch.zeros(batch_size, num_tokens, device=device)
         cache, run = self._cache_and_runner(len(labels))
-        position = torch.tensor(self.num_condition_tokens - 1 + first_step).to(device)  # the last one read
+        position = torch.tensor(self.num_condition_tokens - 1 + first_step).to(
+            device
+        )  # the last position that was read
 
         for step in range(first_step, num_tokens):
             if step == guided_steps:
@@ -458,7 +464,7 @@ class VFMTokGenerationMixin(GenerationMixin):
                 process = None if logits_processor is None else partial(logits_processor, tokens[:, :step])  # type: ignore[arg-type]
                 index = position - (self.num_condition_tokens - 1)
                 drawn, largest = draw_tokens(logits, index, scales, numbers, settings, process)
-                # An offloaded model computes where its first inputs were moved.
+                # An offloaded model computes on the device to which its first inputs were moved.
                 device = cache.condition_embeds.device
                 position, scales, numbers = position.to(device), scales.to(device), numbers.to(device)
             tokens[:, step], largest_logits[:, step] = drawn, largest
@@ -469,16 +475,16 @@ class VFMTokGenerationMixin(GenerationMixin):
                 self._check_image_tokens(answer, class_labels)
                 tokens.copy_(answer if orders is None else answer.take_along_dim(orders, dim=1))
 
-        # NaN survives every operation above, so that one look at the end, the loop's only wait, finds it.
+        # NaN survives every operation above, so one check at the end, the loop's only synchronization, finds it.
         if not largest_logits.isfinite().all():
             raise ValueError(
-                "The logits were not finite: the weights hold NaN, float16 overflows (load the model in float32 or "
+                "The logits are not finite: the weights contain NaN, float16 overflows (load the model in float32 or "
                 "bfloat16), or a logits processor forbade every token."
             )
         return to_raster(tokens, orders)
 
     def _as_class_labels(self, class_labels: torch.Tensor | Sequence[int]) -> torch.Tensor:
-        """Checked labels. Those of a list go where the model is; an offloaded model moves them itself."""
+        """Validate labels. A list is moved to the model's device; an offloaded model moves its inputs itself."""
         if not isinstance(class_labels, torch.Tensor):
             try:
                 class_labels = torch.as_tensor(class_labels)
@@ -494,9 +500,11 @@ class VFMTokGenerationMixin(GenerationMixin):
     def _tokens_to_score(
         self, image_tokens: torch.Tensor | None, labels: torch.Tensor | None, return_loss: bool | None
     ) -> tuple[torch.Tensor, bool]:
-        """The image tokens of `forward`, under either name, and whether their loss is wanted."""
+        """The image tokens of `forward`, under either name, and whether to compute their loss."""
         if image_tokens is None and labels is None:
-            raise ValueError("image_tokens are missing: all tokens of one image per label, or labels in their place.")
+            raise ValueError(
+                "image_tokens are missing: pass all tokens of one image per label, or the same as labels."
+            )
         wanted = self.training if return_loss is None else return_loss  # type: ignore[attr-defined]
         return labels if image_tokens is None else image_tokens, labels is not None or wanted  # type: ignore[return-value]
 

@@ -1,4 +1,4 @@
-"""Images to `pixel_values` and back, with the pixel arithmetic of the original training and evaluation code."""
+"""Convert images to `pixel_values` and back, with the pixel arithmetic of the original code."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from .image_reading_vfmtok import each_image, read_image
 from .loading_vfmtok import errors_naming
 
 
-# A center crop of anything longer keeps less than one percent of the picture.
+# A center crop of a longer image keeps less than one percent of it.
 MAX_ASPECT_RATIO = 100
 
 
@@ -24,7 +24,7 @@ def square_side(size: int | Mapping[str, int]) -> int:
     Side in pixels of a `size`, an integer or a height and a width.
 
     Raises:
-        ValueError: it is not square.
+        ValueError: the size is not square.
     """
     if isinstance(size, int):
         return size
@@ -39,23 +39,23 @@ class VFMTokImageProcessor(BaseImageProcessor):
 
     Preprocessing is the original's, bit for bit (`center_crop_arr` of guided-diffusion): halve with a box filter while
     the shorter side is at least twice the target, resize the shorter side to the target with bicubic interpolation,
-    crop the center, scale to [-1, 1]. Images are of any kind that [`read_image`] takes, alone, in a list, a generator or a
-    column of a data set, or as a batch: all are read as upright 8-bit RGB over white. Only one of them is decoded at a
-    time, so that a batch of large photographs takes little memory.
+    crop the center, scale to [-1, 1]. An input is any image that [`read_image`] reads, a list, generator or data set column of
+    images, or a batch. All are read as upright 8-bit RGB on white. Images are decoded one at a time, so a batch of large
+    photographs takes little memory.
 
     Args:
         size (`int` or `dict`, defaults to `{"height": 336, "width": 336}`):
-            Side of the square output in pixels. It is the crop's size as well; there is no separate `crop_size`.
+            Side of the square output in pixels. It is also the crop size; there is no separate `crop_size`.
         do_resize, do_center_crop, do_rescale, do_normalize (`bool`, default to `True`):
-            Which steps are done. Images are RGB in any case: `do_convert_rgb` cannot be switched off.
+            Which steps to apply. Images are always RGB: `do_convert_rgb` cannot be turned off.
         resample (`int`, defaults to `PILImageResampling.BICUBIC`), rescale_factor (`float`, defaults to 1 / 255):
             Filter of the last resize, and the factor from 8-bit levels to [0, 1].
         image_mean, image_std (`list[float]`, default to 0.5):
-            From [0, 1] to [-1, 1], the range of the images that the model generates. The vision model's own normalization
-            happens inside [`VFMTokModel`].
+            Normalization from [0, 1] to [-1, 1], the range of the model's images. [`VFMTokModel`] applies the vision model's
+            own normalization.
 
     Raises (on call):
-        ValueError, TypeError, OSError: what [`read_image`] refuses, and an image more than 100 times longer than wide.
+        ValueError, TypeError, OSError: [`read_image`] refuses the image, or it is more than 100 times longer than wide.
     """
 
     model_input_names = ["pixel_values"]
@@ -93,7 +93,7 @@ class VFMTokImageProcessor(BaseImageProcessor):
         As in transformers.
 
         Raises:
-            OSError: there is no such folder, repository, revision or file, or no access or connection to it.
+            OSError: the folder, repository, revision or file does not exist or is not accessible.
         """
         with errors_naming(str(pretrained_model_name_or_path)):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -106,16 +106,16 @@ class VFMTokImageProcessor(BaseImageProcessor):
         """
         Args:
             images: as in the class's description.
-            return_tensors (`str`, *optional*): `"pt"` for a tensor, `"np"` for an array; a list of arrays without it.
+            return_tensors (`str`, *optional*): `"pt"` for a tensor, `"np"` for an array. Defaults to a list of arrays.
             input_data_format (`str`, *optional*):
                 `"channels_first"` or `"channels_last"`, for arrays whose shape is ambiguous.
-            settings: arguments of the class that differ for this call.
+            settings: arguments of the class to change for this call.
 
         Returns:
             `pixel_values` of shape `(batch_size, 3, height, width)`.
 
         Raises:
-            ValueError, TypeError, OSError: as in the class's description, and settings that cannot be meant.
+            ValueError, TypeError, OSError: as in the class's description, or the settings are invalid.
         """
         settings = self._settings(**settings)
         pixel_values = [
@@ -127,7 +127,7 @@ class VFMTokImageProcessor(BaseImageProcessor):
         return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
 
     def _settings(self, crop_size: None = None, **overrides) -> dict[str, Any]:
-        """The processor's settings with those of one call, checked."""
+        """The validated settings of one call."""
         if crop_size is not None:
             raise ValueError("VFMTok crops to `size`: leave crop_size unset.")
         settings = {name: value for name, value in vars(self).items() if not name.startswith("_")}
@@ -143,7 +143,7 @@ class VFMTokImageProcessor(BaseImageProcessor):
         if settings["do_normalize"] and not settings["do_rescale"]:
             raise ValueError(
                 "do_normalize needs do_rescale=True: images are 8-bit until they are rescaled, and float images in "
-                "[0, 1] are accepted as they are."
+                "[0, 1] are accepted unchanged."
             )
         return settings
 
@@ -163,13 +163,13 @@ class VFMTokImageProcessor(BaseImageProcessor):
     @staticmethod
     def _resize(picture: PIL.Image.Image, side: int, resample: int) -> PIL.Image.Image:
         """
-        Bring the shorter side to `side` as guided-diffusion's `center_crop_arr` does, in its last step with the filter
-        `resample` of PIL.
+        Resize the shorter side to `side` as guided-diffusion's `center_crop_arr` does, with PIL's filter `resample` in the
+        last step.
         """
         if max(picture.size) > MAX_ASPECT_RATIO * min(picture.size):
             raise ValueError(
                 f"The image is {picture.width} x {picture.height} pixels: more than {MAX_ASPECT_RATIO} times longer than "
-                "wide, so that a center crop would keep almost nothing of it. Crop it first."
+                "wide, so a center crop would keep almost nothing of it. Crop it first."
             )
         while min(picture.size) >= 2 * side:
             picture = picture.resize((picture.width // 2, picture.height // 2), PILImageResampling.BOX)
@@ -178,7 +178,7 @@ class VFMTokImageProcessor(BaseImageProcessor):
 
     @staticmethod
     def _center_crop(picture: PIL.Image.Image, side: int) -> PIL.Image.Image:
-        """The central square of side `side`. An odd margin leaves its extra pixel below and right."""
+        """The central square of side `side`. With an odd margin, the extra pixel is at the bottom and right."""
         if min(picture.size) < side:
             raise ValueError(
                 f"Cannot crop {side} x {side} pixels from {picture.width} x {picture.height}: set do_resize=True."
@@ -191,8 +191,8 @@ class VFMTokImageProcessor(BaseImageProcessor):
     @staticmethod
     def to_uint8(images: torch.Tensor) -> torch.Tensor:
         """
-        Float images in [-1, 1] to uint8 of the same shape as the original does it: `x * 127.5 + 128`, clamped, the
-        fraction cut off. That is the usual mapping to [0, 255] rounded to nearest, halves up.
+        Convert float images in [-1, 1] to uint8 as the original does: `x * 127.5 + 128`, clamped and truncated. That is the
+        usual mapping to [0, 255], rounded to nearest, halves up.
         """
         return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
@@ -204,7 +204,7 @@ class VFMTokImageProcessor(BaseImageProcessor):
         resize_mode: Literal["generation", "reconstruction"] = "generation",
     ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
         """
-        The model's images to pictures. All output types hold the same 8-bit picture.
+        Convert the model's output to images. All output types contain the same 8-bit image.
 
         Args:
             images (`torch.FloatTensor` of shape `(batch_size, 3, height, width)`): about [-1, 1].
@@ -214,8 +214,8 @@ class VFMTokImageProcessor(BaseImageProcessor):
             size (`int`, *optional*):
                 Side in pixels to resize to. Defaults to the images' own.
             resize_mode (`str`):
-                The original resizes in two ways, the further apart the finer the detail, and numbers compare only
-                within one. `"generation"`: bicubic on the floats without antialiasing, then 8 bits
+                One of the original's two ways of resizing. They differ more for images with fine detail, and numbers are
+                comparable only within one. `"generation"`: bicubic on the floats without antialiasing, then 8 bits
                 (`decode_codes_to_img`). `"reconstruction"`: 8 bits first, then PIL's bicubic (`vqgan_test.py`).
 
         Raises:

@@ -1,4 +1,4 @@
-"""Images of every kind, read in one way: upright 8-bit RGB over white, or an error that names the image."""
+"""Read images of any type as upright 8-bit RGB on white, or raise an error that names the image."""
 
 import io
 import os
@@ -29,7 +29,7 @@ WHITE = (255, 255, 255)
 
 
 class UnreadableImage(ValueError):
-    """An image that cannot be read: damaged, of an unknown format or empty. The message names it and gives the reason."""
+    """An image cannot be read: it is damaged, empty or of an unknown format. The message states its name and the reason."""
 
 
 def read_image(
@@ -40,27 +40,27 @@ def read_image(
     timeout: float = 30.0,
 ) -> PIL.Image.Image:
     """
-    Read an image of any kind as every viewer shows it: upright, 8-bit RGB, transparency over white.
+    Read an image of any type as viewers show it: upright, 8-bit RGB, transparency on white.
 
-    The same picture gives the same pixels by every way in. 16 bits are divided by 257 and rounded; EXIF data serve for the
-    orientation alone, so that damage elsewhere in them does no harm. Of an animation the first frame is read.
+    The same image gives the same pixels from every source. 16-bit values are divided by 257 and rounded. EXIF data are used
+    only for the orientation, so other damage in them is ignored. An animation gives its first frame.
 
     Args:
         image:
             A path, an `http(s)://` or `data:` URL, the bytes of a file, an open binary file, a PIL image, an array or
             tensor with or without a channel axis, or a cell of a data set (`{"bytes": ..., "path": ...}`).
-        name (`str`, *optional*): what messages call the image. Defaults to its path or kind.
+        name (`str`, *optional*): name of the image in messages. Defaults to its path or type.
         min_side (`int`, *optional*):
-            Let a decoder that can (JPEG) shrink the image while decoding, to no less than this on its shorter side. The
-            pixels then differ slightly from those of a decoded image that is resized.
+            Let JPEG decoders reduce the image while decoding, to a shorter side of at least this. The pixels then differ
+            slightly from those of a decoded and resized image.
         input_data_format (`str`, *optional*): `"channels_first"` or `"channels_last"`, for arrays whose shape is ambiguous.
         timeout (`float`, defaults to 30): seconds to wait for the server of a URL.
 
     Raises:
-        UnreadableImage (a `ValueError`): damaged, of no known format, empty, too large for Pillow, or not to be downloaded.
+        UnreadableImage (a `ValueError`): damaged, of an unknown format, empty, too large for Pillow, or not downloadable.
         ValueError: an array without pixels, or floats outside of [0, 1].
-        TypeError: no image, or integers of unknown range.
-        OSError: a file that is missing (`FileNotFoundError`) or not to be opened.
+        TypeError: not an image, or integers of unknown range.
+        OSError: the file is missing (`FileNotFoundError`) or cannot be opened.
     """
     if isinstance(image, (np.ndarray, torch.Tensor)):
         return image_of_array(image, input_data_format)
@@ -68,13 +68,13 @@ def read_image(
     encoded = None if isinstance(image, PIL.Image.Image) else encoded_bytes(image, name, timeout)
     try:
         return flattened(image) if encoded is None else decoded(encoded, min_side)
-    # Damage makes Pillow's readers raise nearly anything: OSError, SyntaxError, struct.error, NotImplementedError ...
+    # For damaged files, Pillow's readers raise nearly anything: OSError, SyntaxError, struct.error, ...
     except Exception as error:
         raise UnreadableImage(f"{name} cannot be read as an image: {reason_of(error, encoded)}") from error
 
 
 def image_name(image: Any) -> str:
-    """What a message calls an image."""
+    """The name of an image in messages."""
     if isinstance(image, dict):
         return str(image.get("path") or "A data set's image")
     if isinstance(image, str):
@@ -88,13 +88,13 @@ def image_name(image: Any) -> str:
 
 def encoded_bytes(image: Any, name: str | None = None, timeout: float = 30.0) -> bytes:
     """
-    The content of an image file, given in any of the encoded ways of [`read_image`]; the arguments `image`, `name` and
-    `timeout` are its.
+    The content of an image file, from any encoded source of [`read_image`], with its arguments `image`, `name` and
+    `timeout`.
 
     Raises:
-        UnreadableImage: an empty cell of a data set, or a URL that cannot be read.
-        TypeError: no encoded image.
-        OSError: a file that is missing or not to be opened.
+        UnreadableImage: a data set cell is empty, or a URL cannot be read.
+        TypeError: the image is not encoded.
+        OSError: the file is missing or cannot be opened.
     """
     if isinstance(image, dict):
         image = image["bytes"] if image.get("bytes") is not None else image.get("path")
@@ -118,7 +118,7 @@ def encoded_bytes(image: Any, name: str | None = None, timeout: float = 30.0) ->
 
 
 def _fetched(url: str, name: str, timeout: float) -> bytes:
-    request = urllib.request.Request(url, headers={"User-Agent": "vfmtok-hf"})  # servers refuse urllib's own
+    request = urllib.request.Request(url, headers={"User-Agent": "vfmtok-hf"})  # some servers refuse urllib's default
     try:
         with urllib.request.urlopen(request, timeout=timeout) as content:
             return content.read()
@@ -127,7 +127,7 @@ def _fetched(url: str, name: str, timeout: float) -> bytes:
 
 
 def decoded(encoded: bytes, min_side: int | None = None) -> PIL.Image.Image:
-    """The image in a file's content, as [`read_image`] gives it; raises whatever Pillow raises."""
+    """Decode a file's content as [`read_image`] does. Raises the errors of Pillow."""
     with PIL.Image.open(io.BytesIO(encoded)) as image:
         if min_side is not None:
             image.draft(None, (min_side, min_side))
@@ -135,7 +135,7 @@ def decoded(encoded: bytes, min_side: int | None = None) -> PIL.Image.Image:
 
 
 def reason_of(error: Exception, encoded: bytes | None) -> str:
-    """Why Pillow could not read a file."""
+    """The reason why Pillow could not read a file."""
     if isinstance(error, PIL.UnidentifiedImageError):
         if encoded[4:8] == b"ftyp" and encoded[8:12] in HEIF_BRANDS:
             return (
@@ -146,34 +146,34 @@ def reason_of(error: Exception, encoded: bytes | None) -> str:
 
 
 def flattened(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Any PIL image as upright 8-bit RGB over white."""
+    """Convert any PIL image to upright 8-bit RGB on white."""
     image.load()
     if 0 in image.size:
-        raise ValueError(f"it has no pixels, its size is {image.width} x {image.height}.")
+        raise ValueError(f"it has no pixels: its size is {image.width} x {image.height}.")
     turn = UPRIGHT_BY_ORIENTATION.get(_orientation(image))
     image = _over_white(_eight_bit(image))
     if turn is not None:
         image = image.transpose(turn)
-        image.info = {}  # where PIL would find the orientation once more
+        image.info = {}  # otherwise PIL would apply the orientation again
     return image
 
 
 def _orientation(image: PIL.Image.Image) -> int:
     try:
         return image.getexif().get(ExifTag.Orientation, 1)
-    except Exception:  # the pixels are whole all the same
+    except Exception:  # the pixels are still intact
         return 1
 
 
 def _eight_bit(image: PIL.Image.Image) -> PIL.Image.Image:
-    """16-bit, 32-bit and float grayscale as 8 bits, with an alpha channel if one of the levels is transparent."""
+    """Convert 16-bit, 32-bit and float grayscale to 8 bits, with an alpha channel if one of the levels is transparent."""
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
         return image
     levels = np.asarray(image)
     if image.mode == "I":  # 16 bits in PIL's 32-bit container
         if levels.min() < 0 or levels.max() > 65535:
             raise ValueError(
-                f"32-bit integer images must hold 16-bit values, got {levels.min()} to {levels.max()}: "
+                f"32-bit integer images must contain 16-bit values, got {levels.min()} to {levels.max()}: "
                 "convert the image to 8 or 16 bits."
             )
         levels = levels.astype(np.uint16)
@@ -185,11 +185,11 @@ def _eight_bit(image: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def _over_white(image: PIL.Image.Image) -> PIL.Image.Image:
-    if image.mode == "La":  # premultiplied, from which there is no direct way to RGBA
+    if image.mode == "La":  # premultiplied, which PIL cannot convert directly to RGBA
         image = image.convert("LA")
     transparent = image.info.get("transparency")
     if isinstance(transparent, tuple) and max(transparent) > 255:
-        # Of 16-bit RGB Pillow keeps the high bytes, but gives the transparent color in full.
+        # For 16-bit RGB, Pillow keeps the high bytes of pixels but all bits of the transparent color.
         image = image.copy()
         image.info["transparency"] = tuple(level >> 8 for level in transparent)
     if transparent is not None or image.mode in ("RGBA", "RGBa", "LA", "PA"):
@@ -200,8 +200,8 @@ def _over_white(image: PIL.Image.Image) -> PIL.Image.Image:
 
 def image_of_array(array: np.ndarray | torch.Tensor, input_data_format: str | None = None) -> PIL.Image.Image:
     """
-    Levels `(height, width)`, `(channels, height, width)` or `(height, width, channels)` as RGB over white; 1 channel is
-    gray, 4 have alpha.
+    Convert arrays `(height, width)`, `(channels, height, width)` or `(height, width, channels)` to RGB on white. One channel
+    is gray, four channels include alpha.
 
     Raises:
         ValueError: no pixels, another shape, or floats outside of [0, 1].
@@ -218,19 +218,19 @@ def image_of_array(array: np.ndarray | torch.Tensor, input_data_format: str | No
             array = array.transpose(1, 2, 0)
         array = array[..., 0] if array.shape[-1] == 1 else array
     if array.ndim not in (2, 3):
-        raise ValueError(f"An image has two dimensions and perhaps a channel axis, got the shape {array.shape}.")
+        raise ValueError(f"An image has two dimensions and optionally a channel axis, got shape {array.shape}.")
     return _over_white(PIL.Image.fromarray(np.ascontiguousarray(eight_bit_array(array))))
 
 
 def eight_bit_array(image: np.ndarray) -> np.ndarray:
     """
-    The same image as uint8: what the original was trained on, and what every file format here reduces to.
+    Convert an image to uint8, as in the original's training.
 
-    Booleans become 0 and 255, uint16 is divided by 257, floats are taken to be in [0, 1]; all rounded to nearest.
+    Booleans become 0 and 255, uint16 is divided by 257, and floats must be in [0, 1]. Values are rounded to nearest.
 
     Raises:
         ValueError: floats outside [0, 1], NaN included.
-        TypeError: any other integer type, whose range nobody can tell.
+        TypeError: another integer type, whose range is unknown.
     """
     if image.dtype == np.uint8:
         return image
@@ -251,8 +251,8 @@ def eight_bit_array(image: np.ndarray) -> np.ndarray:
 
 def each_image(images: Any) -> Iterator[Any]:
     """
-    The single images of one image, of a batch as an array or tensor, or of an iterable of any of these: nested lists, a
-    generator, a column of a data set.
+    Iterate over single images in an image, a batch, or an iterable of these, such as nested lists, a generator or a data set
+    column.
     """
     if isinstance(images, (np.ndarray, torch.Tensor)):
         yield from images if images.ndim == 4 else [images]

@@ -1,8 +1,7 @@
 """
-The `image-tokens` task of transformers' `pipeline`: images to lists of image tokens.
+The `image-tokens` task of transformers' `pipeline`, which encodes images to lists of image tokens.
 
-It lies among the models and not among the pipelines: a saved task brings its code along, and transformers copies what this file
-imports from its own folder only.
+It is in this folder because a saved task includes its code, and transformers copies only imports from the same folder.
 """
 
 from transformers import Pipeline
@@ -12,17 +11,16 @@ from .image_reading_vfmtok import read_image
 
 class VFMTokImageTokensPipeline(Pipeline):
     """
-    Images to image tokens, as a transformers pipeline. The package registers it as the task `image-tokens`:
+    A transformers pipeline that encodes images to image tokens, registered as the task `image-tokens`:
 
     ```python
     >>> tokenize = pipeline("image-tokens", model="folder-or-repository")
     >>> tokenize("photo.png")  # num_anchors integers
-    >>> tokenize(["a.png", "b.png"], batch_size=2)  # one such list each
+    >>> tokenize(["a.png", "b.png"], batch_size=2)  # one list per image
     ```
 
-    Images are of any kind that [`read_image`] takes, URLs among them. `return_tensors=True` gives `(1, num_anchors)`
-    int64 tensors instead of lists. A list of images, a generator of them or a `datasets` column is run in batches of
-    `batch_size`.
+    An image is anything that [`read_image`] reads, including URLs. `return_tensors=True` returns `(1, num_anchors)` int64
+    tensors instead of lists. Lists, generators and `datasets` columns are run in batches of `batch_size`.
     """
 
     _load_processor = False
@@ -33,7 +31,7 @@ class VFMTokImageTokensPipeline(Pipeline):
 
     def _sanitize_parameters(self, timeout=None, return_tensors=None, **kwargs):
         if kwargs:
-            raise TypeError(f"image-tokens takes timeout and return_tensors, not {', '.join(kwargs)}.")
+            raise TypeError(f"image-tokens accepts timeout and return_tensors, not {', '.join(kwargs)}.")
         preprocess = {} if timeout is None else {"timeout": timeout}
         return preprocess, {}, {} if return_tensors is None else {"return_tensors": return_tensors}
 

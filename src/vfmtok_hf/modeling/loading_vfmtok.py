@@ -1,6 +1,6 @@
 """
-Loading that is total: where transformers would go on with a warning, with random weights for those that a checkpoint
-lacks or in a model of another type, this stops with one line that names the cause and the cure.
+Strict loading: where transformers would continue with a warning, with random weights or with a model of another type, this
+raises a one-line error that says what is wrong and what to do.
 """
 
 import difflib
@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypedDict
 
 import torch
 from huggingface_hub.dataclasses import validate_typed_dict
-from huggingface_hub.errors import HTTPError  # of whichever HTTP client the Hub's library uses
+from huggingface_hub.errors import HTTPError  # of the HTTP client that the Hub's library uses
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
@@ -29,16 +29,16 @@ def field_types(config_class: type) -> type:
 @contextmanager
 def errors_naming(source: str) -> Iterator[None]:
     """
-    Say in one line what is wrong with `source`, a folder or repository that is read in this block.
+    Convert errors of reading `source`, a folder or repository, in this block to one line.
 
     Raises:
-        OSError: it cannot be had: no such repository, revision or file, no access, no connection.
+        OSError: the repository, revision or file does not exist or is not accessible.
         ValueError: it is damaged.
     """
     try:
         yield
     except SafetensorError as error:
-        raise ValueError(f"{source} has a damaged or truncated weights file ({error}): fetch it again.") from error
+        raise ValueError(f"{source} has a damaged or truncated weights file ({error}): download it again.") from error
     except (OSError, HTTPError) as error:
         reason = f"{error} {answer_of_the_hub(error)}"
         if source not in reason:
@@ -47,14 +47,14 @@ def errors_naming(source: str) -> Iterator[None]:
 
 
 def answer_of_the_hub(error: BaseException) -> str:
-    """What went wrong on the way to the Hub, which transformers' errors keep to themselves; nothing if `error` says it."""
+    """The Hub's error behind `error`, which transformers omits; empty if `error` contains it."""
     message, cause = str(error), error.__cause__ or error.__context__
     while cause is not None and not isinstance(cause, HTTPError):
         cause = cause.__cause__ or cause.__context__
     return "" if cause is None or str(cause) in message else f"The cause: {cause}"
 
 
-# What transformers keeps in a configuration beside its fields.
+# Entries that transformers adds to a configuration.
 KEPT_BY_TRANSFORMERS = {"auto_map", "custom_pipelines", "quantization_config"}
 
 
@@ -62,9 +62,8 @@ class CheckedConfigMixin:
     """
     Configurations that refuse unknown fields, values of wrong types, and configurations of other models.
 
-    A configuration's fields are the annotated attributes of its class. Whether `PreTrainedConfig` is a data class depends
-    on transformers' version: a class that has its own `__init__`, which each of ours therefore needs, is none of its
-    concern in any.
+    The fields are the annotated attributes of a class. Whether `PreTrainedConfig` is a data class depends on transformers'
+    version; it never touches classes with their own `__init__`, so each of ours defines one.
     """
 
     model_type: ClassVar[str]
@@ -73,14 +72,14 @@ class CheckedConfigMixin:
     def __init__(self, **kwargs):
         """
         Raises:
-            huggingface_hub.errors.StrictDataclassError: a field's value is of another type.
+            huggingface_hub.errors.StrictDataclassError: a field's value has the wrong type.
             ValueError: a field is unknown, or fields contradict each other.
         """
         kwargs = {self.attribute_map.get(name, name): value for name, value in kwargs.items()}
         values = {name: kwargs.pop(name, default) for name, default in self.default_fields().items()}
         validate_typed_dict(field_types(type(self)), values)
-        # Before the base class, which hands the attention's implementation down to nested configurations; and after it,
-        # as some versions make up labels.
+        # Before the base class, which passes the attention implementation to nested configurations, and after it,
+        # because some versions add labels.
         self._set(values)
         super().__init__(**kwargs)
         self._refuse_unknown(kwargs)
@@ -89,7 +88,7 @@ class CheckedConfigMixin:
         self.validate_architecture()
 
     def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
-        # transformers makes attributes of all that it does not know.
+        # transformers sets unknown arguments as attributes.
         known = KEPT_BY_TRANSFORMERS | vars(PreTrainedConfig()).keys()
         unknown = sorted(name for name in kwargs.keys() & vars(self).keys() - known if not hasattr(type(self), name))
         if unknown:
@@ -103,14 +102,14 @@ class CheckedConfigMixin:
 
     @classmethod
     def default_fields(cls) -> dict[str, Any]:
-        """Names of the fields that are this model's own, with their defaults."""
+        """The model's own fields with their defaults."""
         return {name: getattr(cls, name) for name in inspect.get_annotations(cls)}
 
     def complete(self) -> None:
-        """Fill in what follows from other fields."""
+        """Derive fields from other fields."""
 
     def validate_architecture(self) -> None:
-        """Rules between fields."""
+        """Validate relations between fields."""
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
@@ -121,22 +120,22 @@ class CheckedConfigMixin:
             ValueError: `config_dict` is of another model type.
         """
         model_type = config_dict.get("model_type")
-        if model_type is None:  # transformers makes an empty one of a missing file
-            raise ValueError(f"There is no config.json, or it names no model type; this needs {cls.model_type!r}.")
+        if model_type is None:  # transformers returns an empty configuration for a missing file
+            raise ValueError(f"There is no config.json, or it has no model_type; expected {cls.model_type!r}.")
         if model_type != cls.model_type:
             raise ValueError(
-                f"The checkpoint is a model of type {model_type!r}, not {cls.model_type!r}: name another one, or load it "
+                f"The checkpoint is a model of type {model_type!r}, not {cls.model_type!r}: pass another one, or load it "
                 "with AutoModel.from_pretrained."
             )
         return super().from_dict(config_dict, **kwargs)
 
 
 class CheckedModelMixin:
-    """Models that are filled by their checkpoint, in float32 unless asked otherwise, or not loaded; and saved with all weights."""
+    """Models that load in float32 by default, raise unless the checkpoint covers every weight, and save all weights."""
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        # transformers guesses it from the wording of the source, and from another one in each version.
+        # transformers derives it from the source text, differently in each version.
         return True
 
     @classmethod
@@ -151,19 +150,18 @@ class CheckedModelMixin:
         """
         As in transformers, with two differences.
 
-        - Weights are loaded in float32 unless `dtype` says otherwise; `dtype="auto"` keeps the precision of the files.
-          Half precision in files saves disk space. To compute in it is many times slower on CPUs, gives other image tokens,
-          and to train in it loses small updates.
-        - A checkpoint that does not fill the model is an error, unless the caller asks for `output_loading_info`, to look
-          at what is missing, or for `ignore_mismatched_sizes`, to train it anew.
+        - Weights are loaded in float32 by default; `dtype="auto"` keeps the precision of the files. Half precision saves
+          disk space, but it is many times slower on CPUs, changes image tokens, and loses small updates in training.
+        - A checkpoint that does not cover every weight is an error, except with `output_loading_info`, to inspect the
+          missing weights, or `ignore_mismatched_sizes`, to train them.
 
         Raises:
-            OSError: there is no such folder, repository, revision or file, or no access or connection to it.
-            ValueError: the checkpoint is damaged, of another model type, a whole pipeline, or has missing, unknown or
+            OSError: the folder, repository, revision or file does not exist or is not accessible.
+            ValueError: the checkpoint is damaged, of another model type or a whole pipeline, or has missing, unknown or
                 mis-shaped weights.
         """
         source = str(pretrained_model_name_or_path)
-        if "torch_dtype" not in kwargs:  # the older name, which transformers accepts too
+        if "torch_dtype" not in kwargs:  # the older name, which transformers also accepts
             kwargs.setdefault("dtype", torch.float32)
         with errors_naming(source):
             try:
@@ -190,16 +188,16 @@ class CheckedModelMixin:
             model.hf_quantizer.get_state_dict_and_metadata = partial(quantized_state_dict, model.hf_quantizer)
         return (model, info) if output_loading_info else model
 
-    @wraps(PreTrainedModel.save_pretrained)  # diffusers reads from the signature what it may pass
+    @wraps(PreTrainedModel.save_pretrained)  # diffusers inspects the signature
     def save_pretrained(self, *args, **kwargs):
         """
         As in transformers.
 
         Raises:
-            ValueError: `accelerate.cpu_offload` or one of its kind has put weights elsewhere.
+            ValueError: weights are offloaded, for example by `accelerate.cpu_offload`.
         """
         has_all_weights = not any(weight.is_meta for weight in self.parameters())  # type: ignore[attr-defined]
-        # transformers fetches those that a device map has put elsewhere.
+        # transformers loads weights that are offloaded by a device map.
         if not has_all_weights and not hasattr(self, "hf_device_map"):
             raise ValueError(
                 "The weights are offloaded: call accelerate.hooks.remove_hook_from_module(model, recurse=True) before "
@@ -210,10 +208,10 @@ class CheckedModelMixin:
 
 def quantized_state_dict(quantizer: Any, model: Any) -> tuple[dict[str, Any] | None, dict[str, str]]:
     """
-    What the quantizer of transformers has `save_pretrained` write: tensors by name, and the file's metadata.
+    The tensors and metadata that transformers' quantizer writes in `save_pretrained`.
 
-    torchao's reader fails on listed names without a dot, such as RAR's `cls_token`. It needs none of them: only
-    weights of layers are quantized.
+    torchao's reader fails on names without a dot, such as RAR's `cls_token`, and does not need them, because only weights
+    of layers are quantized.
     """
     state_dict, metadata = type(quantizer).get_state_dict_and_metadata(quantizer, model)
     if "tensor_names" in metadata:
@@ -223,7 +221,7 @@ def quantized_state_dict(quantizer: Any, model: Any) -> tuple[dict[str, Any] | N
 
 
 def component_folder(source: str, class_name: str, kwargs: dict[str, Any]) -> str | None:
-    """Where a pipeline has its component of a class. None if `source`, a folder or repository, is no pipeline with one."""
+    """The subfolder of a class's component in a pipeline, or None if `source` is not a pipeline with one."""
     where = {name: kwargs[name] for name in ("cache_dir", "local_files_only", "revision", "token") if name in kwargs}
     try:
         index = json.loads(Path(cached_file(source, "model_index.json", **where)).read_text(encoding="utf-8"))
@@ -231,7 +229,7 @@ def component_folder(source: str, class_name: str, kwargs: dict[str, Any]) -> st
             is_wanted = not name.startswith("_") and isinstance(entry, list) and entry[1] == class_name
             if is_wanted and cached_file(source, "config.json", subfolder=name, **where) is not None:
                 return name
-    except (OSError, ValueError):  # no such file, or a damaged one
+    except (OSError, ValueError):  # a missing or damaged file
         pass
     return None
 
@@ -241,14 +239,14 @@ def check_shapes(source: str, info: dict[str, Any]) -> None:
     Raise if weights of `source` had other shapes than those of the model.
 
     Args:
-        info: what `from_pretrained` returns with `output_loading_info`.
+        info: returned by `from_pretrained` with `output_loading_info`.
     """
     mismatched = sorted(info["mismatched_keys"])
     if mismatched:
         name, stored, expected = mismatched[0]
         raise ValueError(
-            f"{source} does not fit its configuration: {name!r} has shape {tuple(stored)} and not {tuple(expected)} (of "
-            f"{len(mismatched)} such weights). To train them anew pass ignore_mismatched_sizes=True."
+            f"{source} does not match its configuration: {name!r} has shape {tuple(stored)} instead of {tuple(expected)} (of "
+            f"{len(mismatched)} such weights). To train them from scratch, pass ignore_mismatched_sizes=True."
         )
 
 
@@ -258,7 +256,7 @@ def check_keys(source: str, info: dict[str, Any]) -> None:
         if names:
             raise ValueError(
                 f"{source} {problem} weights: {min(names)!r} (of {len(names)} such weights). Its files do not belong "
-                "together: fetch them again."
+                "together: download them again."
             )
 
 

@@ -107,7 +107,7 @@ class VFMTokDecoderOutput(VFMTokModelOutput):
         reconstructed_features (`torch.FloatTensor` of shape `(batch_size, patches, vision_hidden_size)`):
             Prediction of the last vision feature level, with `output_features=True`.
         image_embeds (`torch.FloatTensor` of shape `(batch_size, hidden_size)`):
-            CLS state of the feature branch, with `output_features=True`: what linear probing reads.
+            CLS state of the feature branch, with `output_features=True`, for linear probes.
     """
 
     reconstruction: torch.Tensor | None = None
@@ -120,13 +120,13 @@ class VFMTokOutput(VFMTokModelOutput):
     """
     Args:
         loss (`torch.FloatTensor` of shape `()`, with `return_loss=True`):
-            Sum of the four terms below: the part of the training objective that the model computes itself. The training
-            script adds the losses on pixels (absolute and squared error, perceptual, adversarial).
+            Sum of the four terms below, which the model computes itself. The trainer adds the pixel losses (absolute and
+            squared error, perceptual, adversarial).
         quantized_latents (`torch.FloatTensor` of shape `(batch_size, num_anchors, codebook_dim)`):
             The l2-normalized codebook rows of the image tokens, straight-through with `return_loss=True`. Without a
-            loss they come first, which is where transformers' `image-feature-extraction` looks for features.
+            loss they are the first field, which transformers' `image-feature-extraction` uses as features.
         pooler_output (`torch.FloatTensor` of shape `(batch_size, hidden_size)`):
-            One embedding per image, `image_embeds` under the name that the same task looks for with `pool=True`.
+            One embedding per image: `image_embeds` under the name that the same task uses with `pool=True`.
         reconstruction (`torch.FloatTensor` of shape `(batch_size, 3, image_size, image_size)`):
             The image, about [-1, 1], not clamped.
         image_tokens (`torch.LongTensor` of shape `(batch_size, num_anchors)`):
@@ -155,7 +155,7 @@ class VFMTokOutput(VFMTokModelOutput):
 
 def entropy_loss(similarities: torch.Tensor, temperature: float = 0.01) -> torch.Tensor:
     """
-    Mean entropy of each latent's code distribution minus the entropy of their mean: small when latents decide for a
+    Mean entropy of each latent's code distribution minus the entropy of their mean. It is small if each latent prefers one
     code and all codes are used.
 
     Args:
@@ -175,7 +175,7 @@ class VFMTokCodebook(nn.Embedding):
     """
     The codebook's rows, l2-normalized in float32. Training never renormalizes the stored ones.
 
-    All that is read of the codebook passes `forward`, which is where accelerate's hooks fetch offloaded weights.
+    All reads go through `forward`, where accelerate's hooks load offloaded weights.
     """
 
     def forward(self, image_tokens: torch.Tensor | None = None) -> torch.Tensor:  # type: ignore[override]
@@ -186,8 +186,8 @@ class VFMTokCodebook(nn.Embedding):
 
 class VFMTokVectorQuantizer(nn.Module):
     """
-    Nearest l2-normalized codebook row (paper, section 3.2; original `VectorQuantizer`). Works in float32 whatever the
-    model's precision: neighboring rows are closer than half precision resolves.
+    Quantize to the nearest l2-normalized codebook row (paper, section 3.2; original `VectorQuantizer`). Always in float32,
+    because neighboring rows are closer than half precision can resolve.
     """
 
     def __init__(self, config: VFMTokConfig):
@@ -204,7 +204,7 @@ class VFMTokVectorQuantizer(nn.Module):
         return self.codebook(image_tokens)
 
     def similarities(self, latents: torch.Tensor) -> torch.Tensor:
-        """`(..., codebook_dim)` -> `(..., codebook_size)` cosines: between unit vectors the nearest is the most similar."""
+        """`(..., codebook_dim)` -> `(..., codebook_size)` cosine similarities; the nearest unit vector is the most similar one."""
         with without_autocast(latents.device):
             return F.normalize(latents.float(), dim=-1) @ self.codebook().T
 
@@ -217,7 +217,7 @@ class VFMTokVectorQuantizer(nn.Module):
         return self.similarities(latents).topk(k).indices
 
     def forward(self, latents: torch.Tensor, return_loss: bool = True) -> VFMTokQuantizerOutput:
-        """`(batch_size, num_anchors, codebook_dim)` latents, not normalized, to codes and loss terms."""
+        """Quantize `(batch_size, num_anchors, codebook_dim)` latents, not normalized, and compute loss terms."""
         with without_autocast(latents.device):
             latents = F.normalize(latents.float(), dim=-1)
             codebook = self.codebook()
@@ -248,10 +248,10 @@ class VFMTokVectorQuantizer(nn.Module):
 
 class VFMTokViTDecoder(VFMTokViTDecoderBase):
     """
-    One causal transformer with two uses (paper, section 3.3): after the anchors' memory come the queries of the image
-    branch, or of the feature branch, or of both, hidden from each other. The memory's states are the same in either
-    branch, so that one pass serves both. The original's register tokens come last under a causal mask, influence
-    nothing and are left out.
+    One causal transformer with two branches (paper, section 3.3). The anchors' memory is followed by the queries of the image
+    branch, the feature branch, or both, which do not see each other. The memory's states are the same in both branches, so
+    one pass computes both. The original's register tokens come last under a causal mask and have no effect, so they are
+    left out.
     """
 
     def __init__(self, config: VFMTokConfig, feature_channels: int):
@@ -265,7 +265,7 @@ class VFMTokViTDecoder(VFMTokViTDecoderBase):
             return self.position_embeddings
         class_entry, table = self.position_embeddings.split([1, source**2], dim=1)
         table = table.view(1, source, source, -1).permute(0, 3, 1, 2)
-        # The original adds 0.1 to the target side, and thereby samples with that scale: released weights need it.
+        # The original adds 0.1 to the target side and so interpolates at that scale, which released weights need.
         table = F.interpolate(table, scale_factor=(target + 0.1) / source, mode="bicubic")
         return torch.cat([class_entry, table.flatten(2).transpose(1, 2)], dim=1)
 
@@ -277,12 +277,12 @@ class VFMTokViTDecoder(VFMTokViTDecoderBase):
             memory (`torch.Tensor` of shape `(batch_size, num_anchors, hidden_size)`): the projected quantized latents.
             output_image (`bool`): whether to run the image branch.
             output_features (`bool`):
-                Whether to run the feature branch. With neither branch its CLS query runs alone: being first, it needs
-                no other.
+                Whether to run the feature branch. With neither branch, only its CLS query runs, which comes first and does
+                not depend on the others.
 
         Returns:
             Image grid `(batch_size, hidden_size, side, side)`; reconstructed features `(batch_size, patches, channels)`;
-            CLS state of the feature branch `(batch_size, hidden_size)`. None for what has not been computed.
+            CLS state of the feature branch `(batch_size, hidden_size)`. None for outputs that are not computed.
         """
         branches = [self.image_queries()] if output_image else []
         if output_features or not output_image:
@@ -298,7 +298,7 @@ class VFMTokViTDecoder(VFMTokViTDecoderBase):
     def _run_layers(self, memory: torch.Tensor, branches: list[torch.Tensor]) -> list[torch.Tensor]:
         """Final states of each branch of queries, given the memory."""
         batch_size, num_anchors, _ = memory.shape
-        # The image branch's norm also serves the memory, in both branches.
+        # The image branch's norm is also applied to the memory, in both branches.
         memory = self.image_norm(memory + self.anchor_position_embeddings)
         hidden_states = torch.cat([memory, *(queries.expand(batch_size, -1, -1) for queries in branches)], dim=1)
         lengths = [num_anchors, *(queries.shape[1] for queries in branches)]
@@ -313,9 +313,9 @@ class VFMTokViTDecoder(VFMTokViTDecoderBase):
 
 class VFMTokModel(VFMTokAutoencoder):
     """
-    The image tokenizer: `encode` turns images into image tokens, `decode` turns image tokens into images.
+    The image tokenizer. `encode` converts images to image tokens, and `decode` converts image tokens to images.
 
-    The vision model is frozen: its parameters take no gradient and it stays in evaluation mode.
+    The vision model is frozen: its parameters have no gradient, and it stays in evaluation mode.
     """
 
     config: VFMTokConfig
@@ -338,7 +338,7 @@ class VFMTokModel(VFMTokAutoencoder):
         if config.feature_grid_size not in (None, grid_size):
             raise ValueError(
                 f"feature_grid_size is {config.feature_grid_size}, but the vision model's last feature level has "
-                f"{grid_size} positions per side for {config.vision_image_size} pixels. Leave it out to have it derived."
+                f"{grid_size} positions per side for {config.vision_image_size} pixels. Leave it out to derive it."
             )
         config.feature_grid_size = grid_size
 
@@ -356,8 +356,8 @@ class VFMTokModel(VFMTokAutoencoder):
 
     def extract_vision_features(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
         """
-        The frozen vision model's feature levels. No gradient reaches its parameters; one does reach `pixel_values` if
-        they ask for it, which perceptual losses use.
+        Compute the frozen vision model's feature levels. Its parameters get no gradient, but `pixel_values` can, for
+        perceptual losses.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(batch_size, 3, height, width)`): in [-1, 1], any size.
@@ -367,17 +367,17 @@ class VFMTokModel(VFMTokAutoencoder):
             model's last block is normalized by the model's final norm (original: `forward_features_levels`).
 
         Raises:
-            TypeError: images in place of `pixel_values`.
-            ValueError: wrong shape or dtype, or a light checkpoint without its vision model.
+            TypeError: images were passed instead of `pixel_values`.
+            ValueError: wrong shape or dtype, or the checkpoint has no vision weights.
         """
         return vision_features(self.vision_model, self.config, self._vision_input(pixel_values))
 
     def encode_features(self, vision_features: list[torch.Tensor]) -> torch.Tensor:
         """
-        Anchor encoder and projection to the codebook's width.
+        Apply the anchor encoder and the projection to the codebook's width.
 
         Args:
-            vision_features (`list[torch.Tensor]`): as of `extract_vision_features`.
+            vision_features (`list[torch.Tensor]`): returned by `extract_vision_features`.
 
         Returns:
             `torch.FloatTensor` of shape `(batch_size, num_anchors, codebook_dim)`: latents, not normalized.
@@ -394,7 +394,7 @@ class VFMTokModel(VFMTokAutoencoder):
         return_loss: bool = False,
     ) -> VFMTokEncoderOutput:
         """
-        Images to image tokens.
+        Encode images to image tokens.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(batch_size, 3, height, width)`): in [-1, 1], any size.
@@ -404,7 +404,7 @@ class VFMTokModel(VFMTokAutoencoder):
                 Also compute the quantizer's loss terms; `quantized_latents` then carry a straight-through gradient.
 
         Raises:
-            TypeError, ValueError: bad `pixel_values`, missing vision weights, or latents that are not finite.
+            TypeError, ValueError: `pixel_values` are invalid, vision weights are missing, or latents are not finite.
 
         Example:
 
@@ -440,7 +440,7 @@ class VFMTokModel(VFMTokAutoencoder):
         output_features: bool = False,
     ) -> VFMTokDecoderOutput:
         """
-        Image tokens, or their quantized latents, to images.
+        Decode image tokens, or their quantized latents, to images.
 
         Args:
             image_tokens (`torch.LongTensor` of shape `(batch_size, num_anchors)`): in [0, codebook_size).
@@ -448,7 +448,7 @@ class VFMTokModel(VFMTokAutoencoder):
             output_features (`bool`): also return the feature branch's outputs.
 
         Raises:
-            TypeError, ValueError: not exactly one of the two is given, or it has a wrong type, shape, dtype or range.
+            TypeError, ValueError: not exactly one of the two is passed, or its type, shape, dtype or range is wrong.
 
         Example:
 
@@ -470,7 +470,7 @@ class VFMTokModel(VFMTokAutoencoder):
 
     def _memory(self, image_tokens: torch.Tensor | None, quantized_latents: torch.Tensor | None) -> torch.Tensor:
         if (image_tokens is None) == (quantized_latents is None):
-            raise ValueError("Give exactly one of image_tokens and quantized_latents.")
+            raise ValueError("Pass exactly one of image_tokens and quantized_latents.")
         if quantized_latents is None:
             self._check_image_tokens(image_tokens)
             quantized_latents = self.quantizer.lookup(image_tokens)
@@ -485,7 +485,7 @@ class VFMTokModel(VFMTokAutoencoder):
         if not isinstance(image_tokens, torch.Tensor):
             raise TypeError(
                 f"image_tokens must be a tensor, got {type(image_tokens).__name__}: convert with torch.as_tensor, or use "
-                "VFMTokPipeline.detokenize, which takes lists and arrays."
+                "VFMTokPipeline.detokenize, which accepts lists and arrays."
             )
         if image_tokens.dtype not in (torch.int64, torch.int32) or image_tokens.ndim != 2:
             raise ValueError(
@@ -497,7 +497,7 @@ class VFMTokModel(VFMTokAutoencoder):
                 f"This model has {self.config.num_anchors} tokens per image, got {image_tokens.shape[1]}: "
                 "tokens and model belong to different configurations."
             )
-        # The range check reads a value back from the device, which a compiled graph cannot.
+        # The range check synchronizes with the device, which a compiled graph cannot do.
         if not torch.compiler.is_compiling() and image_tokens.numel():
             low, high = image_tokens.aminmax()
             if low < 0 or high >= self.config.codebook_size:
@@ -510,20 +510,20 @@ class VFMTokModel(VFMTokAutoencoder):
         self, pixel_values: torch.Tensor | None = None, image_tokens: torch.Tensor | None = None
     ) -> torch.Tensor:
         """
-        One embedding per image, computed from its image tokens alone: the feature branch's CLS state, which the
-        paper's linear probe reads.
+        One embedding per image, computed from its image tokens alone: the feature branch's CLS state, as in the paper's
+        linear probe.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(batch_size, 3, height, width)`, *optional*):
                 In [-1, 1], any size.
             image_tokens (`torch.LongTensor` of shape `(batch_size, num_anchors)`, *optional*):
-                Tokens of the images, in place of `pixel_values`.
+                Tokens of the images, instead of `pixel_values`.
 
         Returns:
             `torch.FloatTensor` of shape `(batch_size, hidden_size)`.
 
         Raises:
-            TypeError, ValueError: not exactly one of the two is given, or as `encode` and `decode`.
+            TypeError, ValueError: not exactly one of the two is passed, or as in `encode` and `decode`.
 
         Example:
 
@@ -535,7 +535,7 @@ class VFMTokModel(VFMTokAutoencoder):
         ```
         """
         if (pixel_values is None) == (image_tokens is None):
-            raise ValueError("Give exactly one of pixel_values and image_tokens.")
+            raise ValueError("Pass exactly one of pixel_values and image_tokens.")
         if image_tokens is None:
             image_tokens = self.encode(pixel_values).image_tokens
         _, _, image_embeds = self.vit_decoder(self._memory(image_tokens, None), output_image=False)
@@ -557,7 +557,7 @@ class VFMTokModel(VFMTokAutoencoder):
     @can_return_tuple
     def forward(self, pixel_values: torch.Tensor, return_loss: bool = False) -> VFMTokOutput:
         """
-        Images through tokens and back: `encode`, then `decode`.
+        Reconstruct images: `encode`, then `decode`.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(batch_size, 3, height, width)`): in [-1, 1], any size.

@@ -1,7 +1,7 @@
 """
 The next-token image generator: class label -> image tokens in raster order (arXiv 2507.08441).
 
-class label -> class embedding at position 0, then one image token after the other -> causal transformer (RMS norm,
+class label -> class embedding at position 0, followed by the image tokens -> causal transformer (RMS norm,
 2-D rotary embedding, SwiGLU) -> logits over the image tokenizer's codebook.
 
 The computation follows https://github.com/CVMI-Lab/VFMTok (autoregressive/models/gpt.py, Apache-2.0), which is
@@ -34,8 +34,8 @@ def rotary_table(positions: torch.Tensor, grid_size: int, head_dim: int, theta: 
     """
     Cosines and sines of the 2-D rotary embedding for positions of the sequence [class, image tokens in raster order].
 
-    The first half of the rotated pairs turns with the token's row, the second with its column. The class position has
-    cosine *and* sine zero, as in the original: its query and key vanish, so every token gives it attention logit 0.
+    The first half of the rotated pairs encodes the token's row, the second half its column. At the class position, cosine *and*
+    sine are zero, as in the original. Its query and key are then zero, so its attention logit is 0 for every token.
 
     Args:
         positions (`torch.LongTensor` of shape `(length,)`): 0 is the class, 1 + i image token i.
@@ -88,7 +88,7 @@ class VFMTokARAttention(nn.Module):
         query = self.q_proj(hidden_states).view(head_shape).transpose(1, 2)
         key = self.k_proj(hidden_states).view(head_shape).transpose(1, 2)
         value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
-        # Both in one go: a decode step takes as long as its operations are many.
+        # Both at once, because the time of a decode step grows with the number of operations.
         query, key = apply_rotary(torch.cat([query, key], dim=1), position_embeddings).chunk(2, dim=1)
         if cache is not None:
             key, value = cache.update(key, value, position, attention_mask)
@@ -143,9 +143,9 @@ class VFMTokARDecoderLayer(GradientCheckpointingLayer):
 
 class VFMTokARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGenerationMixin, ClassEmbeddingsMixin):
     """
-    Generator of VFMTok image tokens, one after the other in raster order, for a class label.
+    Class-conditional generator of VFMTok image tokens in raster order.
 
-    `forward` scores given tokens and trains; `generate` samples.
+    `forward` computes logits and loss of given tokens; `generate` samples.
     """
 
     config: VFMTokARConfig
@@ -158,7 +158,7 @@ class VFMTokARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGener
 
     def __init__(self, config: VFMTokARConfig):
         super().__init__(config)
-        # The one that the base class derives from `config` forgets settings of our own when it is saved and loaded.
+        # The base class derives one from `config` that loses our own settings when it is saved and loaded.
         self.generation_config = GenerationConfig(guidance_interval=None)
         self.class_embedding = nn.Embedding(config.num_classes + 1, config.hidden_size)
         self.embed_tokens = nn.Embedding(config.codebook_size, config.hidden_size)
@@ -183,7 +183,7 @@ class VFMTokARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGener
         return self.class_embedding(class_labels)[:, None]
 
     def begin(self, cache: DecodeCache, condition_embeds: torch.Tensor) -> None:
-        """Keep in `cache` what decode steps read of the condition, which is as of `embed_condition`."""
+        """Store `condition_embeds`, the output of `embed_condition`, in `cache` for decode steps."""
         cache.store("condition_embeds", condition_embeds)
 
     def decode_sequence(
@@ -194,8 +194,8 @@ class VFMTokARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGener
 
         Args:
             class_labels (`torch.LongTensor` of shape `(batch_size,)`): the condition at position 0.
-            image_tokens (`torch.LongTensor` of shape `(batch_size, length)`): the first tokens, `length` from 0 up.
-            cache (`DecodeCache`, *optional*): where a generation begins, for decode steps to go on from.
+            image_tokens (`torch.LongTensor` of shape `(batch_size, length)`): the first tokens; `length` may be 0.
+            cache (`DecodeCache`, *optional*): cache of a generation, which decode steps continue.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, length + 1, hidden_size)`. The state of a position of [class, image
@@ -243,21 +243,20 @@ class VFMTokARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGener
         """
         Args:
             class_labels (`torch.LongTensor` of shape `(batch_size,)`):
-                Labels in 0 to `num_classes - 1`, or `num_classes` for no condition. In training mode each is replaced
-                by the latter with probability `class_dropout`.
+                Labels in 0 to `num_classes - 1`, or `num_classes` for no condition. In training mode, each is replaced with the
+                latter with probability `class_dropout`.
             image_tokens (`torch.LongTensor` of shape `(batch_size, num_image_tokens)`):
-                The tokens to score, in raster order. With `cache` the first tokens instead, `num_image_tokens - 1` at
-                most.
+                Image tokens in raster order. With `cache`, only the first ones, at most `num_image_tokens - 1`.
             return_loss (`bool`, *optional*):
                 Whether to compute the cross-entropy of `image_tokens`. Defaults to whether the model is in training mode.
             cache (`DecodeCache`, *optional*):
-                Begins a generation, as `new_cache()` makes one: the output has a single position, the prediction of the
-                token after `image_tokens`, and `decode_step` goes on from there.
+                Starts a generation with a cache from `new_cache()`. The output then has a single position, which predicts the
+                token after `image_tokens`, and `decode_step` continues.
             labels (`torch.LongTensor` of shape `(batch_size, num_image_tokens)`, *optional*):
-                The `image_tokens` under the name that transformers' `Trainer` knows, with their loss.
+                The `image_tokens` under the name that transformers' `Trainer` uses, with their loss.
 
         Raises:
-            ValueError: there are neither `image_tokens` nor `labels`, or they are of another shape or range.
+            ValueError: `image_tokens` and `labels` are both missing, or their shape or range is wrong.
         """
         image_tokens, return_loss = self._tokens_to_score(image_tokens, labels, return_loss)
         if cache is not None:

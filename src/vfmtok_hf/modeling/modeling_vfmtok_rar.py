@@ -2,8 +2,8 @@
 The randomized-order image generator: class label -> image tokens in any order (arXiv 2507.08441 on RAR, 2411.00776).
 
 [start token, class, image tokens in the given order] -> causal transformer whose layers are modulated by class and
-step (adaptive layer norm) -> logits over the image tokenizer's codebook. Each position is told, by a second position
-embedding, which position of the image it must predict; training shuffles that order, sampling may choose it.
+step (adaptive layer norm) -> logits over the image tokenizer's codebook. A second position embedding encodes the image
+position to predict next. Training shuffles that order, and sampling can choose it.
 
 The computation follows https://github.com/CVMI-Lab/VFMTok-RAR (modeling/rar.py, Apache-2.0), which is the RAR of
 https://github.com/bytedance/1d-tokenizer (Apache-2.0).
@@ -37,14 +37,14 @@ from .generation_vfmtok import (
 from .loading_vfmtok import CheckedModelMixin
 
 
-# Rows, of images times steps, in one product of a modulation while decoding. With so many, arithmetic takes the time and
-# no longer the reading of the weight, and the results, 6 * hidden_size numbers a row and layer, are still small.
+# Rows (images x steps) in one matmul of a modulation while decoding. With this many, the matmul is limited by arithmetic
+# and not by reading the weight, and its results, 6 * hidden_size numbers per row and layer, are still small.
 ROWS_OF_MODULATIONS = 128
 
 
 @dataclass(frozen=True)
 class VFMTokRARSamplingSettings(SamplingSettings):
-    """With guidance that grows along the power-cosine schedule."""
+    """Sampling options with power-cosine guidance."""
 
     guidance_scale_pow: float = 1.0
 
@@ -54,20 +54,20 @@ class VFMTokRARSamplingSettings(SamplingSettings):
             raise ValueError(f"guidance_scale_pow must be 0 (constant) or larger, got {self.guidance_scale_pow}.")
 
     def guidance_scales(self, num_steps: int) -> list[float]:
-        """The guidance of each of `num_steps` steps."""
+        """The guidance scale of each of `num_steps` steps."""
         power, interval = self.guidance_scale_pow, self.guidance_interval
         return power_cosine_guidance(num_steps, self.effective_guidance_scale, power, interval)
 
 
 def draw_orders(batch_size: int, num_tokens: int, random_ratio: float, device: torch.device) -> torch.Tensor:
-    """`(batch_size, num_tokens)` orders: each row random with probability `random_ratio`, else raster."""
+    """Orders `(batch_size, num_tokens)`: each row is random with probability `random_ratio`, otherwise raster."""
     shuffled = torch.rand(batch_size, num_tokens, device=device).argsort(dim=-1)
     is_random = torch.rand(batch_size, 1, device=device) < random_ratio
     return torch.where(is_random, shuffled, torch.arange(num_tokens, device=device))
 
 
 def keep_first(orders: torch.Tensor, keep_mask: torch.Tensor) -> torch.Tensor:
-    """Move the positions that `keep_mask` `(num_tokens,)` marks to the front of each order, else leave it as it is."""
+    """Move the positions in `keep_mask` `(num_tokens,)` to the front of each order, and keep the order otherwise."""
     return orders.take_along_dim((~keep_mask)[orders].int().argsort(dim=1, stable=True), dim=1)
 
 
@@ -80,12 +80,12 @@ def modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tens
 
 
 def modulation_at(index: torch.Tensor, modulations: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """Entry `index` `(1,)` of `(positions, rows, size)` modulations, on whichever device they are: `(num_rows, 1, size)`."""
+    """Entry `index` `(1,)` of `(positions, rows, size)` modulations, on their device: `(num_rows, 1, size)`."""
     return modulations.index_select(0, index.to(modulations.device))[0, :num_rows, None]
 
 
 class VFMTokRARModulation(nn.Linear):
-    """Shifts, scales and gates from the condition. Zero in a fresh model, which makes every layer the identity."""
+    """Shifts, scales and gates from the condition. They are initially zero, which makes every layer the identity."""
 
 
 class VFMTokRARAttention(nn.Module):
@@ -141,10 +141,10 @@ class VFMTokRARMLP(nn.Module):
 
 class VFMTokRARDecoderLayer(GradientCheckpointingLayer):
     """
-    Attention and MLP, each on a modulated layer norm and added to its input through a gate.
+    Attention and MLP, each with a modulated layer norm, and added to its input through a gate.
 
-    The modulation comes from the condition `(batch_size, length, hidden_size)`, inside the layer, so that gradient
-    checkpointing need not keep it: it is 6 times as large. A decode step, which has it already, gives it instead.
+    The layer computes the modulation from the condition `(batch_size, length, hidden_size)`, so gradient checkpointing does
+    not store it; it is 6 times as large. A decode step passes a precomputed modulation instead.
     """
 
     def __init__(self, config: VFMTokRARConfig):
@@ -173,10 +173,10 @@ class VFMTokRARDecoderLayer(GradientCheckpointingLayer):
 
 class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGenerationMixin, ClassEmbeddingsMixin):
     """
-    Generator of VFMTok image tokens in any order, for a class label.
+    Class-conditional generator of VFMTok image tokens in any order.
 
-    `forward` scores given tokens and trains; `generate` samples, in raster order unless told otherwise, and can
-    redraw a part of an image.
+    `forward` computes logits and loss of given tokens; `generate` samples, in raster order by default, and can repaint a
+    part of an image.
     """
 
     config: VFMTokRARConfig
@@ -185,16 +185,16 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
     main_input_name = "class_labels"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    # The modulation too: a decode step calls it from outside its layer.
+    # Including the modulation, which decode steps call from outside of its layer.
     _no_split_modules = ["VFMTokRARDecoderLayer", "VFMTokRARModulation"]
     num_condition_tokens = 2
     sampling_settings = VFMTokRARSamplingSettings
 
     def __init__(self, config: VFMTokRARConfig):
         super().__init__(config)
-        # The one that the base class derives from `config` forgets settings of our own when it is saved and loaded.
+        # The base class derives one from `config` that loses our own settings when it is saved and loaded.
         self.generation_config = GenerationConfig(guidance_interval=None, guidance_scale_pow=None)
-        # Image tokens, a mask token that RAR inherited and never reads, the classes, the null class.
+        # Image tokens, an unused mask token that RAR inherited, the classes, the null class.
         self.embed_tokens = nn.Embedding(config.codebook_size + config.num_classes + 2, config.hidden_size)
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.hidden_size))
         # Rows 0 and 1 are the start token and the class, row 2 + i is image position i.
@@ -226,8 +226,8 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
 
     def embed_positions(self, orders: torch.Tensor | None, length: int) -> torch.Tensor:
         """
-        Embeddings of the first positions of [start token, class, image tokens in the given order], added to those of what
-        stands there: of the position itself and of the one to predict, its successor's.
+        Position embeddings of [start token, class, image tokens in the given order], which are added to the token embeddings:
+        of the position itself and of the next position, which is predicted.
 
         Args:
             orders (`torch.LongTensor` of shape `(batch_size, num_image_tokens)`, *optional*): raster order if unset.
@@ -239,7 +239,7 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
         rows = torch.arange(self.config.num_image_tokens + 2, device=self.position_embeddings.device)[None]
         if orders is not None:
             rows = torch.cat([rows[:, :2].expand(orders.shape[0], -1), orders + 2], dim=1)
-        # The start token predicts nothing, the last token of an image has no successor.
+        # The start token predicts nothing, and the last token of an image has no next position.
         targets = F.embedding(rows[:, 2 : length + 1], self.target_position_embeddings[0])
         targets = F.pad(targets, (0, 0, 1, length - 1 - targets.shape[1]))
         return F.embedding(rows[:, :length], self.position_embeddings[0]) + targets
@@ -250,7 +250,7 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
         return torch.cat([self.cls_token.expand(class_labels.shape[0], -1, -1), class_embeds], dim=1)
 
     def begin(self, cache: DecodeCache, condition_embeds: torch.Tensor, orders: torch.Tensor | None = None) -> None:
-        """Keep in `cache` what decode steps read of the condition, as of `embed_condition`, and of `orders`, as in `forward`."""
+        """Store `condition_embeds`, the output of `embed_condition`, and `orders`, as in `forward`, in `cache` for decode steps."""
         cache.store("condition_embeds", condition_embeds)
         cache.store("position_embeds", self.embed_positions(orders, cache.max_length))
         timesteps = self.timestep_embeddings[0, : cache.max_length, None]
@@ -258,26 +258,26 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
         cache.modulated = range(0)
 
     def prepare_step(self, position: int, cache: DecodeCache) -> None:
-        """Where the modulations in `cache` end before `position`, compute those of the next positions."""
+        """Refill the precomputed modulations in `cache` if they end before `position`."""
         if position not in cache.modulated:
             num_positions, num_rows = cache.conditions.shape[:2]
             size = min(max(ROWS_OF_MODULATIONS // num_rows, 1), num_positions - self.num_condition_tokens)
             cache.modulated = range(position, position + size)
-            # Filled in, not copied from Python, for which a device would have to be waited for.
+            # Fill instead of copying from Python, which would synchronize with the device.
             start = torch.full((), position, dtype=torch.int64, device=cache.conditions.device)
             self.modulate_positions(cache, start, size)
 
     def modulate_positions(self, cache: DecodeCache, start: torch.Tensor, size: int) -> None:
         """
-        Put the modulations of `size` positions from `start` `()` into `cache`: they depend on class and position alone,
-        so that one product computes those of many steps. Positions come first, so that those of a step lie together.
+        Precompute the modulations of `size` positions from `start` `()` in `cache`. They depend only on class and position, so
+        one matmul computes many steps. Positions come first, so those of a step are contiguous.
         """
         positions = (start + torch.arange(size, device=start.device)).clamp(max=len(cache.conditions) - 1)
         conditions = cache.conditions.index_select(0, positions)
         cache.store("first_modulated", start)
         cache.store("norm_modulations", self.norm_modulation(conditions))
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-            # A device map may have put a layer elsewhere; its keys are where it is.
+            # A device map may place a layer on another device, which is that of its keys.
             layer_cache.store("modulations", layer.modulation(conditions.to(layer_cache.keys.device)))  # type: ignore[operator, arg-type]
 
     def decode_sequence(
@@ -292,11 +292,11 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
 
         Args:
             class_labels (`torch.LongTensor` of shape `(batch_size,)`): the condition.
-            sequence (`torch.LongTensor` of shape `(batch_size, length)`): the first tokens of the order, `length` from
-                0 up.
+            sequence (`torch.LongTensor` of shape `(batch_size, length)`): the first tokens in the given order; `length` may
+                be 0.
             orders (`torch.LongTensor` of shape `(batch_size, num_image_tokens)`, *optional*): raster position of every
-                token of the sequence, those to come included. Raster order if unset.
-            cache (`DecodeCache`, *optional*): where a generation begins, for decode steps to go on from.
+                token of the sequence, including future ones. Defaults to raster order.
+            cache (`DecodeCache`, *optional*): cache of a generation, which decode steps continue.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, length + 1, hidden_size)`. The state of a position of [class, sequence]
@@ -347,27 +347,26 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
         """
         Args:
             class_labels (`torch.LongTensor` of shape `(batch_size,)`):
-                Labels in 0 to `num_classes - 1`, or `num_classes` for no condition. In training mode each is replaced
-                by the latter with probability `class_dropout`.
+                Labels in 0 to `num_classes - 1`, or `num_classes` for no condition. In training mode, each is replaced with the
+                latter with probability `class_dropout`.
             image_tokens (`torch.LongTensor` of shape `(batch_size, num_image_tokens)`):
-                The tokens to score, in raster order whatever `orders` says, as are the logits: `logits[:, i]` predicts
-                `image_tokens[:, i]`. With `cache` the first tokens of the order instead, `num_image_tokens - 1` at
-                most.
+                Image tokens, always in raster order, like the logits: `logits[:, i]` predicts `image_tokens[:, i]`. With
+                `cache`, only the first ones of the order, at most `num_image_tokens - 1`.
             return_loss (`bool`, *optional*):
                 Whether to compute the cross-entropy of `image_tokens`. Defaults to whether the model is in training mode.
             orders (`torch.LongTensor` of shape `(batch_size, num_image_tokens)`, *optional*):
                 Permutations: entry j is the raster position predicted at step j.
             random_ratio (`float`, defaults to 0.0):
-                Without `orders`: probability of a random order, per image; else raster. RAR trains at 1 first and
-                lowers it to 0.
+                Without `orders`: probability of a random instead of raster order, per image. RAR's training starts at 1 and
+                decreases it to 0.
             cache (`DecodeCache`, *optional*):
-                Begins a generation, as `new_cache()` makes one: the output has a single position, the prediction of the
-                token after `image_tokens`, and `decode_step` goes on from there.
+                Starts a generation with a cache from `new_cache()`. The output then has a single position, which predicts the
+                token after `image_tokens`, and `decode_step` continues.
             labels (`torch.LongTensor` of shape `(batch_size, num_image_tokens)`, *optional*):
-                The `image_tokens` under the name that transformers' `Trainer` knows, with their loss.
+                The `image_tokens` under the name that transformers' `Trainer` uses, with their loss.
 
         Raises:
-            ValueError: there are neither `image_tokens` nor `labels`, or they are of another shape or range.
+            ValueError: `image_tokens` and `labels` are both missing, or their shape or range is wrong.
         """
         image_tokens, return_loss = self._tokens_to_score(image_tokens, labels, return_loss)
         if cache is not None:
@@ -404,23 +403,23 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
         **sampling,
     ) -> torch.Tensor:
         """
-        Sample the image tokens of one image per class label, or redraw a part of given ones.
+        Sample the image tokens of one image per class label, or repaint a part of given images.
 
-        Arguments, result and errors as in [`VFMTokGenerationMixin.generate`], with these differences: guidance grows
-        along the power-cosine schedule from 1 to `guidance_scale`, and a logits processor sees the tokens so far in
-        the order they were drawn.
+        Arguments, result and errors as in [`VFMTokGenerationMixin.generate`], with two differences: guidance increases
+        along the power-cosine schedule from 1 to `guidance_scale`, and a logits processor gets the tokens so far in
+        sampling order.
 
         Args:
             orders (`torch.LongTensor` of shape `(batch_size, num_image_tokens)` or `(num_image_tokens,)`, *optional*):
-                Permutations: entry j is the raster position drawn at step j. Raster order if unset.
+                Permutations: entry j is the raster position sampled at step j. Defaults to raster order.
             image_tokens (`torch.LongTensor` of shape `(batch_size, num_image_tokens)`, *optional*):
                 Tokens of images to edit, in raster order. Needs `keep_mask`.
             keep_mask (`torch.BoolTensor` of shape `(num_image_tokens,)`, *optional*):
-                True where `image_tokens` stay. These come first in the order, whatever `orders` says, so that every
-                drawn token sees all of them; the model reads them in one pass.
+                True for `image_tokens` to keep. They always come first in the order, so every sampled token attends to all of
+                them; the model reads them in one pass.
             sampling:
-                Also `guidance_scale_pow` (`float`, defaults to 1.0), the power of the schedule; larger is later, 0 is
-                constant guidance.
+                Also `guidance_scale_pow` (`float`, defaults to 1.0), the power of the schedule. A larger power increases later; 0
+                is constant guidance.
         """
         settings = self.sampling_settings.resolve(sampling, generation_config, self.generation_config)
         class_labels = self._as_class_labels(class_labels)
@@ -436,7 +435,9 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
             orders = keep_first(orders, keep_mask)
             known_tokens = image_tokens.take_along_dim(orders[:, : int(keep_mask.sum())], dim=1)
         elif image_tokens is not None or keep_mask is not None:
-            raise ValueError("image_tokens and keep_mask go together: tokens to edit, and which of them stay.")
+            raise ValueError(
+                "Pass image_tokens and keep_mask together: the tokens to edit, and which of them to keep."
+            )
         return self._decode_tokens(class_labels, settings, generator, logits_processor, callback, orders, known_tokens)
 
     def _check_orders(self, orders: torch.Tensor, batch_size: int, wait_for_device: bool = False) -> None:
@@ -446,7 +447,7 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
         check_ids("orders", orders, num_tokens, wait_for_device)
         if (orders.is_cpu or wait_for_device) and not torch.compiler.is_compiling():
             if (orders.sort(dim=1).values != torch.arange(num_tokens, device=orders.device)).any():
-                raise ValueError(f"Each row of orders must hold every position from 0 to {num_tokens - 1} once.")
+                raise ValueError(f"Each row of orders must contain every position from 0 to {num_tokens - 1} once.")
 
     def _check_keep_mask(self, keep_mask: torch.Tensor) -> None:
         if keep_mask.dtype != torch.bool or tuple(keep_mask.shape) != (self.config.num_image_tokens,):

@@ -25,7 +25,7 @@ class VFMTokResnetBlock(nn.Module):
 
 
 class VFMTokPixelAttention(nn.Module):
-    """Single-head attention among all positions of the coarsest grid."""
+    """Single-head attention over all positions of the coarsest grid."""
 
     def __init__(self, config: AutoencoderConfigMixin, channels: int):
         super().__init__()
@@ -59,10 +59,10 @@ class VFMTokPixelMidBlock(nn.Module):
 
 class VFMTokPixelUpsample(nn.Conv2d):
     """
-    Repeats each pixel 2 x 2 times and convolves by 3 x 3, in 4/9 of the multiplications.
+    Repeat each pixel 2 x 2 times and apply a 3 x 3 convolution, with 4/9 of the multiplications.
 
-    Of the nine pixels that an output pixel sees only 2 x 2 differ. Weights of equal ones are added up first, which leaves
-    a 2 x 2 convolution of the small image for each of the four places within a repeated pixel.
+    Only 2 x 2 of the nine input pixels of an output pixel differ. The weights of equal pixels are summed first, which leaves a
+    2 x 2 convolution of the small image for each of the four positions within a repeated pixel.
     """
 
     def __init__(self, channels: int):
@@ -73,21 +73,21 @@ class VFMTokPixelUpsample(nn.Conv2d):
         weight = add_equal_taps(add_equal_taps(self.weight, dim=-2), dim=-1)
         weight = weight.permute(2, 1, 0, 3, 4, 5).flatten(0, 2)
         bias = self.bias.repeat_interleave(4)  # type: ignore[union-attr]
-        # Every 2 x 2 places lie around a corner between pixels; the outermost ones reach out of the image.
+        # The 2 x 2 positions surround a corner between pixels; the outermost ones are outside of the image.
         return F.pixel_shuffle(F.conv2d(hidden_states, weight, bias, padding=1), 2)[..., 1:-1, 1:-1]
 
 
 def add_equal_taps(weight: torch.Tensor, dim: int) -> torch.Tensor:
     """
-    Three taps along a negative `dim` made two, for the last place of a repeated pixel and the first of the next: what is
-    returned has these two as its first dimension.
+    Reduce three taps along a negative `dim` to two, for the last position of a repeated pixel and the first of the next. The
+    result has these two as its first dimension.
     """
     before, middle, after = weight.unbind(dim)
     return torch.stack([torch.stack([before + middle, after], dim), torch.stack([before, middle + after], dim)])
 
 
 class VFMTokPixelUpBlock(GradientCheckpointingLayer):
-    """Residual blocks of one resolution and, except at the last, the step to twice the resolution."""
+    """Residual blocks of one resolution, followed by upsampling except at the last resolution."""
 
     def __init__(self, config: AutoencoderConfigMixin, in_channels: int, out_channels: int, is_last: bool):
         super().__init__()
@@ -105,7 +105,7 @@ class VFMTokPixelUpBlock(GradientCheckpointingLayer):
 
 class VFMTokPixelDecoder(nn.Module):
     """
-    The CNN of VQGAN's decoder: a grid of states to an image that is `config.upsampling_factor` times as large.
+    The CNN of VQGAN's decoder, from a grid of states to an image that is `config.upsampling_factor` times as large.
 
     Args:
         config (`AutoencoderConfigMixin`): channels, residual blocks and groups of the norms.

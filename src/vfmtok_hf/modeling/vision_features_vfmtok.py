@@ -1,8 +1,8 @@
 """
-The frozen vision model of an image tokenizer and the levels of its features, for every family that is supported.
+The frozen vision model of an image tokenizer and its feature levels, for every supported family.
 
-Blocks of transformers' models are read by forward hooks, timm's by its `forward_intermediates`: neither depends on what
-the models' own outputs hold, which changes between versions.
+Forward hooks read the blocks of transformers' models, and `forward_intermediates` those of timm's. Neither depends on the
+models' own outputs, which change between versions.
 """
 
 import os
@@ -22,12 +22,12 @@ from .autoencoder_config_vfmtok import AutoencoderConfigMixin
 from .loading_vfmtok import errors_naming
 
 
-# Families whose code reads weights of modules that it does not call, where accelerate's hooks do not see it.
+# Families whose code reads weights of modules without calling them, which accelerate's hooks do not see.
 READ_PAST_HOOKS = ("siglip_vision_model", "timm_wrapper")
 
 
 class _Reading(threading.local):
-    """What is read in the running call, by block; nothing outside of one. Threads may share a model."""
+    """Block outputs of the current call. Threads may share a model."""
 
     outputs: dict[int, torch.Tensor] | None = None
 
@@ -42,7 +42,7 @@ def _keep(number: int, block: nn.Module, inputs: tuple, output: Any) -> None:
 
 
 def vision_blocks(vision_model: nn.Module) -> nn.ModuleList:
-    """The list of a transformer's blocks: the one that is as long as its configuration says."""
+    """The list of a transformer's blocks: the one with the length in its configuration."""
     depth = vision_model.config.num_hidden_layers
     return next(
         module for module in vision_model.modules() if isinstance(module, nn.ModuleList) and len(module) == depth
@@ -51,11 +51,11 @@ def vision_blocks(vision_model: nn.Module) -> nn.ModuleList:
 
 def watch_blocks(vision_model: nn.Module, numbers: list[int]) -> None:
     """
-    Let [`run_watched`] see the outputs of blocks. Hooks stay: torch.compile can trace through one, but not set it.
+    Register hooks on blocks for [`run_watched`]. They stay, because torch.compile can trace hooks but not register them.
 
     Args:
-        vision_model (`torch.nn.Module`): a transformer of transformers' or like one, with one list of blocks.
-        numbers (`list[int]`): of the blocks, the first of which is 1; 0 stands for what goes into it.
+        vision_model (`torch.nn.Module`): a transformers-like model with one list of blocks.
+        numbers (`list[int]`): 1-based numbers of the blocks; 0 is the input of the first block.
     """
     blocks = vision_blocks(vision_model)
     for number in set(numbers):
@@ -64,11 +64,11 @@ def watch_blocks(vision_model: nn.Module, numbers: list[int]) -> None:
 
 def run_watched(vision_model: nn.Module, images: torch.Tensor, **kwargs) -> tuple[Any, dict[int, torch.Tensor]]:
     """
-    The model's output, and those of the blocks that are watched: `(batch_size, tokens, hidden_size)` by number.
+    The model's output, and the outputs of the watched blocks, `(batch_size, tokens, hidden_size)`, by number.
 
     Args:
         vision_model (`torch.nn.Module`): after [`watch_blocks`].
-        images (`torch.Tensor` of shape `(batch_size, 3, height, width)`): normalized as the vision model wants them.
+        images (`torch.Tensor` of shape `(batch_size, 3, height, width)`): normalized for the vision model.
     """
     _reading.outputs = outputs = {}
     try:
@@ -79,21 +79,21 @@ def run_watched(vision_model: nn.Module, images: torch.Tensor, **kwargs) -> tupl
 
 def _prepare(vision_model: nn.Module, config: AutoencoderConfigMixin) -> nn.Module:
     if config.vision_config.model_type == "timm_wrapper":
-        # timm models run and store all of their stages; those behind the last feature level go.
+        # timm models contain all of their stages; remove those after the last feature level.
         timm_model = vision_model.timm_model
         timm_model.prune_intermediate_layers(config.vision_feature_layers)
-        # What follows the last stage of EfficientNets and MobileNets stays before timm 1.0.28.
+        # timm before 1.0.28 keeps the layers after the last stage of EfficientNets and MobileNets.
         if hasattr(timm_model, "conv_head"):
             for name in timm_model._modules.keys() & {"conv_head", "bn2", "norm_head"}:
                 setattr(timm_model, name, nn.Identity())
     elif config.vision_config.model_type != "timm_backbone":
         watch_blocks(vision_model, config.vision_feature_layers)
-    # CLIP's and SigLIP's have an inner model that holds all in transformers before 5.6.
+    # CLIP and SigLIP have an inner model in transformers before 5.6.
     return getattr(vision_model, "vision_model", vision_model)
 
 
 def build_vision_model(config: AutoencoderConfigMixin) -> nn.Module:
-    """The vision model that a tokenizer's `config` describes, with random weights."""
+    """Build the vision model of a tokenizer's `config`, with random weights."""
     return _prepare(AutoModel.from_config(config.vision_config), config)
 
 
@@ -101,20 +101,20 @@ def fetch_vision_model(
     name_or_path: str, config: AutoencoderConfigMixin, dtype: torch.dtype, **kwargs
 ) -> tuple[nn.Module, str | None]:
     """
-    The vision model of a tokenizer with the weights of a folder or repository.
+    Load the vision model of a tokenizer from a folder or repository.
 
     Args:
         name_or_path (`str`): folder or repository.
-        config ([`AutoencoderConfigMixin`]): of the tokenizer.
-        dtype (`torch.dtype`): of the weights.
+        config ([`AutoencoderConfigMixin`]): configuration of the tokenizer.
+        dtype (`torch.dtype`): dtype of the weights.
         kwargs: passed on to `AutoModel.from_pretrained`.
 
     Returns:
-        The model, and the commit that the repository was read at; none for a folder.
+        The model, and the commit of the repository, or None for a folder.
 
     Raises:
-        ValueError: the weights found do not fill the vision model.
-        OSError: the source cannot be read; the message says how to go on from a folder.
+        ValueError: the weights do not match the vision model.
+        OSError: the source cannot be read; the error says how to use a folder instead.
     """
     commit = None
     try:
@@ -122,7 +122,7 @@ def fetch_vision_model(
             if not os.path.isdir(name_or_path):
                 names = ("revision", "cache_dir", "local_files_only", "token")
                 where = {name: kwargs[name] for name in names if name in kwargs}
-                # The cache holds files as snapshots/commit/file.
+                # The cache stores files as snapshots/commit/file.
                 commit = Path(hf_hub_download(name_or_path, "config.json", **where)).parent.name
                 kwargs["revision"] = commit
             vision_model, info = AutoModel.from_pretrained(
@@ -130,21 +130,21 @@ def fetch_vision_model(
             )
     except OSError as error:
         raise OSError(
-            f"The vision model {str(name_or_path)!r} cannot be fetched. Call load_vision_model(folder) with a copy of "
+            f"The vision model {str(name_or_path)!r} cannot be downloaded. Call load_vision_model(folder) with a copy of "
             f"it. Reason: {error}"
         ) from error
     prepared = _prepare(vision_model, config)
     missing = sorted(info["missing_keys"] & vision_model.state_dict().keys())
     if missing:
         raise ValueError(
-            f"{name_or_path} is not the vision model of this checkpoint: {len(missing)} weights are missing from it, "
-            f"the first of them {missing[0]!r}."
+            f"{name_or_path} is not the vision model of this checkpoint: it lacks {len(missing)} weights, "
+            f"such as {missing[0]!r}."
         )
     return prepared, commit
 
 
 def vision_feature_channels(vision_model: nn.Module, config: AutoencoderConfigMixin) -> list[int]:
-    """Channels of each feature level that a tokenizer's `config` takes of its `vision_model`."""
+    """Channels of each feature level of a `vision_model` in a tokenizer's `config`."""
     if config.vision_config.model_type == "timm_wrapper":
         return [vision_model.timm_model.feature_info[level]["num_chs"] for level in config.vision_feature_layers]
     if config.vision_config.model_type == "timm_backbone":
@@ -154,8 +154,7 @@ def vision_feature_channels(vision_model: nn.Module, config: AutoencoderConfigMi
 
 def vision_feature_stride(vision_model: nn.Module, config: AutoencoderConfigMixin) -> int:
     """
-    Pixels of the input of a tokenizer's `vision_model`, along one side, for each position of the last feature level that
-    its `config` takes.
+    Stride, in input pixels of a `vision_model`, of the last feature level in a tokenizer's `config`.
     """
     if config.vision_config.model_type == "timm_wrapper":
         return vision_model.timm_model.feature_info[config.vision_feature_layers[-1]]["reduction"]
@@ -168,12 +167,12 @@ def vision_features(
     vision_model: nn.Module, config: AutoencoderConfigMixin, images: torch.Tensor
 ) -> list[torch.Tensor]:
     """
-    The feature levels of images.
+    Compute the feature levels of images.
 
     Args:
-        vision_model (`torch.nn.Module`): as of [`build_vision_model`] or [`fetch_vision_model`].
-        config ([`AutoencoderConfigMixin`]): of the tokenizer.
-        images (`torch.Tensor` of shape `(batch_size, 3, height, width)`): normalized as the vision model wants them.
+        vision_model (`torch.nn.Module`): from [`build_vision_model`] or [`fetch_vision_model`].
+        config ([`AutoencoderConfigMixin`]): configuration of the tokenizer.
+        images (`torch.Tensor` of shape `(batch_size, 3, height, width)`): normalized for the vision model.
 
     Returns:
         `list[torch.Tensor]`: one `(batch_size, channels, height, width)` per level.
@@ -190,7 +189,7 @@ def vision_features(
 
 @contextmanager
 def offloaded_weights_at_hand(model: nn.Module) -> Iterator[None]:
-    """Load all weights of `model` that accelerate's hooks have offloaded, and drop them again when the block ends."""
+    """Load all offloaded weights of `model`, and release them when the block ends."""
     hooked = [(module, module._hf_hook) for module in model.modules() if hasattr(module, "_hf_hook")]
     for module, hook in hooked:
         hook.pre_forward(module)
@@ -202,7 +201,7 @@ def offloaded_weights_at_hand(model: nn.Module) -> Iterator[None]:
 
 
 def timm_features(timm_model: nn.Module, levels: list[int], images: torch.Tensor) -> list[torch.Tensor]:
-    """Levels of a timm model; of a transformer's last block after the final norm."""
+    """Levels of a timm model; the last block of a transformer is read after the final norm."""
     last, features = timm_model.forward_intermediates(images, indices=levels)
     if last.ndim == 3 and levels[-1] == len(timm_model.feature_info) - 1:
         normed = last[:, timm_model.num_prefix_tokens :]
@@ -213,7 +212,7 @@ def timm_features(timm_model: nn.Module, levels: list[int], images: torch.Tensor
 def transformer_features(
     vision_model: nn.Module, config: AutoencoderConfigMixin, images: torch.Tensor
 ) -> list[torch.Tensor]:
-    """Levels of a transformers model; of its last block after the final norm."""
+    """Levels of a transformers model; its last block is read after the final norm."""
     levels, vision_config = config.vision_feature_layers, config.vision_config
     is_clip = vision_config.model_type == "clip_vision_model"
     interpolates_on_request = is_clip or vision_config.model_type == "siglip_vision_model"

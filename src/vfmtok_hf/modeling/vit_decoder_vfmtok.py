@@ -1,4 +1,4 @@
-"""Layers and branches of the ViT decoders, which turn the anchors' latents into states on a grid."""
+"""Layers and branches of the ViT decoders, which convert the anchors' latents to states on a grid."""
 
 import torch
 import torch.nn.functional as F
@@ -31,14 +31,15 @@ class VFMTokViTDecoderLayer(GradientCheckpointingLayer):
         self.mlp = VFMTokSwiGLU(config)
 
     def forward(self, hidden_states: torch.Tensor, lengths: list[int] | None = None) -> torch.Tensor:
+        """`hidden_states` `(batch_size, length, hidden_size)`; `lengths` as in [`VFMTokAttention`]."""
         hidden_states = hidden_states + self.self_attn(self.self_attn_norm(hidden_states), lengths)
         return hidden_states + self.mlp(self.mlp_norm(hidden_states))
 
 
 class VFMTokViTDecoderBase(nn.Module):
     """
-    The two branches of queries that follow the anchors' memory in a ViT decoder: masks for each position of the image's
-    grid, and masks for each feature of the vision model. In both a CLS token comes first.
+    The two branches of queries after the anchors' memory in a ViT decoder: mask tokens for the positions of the image grid, and
+    mask tokens for the features of the vision model. Both start with a CLS token.
 
     Args:
         config ([`AutoencoderConfigMixin`]): widths and grids.
@@ -79,13 +80,13 @@ class VFMTokViTDecoderBase(nn.Module):
         # batch_size, 1 + side*side, hidden_size -> batch_size, hidden_size, side, side
         side = self.config.image_grid_size
         grid = states[:, 1:].transpose(1, 2).reshape(states.shape[0], -1, side, side)
-        # A transposed view would put the CNN into channels-last layout, where the CPU's float32 group norm is ten
-        # times less accurate.
+        # A transposed view would switch the CNN to channels-last layout, where the CPU's float32 group norm is ten times
+        # less accurate.
         return grid.contiguous()
 
 
 def cosine_loss(reconstructed_features: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-    """Mean of 1 - cosine similarity between features `(batch_size, positions, channels)`, scalar."""
+    """Mean of 1 - cosine similarity between `reconstructed_features` and `features`, both `(batch_size, positions, channels)`."""
     return (1 - F.cosine_similarity(reconstructed_features.float(), features.float(), dim=-1, eps=1e-6)).mean()
 
 

@@ -1,7 +1,7 @@
 """
 What Inference Endpoints start from a saved pipeline's folder: `EndpointHandler(folder)`, called with each request.
 
-Without this file the Hub's inference toolkit would take pipeline.py, which is for diffusers, for a handler in its legacy
+Without this file, the Hub's inference toolkit would treat pipeline.py, which is for diffusers, as a handler in its legacy
 format, and fail.
 """
 
@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 
 class EndpointHandler:
     """
-    A pipeline that answers requests.
+    A pipeline for requests.
 
     Args:
         path (`str`): folder of the saved pipeline.
@@ -27,19 +27,19 @@ class EndpointHandler:
 
     def __call__(self, data: dict[str, Any]) -> Any:
         """
-        Generate the images that a request asks for.
+        Generate the images of a request.
 
         Args:
             data (`dict`):
                 `{"inputs": "heart", "parameters": {"seed": 0, "num_images_per_label": 2, ...}}`. `inputs` is a class by
                 name or id, or a list of them. `parameters` are arguments of the pipeline, with `seed` in the place of
-                `generator`: image i is generated from `seed + i`.
+                `generator`: image i uses `seed + i`.
 
         Returns:
             `PIL.Image.Image`, or a list of them if the request asks for several.
 
         Raises:
-            ValueError, TypeError: the request has no inputs, an unknown class, or unusable parameters.
+            ValueError, TypeError: the request has no inputs, an unknown class, or invalid parameters.
         """
         if "inputs" not in data:
             raise ValueError('The request has no inputs: send {"inputs": class name or id}.')

@@ -1,9 +1,9 @@
 """
-Where diffusers enters a saved pipeline's own code: `DiffusionPipeline.from_pretrained(path, trust_remote_code=True)`.
+Entry point of a saved pipeline's own code, for `DiffusionPipeline.from_pretrained(path, trust_remote_code=True)`.
 
-This file works in the folders that `VFMTokPipeline.save_pretrained` writes, among copies of the modules it names. It
-names every one of them, since from a local folder diffusers copies those and no further. An installed package comes
-first, so that its classes do not exist twice; it is imported by name, lest diffusers warn where it is not installed.
+This file runs in folders written by `VFMTokPipeline.save_pretrained`, next to copies of the modules it imports. It imports
+all of them, because from a local folder diffusers copies only direct imports. If the package is installed, it is used
+instead, so that classes do not exist twice; it is imported by name, because otherwise diffusers would warn if it is missing.
 """
 
 import importlib

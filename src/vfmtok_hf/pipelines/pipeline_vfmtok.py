@@ -1,4 +1,4 @@
-"""The diffusers pipeline: class labels to images, images to image tokens and back."""
+"""The diffusers pipeline: generate images from class labels, and encode and decode images."""
 
 import base64
 import inspect
@@ -35,7 +35,7 @@ InputImages = ImageInput | str | bytes | os.PathLike | Iterable[Any]
 ImageTokens = torch.Tensor | np.ndarray | Sequence[int] | Sequence[Sequence[int]]
 Images = list[PIL.Image.Image] | np.ndarray | torch.Tensor
 
-# What other pipelines call an argument of this one.
+# Names of this pipeline's arguments in other pipelines.
 NAMES_HERE = {
     "callback": "callback_on_step_end",
     "callback_steps": "callback_on_step_end, which is called after each token",
@@ -45,10 +45,10 @@ NAMES_HERE = {
     "seed": "generator=torch.Generator().manual_seed(seed)",
 }
 
-# What diffusers calls the precision of a pipeline. Can go once 0.40 is the lowest version.
+# diffusers' name for the dtype of a pipeline. Remove it when 0.40 is the lowest version.
 DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
 
-# Weights without and with a variant in their file name.
+# Weight files without and with a variant in their name.
 DEFAULT_WEIGHTS = ("*/model.safetensors", "*/model-*.safetensors", "*/model.safetensors.index.json")
 VARIANT_WEIGHTS = ("*/model.*.safetensors", "*/model.safetensors.index.*.json")
 
@@ -72,7 +72,7 @@ def batches(items: Sequence, batch_size: int) -> Iterator[Sequence]:
 
 
 def concatenate(parts: list[Images]) -> Images:
-    """One batch out of several, of whichever output type."""
+    """Concatenate batches of any output type."""
     if isinstance(parts[0], torch.Tensor):
         return torch.cat(parts)
     if isinstance(parts[0], np.ndarray):
@@ -82,28 +82,28 @@ def concatenate(parts: list[Images]) -> Images:
 
 def as_image_tokens(image_tokens: ImageTokens) -> torch.Tensor:
     """
-    `(number of images, num_image_tokens)` int64 tokens of a batch, or of a single image, in whatever holds them.
+    Convert image tokens of a batch or a single image to `(number of images, num_image_tokens)` int64.
 
     Raises:
-        ValueError: they are no integers, of unequal lengths, or none.
+        ValueError: the tokens are not integers, have unequal lengths, or are empty.
     """
     if not isinstance(image_tokens, torch.Tensor):
         try:
             image_tokens = np.asarray(image_tokens)
-        except ValueError as error:  # numpy's own words are about inhomogeneous parts
+        except ValueError as error:  # numpy's message is about inhomogeneous parts
             raise ValueError("The images have unequal numbers of tokens.") from error
         if image_tokens.size and image_tokens.dtype.kind not in "iu":
-            raise ValueError(f"Image tokens are integers, got {image_tokens.dtype}.")
+            raise ValueError(f"Image tokens must be integers, got {image_tokens.dtype}.")
         image_tokens = torch.from_numpy(image_tokens.astype(np.int64))
     if image_tokens.is_floating_point():
-        raise ValueError(f"Image tokens are integers, got {image_tokens.dtype}.")
+        raise ValueError(f"Image tokens must be integers, got {image_tokens.dtype}.")
     if not image_tokens.numel():
         raise ValueError("There are no image tokens: pass those of at least one image.")
     return torch.atleast_2d(image_tokens.long())
 
 
 def use_compiled_attention(model: VFMTokModel, device: torch.device) -> None:
-    """The compiled deformable attention, where one is found and the user has not chosen."""
+    """Enable compiled deformable attention if it is found and the user has not chosen."""
     try:
         from vfmtok_hf.hub_kernels import use_found_kernels
     except ImportError:  # this file is also loaded from Hub repositories, without the package
@@ -113,12 +113,12 @@ def use_compiled_attention(model: VFMTokModel, device: torch.device) -> None:
 
 class VFMTokPipeline(DiffusionPipeline):
     r"""
-    Class-conditional image generation with VFMTok, without classifier-free guidance unless asked for.
+    Class-conditional image generation with VFMTok, by default without classifier-free guidance.
 
     Args:
         vq_model ([`VFMTokModel`]): the image tokenizer.
         transformer ([`VFMTokARForImageGeneration`] or [`VFMTokRARForImageGeneration`], *optional*):
-            The generator. `tokenize`, `detokenize` and `reconstruct` need none:
+            The generator. `tokenize`, `detokenize` and `reconstruct` do not need it:
             `VFMTokPipeline.from_pretrained(path, transformer=None)`.
         image_processor ([`VFMTokImageProcessor`]): images to `pixel_values` and back.
         id2label (`dict[int, str]`, *optional*):
@@ -140,7 +140,7 @@ class VFMTokPipeline(DiffusionPipeline):
     _optional_components = ["transformer"]
     _callback_tensor_inputs = ["image_tokens"]
 
-    # diffusers 0.36 reads these annotations, and no unions by an operator.
+    # diffusers 0.36 reads these annotations and does not support `X | Y`.
     def __init__(
         self,
         vq_model: VFMTokModel,
@@ -160,14 +160,14 @@ class VFMTokPipeline(DiffusionPipeline):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "VFMTokPipeline":
         """
-        As in diffusers, with one difference: the dtype is float32 unless `dtype` says otherwise, whatever the files
-        hold. Half precision files save disk space; computing in it is slow on CPUs and may overflow.
+        As in diffusers, except that the dtype is float32 by default, for any precision of the files. Half precision saves disk
+        space, but is slow on CPUs and may overflow.
 
         Raises:
-            OSError: there is no such folder, repository, revision or file, or no access or connection to it.
-            ValueError: a file is damaged, or another pipeline's.
+            OSError: the folder, repository, revision or file does not exist or is not accessible.
+            ValueError: a file is damaged, or belongs to another pipeline.
         """
-        if "torch_dtype" not in kwargs:  # the older name, which diffusers accepts too
+        if "torch_dtype" not in kwargs:  # the older name, which diffusers also accepts
             kwargs[DTYPE] = kwargs.pop("dtype", torch.float32)
         with errors_naming(str(pretrained_model_name_or_path)):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -175,10 +175,10 @@ class VFMTokPipeline(DiffusionPipeline):
     @classmethod
     def load_config(cls, *args, **kwargs):
         """
-        As in diffusers, but the classes at hand stand where a saved pipeline names its own copies of them.
+        As in diffusers, but with the package's classes instead of a saved pipeline's copies of them.
 
         Raises:
-            ValueError: it is of another class of pipelines.
+            ValueError: it is another class of pipeline.
         """
         loaded = super().load_config(*args, **kwargs)
         index = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -191,8 +191,8 @@ class VFMTokPipeline(DiffusionPipeline):
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
         """
-        As in diffusers, and the pipeline's code goes along: what `save_pretrained` and `push_to_hub` write also loads
-        where this package is not installed, by `DiffusionPipeline.from_pretrained(path, trust_remote_code=True)`.
+        As in diffusers, and also save the pipeline's code. Folders and repositories by `save_pretrained` and `push_to_hub` load
+        without this package, with `DiffusionPipeline.from_pretrained(path, trust_remote_code=True)`.
         """
         self.register_to_config(id2label=self.id2label or None)
         super().save_config(save_directory, push_to_hub, **kwargs)
@@ -211,13 +211,13 @@ class VFMTokPipeline(DiffusionPipeline):
         **kwargs,
     ) -> str:
         """
-        Fetch a pipeline's repository into the cache, and return its folder there. From then on it loads offline.
+        Download a pipeline's repository to the cache, and return its folder. Afterwards, it loads offline.
 
-        It leaves out the weights of other variants and the components that are passed to `from_pretrained`, and nothing
-        else; diffusers' own `download` also leaves out the generator's `generation_config.json`.
+        Only the weights of other variants and the components passed to `from_pretrained` are skipped. diffusers' own
+        `download` also skips the generator's `generation_config.json`.
 
         Args:
-            variant (`str`, *optional*): such as `"fp16"`, which every model of the repository must then have.
+            variant (`str`, *optional*): such as `"fp16"`; every model of the repository must have it.
             cache_dir, revision, token, force_download, local_files_only: as in `huggingface_hub.snapshot_download`.
         """
         other_weights = VARIANT_WEIGHTS if variant is None else DEFAULT_WEIGHTS
@@ -237,10 +237,10 @@ class VFMTokPipeline(DiffusionPipeline):
         cls, pretrained_model_name_or_path, dtype: torch.dtype | str = torch.float32
     ) -> "VFMTokPipeline":
         """
-        A pipeline without generator.
+        Create a pipeline without a generator.
 
         Args:
-            pretrained_model_name_or_path (`str`): folder or repository that holds an image tokenizer alone.
+            pretrained_model_name_or_path (`str`): folder or repository of an image tokenizer.
             dtype (`torch.dtype`): precision of its weights.
         """
         vq_model = VFMTokModel.from_pretrained(pretrained_model_name_or_path, dtype=dtype)
@@ -248,20 +248,20 @@ class VFMTokPipeline(DiffusionPipeline):
 
     @property
     def id2label(self) -> dict[int, str]:
-        """Class names, which are the generator's: `transformer.config.id2label`."""
+        """The generator's class names, `transformer.config.id2label`."""
         names = self.config.id2label if self.transformer is None else self.transformer.config.id2label
         return {int(class_id): name for class_id, name in (names or {}).items()}
 
     @property
     def interrupt(self) -> bool:
-        """Whether sampling is to stop after the current token. Set `pipe._interrupt = True` in a callback for it."""
+        """Whether to stop sampling after the current token. Set `pipe._interrupt = True` in a callback to stop."""
         return self._interrupt
 
     # -- class labels -> images
 
     def get_label_ids(self, class_labels: ClassLabels) -> list[int]:
         """
-        Class ids of `class_labels`: ids and names, one or several.
+        Convert `class_labels`, one or several ids or names, to class ids.
 
         Raises:
             ValueError: an unknown or ambiguous name, with the closest matches; an id out of range; an empty list.
@@ -275,18 +275,18 @@ class VFMTokPipeline(DiffusionPipeline):
         num_classes = self._generator_model().config.num_classes
         for class_id in class_ids:
             if not 0 <= class_id < num_classes:
-                raise ValueError(f"Class labels must lie in 0 to {num_classes - 1}, got {class_id}.")
+                raise ValueError(f"Class labels must be in 0 to {num_classes - 1}, got {class_id}.")
         return class_ids
 
     def _generator_model(self) -> VFMTokARForImageGeneration | VFMTokRARForImageGeneration:
         if self.transformer is None:
-            raise ValueError("This pipeline was loaded without a generator: load it without transformer=None.")
+            raise ValueError("This pipeline has no generator: load it without transformer=None.")
         for of_vq_model, of_transformer in (("num_anchors", "num_image_tokens"), ("codebook_size", "codebook_size")):
             expected = getattr(self.vq_model.config, of_vq_model)
             actual = getattr(self.transformer.config, of_transformer)
             if expected != actual:
                 raise ValueError(
-                    f"The generator was made for another image tokenizer: its {of_transformer} is {actual}, the "
+                    f"The generator belongs to another image tokenizer: its {of_transformer} is {actual}, but the "
                     f"tokenizer's {of_vq_model} is {expected}."
                 )
         return self.transformer
@@ -310,36 +310,36 @@ class VFMTokPipeline(DiffusionPipeline):
 
         Args:
             class_labels (`int`, `str` or a list of them):
-                Classes by id or by name: any synonym in `id2label`, in any case.
+                Class ids or names; a name is any synonym in `id2label`, case-insensitive.
             num_images_per_label (`int`, defaults to 1):
-                The images of one label follow each other.
+                Images of the same label are consecutive.
             generation_config (`GenerationConfig`, *optional*):
-                Settings of sampling, in place of those in the generator's own `generation_config`.
+                Sampling options that replace those in the generator's own `generation_config`.
             generator (`torch.Generator` or a list of one per image, *optional*):
-                Source of randomness. With a list, an image depends on its own generator alone: the same seed gives
-                the same tokens in any batch, and pixels that differ by rounding at most.
+                Random generators. With a list, an image depends only on its own generator: the same seed gives the same tokens
+                in any batch, and pixels that differ at most by rounding.
             output_type (`str`, defaults to `"pil"`):
                 `"pil"`, `"np"` (floats in [0, 1], channels last), `"pt"` (the same, channels first), or `"tokens"` for
                 the image tokens `(batch_size, num_image_tokens)` themselves.
             return_dict (`bool`, defaults to `True`): `False` returns `(images,)`.
             callback_on_step_end (`Callable`, *optional*):
-                Called as `callback(pipe, step, step, {"image_tokens": tokens})` after each token; the third argument
-                stands where diffusers has the timestep. A dictionary that it returns with `image_tokens` replaces
-                those drawn so far; the generator has already read all but the newest. Setting `pipe._interrupt = True` in
-                it stops sampling; tokens not drawn yet are 0.
+                Called as `callback(pipe, step, step, {"image_tokens": tokens})` after each token; the third argument replaces
+                diffusers' timestep. To replace the tokens sampled so far, return a dictionary with `image_tokens`; the
+                generator has already read all except the newest. To stop, set `pipe._interrupt = True`; tokens that are
+                not sampled yet are 0.
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["image_tokens"]`):
-                What the callback's dictionary holds: `image_tokens` or nothing.
-            decode_batch_size (`int`, defaults to 16): images decoded at once, which bounds memory.
+                Entries of the callback's dictionary: `image_tokens` or none.
+            decode_batch_size (`int`, defaults to 16): images that are decoded at once, which limits memory.
             generate_kwargs:
-                Further arguments of the generator's `generate`, among them settings of sampling, which override both
-                configurations: `guidance_scale`, `guidance_interval`, `temperature`, `top_k`, `top_p`, `do_sample`; of a
-                RAR generator also `guidance_scale_pow` and `orders`. Without any there is no guidance and no filter.
+                Further arguments of the generator's `generate`, such as sampling options, which override both
+                configurations: `guidance_scale`, `guidance_interval`, `temperature`, `top_k`, `top_p`, `do_sample`; for
+                RAR generators also `guidance_scale_pow` and `orders`. The defaults are no guidance and no filters.
 
         Returns:
             `VFMTokPipelineOutput` with `images`, or a tuple of them.
 
         Raises:
-            ValueError: unknown labels or output type, a number of images below 1, or what the generator refuses.
+            ValueError: unknown labels or output type, a number of images below 1, or invalid options of the generator.
             TypeError: unknown arguments.
         """
         self._check_output_type(output_type)
@@ -368,13 +368,13 @@ class VFMTokPipeline(DiffusionPipeline):
             raise TypeError(f"There is no argument {foreign[0]!r}: pass {NAMES_HERE[foreign[0]]} instead.")
         if unknown := set(tensor_inputs) - set(self._callback_tensor_inputs):
             raise ValueError(
-                f"callback_on_step_end_tensor_inputs may hold {self._callback_tensor_inputs}, got {sorted(unknown)}."
+                f"callback_on_step_end_tensor_inputs may contain {self._callback_tensor_inputs}, got {sorted(unknown)}."
             )
         self._interrupt = False
         with self.progress_bar(total=transformer.config.num_image_tokens) as progress_bar:
 
             def callback(step: int, image_tokens: torch.Tensor) -> bool | torch.Tensor | None:
-                progress_bar.update(step + 1 - progress_bar.n)  # kept tokens of an edited image are not drawn
+                progress_bar.update(step + 1 - progress_bar.n)  # kept tokens of an edited image are not sampled
                 returned = None
                 if callback_on_step_end is not None:
                     tensors = {"image_tokens": image_tokens} if tensor_inputs else {}
@@ -408,12 +408,12 @@ class VFMTokPipeline(DiffusionPipeline):
         Image tokens `(number of images, num_image_tokens)` of images.
 
         Args:
-            images: one image of any kind that [`~vfmtok_hf.modeling.image_reading_vfmtok.read_image`] takes, a batch as
-                an array or tensor, or several: a list, a generator, a column of a data set.
-            batch_size (`int`, defaults to 16): images read and encoded at once, which bounds memory.
+            images: an image that [`~vfmtok_hf.modeling.image_reading_vfmtok.read_image`] reads, a batch as an array or
+                tensor, or a list, generator or data set column of images.
+            batch_size (`int`, defaults to 16): images that are read and encoded at once, which limits memory.
 
         Raises:
-            ValueError, TypeError, FileNotFoundError: no images, or unusable ones; a checkpoint without vision weights.
+            ValueError, TypeError, FileNotFoundError: images are missing or invalid, or the checkpoint has no vision weights.
         """
         use_compiled_attention(self.vq_model, self._execution_device)
         remaining, tokens = each_image(images), []
@@ -425,7 +425,7 @@ class VFMTokPipeline(DiffusionPipeline):
         return torch.cat(tokens)
 
     def _on_tokenizer_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        # Hooks of accelerate move a model's inputs themselves; the weights that they manage tell no device.
+        # accelerate's hooks move a model's inputs themselves, and offloaded weights do not show the device.
         return tensor if hasattr(self.vq_model, "_hf_hook") else tensor.to(self.vq_model.device)
 
     @torch.no_grad()
@@ -438,16 +438,16 @@ class VFMTokPipeline(DiffusionPipeline):
         batch_size: int = 16,
     ) -> Images:
         """
-        Images of image tokens.
+        Decode image tokens to images.
 
         Args:
             image_tokens (`torch.Tensor`, `np.ndarray` or list of shape `(number of images, num_image_tokens)`):
                 Integers in [0, codebook_size). A single sequence is a batch of one.
             output_type, size, resize_mode: as in [`VFMTokImageProcessor.postprocess`].
-            batch_size (`int`, defaults to 16): images decoded at once, which bounds memory.
+            batch_size (`int`, defaults to 16): images that are decoded at once, which limits memory.
 
         Raises:
-            ValueError: no tokens, tokens that are no integers, or those of another model.
+            ValueError: tokens are missing, not integers, or belong to another model.
         """
         parts = []
         for batch in batches(as_image_tokens(image_tokens), batch_size):
@@ -460,12 +460,12 @@ class VFMTokPipeline(DiffusionPipeline):
         self, images: InputImages, output_type: str = "pil", return_dict: bool = True, batch_size: int = 16
     ) -> VFMTokPipelineOutput | tuple:
         """
-        Images through their image tokens and back, cropped and at the model's size.
+        Reconstruct images from their image tokens, cropped and at the model's size.
 
         Args:
             images: as in `tokenize`.
             output_type (`str`), return_dict (`bool`): as in `__call__`.
-            batch_size (`int`, defaults to 16): images at once, which bounds memory.
+            batch_size (`int`, defaults to 16): images per batch, which limits memory.
         """
         self._check_output_type(output_type)
         return self._output(self.tokenize(images, batch_size), output_type, return_dict, batch_size)
@@ -488,27 +488,28 @@ class VFMTokPipeline(DiffusionPipeline):
         **generate_kwargs,
     ) -> VFMTokPipelineOutput | tuple:
         """
-        Redraw a part of images for a class, and keep the tokens of the rest.
+        Repaint a part of images for a class, and keep the tokens of the rest.
 
-        It needs a generator that draws tokens in any order (RAR): every new token then sees all kept ones. An image
-        token describes its surroundings rather than exactly its cell of the grid, so that kept parts change a little.
+        This needs a generator that samples tokens in any order (RAR), so every new token attends to all kept ones. An image
+        token also encodes the surroundings of its cell, so kept parts change a little.
 
         Args:
             images: one image or a list of them.
-            class_labels: one label for all images, or one for each.
+            class_labels: one label for all images, or one per image.
             mask:
-                A picture, white where to redraw: it is cropped as the images are, and a token is redrawn if more than
-                half of its cell is white. Or a bool tensor `(num_image_tokens,)`, True where to redraw. One for all.
+                An image that is white where to repaint. It is cropped like the images, and a token is repainted if more than half
+                of its cell is white. Or a bool tensor `(num_image_tokens,)` that is True where to repaint. One for all
+                images.
             generation_config, generator, output_type, return_dict, callback_on_step_end,
             callback_on_step_end_tensor_inputs, decode_batch_size, generate_kwargs: as in `__call__`.
 
         Raises:
-            ValueError: the generator keeps to raster order, the mask is empty, or labels and images do not pair up.
+            ValueError: the generator supports only raster order, the mask is empty, or labels and images do not match.
         """
         self._check_output_type(output_type)
         if "keep_mask" not in inspect.signature(self._generator_model().generate).parameters:
             raise ValueError(
-                f"{type(self.transformer).__name__} draws tokens in raster order only and cannot keep later ones: "
+                f"{type(self.transformer).__name__} samples tokens only in raster order and cannot keep later ones: "
                 "load a pipeline with a RAR generator."
             )
         class_ids = self.get_label_ids(class_labels)
@@ -518,7 +519,7 @@ class VFMTokPipeline(DiffusionPipeline):
         image_tokens = self.tokenize(images, decode_batch_size)
         if len(class_ids) not in (1, len(image_tokens)):
             raise ValueError(
-                f"Got {len(class_ids)} class labels for {len(image_tokens)} images: pass one, or one each."
+                f"Got {len(class_ids)} class labels for {len(image_tokens)} images: pass one, or one per image."
             )
         edited_tokens = self._sample(
             class_ids * (len(image_tokens) // len(class_ids)),
@@ -533,7 +534,7 @@ class VFMTokPipeline(DiffusionPipeline):
         return self._output(edited_tokens, output_type, return_dict, decode_batch_size)
 
     def token_mask(self, mask: ImageInput | torch.Tensor) -> torch.Tensor:
-        """`(num_image_tokens,)`, True for the tokens more than half of whose cell the picture `mask` has white."""
+        """`(num_image_tokens,)`, True for tokens with more than half of their cell white in the image `mask`."""
         if isinstance(mask, torch.Tensor) and mask.ndim == 1:
             return mask
         pixels = self.image_processor(mask, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]

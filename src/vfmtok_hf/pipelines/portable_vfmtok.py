@@ -1,4 +1,4 @@
-"""Pipeline folders that load where this package is not installed: their code goes along with them."""
+"""Write pipeline folders that include their code and load without this package."""
 
 import inspect
 import json
@@ -20,8 +20,8 @@ INDEX_FILE = "model_index.json"
 ENTRY_MODULE = "pipeline"
 COMPONENT_MODULE = "component_vfmtok"
 
-# What the code of a saved pipeline imports, for containers that bring other versions: `dependencies` of pyproject.toml as
-# far as a model needs them, and `pipeline`.
+# Requirements of a saved pipeline's code, for containers with other versions: the `dependencies` in pyproject.toml that a
+# model needs, and `pipeline`.
 REQUIREMENTS_FILE = "requirements.txt"
 REQUIREMENTS = """\
 torch>=2.9
@@ -40,7 +40,7 @@ OWN_IMPORT = re.compile(r"^(\s*)from (?:vfmtok_hf\.\w+)?\.(\w+) import", re.MULT
 
 def portable_code(*modules: str) -> dict[str, str]:
     """
-    Modules of this package and all they import from it, for a folder that holds them side by side.
+    Sources of modules and everything they import from this package, for a flat folder.
 
     Args:
         modules: names without their packages, such as `"modeling_vfmtok"`.
@@ -48,7 +48,7 @@ def portable_code(*modules: str) -> dict[str, str]:
     Returns:
         `dict[str, str]`: source by file name.
     """
-    # In this package two folders, in a saved pipeline a single one.
+    # Two folders in this package, one in a saved pipeline.
     folders = {Path(__file__).parent, *(Path(inspect.getfile(cls)).parent for cls in COMPONENT_CLASSES)}
     sources: dict[str, str] = {}
     pending = list(modules)
@@ -63,15 +63,15 @@ def portable_code(*modules: str) -> dict[str, str]:
 
 def portable_pipeline(index: dict[str, Any]) -> dict[str, str]:
     """
-    The files that let diffusers load a saved pipeline with the pipeline's own code, and Inference Endpoints serve it, by
-    their path in its folder.
+    The files with which diffusers loads a saved pipeline with its own code, and Inference Endpoints serve it, by path in the
+    folder.
 
     Args:
-        index: what diffusers has saved as model_index.json.
+        index: model_index.json as saved by diffusers.
     """
     files = portable_code(ENTRY_MODULE)
     components = saved_components(index)
-    index = {name: value for name, value in index.items() if name != "_name_or_path"}  # a folder of this machine
+    index = {name: value for name, value in index.items() if name != "_name_or_path"}  # a local folder
     index["_class_name"] = [ENTRY_MODULE, class_name(index)]
     for name, component_class in components.items():
         index[name] = [COMPONENT_MODULE, component_class]
@@ -80,7 +80,7 @@ def portable_pipeline(index: dict[str, Any]) -> dict[str, str]:
 
 
 def write_portable_code(folder: str | os.PathLike) -> None:
-    """Turn the folder that diffusers has saved a pipeline to into one that brings its own code."""
+    """Add a pipeline's own code to the folder that diffusers has saved."""
     folder = Path(folder)
     index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
     for path, text in portable_pipeline(index).items():
@@ -88,7 +88,7 @@ def write_portable_code(folder: str | os.PathLike) -> None:
 
 
 def use_this_code(index: dict[str, Any]) -> None:
-    """Make a model_index.json, changed in place, name the classes at hand and not the copies in its folder."""
+    """Change model_index.json in place, so that it names the package's classes instead of the copies in its folder."""
     modules = {cls.__name__: cls.__module__ for cls in COMPONENT_CLASSES}
     for name, component_class in saved_components(index).items():
         index[name] = [modules.get(component_class, index[name][0]), component_class]
@@ -96,7 +96,7 @@ def use_this_code(index: dict[str, Any]) -> None:
 
 
 def saved_components(index: dict[str, Any]) -> dict[str, str]:
-    """Class name of each component that a model_index.json has."""
+    """Class name of each component in a model_index.json."""
     return {
         name: entry[1]
         for name, entry in index.items()
@@ -105,6 +105,6 @@ def saved_components(index: dict[str, Any]) -> dict[str, str]:
 
 
 def class_name(index: dict[str, Any]) -> str:
-    """Name of the pipeline's class, which a model_index.json gives with or without its module."""
+    """Name of the pipeline's class in a model_index.json, with or without its module."""
     name = index.get("_class_name")
     return name[1] if isinstance(name, list) else str(name)
