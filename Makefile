@@ -25,20 +25,28 @@ check: install  ## its part that needs no minutes, to run while working
 	OMP_NUM_THREADS=1 TORCHINDUCTOR_CACHE_DIR=$(abspath $(VENV))/inductor $(BIN)/python -m pytest --numprocesses auto --dist loadfile \
 		-m "not kernel and not browser and not train and not docs and not process"
 
-# What a library's version could break.
-VERSION_TESTS := tests/modeling tests/pipelines tests/conversion tests/hub tests/cli tests/test_default_checkpoint.py
+# What a library's version could break. Two extras have an environment of their own, since they raise other libraries.
+VERSION_TESTS := tests/modeling tests/pipelines tests/conversion tests/hub tests/cli tests/data tests/evaluation tests/export \
+	tests/training tests/spaces tests/test_default_checkpoint.py tests/test_registration.py
 OLDEST := .venv-oldest
+OLDEST_EXTRAS := .venv-oldest-extras
+$(OLDEST)/.installed: EXTRAS := pipeline,train,eval,export,space,test
+$(OLDEST_EXTRAS)/.installed: EXTRAS := pipeline,kernel,quantization,test
 
-$(OLDEST)/.installed: pyproject.toml
-	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip uv
-	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct \
-		--editable ".[pipeline,train,eval,export,test]"
+$(OLDEST)/.installed $(OLDEST_EXTRAS)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip uv
+	$(@D)/bin/uv pip install --quiet --python $(@D)/bin/python --resolution lowest-direct --editable ".[$(EXTRAS)]"
 	touch $@
 
-test-oldest: install $(OLDEST)/.installed  ## the same with the lowest versions that pyproject.toml allows, Python 3.10 to 3.13
-	OMP_NUM_THREADS=1 TORCHINDUCTOR_CACHE_DIR=$(abspath $(OLDEST))/inductor VFMTOK_OTHER_PYTHON=$(abspath $(BIN))/python $(OLDEST)/bin/python -m pytest \
-		--numprocesses auto --dist loadfile --no-loadscope-reorder $(VERSION_TESTS)
+PYTEST_OF = OMP_NUM_THREADS=1 TORCHINDUCTOR_CACHE_DIR=$(abspath $(1))/inductor VFMTOK_OTHER_PYTHON=$(abspath $(BIN))/python \
+	$(1)/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+
+test-oldest: install $(OLDEST)/.installed $(OLDEST_EXTRAS)/.installed  ## the same with the lowest versions that pyproject.toml allows, Python 3.10 to 3.13
+	$(call PYTEST_OF,$(OLDEST)) -m "not browser" $(VERSION_TESTS)
+	! command -v "$${CXX:-g++}" > /dev/null || $(OLDEST)/bin/python kernel/dev_build.py
+	$(call PYTEST_OF,$(OLDEST)) -q -c /dev/null --rootdir=kernel -p no:cacheprovider kernel/tests
+	$(call PYTEST_OF,$(OLDEST_EXTRAS)) tests/test_hub_kernels.py tests/cpu
 
 # What a CPU's instructions could break, as a CPU without AVX-512 has it.
 test-avx2: install  ## the same as a machine with AVX2 and no AVX-512
@@ -110,4 +118,4 @@ emoji-checkpoint: data/emoji64 data/efficientnet_lite0 data/efficientnet_lite0_c
 		--output src/vfmtok_hf/checkpoints/emoji
 
 clean:
-	rm -rf $(VENV) $(OLDEST) outputs site .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf $(VENV) $(OLDEST) $(OLDEST_EXTRAS) outputs site .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 from vfmtok_hf.pipelines.portable_vfmtok import REQUIREMENTS, portable_code
 
@@ -26,7 +28,25 @@ INSTALLED = {
 }
 
 
-@pytest.mark.parametrize("extra", ["", "pipeline", "train", "kernel", "eval", "export", "space"])
+def floors_of(lines: list[str]) -> dict[str, SpecifierSet]:
+    """Of other libraries, each of which has one."""
+    requirements = [requirement for requirement in map(Requirement, lines) if requirement.name != PROJECT["name"]]
+    floors = {}
+    for requirement in requirements:
+        assert {specifier.operator for specifier in requirement.specifier} <= {">=", "=="}, requirement
+        assert floors.setdefault(requirement.name, requirement.specifier) == requirement.specifier, requirement
+    return floors
+
+
+# Extras whose libraries raise the versions of others.
+RAISING = ("kernel", "quantization")
+FLOORS = floors_of(
+    [*PROJECT["dependencies"], *(line for extra in EXTRAS.keys() - set(RAISING) for line in EXTRAS[extra])]
+)
+RAISED = floors_of([line for extra in RAISING for line in EXTRAS[extra]])
+
+
+@pytest.mark.parametrize("extra", ["", "pipeline", "train", "kernel", "eval", "export", "space", "quantization"])
 def test_installing_moves_nothing_that_is_installed(extra):
     wanted = [Requirement(line) for line in (EXTRAS[extra] if extra else PROJECT["dependencies"])]
     assert wanted
@@ -36,22 +56,18 @@ def test_installing_moves_nothing_that_is_installed(extra):
 
 
 def test_every_library_has_one_floor():
-    lines = [*PROJECT["dependencies"], *(line for extra in EXTRAS.values() for line in extra)]
-    requirements = [requirement for requirement in map(Requirement, lines) if requirement.name != PROJECT["name"]]
-    floors = {}
-    for requirement in requirements:
-        assert {specifier.operator for specifier in requirement.specifier} <= {">=", "=="}, requirement
-        assert floors.setdefault(requirement.name, requirement.specifier) == requirement.specifier, requirement
+    """What the raising extras ask of a library that others ask for too is more."""
+    for name in RAISED.keys() & FLOORS.keys():
+        assert Version(str(RAISED[name]).removeprefix(">=")) > Version(str(FLOORS[name]).removeprefix(">=")), name
 
 
 def test_documented_floors_are_those_of_the_project():
-    lines = [*PROJECT["dependencies"], *(line for extra in EXTRAS.values() for line in extra)]
-    floors = {requirement.name: str(requirement.specifier) for requirement in map(Requirement, lines)}
+    floors = RAISED | FLOORS
     page = (ROOT / "docs" / "installation.md").read_text()
     documented = dict(re.findall(r"^\| ([\w-]+) \| ([\d.]+) \|", page, flags=re.MULTILINE))
     assert PROJECT["requires-python"] == f">={documented.pop('Python')}"
     assert {*documented} >= {*INSTALLED}
-    assert documented == {name: floors[name].removeprefix(">=") for name in documented}
+    assert documented == {name: str(floors[name]).removeprefix(">=") for name in documented}
 
 
 def test_saved_pipelines_require_what_their_code_imports():

@@ -31,6 +31,11 @@ def log_steps(tracker, output, first, last):
     accelerator.end_training()
 
 
+def needs(library):
+    return pytest.mark.skipif(find_spec(library) is None, reason=f"pip install {library}")
+
+
+@needs("tensorboard")
 def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -41,6 +46,7 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
     assert [event.value for event in events][2] == pytest.approx(2 + 1 / 3)
 
 
+@needs("trackio")
 def test_trackio_continues_the_run_of_the_same_name(tmp_path, monkeypatch):
     """In a process of its own: trackio decides on its folder when it is imported, and leaves threads behind."""
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
@@ -73,7 +79,7 @@ def wandb_records(file):
         start = end
 
 
-@pytest.mark.skipif(find_spec("wandb") is None, reason="wandb is not installed: pip install wandb")
+@needs("wandb")
 def test_wandb_continues_the_run_of_the_same_folder(tmp_path, monkeypatch):
     """Offline, in a process of its own: two parts of one run, which `wandb sync` joins by their id."""
     for name, value in {"WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true"}.items():

@@ -1,5 +1,6 @@
 """Data sets that are read from front to back: too large to hold, or not here but on the Hub."""
 
+import inspect
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,14 @@ logger = logging.getLogger("vfmtok_hf.data")
 # This many unreadable images in a row mean a wrong column or format, not single damaged files.
 MAX_UNREADABLE_IN_A_ROW = 10_000
 MAX_WORKERS = 256
+
+
+def shuffle_files(dataset: Any, seed: int) -> Any:
+    """Shuffle only the files: the library's shuffle buffer reads ahead in threads, so `Stream` has its own."""
+    # By default, datasets 5.0 and newer read from ten files at a time. This can go once 5.0 is the lowest version.
+    has_option = "max_buffer_input_shards" in inspect.signature(dataset.shuffle).parameters
+    options = {"max_buffer_input_shards": 1} if has_option else {}
+    return dataset.shuffle(seed=seed, buffer_size=1, **options)
 
 
 class Stream(IterableDataset):
@@ -74,8 +83,7 @@ class Stream(IterableDataset):
         stated = (dataset.info.splits or {}).get(split)
         if epoch_items is None and not (stated and stated.num_examples):
             raise ValueError(f"{source} does not state how many images it has: pass --epoch_images.")
-        # Only the files: the library's shuffle buffer reads ahead in threads, so ours is below.
-        self.dataset = dataset.shuffle(seed=seed, buffer_size=1, max_buffer_input_shards=1)
+        self.dataset = shuffle_files(dataset, seed)
         self.shuffle_buffer = shuffle_buffer
         self.class_names = class_names
         self.class_numbers = {name: number for number, name in enumerate(class_names)}

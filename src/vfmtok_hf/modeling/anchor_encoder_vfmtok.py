@@ -19,7 +19,9 @@ from .autoencoder_config_vfmtok import AutoencoderConfigMixin
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """Disable autocast if it is enabled. Some devices do not support it, and exported graphs should not contain it."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    # A device that is compiled for has autocast, and torch 2.9 cannot compile the question.
+    is_available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device.type)
+    if is_available and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 

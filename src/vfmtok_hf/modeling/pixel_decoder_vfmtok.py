@@ -72,7 +72,7 @@ class VFMTokPixelUpsample(nn.Conv2d):
         # place in the row, place in the column, output channel, input channel, 2, 2
         weight = add_equal_taps(add_equal_taps(self.weight, dim=-2), dim=-1)
         weight = weight.permute(2, 1, 0, 3, 4, 5).flatten(0, 2)
-        bias = self.bias.repeat_interleave(4)  # type: ignore[union-attr]
+        bias = self.bias.repeat_interleave(4, dim=0)  # type: ignore[union-attr]
         # The 2 x 2 positions surround a corner between pixels; the outermost ones are outside of the image.
         return F.pixel_shuffle(F.conv2d(hidden_states, weight, bias, padding=1), 2)[..., 1:-1, 1:-1]
 

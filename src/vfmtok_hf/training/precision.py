@@ -1,10 +1,11 @@
-"""Choose the fastest precision and attention on this machine."""
+"""Choose the fastest precision and attention on this machine, and recompute activations."""
 
 import time
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from transformers import PreTrainedModel
 
 from vfmtok_hf.cpu.attention import fastest_attention
 from vfmtok_hf.training.logs import logger
@@ -54,3 +55,10 @@ def choose_attention(
     if attention != "auto":
         return attention
     return fastest_attention(mixed_precision == "bf16", dropout, causal) if device.type == "cpu" else "sdpa"
+
+
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Have the layers compute their activations again in the backward pass, which takes less memory and more time."""
+    # The second name is that of transformers before 5.23; it can go once 5.23 is the lowest version.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()

@@ -50,7 +50,7 @@ from vfmtok_hf.training.finetuning import (
 from vfmtok_hf.training.generator_data import open_token_data, token_batch
 from vfmtok_hf.training.image_data import training_loader
 from vfmtok_hf.training.logs import WindowMeans, configure_logging, logger, run_script, save_grid
-from vfmtok_hf.training.precision import choose_attention, choose_mixed_precision
+from vfmtok_hf.training.precision import choose_attention, choose_mixed_precision, recompute_activations
 from vfmtok_hf.training.schedule import learning_rate_at, random_ratio_at, set_learning_rate
 
 
@@ -177,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
     precision, dropout = arguments.mixed_precision, model.config.attention_dropout
     model.set_attn_implementation(choose_attention(arguments.attention, accelerator.device, precision, dropout))
     if arguments.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        recompute_activations(model)
     adapted = None
     if arguments.lora_rank:
         adapted = add_lora(model, arguments.lora_rank, arguments.lora_alpha, arguments.lora_dropout)

@@ -54,7 +54,7 @@ from vfmtok_hf.training.image_data import (
 )
 from vfmtok_hf.training.logs import WindowMeans, configure_logging, run_script, save_grid
 from vfmtok_hf.training.objective import TokenizerObjective, compile_objective
-from vfmtok_hf.training.precision import choose_attention, choose_mixed_precision
+from vfmtok_hf.training.precision import choose_attention, choose_mixed_precision, recompute_activations
 from vfmtok_hf.training.run_data import check_data
 from vfmtok_hf.training.schedule import learning_rate_at, set_learning_rate
 
@@ -209,7 +209,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Model, losses, optimizers
     if arguments.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        recompute_activations(model)
     objective = build_objective(model, arguments).to(accelerator.device)
     if arguments.channels_last:
         objective.to(memory_format=torch.channels_last)
