@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from tests.pipelines.tiny_pipeline import tiny_generator, tiny_pipeline
@@ -18,6 +20,9 @@ def publish(hub: FakeHub, folder: Path) -> None:
     tokenizer, rar = pipeline.vq_model, pipeline.transformer
     images, labels = tiny_images(), torch.tensor([0, 3])
     tokens = tokenizer.encode(images).image_tokens
+    drawn = pipeline([0, 3], generator=torch.Generator().manual_seed(0), output_type="tokens").images
+    picture = np.random.default_rng(0).integers(256, size=(40, 50, 4), dtype=np.uint8)  # partly transparent
+    pixel_values = pipeline.image_processor(Image.fromarray(picture), return_tensors="pt")["pixel_values"]
     expected = {
         "images": images,
         "labels": labels,
@@ -25,7 +30,11 @@ def publish(hub: FakeHub, folder: Path) -> None:
         "reconstruction": tokenizer.decode(image_tokens=tokens).reconstruction,
         "ar": ar(class_labels=labels, image_tokens=tokens).logits,
         "rar": rar(class_labels=labels, image_tokens=tokens).logits,
-        "drawn": pipeline([0, 3], generator=torch.Generator().manual_seed(0), output_type="tokens").images,
+        "drawn": drawn,
+        "pictures drawn": pipeline.detokenize(drawn, "pt"),
+        "picture": torch.from_numpy(picture),
+        "pixel_values": pixel_values,
+        "picture tokens": tokenizer.encode(pixel_values).image_tokens,
     }
     save_file({name: tensor.detach().contiguous() for name, tensor in expected.items()}, folder / "expected")
 

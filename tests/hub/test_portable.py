@@ -23,6 +23,7 @@ def needs_gpu(test):
 # With `expected`, the folder of the published models, and `options` for every `from_pretrained`.
 CHECK_MODELS = """
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel
 
@@ -43,7 +44,10 @@ def check_generator(path, name):
 
 tokenizer = check_tokenizer("tester/tokenizer")
 processor = AutoImageProcessor.from_pretrained("tester/tokenizer", **options)
-assert processor(torch.zeros(3, 50, 40), return_tensors="pt")["pixel_values"].shape == (1, 3, 32, 32)
+picture = Image.fromarray(expected["picture"].numpy())
+pixel_values = processor(picture, return_tensors="pt")["pixel_values"]
+torch.testing.assert_close(pixel_values, expected["pixel_values"])
+assert tokenizer.encode(pixel_values).image_tokens.equal(expected["picture tokens"])
 for name in ("ar", "rar"):
     check_generator("tester/" + name, name)
 """
@@ -59,6 +63,7 @@ assert AutoImageProcessor.from_pretrained("again", **options).size == processor.
 CHECK_PIPELINE = """
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 from safetensors.torch import load_file
 
 expected = load_file({published!r} + "/expected")
@@ -72,6 +77,9 @@ def check_pipeline(path, cls=DiffusionPipeline, dtype=torch.float32, **options):
     assert pipe.tokenize(expected["images"] / 2 + 0.5).equal(expected["tokens"])
     drawn = pipe([0, 3], generator=torch.Generator().manual_seed(0), output_type="tokens").images
     assert drawn.equal(expected["drawn"])
+    torch.testing.assert_close(pipe.detokenize(drawn, "pt"), expected["pictures drawn"])
+    picture = Image.fromarray(expected["picture"].numpy())
+    assert pipe.tokenize(picture).equal(expected["picture tokens"])
     return pipe
 """
 LIST_SNAPSHOT = """
