@@ -3,12 +3,12 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 
+from vfmtok_hf import __version__
 from vfmtok_hf.data.fingerprints import file_sha256
 from vfmtok_hf.data.output_files import check_model_folder, whole_folder
 from vfmtok_hf.modeling.image_processing_vfmtok import VFMTokImageProcessor
@@ -52,7 +52,7 @@ class ConversionReport:
             "source file": self.source.name,
             "source sha256": self.sha256,
             "source entry": self.entry or "the whole file",
-            "converted with": f"vfmtok-hf {version('vfmtok-hf')}",
+            "converted with": f"vfmtok-hf {__version__}",
         }
 
     def summary(self) -> str:

@@ -3,13 +3,13 @@
 import io
 import json
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from vfmtok_hf import __version__
 from vfmtok_hf.conversion.convert import PROVENANCE_FILE
 from vfmtok_hf.data.output_files import is_picture
 from vfmtok_hf.evaluation.results import Result, card_metrics, published_and_measured, results_table
@@ -169,7 +169,7 @@ def _facts(saved: SavedModel) -> dict[str, str]:
 def _provenance(saved: SavedModel) -> dict[str, str]:
     file = saved.folder / PROVENANCE_FILE
     facts = read_json(file) if file.is_file() else {}
-    return {**facts, "published with": f"vfmtok-hf {version('vfmtok-hf')}"}
+    return {**facts, "published with": f"vfmtok-hf {__version__}"}
 
 
 def read_metrics(file: str | Path) -> list[dict[str, Any]]:

@@ -5,7 +5,6 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import validate_repo_id
 
+from vfmtok_hf import __version__
 from vfmtok_hf.conversion import convert_ar, convert_rar, convert_tokenizer
 from vfmtok_hf.conversion.convert import PROVENANCE_FILE, write_provenance
 from vfmtok_hf.data.output_files import whole_file
@@ -175,7 +175,7 @@ def upload(api: HfApi, repo_id: str, folder: Path, private: bool) -> str:
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
-            commit_message=f"Upload with vfmtok-hf {version('vfmtok-hf')}",
+            commit_message=f"Upload with vfmtok-hf {__version__}",
             parent_commit=api.repo_info(repo_id).sha,  # the Hub refuses if someone else committed in the meantime
             delete_patterns=STALE_WEIGHTS,
         )
