@@ -3,7 +3,8 @@ Decoding of image tokens: the original's loop against ours, plain and with packe
 
     python benchmarks/decode.py --model AR-B --dtype float32 --batch-sizes 1 8 32
 
-`--compile` adds compiled steps. `--busy` spins on a second core meanwhile, as another program would. `--only` takes
+`--compile` adds compiled steps. `--ahead` compiles them and measures nothing: for all batch sizes at the same time, in a process
+each, which leave their code in torch's cache. `--busy` spins on a second core meanwhile, as another program would. `--only` takes
 the sides that are named, so that a piece stays short. `--device cuda` leaves out what is the CPU's: packed weights. Random
 weights of the released sizes. `limit` is the share of the memory bandwidth that a plain large matrix-vector product of
 torch, on CUDA a copy, reaches in the same run: bytes of weights and of filled cache that a step has to read, over its time.
@@ -12,6 +13,8 @@ torch, on CUDA a copy, reaches in the same run: bytes of weights and of filled c
 import argparse
 import contextlib
 import multiprocessing
+import os
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -75,10 +78,37 @@ def build_sides(arguments: argparse.Namespace, dtype: torch.dtype) -> dict[str, 
     if arguments.device == "cpu":
         sides["ours, packed"] = partial(draw, pack_weights(build()))
     if arguments.compile:
-        compiled = use_row_sums(build()) if arguments.device == "cpu" else build()
-        compiled.compile_decoding()
-        sides["ours, compiled"] = partial(draw, compiled)
+        sides["ours, compiled"] = compiled_side(arguments, dtype)
     return {name: side for name, side in sides.items() if name == "original" or name in (arguments.only or sides)}
+
+
+def compiled_side(arguments: argparse.Namespace, dtype: torch.dtype) -> Side:
+    model = random_generator(generator_config(arguments.model, arguments.tiny), dtype, arguments.device)
+    if arguments.device == "cpu":
+        use_row_sums(model)
+    model.compile_decoding()
+    return partial(draw, model)
+
+
+def compile_ahead(arguments: argparse.Namespace, dtype: torch.dtype, steps: int) -> None:
+    # By default each process would start as many others as there are cores.
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    context = multiprocessing.get_context("spawn")
+    processes = [
+        context.Process(target=compile_steps, args=(arguments, dtype, steps, batch_size))
+        for batch_size in arguments.batch_sizes
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    sys.exit(any(process.exitcode for process in processes))
+
+
+def compile_steps(arguments: argparse.Namespace, dtype: torch.dtype, steps: int, batch_size: int) -> None:
+    torch.set_num_threads(arguments.threads)
+    labels = torch.zeros(batch_size, dtype=torch.int64, device=arguments.device)
+    compiled_side(arguments, dtype)(labels, steps, 1.0)
 
 
 def main() -> None:
@@ -89,6 +119,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0], help="1 is none")
     parser.add_argument("--steps", type=int, help="tokens of each image; default: a whole one")
     parser.add_argument("--compile", action="store_true", help="measure the compiled step too")
+    parser.add_argument("--ahead", action="store_true", help="only compile, without guidance")
     parser.add_argument("--busy", action="store_true", help="keep another core busy meanwhile")
     parser.add_argument("--only", nargs="+", help="sides to measure besides the original")
     add_machine_options(parser)
@@ -96,10 +127,12 @@ def main() -> None:
 
     torch.set_num_threads(arguments.threads)
     dtype = getattr(torch, arguments.dtype)
-    bandwidth = memory_bandwidth(dtype, arguments.device)
-    print(f"{machine(arguments.device)}; memory {bandwidth / 1e9:.1f} GB/s", flush=True)
     config = generator_config(arguments.model, arguments.tiny)
     steps = arguments.steps or config.num_image_tokens
+    if arguments.ahead:
+        compile_ahead(arguments, dtype, steps)
+    bandwidth = memory_bandwidth(dtype, arguments.device)
+    print(f"{machine(arguments.device)}; memory {bandwidth / 1e9:.1f} GB/s", flush=True)
     sides = build_sides(arguments, dtype)
     for batch_size in arguments.batch_sizes:
         labels = torch.arange(batch_size, device=arguments.device) % config.num_classes

@@ -46,15 +46,19 @@ from result_tables import show_table
 from vfmtok_hf import VFMTokConfig, VFMTokImageProcessor, VFMTokModel, disable_kernels, enable_kernels
 from vfmtok_hf.cpu.packing import keep_freed_memory, pack_weights
 from vfmtok_hf.hub_kernels import active_implementation
+from vfmtok_hf.modeling.modeling_vfmtok import MultiScaleDeformableAttention
 
 
 STRAIGHTFORWARD = "straightforward float32"
 
 
 def graph_sides(device: str) -> list[str]:
-    """The straightforward side, and ours in each dtype, without and with the compiled kernel."""
+    """The straightforward side, and ours in each dtype, without and, where there is one, with the compiled kernel."""
+    attention = enable_kernels(MultiScaleDeformableAttention(), device=device)
+    is_compiled = active_implementation(attention).startswith("compiled")
+    kernels = ("", ", kernel") if is_compiled else ("",)
     prefix = "packed" if device == "cpu" else "ours"
-    ours = [f"{prefix} {name_of(dtype)}{kernel}" for dtype in usable_dtypes(device) for kernel in ("", ", kernel")]
+    ours = [f"{prefix} {name_of(dtype)}{kernel}" for dtype in usable_dtypes(device) for kernel in kernels]
     return [STRAIGHTFORWARD, *ours]
 
 

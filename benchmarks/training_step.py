@@ -4,8 +4,8 @@ Training steps: the original's against ours, time and peak memory.
     python benchmarks/training_step.py
 
 `original_training.py` says what the original's steps compute. Ours are made of what the training scripts call. Random
-weights of the released tokenizer with DINOv2-L and of AR-B, and a RAR of AR-B's width and depth; VGG-16 and the
-discriminator's vision model have random weights too. The original's generators encode their images anew in every step,
+weights of the released tokenizer with DINOv2-L and of AR-B, and a RAR of AR-B's width and depth; VGG-16, LPIPS's channel
+weights and the discriminator's vision model are random too. The original's generators encode their images anew in every step,
 RAR's with the second-nearest tokens of each as a sequence of its own; ours reads tokens that were computed once
 (`--num_crops`, `--codebook_top_k`). The row `tokens at hand` leaves the encoding out.
 Each side has a process of its own, in which ours keeps freed memory as the scripts do; peak memory is that of the whole
@@ -15,10 +15,8 @@ machine has matrix products of it.
 """
 
 import argparse
-import tempfile
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from measuring import SideProcess, add_machine_options, alternate, machine, name_of, usable_dtypes
@@ -31,7 +29,7 @@ from original_training import (
 )
 from random_models import MODEL_CLASSES, GeneratorConfig, generator_config, random_tokenizer, tokenizer_config
 from result_tables import show_table
-from safetensors.torch import save_file
+from torch import nn
 from torchvision.models import vgg16
 from transformers import ViTConfig, ViTModel
 
@@ -59,12 +57,40 @@ BATCH_SIZES = {"tokenizer": 1, "AR-B": 4, "RAR-B": 4}
 COMPILED = "ours, compiled"
 
 
-def random_lpips(dropout: float) -> LPIPS:
-    """LPIPS on a VGG-16 without training, through the file it is read from."""
-    weights = {f"features.{name}": tensor for name, tensor in vgg16().features.state_dict().items()}
-    with tempfile.TemporaryDirectory() as folder:
-        save_file(weights, Path(folder, "vgg.safetensors"))
-        return LPIPS("vgg", str(Path(folder, "vgg.safetensors")), dropout).train()
+class RandomNetwork(nn.Module):
+    """The network of the `lpips` package for VGG-16, without training: no file and no package is needed."""
+
+    # Where a stage ends in torchvision's list of layers: before the pooling.
+    ENDS = (4, 9, 16, 23, 30)
+    CHANNELS = (64, 128, 256, 512, 512)
+
+    def __init__(self, dropout: float):
+        super().__init__()
+        self.layers = vgg16().features[: self.ENDS[-1]]
+        self.lins = nn.ModuleList(
+            nn.Sequential(nn.Dropout(dropout), nn.Conv2d(channels, 1, 1, bias=False)) for channels in self.CHANNELS
+        )
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1))
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1))
+
+    def scaling_layer(self, images: torch.Tensor) -> torch.Tensor:
+        return (images - self.shift) / self.scale
+
+    def net(self, images: torch.Tensor) -> list[torch.Tensor]:
+        stages = []
+        for number, layer in enumerate(self.layers, start=1):
+            images = layer(images)
+            if number in self.ENDS:
+                stages.append(images)
+        return stages
+
+
+class RandomLPIPS(LPIPS):
+    """The operations of LPIPS, which takes the time that LPIPS takes."""
+
+    def __init__(self, dropout: float):
+        nn.Module.__init__(self)
+        self.network = RandomNetwork(dropout).requires_grad_(False)
 
 
 def random_discriminator(vision_config: ViTConfig) -> DiscriminatorObjective:
@@ -73,7 +99,7 @@ def random_discriminator(vision_config: ViTConfig) -> DiscriminatorObjective:
 
 
 def our_step(
-    model: torch.nn.Module, loss_of: Callable[[], torch.Tensor], autocast: bool, weight_decay: float, average: bool
+    model: nn.Module, loss_of: Callable[[], torch.Tensor], autocast: bool, weight_decay: float, average: bool
 ) -> Step:
     """What the loops of the training scripts do with a loss."""
     device = next(model.parameters()).device.type
@@ -105,9 +131,9 @@ def tokenizer_step(
     images = random_images(batch_size, config, device)
     if side == "straightforward":
         judge = random_discriminator(judge_config).to(device)
-        lpips = OriginalLPIPS(random_lpips(dropout=0.5)).to(device)
+        lpips = OriginalLPIPS(RandomLPIPS(dropout=0.5)).to(device)
         return partial(OriginalTokenizerStep(model, lpips, judge, autocast), images)
-    objective = TokenizerObjective(model, WEIGHTS, lpips=random_lpips(dropout=0.0).to(device)).train()
+    objective = TokenizerObjective(model, WEIGHTS, lpips=RandomLPIPS(dropout=0.0).to(device)).train()
     precision = "bf16" if autocast else "no"
     arguments = TokenizerArguments(train_data="", output="", mixed_precision=precision, compile=side == COMPILED)
     set_up_layers(objective, arguments, model.device)

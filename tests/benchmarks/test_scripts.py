@@ -69,7 +69,9 @@ def test_images_without_products_of_bfloat16(tmp_path, monkeypatch):
     import images
 
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    assert images.graph_sides("cpu") == ["straightforward float32", "packed float32", "packed float32, kernel"]
+    for found, sides in (("pure PyTorch", []), ("compiled: here", ["packed float32, kernel"])):
+        monkeypatch.setattr(images, "active_implementation", lambda layer, found=found: found)
+        assert images.graph_sides("cpu") == ["straightforward float32", "packed float32", *sides]
     assert images.memory_sides() == ["straightforward float32", "packed float32"]
     images.measure_preprocessing(1, 1, tiny_config())
     assert "encode, packed float32" in table_of(tmp_path, "preprocessing")[2]

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import ViTConfig
 
 from tests.modeling.generators import tiny_ar, tiny_batch, tiny_rar
 from tests.testing import tiny_config, tiny_images, tiny_model
+from vfmtok_hf.data.image_distances import LPIPS
 from vfmtok_hf.data.token_sets import encode_sequences
 from vfmtok_hf.training.objective import TokenizerObjective
 
@@ -51,13 +53,20 @@ def test_tokenizer_losses_and_gradients_are_equal():
         torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-3, atol=1e-6, msg=name)
 
 
-def test_distances_are_equal():
+@torch.no_grad()
+def test_distances_are_equal(tmp_path):
     from original_training import OriginalLPIPS
-    from training_step import random_lpips
+    from training_step import RandomLPIPS
 
-    metric, (reconstruction, target) = random_lpips(dropout=0.0), torch.rand(2, 1, 3, 32, 32) * 2 - 1
-    expected = metric(reconstruction, target)
-    torch.testing.assert_close(OriginalLPIPS(metric)(reconstruction, target), expected)
+    metric, images = RandomLPIPS(dropout=0.0), torch.rand(2, 1, 3, 32, 32) * 2 - 1
+    torch.testing.assert_close(OriginalLPIPS(metric)(*images), metric(*images))
+
+    weights = {f"features.{name}": tensor for name, tensor in metric.network.layers.state_dict().items()}
+    save_file(weights, tmp_path / "vgg.safetensors")
+    of_the_package = LPIPS("vgg", str(tmp_path / "vgg.safetensors"))
+    for ours, theirs in zip(metric.network.lins, of_the_package.network.lins, strict=True):
+        ours[1].weight.copy_(theirs.model[1].weight)
+    torch.testing.assert_close(metric(*images), of_the_package(*images))
 
 
 def test_second_nearest_tokens_are_equal():
@@ -94,7 +103,7 @@ def test_generator_steps_train(kind, autocast):
 def test_tokenizer_steps_train(side, monkeypatch):
     import training_step
 
-    monkeypatch.setattr(training_step, "random_lpips", lambda dropout: Distance())
+    monkeypatch.setattr(training_step, "RandomLPIPS", lambda dropout: Distance())
     monkeypatch.setattr(training_step, "OriginalLPIPS", lambda distance: distance)
     step = training_step.tokenizer_step(side, True, 2, tiny_config(), JUDGE, "cpu")
     step()
