@@ -22,7 +22,7 @@ from tests.testing import REFERENCE, REFERENCE_AR_CONFIG, reference_tensors
 from vfmtok_hf.conversion import convert_ar, export_original_ar
 from vfmtok_hf.cpu.compiling import use_row_sums
 from vfmtok_hf.cpu.packing import pack_weights
-from vfmtok_hf.modeling import cache_vfmtok, generation_vfmtok
+from vfmtok_hf.modeling import generation_vfmtok
 from vfmtok_hf.modeling.configuration_vfmtok_ar import VFMTokARConfig
 from vfmtok_hf.modeling.modeling_vfmtok_ar import VFMTokARForImageGeneration, apply_rotary, rotary_table
 
@@ -127,7 +127,7 @@ def test_reference_greedy_tokens_and_step_logits(reference, converted, name, gui
 @pytest.mark.timeout(1500)  # inductor compiles for minutes on a busy machine
 def test_reference_greedy_tokens_of_compiled_steps(reference, converted, monkeypatch):
     """Of several rows with a logits processor, and of a single one with sums over products and the draw in the graph."""
-    monkeypatch.setattr(cache_vfmtok, "NUM_BUCKETS", 2)
+    monkeypatch.setattr(generation_vfmtok, "COMPILED_LENGTHS", 2)
     labels, expected, recorder = reference["labels"], reference["gen.cfg1.0.tokens"], Recorder()
     compiled = use_row_sums(converted("ema"))
     torch._dynamo.reset()

@@ -23,7 +23,7 @@ from tests.testing import REFERENCE, reference_tensors
 from vfmtok_hf.conversion import convert_rar, export_original_rar
 from vfmtok_hf.cpu.compiling import use_row_sums
 from vfmtok_hf.cpu.packing import pack_weights
-from vfmtok_hf.modeling import cache_vfmtok, generation_vfmtok, modeling_vfmtok_rar
+from vfmtok_hf.modeling import generation_vfmtok, modeling_vfmtok_rar
 from vfmtok_hf.modeling.configuration_vfmtok_rar import VFMTokRARConfig
 from vfmtok_hf.modeling.modeling_vfmtok_rar import VFMTokRARForImageGeneration, draw_orders, keep_first
 
@@ -154,7 +154,7 @@ def test_reference_greedy_tokens_and_step_logits(reference, model, name, setting
 @pytest.mark.timeout(1500)  # inductor compiles for minutes on a busy machine
 def test_reference_greedy_tokens_of_compiled_steps(reference, model, monkeypatch):
     """Of several rows with a logits processor, and of a single one with sums over products and the draw in the graph."""
-    monkeypatch.setattr(cache_vfmtok, "NUM_BUCKETS", 2)
+    monkeypatch.setattr(generation_vfmtok, "COMPILED_LENGTHS", 2)
     labels, expected, recorder = reference["labels"], reference["gen.guidance0.tokens"], Recorder()
     compiled = use_row_sums(model)
     torch._dynamo.reset()

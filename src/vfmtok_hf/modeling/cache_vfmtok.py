@@ -4,10 +4,6 @@ import torch
 from torch import nn
 
 
-# Visible lengths of the cache. Together with dropping the unconditional rows once, a generation has at most 8 shapes.
-NUM_BUCKETS = 7
-
-
 def kind_of(tensor: torch.Tensor) -> tuple:
     """Properties that must be equal to copy one tensor into another."""
     return tensor.shape, tensor.dtype, tensor.device, tensor.is_inference()
@@ -89,6 +85,7 @@ class DecodeCache(FixedTensors):
     Args:
         num_layers (`int`): number of layers of the generator.
         max_length (`int`): length of the whole sequence without its last token, which no step reads.
+        num_lengths (`int`, *optional*): number of different lengths that `show` rounds up to. By default it does not round.
     """
 
     condition_embeds: torch.Tensor
@@ -98,17 +95,17 @@ class DecodeCache(FixedTensors):
     first_modulated: torch.Tensor
     norm_modulations: torch.Tensor
 
-    def __init__(self, num_layers: int, max_length: int):
+    def __init__(self, num_layers: int, max_length: int, num_lengths: int | None = None):
         super().__init__()
         self.layers = nn.ModuleList(LayerCache(max_length) for _ in range(num_layers))
         self.max_length = max_length
         self.visible_length = max_length
+        self.length_step = 1 if num_lengths is None else -(-max_length // num_lengths)
         self.modulated = range(0)  # positions with precomputed modulations (RAR)
 
     def show(self, length: int) -> None:
-        """Limit steps to the first `length` positions, rounded up to the end of the bucket."""
-        bucket = -(-self.max_length // NUM_BUCKETS)
-        self.visible_length = min(-(-length // bucket) * bucket, self.max_length)
+        """Limit steps to the first `length` positions, rounded up to one of `num_lengths` lengths."""
+        self.visible_length = min(-(-length // self.length_step) * self.length_step, self.max_length)
 
     def mask(self, position: torch.Tensor) -> torch.Tensor:
         """Mask `(1, 1, 1, visible_length)` for attention scores: the lowest number after `position` `()`."""
