@@ -8,6 +8,7 @@ each, which leave their code in torch's cache. `--busy` spins on a second core m
 the sides that are named, so that a piece stays short. `--device cuda` leaves out what is the CPU's: packed weights. Random
 weights of the released sizes. `limit` is the share of the memory bandwidth that a plain large matrix-vector product of
 torch, on CUDA a copy, reaches in the same run: bytes of weights and of filled cache that a step has to read, over its time.
+`ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2` in the environment keeps torch and oneDNN to a processor's AVX2.
 """
 
 import argparse
@@ -145,6 +146,7 @@ def main() -> None:
                 {
                     "model": arguments.model,
                     "dtype": arguments.dtype,
+                    "instruction set": torch.backends.cpu.get_cpu_capability() if arguments.device == "cpu" else "",
                     "threads": arguments.threads,
                     "batch": batch_size,
                     "guidance": scale,

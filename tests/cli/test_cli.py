@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import vfmtok_hf
 from tests.pipelines.tiny_pipeline import ID2LABEL, tiny_pipeline
 from vfmtok_hf import cli, conversion
+from vfmtok_hf.cli import environment
 from vfmtok_hf.cpu import threads as cpu_threads
 from vfmtok_hf.data.token_files import load_tokens
 from vfmtok_hf.data.token_sets import TokenSet
@@ -326,7 +327,9 @@ def test_convert_reports_a_missing_checkpoint(tmp_path):
     vfmtok("convert", "ar", "--output", tmp_path / "out", code=2)
 
 
-def test_info(model):
+def test_info(model, monkeypatch):
+    monkeypatch.setattr(environment, "is_bfloat16_faster", lambda rows: rows == 1)
+    monkeypatch.setattr(environment, "default_device", lambda: torch.device("cpu"))
     stdout, _ = vfmtok("info")
     for fact in (
         vfmtok_hf.__version__,
@@ -334,6 +337,7 @@ def test_info(model):
         "deformable attention",
         "32 x 32 pixels",
         "VFMTokARForImage",
+        "bfloat16 to generate one image, float32 to generate 8 images, float32 to encode, decode and train",
         model,
     ):
         assert fact in stdout

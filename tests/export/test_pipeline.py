@@ -100,6 +100,13 @@ def test_torch_programs_of_a_rar_in_any_order(tiny_rar_programs):
     assert torch.equal(tokens, pipe.transformer.generate(labels, orders=orders, do_sample=False))
 
 
+def test_no_program_mentions_autocast(tiny_rar_programs):
+    """torch records a region without autocast as a graph of its own, `wrap_with_autocast`, on which export has failed."""
+    _, folder, exported = tiny_rar_programs
+    for part in exported:
+        assert "autocast" not in str(torch.export.load(part.file).graph)
+
+
 def test_torch_programs_take_any_batch(tiny_rar_programs):
     pipe, folder, _ = tiny_rar_programs
     encoder = torch.export.load(folder / "encoder.pt2").module()

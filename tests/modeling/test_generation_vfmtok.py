@@ -11,6 +11,7 @@ from transformers import GenerationConfig, LogitsProcessorList, SuppressTokensLo
 from tests.modeling.generators import TINY_SIZES, Recorder, record_forward_rows, tiny_ar, tiny_batch, tiny_rar
 from tests.testing import reference_tensors
 from vfmtok_hf.cpu.packing import pack_weights
+from vfmtok_hf.modeling import modeling_vfmtok_rar
 from vfmtok_hf.modeling.cache_vfmtok import DecodeCache, LayerCache
 from vfmtok_hf.modeling.generation_vfmtok import (
     SamplingSettings,
@@ -355,19 +356,33 @@ class RefuseWaits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Watch:
+    """A callback that refuses waits from the first token drawn to the last of 9."""
+
+    def __init__(self):
+        self.mode = None
+
+    def __call__(self, step, image_tokens):
+        if self.mode is None:
+            self.mode = RefuseWaits()
+            self.mode.__enter__()
+        if step == 8:
+            self.mode.__exit__(None, None, None)
+
+
+WATCHED = {"guidance_scale": 2.0, "guidance_interval": 2, "top_k": 10, "top_p": 0.9, "temperature": 0.8}
+
+
 @pytest.mark.parametrize("do_sample", [True, False])
 def test_no_step_waits_for_the_device_or_has_shapes_from_values(model, do_sample):
-    """From the first token, whose callback begins the watch, to the last, whose callback ends it."""
-    watch = RefuseWaits()
+    model.generate(LABELS, **WATCHED, do_sample=do_sample, generator=torch.Generator(), callback=Watch())
 
-    def callback(step, image_tokens):
-        if step == 0:
-            watch.__enter__()
-        if step == 8:
-            watch.__exit__(None, None, None)
 
-    settings = {"guidance_scale": 2.0, "guidance_interval": 2, "top_k": 10, "top_p": 0.9, "temperature": 0.8}
-    model.generate(LABELS, **settings, do_sample=do_sample, generator=torch.Generator(), callback=callback)
+def test_no_step_of_an_edit_waits_for_the_device(monkeypatch):
+    """Nor the products of a RAR's modulations, of which each step has its own here."""
+    monkeypatch.setattr(modeling_vfmtok_rar, "ROWS_OF_MODULATIONS", 1)
+    edit = {"image_tokens": torch.arange(36).view(4, 9) % 32, "keep_mask": torch.arange(9) % 4 == 0}
+    tiny_rar().generate(LABELS, **WATCHED | {"guidance_interval": 5}, **edit, callback=Watch())
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -500,6 +515,14 @@ def test_a_generation_has_eight_graphs_at_most_and_its_repetition_none(model, se
     assert 2 < count <= 8
     draw(seed=1)
     assert counter.frame_count == count
+
+
+def test_an_edit_has_eight_graphs_at_most():
+    model = tiny_rar()
+    counter = compiled_with_counter(model)
+    edit = {"image_tokens": torch.arange(36).view(4, 9) % 32, "keep_mask": torch.arange(9) < 1}
+    model.generate(LABELS, guidance_scale=3.0, guidance_interval=4, **edit)
+    assert 2 < counter.frame_count <= 8
 
 
 def test_many_numbers_of_rows_are_compiled():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from vfmtok_hf.cpu import precision as cpu_precision
 from vfmtok_hf.cpu.attention import BLOCKWISE_ATTENTION
 from vfmtok_hf.training import precision
 from vfmtok_hf.training.precision import choose_attention, choose_mixed_precision
@@ -25,7 +26,8 @@ def test_attention_that_is_fastest_where_it_runs(device, mixed_precision, dropou
 
 @pytest.mark.parametrize(("seconds", "expected"), [(0.5, "bf16"), (0.9, "no"), (11.0, "no")])
 def test_automatic_precision_is_what_this_cpu_computes_faster(seconds, expected, monkeypatch, caplog):
-    monkeypatch.setattr(precision, "seconds_of_matmul", {torch.bfloat16: seconds, torch.float32: 1.0}.get)
+    times = {torch.bfloat16: seconds, torch.float32: 1.0}
+    monkeypatch.setattr(cpu_precision, "seconds_of_linear", lambda dtype, rows: times[dtype])
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     with caplog.at_level("INFO", "vfmtok_hf.training"):
         assert choose_mixed_precision("auto") == expected
@@ -36,4 +38,4 @@ def test_automatic_precision_is_what_this_cpu_computes_faster(seconds, expected,
 def test_a_gpu_that_emulates_bfloat16_trains_in_float32(monkeypatch):
     for supported in (True, False):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, real=supported: real)
-        assert precision.is_bfloat16_faster(torch.device("cuda")) == supported
+        assert precision.has_fast_bfloat16(torch.device("cuda")) == supported

@@ -8,6 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 from transformers import AutoConfig
 
+from vfmtok_hf.cpu.precision import MANY_ROWS, is_bfloat16_faster
 from vfmtok_hf.hub_kernels import kernel_facts
 
 
@@ -26,7 +27,16 @@ def environment_facts() -> dict[str, str]:
     device = default_device()
     facts = {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}}
     facts["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    if device.type == "cpu":
+        facts["fastest dtype"] = fastest_dtypes()
     return facts | kernel_facts(device)
+
+
+def fastest_dtypes() -> str:
+    """The `--dtype` that this CPU computes fastest, by kind of work."""
+    rows = {"to generate one image": 1, "to generate 8 images": 8, "to encode, decode and train": MANY_ROWS}
+    chosen = {work: "bfloat16" if is_bfloat16_faster(count) else "float32" for work, count in rows.items()}
+    return ", ".join(f"{dtype} {work}" for work, dtype in chosen.items())
 
 
 def _version(package: str) -> str:

@@ -1,17 +1,13 @@
 """Choose the fastest precision and attention on this machine, and recompute activations."""
 
-import time
-
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
 from vfmtok_hf.cpu.attention import fastest_attention
+from vfmtok_hf.cpu.precision import MANY_ROWS, is_bfloat16_faster
 from vfmtok_hf.training.logs import logger
-
-
-SPEEDUP = 1.2  # a smaller speedup does not justify bfloat16's rounding
 
 
 def choose_mixed_precision(mixed_precision: str) -> str:
@@ -22,30 +18,17 @@ def choose_mixed_precision(mixed_precision: str) -> str:
         return mixed_precision
     # By default, Accelerate does not connect CPU processes.
     state = PartialState(cpu=not torch.accelerator.is_available())
-    [chosen] = broadcast_object_list(["bf16" if is_bfloat16_faster(state.device) else "no"])
+    [chosen] = broadcast_object_list(["bf16" if has_fast_bfloat16(state.device) else "no"])
     if state.is_main_process:
         logger.info("mixed_precision auto: %s, which is faster on this machine (%s)", chosen, state.device.type)
     return chosen
 
 
-def is_bfloat16_faster(device: torch.device) -> bool:
-    """Whether the device has bfloat16 units. CPUs are timed, which takes less than a second."""
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether the device has bfloat16 units. CPUs are timed."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu":
-        return False
-    return SPEEDUP * seconds_of_matmul(torch.bfloat16) < seconds_of_matmul(torch.float32)
-
-
-def seconds_of_matmul(dtype: torch.dtype) -> float:
-    """The shortest time of five matrix multiplications on the CPU."""
-    matrix = torch.ones(512, 512, dtype=dtype)
-    durations = []
-    for _ in range(5):
-        started = time.perf_counter()
-        matrix @ matrix
-        durations.append(time.perf_counter() - started)
-    return min(durations)
+    return device.type == "cpu" and is_bfloat16_faster(MANY_ROWS)
 
 
 def choose_attention(
