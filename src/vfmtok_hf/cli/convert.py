@@ -1,8 +1,7 @@
 """`vfmtok convert`: one command for each kind of checkpoint."""
 
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -18,18 +17,11 @@ convert_app = typer.Typer(
 )
 
 
-class Weights(str, Enum):
-    """Which weights of a training checkpoint."""
-
-    ema = "ema"
-    model = "model"
-
-
 CheckpointOption = Annotated[
     Path, typer.Option("--checkpoint", help="The original's file: `.pt`, `.bin` or `.safetensors`.")
 ]
 FolderOption = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
-WeightsOption = Annotated[Weights, typer.Option(help="Moving averages, or the last step's weights.")]
+WeightsOption = Annotated[Literal["ema", "model"], typer.Option(help="Moving averages, or the last step's weights.")]
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", help="JSON object of configuration fields that shapes cannot tell.")
 ]
@@ -45,7 +37,7 @@ def convert_tokenizer(
     vision_model: Annotated[
         str | None, typer.Option(help="Instead: repository or folder of a transformers vision model.")
     ] = None,
-    weights: WeightsOption = Weights.ema,
+    weights: WeightsOption = "ema",
     config: ConfigOption = None,
     dry_run: DryRunOption = False,
     overwrite: OverwriteOption = False,
@@ -55,7 +47,7 @@ def convert_tokenizer(
         from vfmtok_hf import conversion
 
         report = conversion.convert_tokenizer(
-            checkpoint, output, vision_checkpoint, vision_model, weights.value, config, dry_run, overwrite
+            checkpoint, output, vision_checkpoint, vision_model, weights, config, dry_run, overwrite
         )
         print_report(report)
 
@@ -64,7 +56,7 @@ def convert_tokenizer(
 def convert_ar(
     checkpoint: CheckpointOption,
     output: FolderOption,
-    weights: WeightsOption = Weights.ema,
+    weights: WeightsOption = "ema",
     config: ConfigOption = None,
     dry_run: DryRunOption = False,
     overwrite: OverwriteOption = False,
@@ -73,14 +65,14 @@ def convert_ar(
     with one_line_errors():
         from vfmtok_hf import conversion
 
-        print_report(conversion.convert_ar(checkpoint, output, weights.value, config, dry_run, overwrite))
+        print_report(conversion.convert_ar(checkpoint, output, weights, config, dry_run, overwrite))
 
 
 @convert_app.command("rar")
 def convert_rar(
     checkpoint: CheckpointOption,
     output: FolderOption,
-    weights: WeightsOption = Weights.ema,
+    weights: WeightsOption = "ema",
     config: ConfigOption = None,
     dry_run: DryRunOption = False,
     overwrite: OverwriteOption = False,
@@ -89,7 +81,7 @@ def convert_rar(
     with one_line_errors():
         from vfmtok_hf import conversion
 
-        print_report(conversion.convert_rar(checkpoint, output, weights.value, config, dry_run, overwrite))
+        print_report(conversion.convert_rar(checkpoint, output, weights, config, dry_run, overwrite))
 
 
 def print_report(report: "ConversionReport") -> None:

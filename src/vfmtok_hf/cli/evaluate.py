@@ -1,9 +1,8 @@
 """`vfmtok evaluate`: each command calls one function of `vfmtok_hf.evaluation` and shows what it returns."""
 
 from collections.abc import Sequence
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.markup import escape
@@ -34,28 +33,7 @@ if TYPE_CHECKING:
 evaluate_app = typer.Typer(help="Measure tokenizers and generators.", no_args_is_help=True)
 
 
-class ResizeMode(str, Enum):
-    """The original's two ways to another size."""
-
-    reconstruction = "reconstruction"
-    generation = "generation"
-
-
-class SSIMConvention(str, Enum):
-    """Settings of SSIM."""
-
-    original = "original"
-    standard = "standard"
-
-
-class LPIPSNetwork(str, Enum):
-    """Network of LPIPS."""
-
-    alex = "alex"
-    vgg = "vgg"
-    squeeze = "squeeze"
-
-
+ResizeMode = Literal["reconstruction", "generation"]
 PicturesArgument = Annotated[
     list[str],
     typer.Argument(
@@ -117,14 +95,15 @@ def reconstruction(
     features: FeaturesOption = "inception",
     feature_size: FeatureSizeOption = None,
     inception_weights: InceptionWeightsOption = None,
-    lpips: Annotated[LPIPSNetwork | None, typer.Option(help="*Default: no LPIPS.*")] = None,
+    lpips: Annotated[Literal["alex", "vgg", "squeeze"] | None, typer.Option(help="*Default: no LPIPS.*")] = None,
     size: Annotated[
         int | None, typer.Option(min=8, help="Side to measure at; the paper's is 256. *Default: the model's.*")
     ] = None,
-    resize: Annotated[ResizeMode, typer.Option(help="How to get to that size.")] = ResizeMode.reconstruction,
+    resize: Annotated[ResizeMode, typer.Option(help="How to get to that size.")] = "reconstruction",
     ssim: Annotated[
-        SSIMConvention, typer.Option(help="`original` as in the original's script, `standard` as published.")
-    ] = SSIMConvention.original,
+        Literal["original", "standard"],
+        typer.Option(help="`original` as in the original's script, `standard` as published."),
+    ] = "original",
     output: ResultOption = None,
     dataset: DatasetOption = None,
     model: ModelOption = None,
@@ -143,14 +122,14 @@ def reconstruction(
             check_output_file(output)
         pictures = open_pictures(images, split, image_column, streaming)
         pipe = load_pipeline(model, device, dtype, encodes=True)
-        check_ssim_window(size or pipe.vq_model.config.image_size, ssim.value)
+        check_ssim_window(size or pipe.vq_model.config.image_size, ssim)
         extractor = None
         if features != "none":
             extractor = open_features(features, pipe, feature_size, inception_weights)
-        distance = load_lpips(lpips.value, pipe.device) if lpips is not None else None
+        distance = load_lpips(lpips, pipe.device) if lpips is not None else None
         with progress("Reconstructing", number_of(pictures)) as progress_callback:
             result = evaluate_reconstruction(
-                pipe, pictures, extractor, distance, size, resize.value, ssim.value, batch_size, progress_callback
+                pipe, pictures, extractor, distance, size, resize, ssim, batch_size, progress_callback
             )
         print_values(result.values, result.protocol["features"], result.remarks)
         if output is not None:
@@ -190,7 +169,7 @@ def generation(
         int | None,
         typer.Option(min=8, help="Side of samples and reference; the paper's is 256. *Default: the model's.*"),
     ] = None,
-    resize: Annotated[ResizeMode, typer.Option(help="How samples get to that size.")] = ResizeMode.generation,
+    resize: Annotated[ResizeMode, typer.Option(help="How samples get to that size.")] = "generation",
     npz: Annotated[bool, typer.Option("--npz", help="Also write the samples as ADM's suite reads them.")] = False,
     features: FeaturesOption = "inception",
     feature_size: FeatureSizeOption = None,
@@ -239,7 +218,7 @@ def generation(
                 top_k,
                 top_p,
                 size,
-                resize.value,
+                resize,
                 chunk_size=batch_size,
             )
             for scale in scales

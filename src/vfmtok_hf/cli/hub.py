@@ -1,26 +1,19 @@
 """`vfmtok push`."""
 
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from vfmtok_hf.cli.options import one_line_errors, output_console
 
 
-class CheckpointKind(str, Enum):
-    """What an original checkpoint holds."""
-
-    tokenizer = "tokenizer"
-    ar = "ar"
-    rar = "rar"
-
-
 def push(
     source: Annotated[Path, typer.Argument(help="Folder of a saved model; with `--convert` a file of the original.")],
     repo_id: Annotated[str, typer.Argument(metavar="REPOSITORY", help="Such as `you/vfmtok-ar-b`.")],
-    convert: Annotated[CheckpointKind | None, typer.Option(help="Convert the original checkpoint first.")] = None,
+    convert: Annotated[
+        Literal["tokenizer", "ar", "rar"] | None, typer.Option(help="Convert the original checkpoint first.")
+    ] = None,
     vision_model: Annotated[
         str | None, typer.Option(help="With `--convert tokenizer`: vision model to include, a repository or folder.")
     ] = None,
@@ -59,7 +52,7 @@ def push(
         options["results"] = [figure for file in results or [] for figure in measured_results(file)]
         options |= {"samples": samples, "private": private, "dry_run": dry_run}
         if convert is not None:
-            report = hub.push_checkpoint(source, repo_id, convert.value, vision_model, tokenizer, config, **options)
+            report = hub.push_checkpoint(source, repo_id, convert, vision_model, tokenizer, config, **options)
         elif (vision_model, tokenizer, config) == (None, None, None):
             report = hub.push(source, repo_id, **options)
         else:

@@ -1,9 +1,8 @@
 """`vfmtok train`, and `vfmtok extract-tokens` and `vfmtok plot` before and after it."""
 
-from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -24,14 +23,6 @@ train_app = typer.Typer(help="Train image tokenizers and generators.", no_args_i
 OWN_PARSER = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
-class Crops(str, Enum):
-    """Views of a training image."""
-
-    random = "random"
-    ten = "ten"
-    center = "center"
-
-
 def extract_tokens(
     data: Annotated[
         str,
@@ -41,7 +32,7 @@ def extract_tokens(
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the set. An unfinished one goes on.")],
-    crops: Annotated[Crops, typer.Option(help="Views of each image.")] = Crops.random,
+    crops: Annotated[Literal["random", "ten", "center"], typer.Option(help="Views of each image.")] = "random",
     num_crops: Annotated[int, typer.Option(min=1, help="Random crops per image.")] = 4,
     crop_scale: Annotated[
         tuple[float, float], typer.Option(help="Range of their side, as a share of the image's shorter side.")
@@ -77,7 +68,7 @@ def extract_tokens(
         tokenizer = load_tokenizer(resolve_model(model)).to(device or default_device())
         views = ImageViews(
             tokenizer.config.image_size,
-            crops.value,
+            crops,
             num_crops,
             crop_scale,
             horizontal_flip=horizontal_flip,
