@@ -38,15 +38,18 @@ MARKS = {
     "docs": (
         "tests/test_docs.py",
         "tests/test_docstrings.py",
+        "tests/benchmarks/test_run_on_gpu.py",
         "tests/benchmarks/test_scripts.py",
         "tests/examples/test_claims_page.py",
         "tests/examples/test_notebooks.py",
     ),
     "process": (
         "tests/evaluation/test_killed_generation.py",
+        "tests/hub/test_endpoints.py",
         "tests/hub/test_loading.py",
         "tests/hub/test_portable.py",
         "tests/hub/test_pushes.py",
+        "tests/test_registration.py",
     ),
 }
 

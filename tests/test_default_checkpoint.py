@@ -113,6 +113,7 @@ def test_names_asked_for_by_others_exist(pipe):
         pipe.get_label_ids("smily")
 
 
+@pytest.mark.process
 def test_readme_code_runs():
     """Every Python block of the README, one after the other in one process, as a reader would paste them."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)

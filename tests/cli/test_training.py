@@ -34,6 +34,7 @@ def test_mistakes_are_one_line(trainer, argv, message, tmp_path, monkeypatch):
     assert "Traceback" not in result.output
 
 
+@pytest.mark.process
 def test_scripts_end_with_one_line_too(tmp_path):
     command = [sys.executable, "-m", "vfmtok_hf.training.train_generator", "--output", "run", "--train_dta", "images"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
@@ -42,6 +43,7 @@ def test_scripts_end_with_one_line_too(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.process
 def test_without_accelerate_curves_are_plotted_and_trainers_name_the_extra(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"kind": "train", "step": 1, "time": 0, "loss": 2.5}\n')
     code = "import sys; sys.modules['accelerate'] = None; from vfmtok_hf.cli import app; app(sys.argv[1:])"

@@ -187,6 +187,7 @@ print(*(page_faults() for _ in range(5)))
 """
 
 
+@pytest.mark.process
 @pytest.mark.skipif(
     sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"),
     reason="runs with glibc, whose settings these are",

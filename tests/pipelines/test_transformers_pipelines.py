@@ -81,6 +81,7 @@ def test_unknown_options_are_named(model, image_processor):
         transformers.pipeline("image-tokens", model=model, image_processor=image_processor, top_k=3)
 
 
+@pytest.mark.process
 def test_a_saved_pipeline_brings_its_code_along(folder, model, image_processor, tmp_path, monkeypatch):
     """As remote code, in a process that cannot import this package."""
     monkeypatch.setattr(VFMTokConfig, "_auto_class", "AutoConfig")
