@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from vfmtok_hf.data.sources import ImageRecords, cell_bytes, find_image_column, without_decoding
+from vfmtok_hf.data.sources import ImageRecords, cell_bytes, find_column, without_decoding
 from vfmtok_hf.data.streams import Stream
 from vfmtok_hf.data.transforms import Augmentation
 from vfmtok_hf.modeling.image_reading_vfmtok import UnreadableImage, read_image
@@ -105,7 +105,7 @@ class ImageStream(Stream):
         labeled: bool = True,
     ):
         super().__init__(source, split, label_column, class_names, epoch_images, shuffle_buffer, seed, labeled)
-        self.image_column = find_image_column(source, self.features, image_column)
+        self.image_column = find_column("image_column", source, self.features, image_column)
         self.dataset = without_decoding(self.dataset, self.features, self.image_column)
         self.augmentation = augmentation
 

@@ -8,7 +8,7 @@ from typing import TypeAlias
 import PIL.Image
 
 from vfmtok_hf.data.files import DATA_FILES, find_images, holds_data_files
-from vfmtok_hf.data.sources import cell_bytes, features_of, find_image_column, load_dataset, without_decoding
+from vfmtok_hf.data.sources import cell_bytes, features_of, find_column, load_dataset, without_decoding
 from vfmtok_hf.modeling.image_reading_vfmtok import read_image
 
 
@@ -48,7 +48,7 @@ class DatasetPictures(Iterable[Picture]):
     def __init__(self, source: str, split: str, image_column: str | None, streaming: bool):
         dataset = load_dataset(source, split, streaming)
         features = features_of(dataset)
-        self.column = find_image_column(source, features, image_column)
+        self.column = find_column("image_column", source, features, image_column)
         self.dataset = without_decoding(dataset.select_columns([self.column]), features, self.column)
         self.source = source
         self.count: int | None = None if streaming else len(dataset)

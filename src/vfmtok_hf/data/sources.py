@@ -23,8 +23,14 @@ from vfmtok_hf.modeling.image_reading_vfmtok import encoded_bytes, read_image
 
 logger = logging.getLogger("vfmtok_hf.data")
 
-IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "pixel_values")
-LABEL_COLUMNS = ("label", "labels", "cls", "class", "class_name", "category", "target", "fine_label")
+# Type and usual names of the columns that arguments name.
+COLUMNS = {
+    "image_column": ("Image", ("image", "img", "jpg", "jpeg", "png", "webp", "pixel_values")),
+    "label_column": (
+        "ClassLabel",
+        ("label", "labels", "cls", "class", "class_name", "category", "target", "fine_label"),
+    ),
+}
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 ONE_CLASS = ["image"]  # for images whose labels are not read
 END_OF_TAR = 1024  # bytes
@@ -203,12 +209,12 @@ def open_records(
     if folder.is_dir() and not holds_data_files(folder):
         return _folder_records(folder, class_names, labeled)
     dataset = load_dataset(source, split, streaming=False)
-    image_column = find_image_column(str(source), dataset.features, image_column)
+    image_column = find_column("image_column", str(source), dataset.features, image_column)
     images = _Column(without_decoding(dataset, dataset.features, image_column), image_column)
     fingerprint = json_sha256([images.dataset._fingerprint, image_column, len(dataset)])
     if not labeled:
         return ImageRecords(images, [0] * len(dataset), ONE_CLASS, str(source), fingerprint)
-    label_column = find_label_column(str(source), dataset.features, label_column)
+    label_column = find_column("label_column", str(source), dataset.features, label_column)
     labels, class_names = _numbered(str(source), dataset, label_column, class_names)
     rows = [row for row, label in enumerate(labels) if label is not None]
     unlabeled = [_name_of(images[row], str(source), row) for row, label in enumerate(labels) if label is None]
@@ -341,43 +347,29 @@ def _check_end_of_tar(file: Path) -> None:
             raise tarfile.ReadError("its end is missing")
 
 
-def find_image_column(source: str, features: Any, column: str | None) -> str:
+def find_column(argument: str, source: str, features: Any, column: str | None) -> str:
     """
-    Name of the column with images: as passed, else found by type, else by name.
+    Name of the column that `argument`, `image_column` or `label_column`, means: as passed, else found by type, else by
+    name.
 
     Raises:
         ValueError: the column does not exist, or there are no or several candidates. The error lists all columns.
     """
-    import datasets
-
-    return _find_column(source, features, column, "image_column", datasets.Image, IMAGE_COLUMNS)
-
-
-def find_label_column(source: str, features: Any, column: str | None) -> str:
-    """The same for the column with labels."""
-    import datasets
-
-    return _find_column(source, features, column, "label_column", datasets.ClassLabel, LABEL_COLUMNS)
-
-
-def _find_column(
-    source: str, features: Any, column: str | None, argument: str, feature_class: type, known_names: Sequence[str]
-) -> str:
-    columns = ", ".join(f"{name} ({type_name(feature)})" for name, feature in features.items())
+    type_name, usual_names = COLUMNS[argument]
+    types = {name: type(feature).__name__ for name, feature in features.items()}
+    columns = ", ".join(
+        f"{name} ({features[name].dtype if kind == 'Value' else kind})" for name, kind in types.items()
+    )
     if column is not None:
         if column not in features:
             raise ValueError(f"{source} has no column {column!r}: its columns are {columns}. Correct --{argument}.")
         return column
-    found = [name for name, feature in features.items() if isinstance(feature, feature_class)]
-    found = found or [name for name in features if name.lower() in known_names]
+    found = [name for name, kind in types.items() if kind == type_name]
+    found = found or [name for name in features if name.lower() in usual_names]
     if len(found) != 1:
         what = "no column" if not found else f"several columns ({', '.join(found)})"
         raise ValueError(f"{source} has {what} for --{argument}: pass one of {columns}.")
     return found[0]
-
-
-def type_name(feature: Any) -> str:
-    return getattr(feature, "dtype", None) if type(feature).__name__ == "Value" else type(feature).__name__
 
 
 def without_decoding(dataset: Any, features: Any, image_column: str) -> Any:

@@ -16,7 +16,7 @@ from vfmtok_hf.data.sources import (
     damage_named,
     data_files_of,
     features_of,
-    find_label_column,
+    find_column,
     is_null_label,
     known_class_names,
     load_dataset,
@@ -74,7 +74,7 @@ class Stream(IterableDataset):
         dataset = load_dataset(source, split, streaming=True)
         self.source = source
         self.features = features_of(dataset)
-        self.label_column = find_label_column(str(source), self.features, label_column) if labeled else None
+        self.label_column = find_column("label_column", str(source), self.features, label_column) if labeled else None
         class_names = (class_names or known_class_names(self.features, self.label_column)) if labeled else ONE_CLASS
         if class_names is None:
             raise ValueError(

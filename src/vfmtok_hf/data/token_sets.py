@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from vfmtok_hf.data.files import holds_data_files
 from vfmtok_hf.data.fingerprints import file_sha256, json_sha256, weights_sha256
-from vfmtok_hf.data.sources import features_of, find_label_column, known_class_names, load_dataset
+from vfmtok_hf.data.sources import features_of, find_column, known_class_names, load_dataset
 from vfmtok_hf.data.streams import Stream
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 
@@ -233,7 +233,7 @@ class TokenSet(Dataset):
         source, self.index = open_extraction(source, verify)
         self.dataset = load_dataset(source, split, streaming=False)
         self.features = self.dataset.features
-        label_column = find_label_column(self.source, self.features, None)
+        label_column = find_column("label_column", self.source, self.features, None)
         self.class_names = known_class_names(self.features, label_column)
         missing = {"image_tokens", "image", "sha256"} - set(self.features)
         if missing or self.class_names is None:

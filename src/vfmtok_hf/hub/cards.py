@@ -13,7 +13,7 @@ from vfmtok_hf import __version__
 from vfmtok_hf.conversion.convert import PROVENANCE_FILE
 from vfmtok_hf.data.output_files import is_picture
 from vfmtok_hf.evaluation.results import Result, card_metrics, published_and_measured, results_table
-from vfmtok_hf.hub.saved_models import SavedModel, read_json, read_saved_model
+from vfmtok_hf.hub.saved_models import MODELS_BY_TYPE, SavedModel, read_json, read_saved_model
 from vfmtok_hf.modeling.class_names_vfmtok import ClassNames, short_class_name
 from vfmtok_hf.pipelines import VFMTokPipeline
 from vfmtok_hf.plotting import image_grid
@@ -22,6 +22,12 @@ from vfmtok_hf.plotting import image_grid
 CARD_TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 PAPER = "https://arxiv.org/abs/2507.08441"
 
+GENERATOR_USAGE = """\
+import torch
+from vfmtok_hf import {class_name}
+
+generator = {class_name}.from_pretrained("{repo_id}")
+image_tokens = generator.generate(torch.tensor([0]))"""
 USAGE = {
     "pipeline": """\
 from vfmtok_hf import VFMTokPipeline
@@ -34,18 +40,8 @@ from vfmtok_hf import VFMTokPipeline
 pipe = VFMTokPipeline.from_image_tokenizer("{repo_id}"){fetch_for_pipe}
 image_tokens = pipe.tokenize("photo.png")
 reconstruction = pipe.detokenize(image_tokens)[0]""",
-    "vfmtok_ar": """\
-import torch
-from vfmtok_hf import VFMTokARForImageGeneration
-
-generator = VFMTokARForImageGeneration.from_pretrained("{repo_id}")
-image_tokens = generator.generate(torch.tensor([0]))""",
-    "vfmtok_rar": """\
-import torch
-from vfmtok_hf import VFMTokRARForImageGeneration
-
-generator = VFMTokRARForImageGeneration.from_pretrained("{repo_id}")
-image_tokens = generator.generate(torch.tensor([0]))""",
+    "vfmtok_ar": GENERATOR_USAGE,
+    "vfmtok_rar": GENERATOR_USAGE,
 }
 GENERATOR_USAGE_WITHOUT_PACKAGE = """\
 import torch
@@ -147,6 +143,7 @@ def _snippet_values(saved: SavedModel, repo_id: str) -> dict[str, Any]:
     unique = [name for name in names if len(classes.ids(name)) == 1]
     return {
         "repo_id": repo_id,
+        "class_name": "" if saved.index else MODELS_BY_TYPE[saved.kind].__name__,
         "label": json.dumps(unique[0] if unique else 0, ensure_ascii=False),
         "fetch_for_pipe": "\npipe.vq_model.load_vision_model()" if light else "",
         "fetch_for_model": "\nmodel.load_vision_model()" if light else "",

@@ -141,7 +141,7 @@ class VFMTokARDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
-class VFMTokARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGenerationMixin, ClassEmbeddingsMixin):
+class VFMTokARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGenerationMixin, ClassEmbeddingsMixin):  # type: ignore[misc]
     """
     Class-conditional generator of VFMTok image tokens in raster order.
 

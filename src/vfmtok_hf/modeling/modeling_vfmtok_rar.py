@@ -171,7 +171,7 @@ class VFMTokRARDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + gate2 * self.mlp(modulate(self.norm2(hidden_states), shift2, scale2))
 
 
-class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGenerationMixin, ClassEmbeddingsMixin):
+class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGenerationMixin, ClassEmbeddingsMixin):  # type: ignore[misc]
     """
     Class-conditional generator of VFMTok image tokens in any order.
 
