@@ -113,6 +113,6 @@ class ImageStream(Stream):
         """The image of a row; raises as `read_image` does."""
         return read_image(cell_bytes(row[self.image_column], name), name, self.augmentation.min_side)
 
-    def make(self, content: Image.Image, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+    def make_item(self, content: Image.Image, rng: np.random.Generator) -> dict[str, torch.Tensor]:
         """`pixel_values` (3, image_size, image_size) in [-1, 1]."""
         return {"pixel_values": self.augmentation(content, rng)}

@@ -1,4 +1,4 @@
-"""Data sets that are read from front to back: too large to hold, or not here but on the Hub."""
+"""Data sets that are read front to back, because they are too large to store or lie on the Hub."""
 
 import inspect
 import logging
@@ -41,20 +41,20 @@ def shuffle_files(dataset: Any, seed: int) -> Any:
 
 class Stream(IterableDataset):
     """
-    What streams of images and of image tokens share. They differ in what they `read` of a row, and in the item that they
-    `make` of it.
+    Base class of streams of images and of image tokens. A subclass defines `read`, which reads a row, and `make_item`,
+    which turns it into an item.
 
-    An epoch has a fixed number of items. In each epoch the order of the files changes, and rows leave a buffer of
+    An epoch has a fixed number of items. The files are reordered in each epoch, and the rows are shuffled in a buffer of
     `shuffle_buffer`. Every worker of every process reads its own part. A worker that reaches the end of its part
     early reads it again, so all processes take the same number of steps. After a resume, the part of the epoch
     that was seen is read again without decoding it.
 
     Args:
         source, split, label_column, class_names, labeled: as in [`~vfmtok_hf.data.sources.open_records`].
-        epoch_items (`int`, *optional*): items in an epoch, of all processes together. Defaults to the number of rows
+        epoch_items (`int`, *optional*): number of items in an epoch, over all processes. Defaults to the number of rows
             that the data set states.
-        shuffle_buffer (`int`): rows kept by each worker to draw from.
-        seed (`int`): of the order, and of what is random in an item.
+        shuffle_buffer (`int`): number of rows in the buffer of each worker.
+        seed (`int`): seed of the order and of random augmentations.
 
     Raises:
         ValueError: the size of an epoch or the class names are unknown and not passed.
@@ -96,19 +96,19 @@ class Stream(IterableDataset):
 
     def read(self, row: dict[str, Any], name: str) -> Any:
         """
-        What a row holds.
+        Read a row, which `name` describes in messages.
 
         Raises:
-            UnreadableImage: it is damaged or empty; the next row takes its place.
+            UnreadableImage: the row is damaged or empty; the next row takes its place.
         """
         raise NotImplementedError
 
-    def make(self, content: Any, rng: np.random.Generator) -> dict[str, torch.Tensor]:
-        """The item, but for `label` and `index`."""
+    def make_item(self, content: Any, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+        """Create an item, without its `label` and `index`, from what `read` returned."""
         raise NotImplementedError
 
     def set_share(self, batch_size: int, num_processes: int = 1, process_index: int = 0, num_workers: int = 0) -> None:
-        """How the items are dealt out: a part to each worker of each process, `batch_size` at a time."""
+        """Set how items are divided: each worker of each process has a part, and yields it `batch_size` items at a time."""
         self.batch_size = batch_size
         self.num_processes = num_processes
         self.process_index = process_index
@@ -173,7 +173,7 @@ class Stream(IterableDataset):
                 continue
             for place in places:
                 rng = np.random.default_rng((self.seed, self.epoch, part, place))
-                yield {**self.make(content, rng), "label": label, "index": place * self.parts + part}
+                yield {**self.make_item(content, rng), "label": label, "index": place * self.parts + part}
             places = []
 
     def _label(self, row: dict[str, Any], name: str) -> int:

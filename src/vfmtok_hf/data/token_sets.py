@@ -297,11 +297,12 @@ class TokenSet(Dataset):
 
 class TokenStream(Stream):
     """
-    A [`Stream`] of labeled image tokens. Unlike in a [`TokenSet`] each sequence is an item, whichever image it is of.
+    A [`Stream`] of labeled image tokens. Each token sequence is an item; a [`TokenSet`] has an item per image.
 
     Args:
         source, verify, split: as in [`TokenSet`].
-        epoch_sequences (`int`, *optional*): the `epoch_items` of [`Stream`]; `shuffle_buffer` and `seed` are its too.
+        epoch_sequences (`int`, *optional*): number of sequences in an epoch, the `epoch_items` of [`Stream`].
+        shuffle_buffer, seed: as in [`Stream`].
     """
 
     def __init__(
@@ -320,7 +321,7 @@ class TokenStream(Stream):
         """The token sequence of a row."""
         return torch.tensor(row["image_tokens"])
 
-    def make(self, content: torch.Tensor, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+    def make_item(self, content: torch.Tensor, rng: np.random.Generator) -> dict[str, torch.Tensor]:
         """`image_tokens` (num_image_tokens,) int64."""
         return {"image_tokens": content}
 
