@@ -45,7 +45,7 @@ def test_fits_the_wheel():
 
 def test_card_and_notices_are_there():
     card = (Path(DEFAULT_CHECKPOINT) / "README.md").read_text()
-    assert re.search(r"PSNR \*\*\d\d\.\d\d dB\*\*", card)
+    assert re.search(r"PSNR is \*\*\d\d\.\d\d dB\*\*", card)
     for name in ("ATTRIBUTION.md", "LICENSE.efficientnet-lite0", "samples.png", "reconstructions.png"):
         assert (Path(DEFAULT_CHECKPOINT) / name).stat().st_size > 0
 

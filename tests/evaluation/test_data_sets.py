@@ -106,7 +106,7 @@ def test_columns_and_sources_that_cannot_be_told_are_refused(data, tmp_path):
     model = ("--features", "none", "-m", data / "model")
     assert "number" in error_of("reconstruction", data / "rows.parquet", "--image-column", "picture", *model)
     assert "one data set" in error_of("reconstruction", data / "rows.parquet", data / "rows.tar", *model)
-    assert "pass their --split" in error_of("reconstruction", data / "files", "--streaming", *model)
+    assert "pass --split as well" in error_of("reconstruction", data / "files", "--streaming", *model)
     assert "no data file" in error_of("reconstruction", tmp_path / "none.parquet", *model)
     assert "both images and data files" in error_of("reconstruction", data, *model)
     picture = (data / "files" / "000.png").read_bytes()

@@ -80,4 +80,4 @@ def test_card_without_figures_and_pictures_has_no_empty_sections(published):
 
 def test_existing_cards_are_published_as_they_are():
     report = push(DEFAULT_CHECKPOINT, "me/emoji", dry_run=True)
-    assert "# Emoji: the checkpoint that comes with vfmtok-hf" in report.card
+    assert "# Emoji: the checkpoint that ships with vfmtok-hf" in report.card
