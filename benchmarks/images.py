@@ -3,8 +3,9 @@ Images to tokens and back: the straightforward float32 graph against ours; prepr
 
     python benchmarks/images.py --batch-sizes 1
     python benchmarks/images.py --measure preprocessing memory --batch-sizes 8
+    python benchmarks/images.py --model vfmae
 
-Random weights of the released tokenizer (DINOv2-L, 336 x 336). The straightforward side runs the same modules as torch
+Random weights of the released tokenizer (DINOv2-L, 336 x 336), or of VFMAE (256 x 256), of which the graphs alone are measured. The straightforward side runs the same modules as torch
 has them, upsampling as the original does, without a compiled kernel. Each side has a process of its own, in which ours
 keeps freed memory. `limit` is the share of the arithmetic that a large matrix product in the same dtype reaches in the
 same run, oneDNN's if that is the faster one; all sides are counted the straightforward one's operations. Sides in bfloat16
@@ -40,10 +41,18 @@ from measuring import (
 )
 from original_upsampling import original_upsampling
 from PIL import Image
-from random_models import random_tokenizer, tokenizer_config
+from random_models import random_tokenizer, tokenizer_config, vfmae_config
 from result_tables import show_table
 
-from vfmtok_hf import VFMTokConfig, VFMTokImageProcessor, VFMTokModel, disable_kernels, enable_kernels
+from vfmtok_hf import (
+    VFMAEConfig,
+    VFMAEModel,
+    VFMTokConfig,
+    VFMTokImageProcessor,
+    VFMTokModel,
+    disable_kernels,
+    enable_kernels,
+)
 from vfmtok_hf.cpu.packing import keep_freed_memory, pack_weights
 from vfmtok_hf.hub_kernels import active_implementation
 from vfmtok_hf.modeling.modeling_vfmtok import MultiScaleDeformableAttention
@@ -66,10 +75,12 @@ def dtype_of(side: str) -> torch.dtype:
     return torch.bfloat16 if "bfloat16" in side else torch.float32
 
 
-def build_graph(side: str, batch_size: int, threads: int, device: str, tiny: bool) -> Callable[[str], None]:
-    """Runs a part of the tokenizer by its name."""
+def build_graph(
+    side: str, batch_size: int, threads: int, device: str, config: VFMTokConfig | VFMAEConfig
+) -> Callable[[str], None]:
+    """Runs a part of the model by its name."""
     torch.set_num_threads(threads)
-    model = disable_kernels(random_tokenizer(tokenizer_config(tiny), device)).to(dtype_of(side))
+    model = disable_kernels(random_tokenizer(config, device)).to(dtype_of(side))
     if side.endswith("kernel"):
         enable_kernels(model)
     if side != STRAIGHTFORWARD and device == "cpu":
@@ -86,18 +97,22 @@ def build_graph(side: str, batch_size: int, threads: int, device: str, tiny: boo
     return torch.no_grad()(run)
 
 
-def graph_parts(model: VFMTokModel, batch_size: int) -> dict[str, Callable[[], object]]:
+def graph_parts(model: VFMTokModel | VFMAEModel, batch_size: int) -> dict[str, Callable[[], object]]:
+    config = model.config
     with model.device:
-        images = torch.randn(batch_size, 3, model.config.image_size, model.config.image_size).clamp(-1, 1)
-        image_tokens = torch.randint(model.config.codebook_size, (batch_size, model.config.num_anchors))
+        images = torch.randn(batch_size, 3, config.image_size, config.image_size).clamp(-1, 1)
+        if isinstance(config, VFMAEConfig):
+            codes = torch.randn(batch_size, *config.latent_shape)
+        else:
+            codes = torch.randint(config.codebook_size, (batch_size, config.num_anchors))
     return {
         "vision model": lambda: model.extract_vision_features(images),
         "encode": lambda: model.encode(images),
-        "decode": lambda: model.decode(image_tokens=image_tokens),
+        "decode": lambda: model.decode(codes),
     }
 
 
-def count_operations(config: VFMTokConfig, batch_size: int, device: str) -> dict[str, int]:
+def count_operations(config: VFMTokConfig | VFMAEConfig, batch_size: int, device: str) -> dict[str, int]:
     counts = {}
     with torch.no_grad(), original_upsampling():
         for part, run in graph_parts(disable_kernels(random_tokenizer(config, device)), batch_size).items():
@@ -107,13 +122,13 @@ def count_operations(config: VFMTokConfig, batch_size: int, device: str) -> dict
     return counts
 
 
-def measure_graphs(batch_size: int, runs: int, device: str, tiny: bool) -> None:
+def measure_graphs(batch_size: int, runs: int, device: str, config: VFMTokConfig | VFMAEConfig) -> None:
     limits = {dtype: arithmetic_limit(dtype, device) for dtype in usable_dtypes(device)}
     print({name_of(dtype): f"{limit / 1e9:.0f} GFLOP/s" for dtype, limit in limits.items()})
-    operations = count_operations(tokenizer_config(tiny), batch_size, device)
+    operations = count_operations(config, batch_size, device)
     threads = torch.get_num_threads()
     sides = {
-        name: SideProcess(build_graph, name, batch_size, threads, device, tiny, device=device)
+        name: SideProcess(build_graph, name, batch_size, threads, device, config, device=device)
         for name in graph_sides(device)
     }
     for part, count in operations.items():
@@ -130,7 +145,7 @@ def measure_graphs(batch_size: int, runs: int, device: str, tiny: bool) -> None:
             }
             for name, time in seconds.items()
         ]
-        show_table("images", table)
+        show_table("images_vfmae" if isinstance(config, VFMAEConfig) else "images", table)
     for process in sides.values():
         process.close()
 
@@ -221,12 +236,14 @@ def reset_peak() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
     measures = ["graphs", "preprocessing", "memory"]
-    parser.add_argument("--measure", choices=measures, nargs="+", help="default: all, on CUDA the graphs")
+    parser.add_argument("--measure", choices=measures, nargs="+", help="default: all, on CUDA and of VFMAE the graphs")
+    parser.add_argument("--model", choices=["tokenizer", "vfmae"], default="tokenizer")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1])
     parser.add_argument("--peak-of", nargs=4, help=argparse.SUPPRESS)
     add_machine_options(parser)
     arguments = parser.parse_args()
-    config = tokenizer_config(arguments.tiny)
+    is_vfmae = arguments.model == "vfmae"
+    config = (vfmae_config if is_vfmae else tokenizer_config)(arguments.tiny)
     if arguments.peak_of:
         part, side, batch_size, threads = arguments.peak_of
         torch.set_num_threads(int(threads))
@@ -234,10 +251,12 @@ def main() -> None:
         return
     torch.set_num_threads(arguments.threads)
     print(machine(arguments.device))
-    wanted = arguments.measure or (measures if arguments.device == "cpu" else ["graphs"])
+    wanted = arguments.measure or (measures if arguments.device == "cpu" and not is_vfmae else ["graphs"])
+    if is_vfmae and wanted != ["graphs"]:
+        parser.error("of --model vfmae the graphs alone are measured")
     for batch_size in arguments.batch_sizes:
         if "graphs" in wanted:
-            measure_graphs(batch_size, arguments.runs, arguments.device, arguments.tiny)
+            measure_graphs(batch_size, arguments.runs, arguments.device, config)
         if "preprocessing" in wanted:
             measure_preprocessing(batch_size, arguments.runs, config)
         if "memory" in wanted:

@@ -14,7 +14,7 @@ from torch import nn
 
 from vfmtok_hf import VFMTokARForImageGeneration, VFMTokRARForImageGeneration
 from vfmtok_hf.modeling.generation_vfmtok import power_cosine_guidance
-from vfmtok_hf.modeling.modeling_vfmtok_ar import rotary_table
+from vfmtok_hf.modeling.rotary_vfmtok import rotary_table
 
 
 def rms_norm(states: torch.Tensor, norm: nn.RMSNorm) -> torch.Tensor:

@@ -17,8 +17,9 @@ from torch import nn
 
 from vfmtok_hf import VFMTokARForImageGeneration, VFMTokModel, VFMTokRARForImageGeneration
 from vfmtok_hf.data.image_distances import LPIPS
+from vfmtok_hf.modeling.class_embeddings_vfmtok import drop_labels
 from vfmtok_hf.modeling.modeling_vfmtok import entropy_loss
-from vfmtok_hf.modeling.modeling_vfmtok_ar import apply_rotary, drop_labels, rotary_table
+from vfmtok_hf.modeling.rotary_vfmtok import apply_rotary, rotary_table
 from vfmtok_hf.training.discriminator import DiscriminatorObjective
 
 

@@ -6,6 +6,8 @@ import torch
 
 from vfmtok_hf import (
     DEFAULT_CHECKPOINT,
+    VFMAEConfig,
+    VFMAEModel,
     VFMTokARConfig,
     VFMTokARForImageGeneration,
     VFMTokConfig,
@@ -34,6 +36,16 @@ def tokenizer_config(tiny: bool = False) -> VFMTokConfig:
     return config
 
 
+def vfmae_config(tiny: bool = False) -> VFMAEConfig:
+    """DINOv2-L at 224 x 224 and images of 256 x 256, the released model."""
+    if not tiny:
+        return VFMAEConfig()
+    vision_config = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "patch_size": 14}
+    sizes = {"hidden_size": 64, "encoder_num_layers": 2, "decoder_num_layers": 2, "decoder_intermediate_size": 88}
+    layers = {"vision_feature_layers": [1, 2, 3, 4], "pixel_decoder_base_channels": 32}
+    return VFMAEConfig(vision_config=vision_config, **sizes, **layers)
+
+
 def generator_config(name: str, tiny: bool = False) -> GeneratorConfig:
     """`name` as in AR-B or RAR-L; a tiny one has the family of its name."""
     family, variant = name.split("-")
@@ -44,10 +56,11 @@ def generator_config(name: str, tiny: bool = False) -> GeneratorConfig:
     return config_class(**RAR_B) if name == "RAR-B" else config_class.from_variant(variant)
 
 
-def random_tokenizer(config: VFMTokConfig, device: str = "cpu") -> VFMTokModel:
+def random_tokenizer(config: VFMTokConfig | VFMAEConfig, device: str = "cpu") -> VFMTokModel | VFMAEModel:
     torch.manual_seed(0)
+    model_class = VFMAEModel if isinstance(config, VFMAEConfig) else VFMTokModel
     with torch.device(device):
-        return VFMTokModel(config).eval()
+        return model_class(config).eval()
 
 
 def random_generator(config: GeneratorConfig, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Generator:

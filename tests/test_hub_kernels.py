@@ -17,9 +17,18 @@ from torch import nn
 from transformers import DeformableDetrConfig, DeformableDetrModel, ResNetConfig
 
 from tests.pipelines.tiny_pipeline import tiny_pipeline
-from tests.testing import REFERENCE, reference_images, tiny_images, tiny_model
-from vfmtok_hf import VFMTokModel, hub_kernels
-from vfmtok_hf.conversion import convert_tokenizer
+from tests.testing import (
+    REFERENCE,
+    REFERENCE_TOKENIZER_CONFIG,
+    reference_images,
+    reference_tensors,
+    tiny_images,
+    tiny_model,
+    tiny_vfmae,
+)
+from vfmtok_hf import VFMAEModel, VFMTokModel, hub_kernels
+from vfmtok_hf.conversion import convert_tokenizer, convert_vfmae
+from vfmtok_hf.cpu.packing import pack_weights
 from vfmtok_hf.hub_kernels import active_implementation, disable_kernels, enable_kernels, kernel_facts
 from vfmtok_hf.modeling.modeling_vfmtok import MultiScaleDeformableAttention
 
@@ -149,6 +158,22 @@ def test_converted_tokenizer_gives_the_same_image_tokens(kernel_build, tmp_path)
     assert active_implementation(model).startswith("compiled")
     assert torch.equal(encoded.image_tokens, expected.image_tokens)
     torch.testing.assert_close(encoded.latents, expected.latents, rtol=0, atol=1e-5)
+
+
+@pytest.mark.kernel
+def test_converted_vfmae_gives_the_same_latents(kernel_build, tmp_path):
+    convert_vfmae(
+        REFERENCE / "vfmae" / "vfmae.pt",
+        tmp_path / "converted",
+        vision_checkpoint=REFERENCE / "vfmae" / "backbone.pt",
+        config=REFERENCE_TOKENIZER_CONFIG,
+    )
+    model = pack_weights(VFMAEModel.from_pretrained(tmp_path / "converted").eval())
+    enable_kernels(model, path=kernel_build)
+    assert active_implementation(model).startswith("compiled")
+    with torch.no_grad():
+        latents = model.encode(reference_images("b256_0", "b256_1", model="vfmae")).latents
+    torch.testing.assert_close(latents, reference_tensors("vfmae")["b256.encode_imgs"], rtol=0, atol=5e-5)
 
 
 @pytest.mark.kernel
@@ -389,12 +414,13 @@ def test_pipelines_work_without_the_package(monkeypatch):
 # Binding
 
 
-def test_whole_models_are_bound_and_unbound(python_kernel):
-    model = tiny_model()
+@pytest.mark.parametrize("build", [tiny_model, tiny_vfmae])
+def test_whole_models_are_bound_and_unbound(build, python_kernel):
+    model = build()
     assert active_implementation(model) == "pure PyTorch"
     assert enable_kernels(model, path=python_kernel()) is model
     assert active_implementation(model).startswith("compiled")
-    assert model.state_dict().keys() == tiny_model().state_dict().keys()
+    assert model.state_dict().keys() == build().state_dict().keys()
     assert disable_kernels(model) is model
     assert active_implementation(model) == "pure PyTorch"
     model.encode(tiny_images())

@@ -15,6 +15,8 @@ FIRST_IMPORTS = (
     "import vfmtok_hf; from diffusers import DiffusionPipeline",
     "import vfmtok_hf.modeling.modeling_vfmtok_ar",
     "import vfmtok_hf.modeling.modeling_vfmtok_rar",
+    "import vfmtok_hf.modeling.modeling_vfmae",
+    "import vfmtok_hf.modeling.modeling_vfmtok_dit",
     "import vfmtok_hf.modeling.image_tokens_vfmtok",
     "import vfmtok_hf.pipelines",
 )
@@ -27,12 +29,15 @@ for config, model in (
     (v.VFMTokConfig, v.VFMTokModel),
     (v.VFMTokARConfig, v.VFMTokARForImageGeneration),
     (v.VFMTokRARConfig, v.VFMTokRARForImageGeneration),
+    (v.VFMAEConfig, v.VFMAEModel),
+    (v.VFMTokDiTConfig, v.VFMTokDiTForImageGeneration),
 ):
     assert CONFIG_MAPPING[config.model_type] is config
     assert MODEL_MAPPING[config] is model
     assert (config._auto_class, model._auto_class) == ("AutoConfig", "AutoModel")
-registered = IMAGE_PROCESSOR_MAPPING[v.VFMTokConfig]  # a dictionary in transformers since 5.4, a tuple before
-assert v.VFMTokImageProcessor in getattr(registered, "values", lambda: registered)()
+for config in (v.VFMTokConfig, v.VFMAEConfig):
+    registered = IMAGE_PROCESSOR_MAPPING[config]  # a dictionary in transformers since 5.4, a tuple before
+    assert v.VFMTokImageProcessor in getattr(registered, "values", lambda: registered)()
 assert PIPELINE_REGISTRY.check_task("image-tokens")[1]["impl"] is v.VFMTokImageTokensPipeline
 """
 

@@ -96,7 +96,9 @@ def test_component_module_paths_are_frozen():
     assert VFMTokImageProcessor.__module__ == "vfmtok_hf.modeling.image_processing_vfmtok"
 
 
-@pytest.mark.parametrize("name", ["VFMTokConfig", "VFMTokARConfig", "VFMTokRARConfig"])
+@pytest.mark.parametrize(
+    "name", ["VFMTokConfig", "VFMTokARConfig", "VFMTokRARConfig", "VFMAEConfig", "VFMTokDiTConfig"]
+)
 def test_configurations_check_types(name):
     """Postponed annotations would silently switch it off."""
     import vfmtok_hf
@@ -105,7 +107,7 @@ def test_configurations_check_types(name):
         getattr(vfmtok_hf, name)(hidden_size="wide")
 
 
-@pytest.mark.parametrize("name", ["vfmtok", "vfmtok_ar", "vfmtok_rar"])
+@pytest.mark.parametrize("name", ["vfmtok", "vfmtok_ar", "vfmtok_rar", "vfmae", "vfmtok_dit"])
 def test_every_configuration_field_has_a_reader(name):
     source = "\n".join(path.read_text() for path in (PACKAGE).rglob("*.py"))
     tree = ast.parse((PACKAGE / "modeling" / f"configuration_{name}.py").read_text())

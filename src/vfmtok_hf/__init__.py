@@ -16,15 +16,20 @@ from wrapt import when_imported
 
 if TYPE_CHECKING:
     from .hub_kernels import disable_kernels, enable_kernels
+    from .modeling.configuration_vfmae import VFMAEConfig
     from .modeling.configuration_vfmtok import VFMTokConfig
     from .modeling.configuration_vfmtok_ar import VFMTokARConfig
+    from .modeling.configuration_vfmtok_dit import VFMTokDiTConfig
     from .modeling.configuration_vfmtok_rar import VFMTokRARConfig
     from .modeling.image_processing_vfmtok import VFMTokImageProcessor
     from .modeling.image_tokens_vfmtok import VFMTokImageTokensPipeline
+    from .modeling.modeling_vfmae import VFMAEModel
     from .modeling.modeling_vfmtok import VFMTokModel
     from .modeling.modeling_vfmtok_ar import VFMTokARForImageGeneration
+    from .modeling.modeling_vfmtok_dit import VFMTokDiTForImageGeneration
     from .modeling.modeling_vfmtok_rar import VFMTokRARForImageGeneration
     from .pipelines.pipeline_vfmtok import VFMTokPipeline
+    from .pipelines.pipeline_vfmtok_dit import VFMTokDiTPipeline
 
 __version__ = "0.1.0"
 
@@ -32,9 +37,14 @@ DEFAULT_CHECKPOINT = str(Path(__file__).parent / "checkpoints" / "emoji")
 """Folder of the small pipeline that comes with the package: 64 x 64 emoji, fourteen classes."""
 
 _MODULES = {
+    "VFMAEConfig": "modeling.configuration_vfmae",
+    "VFMAEModel": "modeling.modeling_vfmae",
     "VFMTokARConfig": "modeling.configuration_vfmtok_ar",
     "VFMTokARForImageGeneration": "modeling.modeling_vfmtok_ar",
     "VFMTokConfig": "modeling.configuration_vfmtok",
+    "VFMTokDiTConfig": "modeling.configuration_vfmtok_dit",
+    "VFMTokDiTForImageGeneration": "modeling.modeling_vfmtok_dit",
+    "VFMTokDiTPipeline": "pipelines.pipeline_vfmtok_dit",
     "VFMTokImageProcessor": "modeling.image_processing_vfmtok",
     "VFMTokImageTokensPipeline": "modeling.image_tokens_vfmtok",
     "VFMTokModel": "modeling.modeling_vfmtok",
@@ -68,9 +78,14 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "DEFAULT_CHECKPOINT",
+    "VFMAEConfig",
+    "VFMAEModel",
     "VFMTokARConfig",
     "VFMTokARForImageGeneration",
     "VFMTokConfig",
+    "VFMTokDiTConfig",
+    "VFMTokDiTForImageGeneration",
+    "VFMTokDiTPipeline",
     "VFMTokImageProcessor",
     "VFMTokImageTokensPipeline",
     "VFMTokModel",

@@ -64,6 +64,19 @@ def test_preprocessing_and_peaks_of_images(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["bytes"] >= 0
 
 
+def test_graphs_of_vfmae(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import images
+    from random_models import random_tokenizer, vfmae_config
+
+    parts = images.graph_parts(random_tokenizer(vfmae_config(tiny=True)), 1)
+    with torch.no_grad():
+        outputs = {part: run() for part, run in parts.items()}
+    assert outputs["encode"].latents.shape == (1, 32, 16, 16)
+    assert outputs["decode"].reconstruction.shape == (1, 3, 256, 256)
+    assert images.count_operations(vfmae_config(tiny=True), 1, "cpu")["decode"] > 1e6
+
+
 def test_images_without_products_of_bfloat16(tmp_path, monkeypatch):
     """As on a CPU that stops at AVX2, where oneDNN refuses them."""
     import images

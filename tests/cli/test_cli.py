@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 import vfmtok_hf
-from tests.pipelines.tiny_pipeline import ID2LABEL, tiny_pipeline
+from tests.pipelines.tiny_pipeline import ID2LABEL, tiny_dit_pipeline, tiny_pipeline
 from vfmtok_hf import cli, conversion
 from vfmtok_hf.cli import environment
 from vfmtok_hf.cpu import threads as cpu_threads
@@ -298,6 +298,42 @@ def test_reconstruct_shows_pairs_and_their_psnr(model, photographs, tmp_path):
     assert os.listdir(tmp_path / "pairs") == ["a.png"]
 
 
+@pytest.fixture(scope="module")
+def continuous(tmp_path_factory):
+    """A pipeline of a continuous autoencoder, and in `alone` the autoencoder."""
+    folder = tmp_path_factory.mktemp("continuous")
+    pipe = tiny_dit_pipeline()
+    pipe.save_pretrained(folder / "pipe")
+    for part in (pipe.vae, pipe.image_processor):
+        part.save_pretrained(folder / "alone")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["pipe", "alone"])
+def test_reconstruct_by_a_continuous_autoencoder(continuous, name, photographs, tmp_path):
+    stdout, _ = vfmtok("reconstruct", photographs, "-m", continuous / name, "--output", tmp_path / "pairs")
+    assert sorted(os.listdir(tmp_path / "pairs")) == ["a.png", "b.jpg.png", "c.png"]
+    assert "mean" in stdout
+    _, stderr = vfmtok("tokenize", photographs, "-m", continuous / name, "-o", tmp_path / "tokens.npy", code=1)
+    assert re.search("of type 'vfmae', not 'vfmtok'|VFMTokDiTPipeline, not a VFMTokPipeline", stderr)
+
+
+@pytest.mark.parametrize(
+    ("name", "facts"),
+    [
+        (
+            "pipe",
+            ["VFMTokDiTForImageGeneration, 2 layers of width 16 and 1 of width 24", "4 x 3 x 3 continuous values"],
+        ),
+        ("alone", ["4 x 3 x 3 continuous values", "dinov2_with_registers"]),
+    ],
+)
+def test_info_of_a_continuous_autoencoder(continuous, name, facts):
+    stdout, _ = vfmtok("info", "-m", continuous / name)
+    for fact in facts:
+        assert fact in stdout
+
+
 # -- convert and info
 
 
@@ -308,16 +344,18 @@ def test_convert_hands_everything_to_the_library(tmp_path, monkeypatch):
         def summary(self):
             return "what happened"
 
-    for kind in ("tokenizer", "ar", "rar"):
+    for kind in ("tokenizer", "ar", "rar", "vfmae", "dit"):
         function = f"convert_{kind}"
         monkeypatch.setattr(conversion, function, lambda *a, kind=kind: calls.update({kind: a}) or Report())
     checkpoint, output, config = (tmp_path / name for name in ("original.pt", "converted", "config.json"))
     options = ["--checkpoint", checkpoint, "--output", output, "--weights", "model", "--config", config, "--dry-run"]
-    for kind in ("ar", "rar"):
+    for kind in ("ar", "rar", "dit"):
         assert vfmtok("convert", kind, *options)[0] == "what happened\n"
         assert calls[kind] == (checkpoint, output, "model", config, True, False)
     vfmtok("convert", "tokenizer", *options, "--vision-model", "facebook/model", "--overwrite")
     assert calls["tokenizer"] == (checkpoint, output, None, "facebook/model", "model", config, True, True)
+    vfmtok("convert", "vfmae", *options, "--latent-statistics", tmp_path / "stats.pt")
+    assert calls["vfmae"] == (checkpoint, output, None, None, tmp_path / "stats.pt", "model", config, True, False)
 
 
 def test_convert_reports_a_missing_checkpoint(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.evaluation.folders import write_color_classes, write_images
-from tests.pipelines.tiny_pipeline import tiny_pipeline
+from tests.pipelines.tiny_pipeline import tiny_dit_pipeline, tiny_pipeline
 from vfmtok_hf import cli
 from vfmtok_hf.evaluation.results import measured_results
 
@@ -39,6 +39,17 @@ def test_reconstruction(model, tmp_path):
     assert {"psnr", "ssim", "rfid"} <= {result.metric for result in results}
     assert results[0].setting == "32 -> 16"
     assert "resize reconstruction" in results[0].source
+
+
+def test_reconstruction_by_a_continuous_autoencoder(tmp_path):
+    write_images(tmp_path / "images", 3)
+    pipe = tiny_dit_pipeline()
+    for part in (pipe.vae, pipe.image_processor):
+        part.save_pretrained(tmp_path / "vfmae")
+    arguments = ("reconstruction", tmp_path / "images", "-m", tmp_path / "vfmae")
+    stdout, stderr = evaluate(*arguments, "--features", "none")
+    assert "PSNR" in stdout
+    assert "codebook" not in stdout + stderr
 
 
 def test_generation_sweep_and_its_continuation(model, tmp_path):

@@ -12,6 +12,10 @@ TOKENIZER = REFERENCE / "tokenizer" / "tokenizer.pt"
 DINOV2 = REFERENCE / "tokenizer" / "backbone.pt"
 AR = REFERENCE / "gpt" / "gpt.pt"
 RAR = REFERENCE / "rar" / "model.safetensors"
+VFMAE = REFERENCE / "vfmae" / "vfmae.pt"
+VFMAE_DINOV2 = REFERENCE / "vfmae" / "backbone.pt"
+LATENT_STATISTICS = REFERENCE / "vfmae" / "stats.pt"
+DIT = REFERENCE / "ditdh" / "ditdh.pt"
 
 # What the tiny files' shapes cannot tell.
 TOKENIZER_CONFIG = {"decoder_num_heads": 4, "vision_config": {"num_attention_heads": 2}}
@@ -27,6 +31,15 @@ LIGHT_CONFIG = {
 }
 AR_CONFIG = {"num_attention_heads": 4, "num_image_tokens": 16}
 
+KINDS = {
+    TOKENIZER: "tokenizer",
+    DINOV2: "dinov2",
+    AR: "ar",
+    RAR: "rar",
+    VFMAE: "vfmae",
+    VFMAE_DINOV2: "dinov2",
+    DIT: "dit",
+}
 GENERATORS = ["gpt_b", "gpt_l", "gpt_xl", "gpt_xxl", "gpt_2b", "gpt_3b", "rar_l", "rar_xl", "rar_xxl"]
 
 
@@ -40,7 +53,7 @@ def full_size(manifest: str) -> dict[str, torch.Tensor]:
 
 def tiny(path, weights: str = "ema") -> dict[str, torch.Tensor]:
     """The state dict of one of the files above."""
-    kind = {TOKENIZER: "tokenizer", DINOV2: "dinov2", AR: "ar", RAR: "rar"}[path]
+    kind = KINDS[path]
     return read_checkpoint(path, kind, weights).state_dict
 
 

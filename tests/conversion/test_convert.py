@@ -11,24 +11,39 @@ from tests.conversion.originals import (
     AR,
     AR_CONFIG,
     DINOV2,
+    DIT,
+    LATENT_STATISTICS,
     LIGHT_CONFIG,
     RAR,
     TOKENIZER,
     TOKENIZER_CONFIG,
+    VFMAE,
+    VFMAE_DINOV2,
     assert_equal,
     tiny,
 )
-from vfmtok_hf import VFMTokARForImageGeneration, VFMTokImageProcessor, VFMTokModel, VFMTokRARForImageGeneration
+from vfmtok_hf import (
+    VFMAEModel,
+    VFMTokARForImageGeneration,
+    VFMTokDiTForImageGeneration,
+    VFMTokImageProcessor,
+    VFMTokModel,
+    VFMTokRARForImageGeneration,
+)
 from vfmtok_hf.conversion import (
     CheckpointError,
     convert,
     convert_ar,
+    convert_dit,
     convert_rar,
     convert_tokenizer,
+    convert_vfmae,
     export_original_ar,
     export_original_dinov2,
+    export_original_dit,
     export_original_rar,
     export_original_tokenizer,
+    export_original_vfmae,
 )
 from vfmtok_hf.data.fingerprints import file_sha256
 
@@ -92,6 +107,33 @@ def test_rar_folder(tmp_path):
     report = convert_rar(RAR, tmp_path / "rar")
     assert data_files(tmp_path / "rar") == GENERATOR_FILES
     assert_equal(export_original_rar(load(VFMTokRARForImageGeneration, report.output)), tiny(RAR))
+
+
+def test_vfmae_folder(tmp_path):
+    report = convert_vfmae(
+        VFMAE,
+        tmp_path / "vfmae",
+        vision_checkpoint=VFMAE_DINOV2,
+        latent_statistics=LATENT_STATISTICS,
+        config=TOKENIZER_CONFIG,
+    )
+    weights_and_configs = ["config.json", "model.safetensors", "preprocessor_config.json", "provenance.json"]
+    assert data_files(tmp_path / "vfmae") == weights_and_configs
+    model = load(VFMAEModel, report.output)
+    assert_equal(export_original_vfmae(model), tiny(VFMAE))
+    assert_equal(export_original_dinov2(model), tiny(VFMAE_DINOV2))
+    assert model.latents_mean.any()
+    assert VFMTokImageProcessor.from_pretrained(tmp_path / "vfmae").size["height"] == 256
+
+
+def test_dit_folder(tmp_path):
+    report = convert_dit(DIT, tmp_path / "dit")
+    assert data_files(tmp_path / "dit") == ["config.json", "model.safetensors", "provenance.json"]
+    assert sorted(report.dropped) == sorted(key for key in tiny(DIT) if "rope" in key)
+    exported, original = export_original_dit(load(VFMTokDiTForImageGeneration, report.output)), tiny(DIT)
+    for key in report.dropped:
+        torch.testing.assert_close(exported.pop(key), original.pop(key), atol=1e-6, rtol=0)
+    assert_equal(exported, original)
 
 
 def test_the_chosen_weights_are_converted(tmp_path):

@@ -12,9 +12,9 @@ from tests.conversion.originals import (
     full_size,
     tiny,
 )
-from vfmtok_hf import VFMTokARConfig, VFMTokConfig, VFMTokRARConfig
+from vfmtok_hf import VFMAEConfig, VFMTokARConfig, VFMTokConfig, VFMTokDiTConfig, VFMTokRARConfig
 from vfmtok_hf.conversion import CheckpointError
-from vfmtok_hf.conversion.build_models import build_ar, build_rar, build_tokenizer
+from vfmtok_hf.conversion.build_models import build_ar, build_dit, build_rar, build_tokenizer, build_vfmae
 
 
 def test_released_tokenizer_is_the_default_configuration():
@@ -41,6 +41,18 @@ def test_released_rar_sizes_are_the_named_variants(size):
     assert not [
         name for name in expected.to_dict() if "label" not in name and getattr(found, name) != getattr(expected, name)
     ]
+
+
+def test_released_vfmae_is_the_default_configuration():
+    config = build_vfmae(full_size("vfmae_checkpoint"), {}, full_size("dinov2_vitl14_reg4_original")).model.config
+    expected, found = VFMAEConfig().to_dict(), config.to_dict()
+    assert {name: found[name] for name in expected if found[name] != expected[name]} == {}
+
+
+def test_released_diffusion_transformer_is_the_default_configuration():
+    expected, found = VFMTokDiTConfig().to_dict(), build_dit(full_size("ditdh_xl"), {}).model.config.to_dict()
+    assert {name for name in expected if found[name] != expected[name]} <= {"id2label", "label2id"}
+    assert found["id2label"][207] == "golden retriever"
 
 
 def test_thousand_classes_are_named_as_imagenet():
@@ -89,7 +101,7 @@ def test_rar_tables_without_the_originals_surplus_need_the_number_of_tokens():
 def test_unknown_sizes_ask_for_their_heads():
     with pytest.raises(ValueError, match="3 layers of width 64 are not a released size: set num_attention_heads"):
         build_ar(tiny(AR), {})
-    with pytest.raises(ValueError, match="No released tokenizer has width 64: set decoder_num_heads"):
+    with pytest.raises(ValueError, match="No released model has width 64: set decoder_num_heads"):
         build_tokenizer(tiny(TOKENIZER), {"vision_config": {"num_attention_heads": 2}}, tiny(DINOV2))
     with pytest.raises(ValueError, match="No released DINOv2 has width 32: set num_attention_heads"):
         build_tokenizer(tiny(TOKENIZER), {"decoder_num_heads": 4}, tiny(DINOV2))
@@ -106,7 +118,7 @@ def test_unknown_vision_models_must_be_described():
 def test_levels_of_a_shallower_vision_model_must_be_told():
     state_dict = {key: tensor for key, tensor in tiny(DINOV2).items() if "blocks" not in key or "blocks.1." in key}
     state_dict = {key.replace("blocks.1.", "blocks.0."): tensor for key, tensor in state_dict.items()}
-    with pytest.raises(ValueError, match=r"vision_feature_layers \[6, 12, 18, 24\] must lie in 1..1"):
+    with pytest.raises(ValueError, match=r"vision_feature_layers \[6, 12, 18, 24\] must be in 1..1"):
         build_tokenizer(tiny(TOKENIZER), TOKENIZER_CONFIG, state_dict)
 
 

@@ -7,33 +7,45 @@ from tests.conversion.originals import (
     AR,
     AR_CONFIG,
     DINOV2,
+    DIT,
     GENERATORS,
+    LATENT_STATISTICS,
     RAR,
     TOKENIZER,
     TOKENIZER_CONFIG,
+    VFMAE,
+    VFMAE_DINOV2,
     assert_equal,
     full_size,
     signature,
     tiny,
 )
-from tests.testing import REFERENCE, tiny_model
+from tests.modeling.generators import tiny_dit
+from tests.testing import REFERENCE, tiny_model, tiny_vfmae
 from vfmtok_hf.conversion import (
     CheckpointError,
+    export_diffusers_dit,
+    export_latent_statistics,
     export_original_ar,
     export_original_dinov2,
+    export_original_dit,
     export_original_rar,
     export_original_tokenizer,
+    export_original_vfmae,
 )
-from vfmtok_hf.conversion.build_models import build_ar, build_rar, build_tokenizer
+from vfmtok_hf.conversion.build_models import build_ar, build_dit, build_rar, build_tokenizer, build_vfmae
 from vfmtok_hf.conversion.key_tables import (
     Row,
     ar_table,
     dinov2_table,
+    dit_table,
     rar_table,
     to_original,
     to_ours,
     tokenizer_table,
+    vfmae_table,
 )
+from vfmtok_hf.conversion.read_checkpoint import read_latent_statistics
 
 
 # -- every full-size original, there and back
@@ -94,6 +106,36 @@ def test_full_size_tokenizer_with_its_vision_model_inside_converts_and_converts_
     assert sorted(signature(exported)) == sorted(signature(original))
 
 
+def test_full_size_vfmae_converts_and_converts_back():
+    original, dinov2 = full_size("vfmae_checkpoint"), full_size("dinov2_vitl14_reg4_original")
+    light = build_vfmae(original, {}).model
+    assert light.config.vision_model_name_or_path == "facebook/dinov2-with-registers-large"
+    assert signature(export_original_vfmae(light)) == signature(original)
+    model = build_vfmae(original, {}, dinov2).model
+    assert signature(export_original_vfmae(model)) == signature(original)
+    assert signature(export_original_dinov2(model)) == signature(dinov2)
+    counts = json.loads((REFERENCE / "manifests" / "parameter_counts.json").read_text())
+    assert sum(parameter.numel() for parameter in model.parameters()) == counts["VFMAE"]["total"]
+
+
+def test_full_size_vfmae_with_its_vision_model_inside_converts_and_converts_back():
+    original = full_size("vfmae_full")
+    exported = export_original_vfmae(build_vfmae(original, {}).model, include_vision_model=True)
+    assert sorted(signature(exported)) == sorted(signature(original))
+
+
+@pytest.mark.parametrize("size", ["XL", "S"])
+def test_full_size_diffusion_transformers_convert_and_convert_back(size):
+    original = full_size(f"ditdh_{size.lower()}")
+    model = build_dit(original, {}).model
+    assert signature(export_original_dit(model)) == signature(original)
+    counts = json.loads((REFERENCE / "manifests" / "parameter_counts.json").read_text())[f"DiTDH-{size}"]
+    assert sum(parameter.numel() for parameter in model.parameters()) == counts["without_fixed_pos_embed_and_W"]
+    assert sum(tensor.numel() for tensor in export_original_dit(model).values()) == counts["state_dict_elements"]
+    heads = [model.config.num_attention_heads, model.config.head_num_attention_heads]
+    assert heads == counts["num_heads"]
+
+
 # -- values
 
 
@@ -118,6 +160,75 @@ def test_ar_values_survive_there_and_back(weights):
 def test_rar_values_survive_there_and_back():
     original = tiny(RAR)
     assert_equal(export_original_rar(build_rar(original, {}).model), original)
+
+
+@pytest.mark.parametrize("weights", ["ema", "model"])
+def test_vfmae_values_survive_there_and_back(weights):
+    original, dinov2 = tiny(VFMAE, weights), tiny(VFMAE_DINOV2)
+    statistics = read_latent_statistics(LATENT_STATISTICS)
+    conversion = build_vfmae(original, TOKENIZER_CONFIG, dinov2, statistics=statistics)
+    assert not conversion.dropped
+    assert_equal(export_original_vfmae(conversion.model), original)
+    assert_equal(export_original_dinov2(conversion.model), dinov2)
+    exported = export_latent_statistics(conversion.model)
+    assert_equal(exported, {"mean": statistics.mean, "std": statistics.std})
+
+
+def test_statistics_are_zero_and_one_until_they_are_known():
+    model = build_vfmae(tiny(VFMAE), TOKENIZER_CONFIG, tiny(VFMAE_DINOV2)).model
+    assert not model.latents_mean.any()
+    assert (model.latents_std == 1).all()
+
+
+def test_statistics_of_another_model_are_refused():
+    statistics = read_latent_statistics(LATENT_STATISTICS)
+    other = type(statistics)(statistics.mean[:, :9], statistics.std[:, :9])
+    with pytest.raises(CheckpointError, match=r"shape \(8, 9\), the checkpoint's latents \(8, 16\)"):
+        build_vfmae(tiny(VFMAE), TOKENIZER_CONFIG, tiny(VFMAE_DINOV2), statistics=other)
+
+
+@pytest.mark.parametrize("weights", ["ema", "model"])
+def test_diffusion_transformer_values_survive_there_and_back(weights):
+    original = tiny(DIT, weights)
+    exported = export_original_dit(build_dit(original, {}).model)
+    # The rotary tables are not kept but computed.
+    for key in [key for key in original if "rope" in key]:
+        torch.testing.assert_close(exported.pop(key), original.pop(key), atol=1e-6, rtol=0)
+    assert_equal(exported, original)
+
+
+def test_rotary_tables_of_another_embedding_are_refused():
+    original = tiny(DIT)
+    original["dec_feat_rope.freqs_sin"] = original["dec_feat_rope.freqs_sin"].flip(0)
+    with pytest.raises(CheckpointError, match="'dec_feat_rope.freqs_sin' is not what this model computes"):
+        build_dit(original, {})
+
+
+def test_equally_wide_parts_need_the_number_of_layers():
+    original = export_original_dit(tiny_dit(hidden_size=24))
+    with pytest.raises(ValueError, match="equally wide: set num_hidden_layers"):
+        build_dit(original, {})
+    config = build_dit(original, {"num_hidden_layers": 2}).model.config
+    assert (config.num_hidden_layers, config.head_num_hidden_layers) == (2, 1)
+
+
+def test_diffusion_transformers_have_names_in_diffusers_too():
+    original = full_size("ditdh_xl")
+    model = build_dit(original, {}).model
+    theirs = export_diffusers_dit(model)
+    assert len(theirs) == 502
+    assert {key for key in theirs if ".attn" not in key and ".mlp" not in key} == {
+        key for key in original if ".attn" not in key and ".mlp" not in key
+    }
+    tiny_model = build_dit(tiny(DIT), {}).model
+    original, theirs = tiny(DIT), export_diffusers_dit(tiny_model)
+    stacked = torch.cat([theirs[f"blocks.0.attn.to_{name}.weight"] for name in "qkv"])
+    assert torch.equal(stacked, original["blocks.0.attn.qkv.weight"])
+    gate, up = original["blocks.0.mlp.w12.weight"].chunk(2)
+    assert torch.equal(theirs["blocks.0.mlp.net.0.proj.weight"], torch.cat([up, gate]))
+    table = dit_table(tiny_model.config, diffusers_names=True)
+    shapes = {name: tensor.shape for name, tensor in tiny_model.state_dict().items()}
+    assert_equal(to_ours(theirs, table, shapes), tiny_model.state_dict())
 
 
 def test_stacked_projections_are_split_in_the_original_order():
@@ -160,10 +271,20 @@ TABLES = [
     dinov2_table(2),
     ar_table(2),
     rar_table(2),
+    vfmae_table(
+        num_levels=4,
+        encoder_num_layers=2,
+        decoder_num_layers=2,
+        feature_decoder_num_layers=1,
+        pixel_decoder_channels=[8, 4, 4],
+        pixel_decoder_num_res_blocks=2,
+    ),
+    dit_table(tiny_dit().config),
+    dit_table(tiny_dit().config, diffusers_names=True),
 ]
 
 
-@pytest.mark.parametrize("table", TABLES, ids=["tokenizer", "dinov2", "ar", "rar"])
+@pytest.mark.parametrize("table", TABLES, ids=["tokenizer", "dinov2", "ar", "rar", "vfmae", "dit", "diffusers dit"])
 def test_tables_map_one_to_one(table):
     originals = [row.original for row in table]
     ours = [name for row in table if isinstance(row, Row) for name in row.ours]
@@ -176,6 +297,8 @@ STATE_DICTS = {
     "dinov2": (DINOV2, lambda state_dict: build_tokenizer(tiny(TOKENIZER), TOKENIZER_CONFIG, state_dict)),
     "ar": (AR, lambda state_dict: build_ar(state_dict, AR_CONFIG)),
     "rar": (RAR, lambda state_dict: build_rar(state_dict, {})),
+    "vfmae": (VFMAE, lambda state_dict: build_vfmae(state_dict, TOKENIZER_CONFIG, tiny(VFMAE_DINOV2))),
+    "dit": (DIT, lambda state_dict: build_dit(state_dict, {})),
 }
 
 
@@ -222,6 +345,10 @@ def test_missing_keys_are_counted(original):
         ("ar", "output.weight"),
         ("rar", "blocks.1.attn.qkv.bias"),
         ("rar", "adaln_before_head.adaLN_modulation.1.weight"),
+        ("vfmae", "slots_quant.norm_out.weight"),
+        ("vfmae", "decode_transformer.dino_transformer.layers.0.norm1.weight"),
+        ("dit", "blocks.1.attn.qkv.weight"),
+        ("dit", "blocks.4.adaLN_modulation.1.bias"),
     ],
 )
 def test_misshaped_keys_are_named_with_both_shapes(kind, key):
@@ -249,7 +376,7 @@ def test_integers_are_no_weights(original):
     state_dict, build = original
     key = list(state_dict)[-1]
     state_dict[key] = state_dict[key].long()
-    with pytest.raises(CheckpointError, match=f"'{key}' holds torch.int64"):
+    with pytest.raises(CheckpointError, match=f"'{key}' has dtype torch.int64"):
         build(state_dict)
 
 
@@ -297,3 +424,17 @@ def test_models_born_here_have_original_names_too():
         "vision_config": {"num_attention_heads": 2},
     }
     assert_equal(build_tokenizer(exported, overrides).model.state_dict(), model.state_dict())
+
+
+def test_autoencoders_born_here_have_original_names_too():
+    model = tiny_vfmae()
+    exported = export_original_vfmae(model, include_vision_model=True)
+    overrides = {
+        "encoder_num_heads": 2,
+        "decoder_num_heads": 2,
+        "vision_feature_layers": [1, 2, 3],
+        "bottleneck_num_groups": 8,
+        "pixel_decoder_num_groups": 4,
+        "vision_config": {"num_attention_heads": 2},
+    }
+    assert_equal(build_vfmae(exported, overrides).model.state_dict(), model.state_dict())

@@ -1,14 +1,15 @@
 import argparse
 import os
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.conversion.originals import AR, AR_CONFIG, DINOV2, RAR, TOKENIZER, assert_equal, tiny
+from tests.conversion.originals import AR, AR_CONFIG, DINOV2, LATENT_STATISTICS, RAR, TOKENIZER, assert_equal, tiny
 from vfmtok_hf.conversion import CheckpointError, export_original_ar
 from vfmtok_hf.conversion.build_models import build_ar
-from vfmtok_hf.conversion.read_checkpoint import read_checkpoint
+from vfmtok_hf.conversion.read_checkpoint import read_checkpoint, read_latent_statistics
 
 
 @pytest.fixture
@@ -128,8 +129,8 @@ def test_git_lfs_pointers(tmp_path):
 @pytest.mark.parametrize(
     ("content", "cause"),
     [
-        ([1, 2], "holds list"),
-        ({}, "holds dict"),
+        ([1, 2], "contains list"),
+        ({}, "contains dict"),
         ({"optimizer": {}, "steps": 4}, "contains no weights: its entries are 'optimizer', 'steps'"),
         ({"some.weight": torch.zeros(1)}, "lacks 'timesteps_embeddings' and contains 'some.weight'"),
     ],
@@ -165,3 +166,51 @@ def test_converted_checkpoints(tmp_path):
 def test_vision_models_in_hugging_face_format(tmp_path):
     torch.save({"embeddings.patch_embeddings.projection.weight": torch.zeros(1)}, tmp_path / "dinov2.bin")
     assert "pass its folder as vision_model" in refusal(tmp_path / "dinov2.bin", "dinov2")
+
+
+# -- statistics of latents
+
+
+def test_statistics_of_latents_are_read_as_the_original_and_as_tensors_store_them(tmp_path):
+    statistics = read_latent_statistics(LATENT_STATISTICS)
+    assert statistics.mean.shape == statistics.std.shape == (8, 16)
+    save_file({"mean": statistics.mean, "std": statistics.std}, tmp_path / "stats.safetensors")
+    torch.save({"mean": statistics.mean.numpy(), "var": statistics.std.numpy()}, tmp_path / "numpy2.pt")
+    for name in ("stats.safetensors", "numpy2.pt"):
+        read = read_latent_statistics(tmp_path / name)
+        assert torch.equal(read.mean, statistics.mean)
+        assert torch.equal(read.std, statistics.std)
+
+
+class Opens:
+    """Pickles to a call of `open`."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_statistics_run_no_code(tmp_path):
+    torch.save({"mean": np.zeros((2, 4)), "var": Opens(str(tmp_path / "made"))}, tmp_path / "stats.pt")
+    with pytest.raises(CheckpointError, match="open"):
+        read_latent_statistics(tmp_path / "stats.pt")
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"mean": np.zeros((2, 4))}, "must have 'mean' and 'var'"),
+        ({"mean": np.full((2, 4), np.nan), "var": np.ones((2, 4))}, "is damaged"),
+        ({"mean": np.zeros((2, 4)), "var": np.zeros((2, 4))}, "standard deviations positive"),
+    ],
+)
+def test_bad_statistics_are_refused(tmp_path, content, message):
+    torch.save({name: values.astype(np.float32) for name, values in content.items()}, tmp_path / "stats.pt")
+    with pytest.raises(CheckpointError, match=message):
+        read_latent_statistics(tmp_path / "stats.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "stats.pt").read_bytes()[:100])
+    with pytest.raises(CheckpointError, match="truncated"):
+        read_latent_statistics(tmp_path / "cut.pt")

@@ -6,8 +6,9 @@ import re
 import pytest
 import torch
 from accelerate.hooks import CpuOffload
+from safetensors.torch import save_file
 
-from tests.pipelines.tiny_pipeline import tiny_pipeline
+from tests.pipelines.tiny_pipeline import tiny_dit_pipeline, tiny_pipeline
 from vfmtok_hf import DEFAULT_CHECKPOINT, VFMTokImageProcessor, VFMTokModel, VFMTokPipeline
 from vfmtok_hf.pipelines.portable_vfmtok import portable_code
 
@@ -154,7 +155,7 @@ def test_push_to_hub_of_models_and_pipelines(hub, client):
     client(
         """
         import vfmtok_hf
-        from tests.pipelines.tiny_pipeline import tiny_pipeline
+        from tests.pipelines.tiny_pipeline import tiny_dit_pipeline, tiny_pipeline
 
         pipe = tiny_pipeline()
         pipe.vq_model.push_to_hub("tester/pushed-model")
@@ -169,6 +170,32 @@ def test_push_to_hub_of_models_and_pipelines(hub, client):
     assert {"modeling_vfmtok.py", "configuration_vfmtok.py", "image_processing_vfmtok.py"} <= files.keys()
     assert json.loads(files["config.json"])["auto_map"]["AutoModel"] == "modeling_vfmtok.VFMTokModel"
     assert {"pipeline.py", "vq_model/component_vfmtok.py"} <= hub.repositories["tester/pushed-pipe"].files.keys()
+
+
+def test_diffusion_pipelines_with_and_without_the_package(hub, tmp_path, client):
+    torch.manual_seed(0)
+    pipe = tiny_dit_pipeline(guidance=True)
+    pipe.save_pretrained(tmp_path / "dit")
+    noise = torch.randn(2, 4, 3, 3)
+    sampling = {"num_inference_steps": 3, "guidance_scale": 1.5, "output_type": "latent"}
+    save_file({"noise": noise, "latents": pipe([0, 3], latents=noise, **sampling).images}, tmp_path / "expected")
+    code = f"""
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+
+expected = load_file({str(tmp_path / "expected")!r})
+pipe = DiffusionPipeline.from_pretrained({str(tmp_path / "dit")!r}, trust_remote_code=True)
+assert type(pipe).__module__.startswith(module), type(pipe)
+torch.testing.assert_close(pipe([0, 3], latents=expected["noise"], **{sampling!r}).images, expected["latents"])
+assert pipe.encode(torch.rand(1, 3, 32, 32)).shape == (1, 4, 3, 3)
+pipe.save_pretrained("again")
+again = DiffusionPipeline.from_pretrained("again", trust_remote_code=True)
+torch.testing.assert_close(again([0, 3], latents=expected["noise"], **{sampling!r}).images, expected["latents"])
+"""
+    with Client(hub, tmp_path, packaged=False) as outside:
+        outside("module = 'diffusers_modules.'" + code)
+    client("module = 'vfmtok_hf.pipelines'" + code)
 
 
 # -- folders, in this process
@@ -218,12 +245,19 @@ def test_device_map(pipe, tmp_path):
         assert loaded.tokenize(images).equal(pipe.tokenize(images))
 
 
-def test_code_names_all_that_it_imports():
-    """diffusers copies what pipeline.py names and no further, so that pipeline.py must name all of it."""
-    code = portable_code("pipeline")
-    named = set(re.findall(r"^    from \.(\w+) import", code["pipeline.py"], re.MULTILINE))
-    assert {f"{name}.py" for name in named} == code.keys() - {"pipeline.py"}
-    assert {"modeling_vfmtok.py", "pipeline_vfmtok.py", "loading_vfmtok.py"} <= code.keys()
+@pytest.mark.parametrize(
+    ("entry", "modules"),
+    [
+        ("pipeline", {"modeling_vfmtok.py", "pipeline_vfmtok.py", "loading_vfmtok.py"}),
+        ("dit_pipeline", {"modeling_vfmae.py", "modeling_vfmtok_dit.py", "pipeline_vfmtok_dit.py"}),
+    ],
+)
+def test_code_names_all_that_it_imports(entry, modules):
+    """diffusers copies what the entered module names and no further, so that it must name all of it."""
+    code = portable_code(entry)
+    named = set(re.findall(r"^    from \.(\w+) import", code[f"{entry}.py"], re.MULTILINE))
+    assert {f"{name}.py" for name in named} == code.keys() - {f"{entry}.py"}
+    assert modules <= code.keys()
     imports = re.findall(r"^(?:from|import) (vfmtok_hf\S*)", "\n".join(code.values()), re.MULTILINE)
     assert imports == [], "top-level imports of a package that may not be installed"
 
@@ -260,6 +294,16 @@ def test_model_cpu_offload_runs_for_encode_and_decode(brought):
     assert len(pipe([0, 1]).images) == 2
     assert brought[0] == "VFMTokARForImageGeneration"
     assert brought[-1] == "VFMTokModel"
+
+
+def test_model_cpu_offload_of_the_diffusion_pipeline(brought):
+    pipe = tiny_dit_pipeline(guidance=True)
+    pipe.enable_model_cpu_offload(device="cpu")
+    pipe.encode(torch.rand(1, 3, 32, 32))
+    assert brought == ["VFMAEModel"]
+    brought.clear()
+    assert len(pipe(0, num_inference_steps=2, guidance_scale=2.0).images) == 1
+    assert brought == ["VFMTokDiTForImageGeneration"] * 4 + ["VFMAEModel"]
 
 
 @needs_gpu

@@ -10,10 +10,20 @@ import torch
 from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
-from tests.conversion.originals import AR, AR_CONFIG, TOKENIZER
+from tests.conversion.originals import (
+    AR,
+    AR_CONFIG,
+    DIT,
+    LATENT_STATISTICS,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    VFMAE,
+    VFMAE_DINOV2,
+)
 from tests.testing import REFERENCE, tiny_model
 from vfmtok_hf import DEFAULT_CHECKPOINT
 from vfmtok_hf.cli import app
+from vfmtok_hf.conversion import convert_vfmae
 from vfmtok_hf.hub import push, push_checkpoint, read_saved_model
 from vfmtok_hf.hub.pushes import stage
 
@@ -221,10 +231,38 @@ def test_converted_generator_and_tokenizer_make_a_pipeline(published, tmp_path):
     assert str(tmp_path) not in report.card
 
 
+def test_a_released_diffusion_transformer_becomes_a_pipeline_with_its_autoencoder(tmp_path):
+    config = {**TOKENIZER_CONFIG, "decoder_dropout": 0.0}
+    convert_vfmae(
+        VFMAE, tmp_path / "vfmae", vision_checkpoint=VFMAE_DINOV2, latent_statistics=LATENT_STATISTICS, config=config
+    )
+    released = tmp_path / "DiTDH-XL" / "DiTDH-XL_800e.pt"
+    released.parent.mkdir()
+    shutil.copy(DIT, released)
+    report = push_checkpoint(released, "me/dit", "dit", tokenizer=str(tmp_path / "vfmae"), dry_run=True)
+    assert {
+        "dit_pipeline.py",
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "transformer/model.safetensors",
+        "transformer/modeling_vfmtok_dit.py",
+        "vae/component_vfmtok.py",
+        "image_processor/preprocessor_config.json",
+    } <= report.files.keys()
+    assert "from vfmtok_hf import VFMTokDiTPipeline" in report.card
+    assert "with autoguidance" in report.card
+    assert "| latents | 16 of 8 channels |" in report.card
+    card = push(tmp_path / "vfmae", "me/vfmae", dry_run=True).card
+    assert "VFMTokDiTPipeline.from_autoencoder" in card
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
         ("ar", {"vision_model": "x/y"}, "belongs to a tokenizer"),
+        ("dit", {"vision_model": "x/y"}, "belongs to a tokenizer"),
+        ("vfmae", {"tokenizer": "x/y"}, "belongs to a generator"),
+        ("tokenizer", {"latent_statistics": "x"}, "belong to a VFMAE"),
         ("tokenizer", {"tokenizer": "x/y"}, "belongs to a generator"),
         ("rar", {}, "is no RAR|not a|kind|keys"),
     ],

@@ -16,13 +16,21 @@ def test_the_table_covers_every_released_file():
     assert len(rows) == len(RELEASED_CHECKPOINTS) == 14
     assert "| `you/VFMTok-DINOv2-L` | 1.5 GB | `--convert tokenizer --vision-model facebook/" in rows[0]
     assert "| `you/VFMTok-RAR-XXL` | 7.7 GB | `--convert rar --tokenizer you/VFMTok-DINOv2-L` |" in rows[10]
-    assert sum("not supported" in row for row in rows) == 3
+    vision_model = "facebook/dinov2-with-registers-large"
+    options = f"`--convert vfmae --vision-model {vision_model} --latent-statistics stats-500.pt`"
+    assert f"| `you/VFMAE-DINOv2-L` | 1.5 GB | {options} |" in rows[11]
+    assert "| `you/VFMTok-DiT-XL` | 4.9 GB | `--convert dit --tokenizer you/VFMAE-DINOv2-L` |" in rows[13]
 
 
 def test_sizes_are_those_of_the_models():
     counts = json.loads((REFERENCE / "manifests" / "parameter_counts.json").read_text())
-    names = {"VFMTok-DINOv2-L": "tokenizer_vq16", "VFMTok-RAR-L-ultra": "RAR-L"}
+    names = {
+        "VFMTok-DINOv2-L": "tokenizer_vq16",
+        "VFMTok-RAR-L-ultra": "RAR-L",
+        "VFMAE-DINOv2-L": "VFMAE",
+        "VFMTok-DiT-XL-80e": "DiTDH-XL",
+        "VFMTok-DiT-XL": "DiTDH-XL",
+    }
     for row in RELEASED_CHECKPOINTS:
-        if row.kind is not None:
-            name = names.get(row.name) or row.name.replace("VFMTok-AR-", "GPT-").replace("VFMTok-", "")
-            assert row.num_parameters == counts[name]["total"], row.name
+        name = names.get(row.name) or row.name.replace("VFMTok-AR-", "GPT-").replace("VFMTok-", "")
+        assert row.num_parameters == counts[name]["total"], row.name

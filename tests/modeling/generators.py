@@ -5,8 +5,10 @@ import math
 import torch
 
 from vfmtok_hf.modeling.configuration_vfmtok_ar import VFMTokARConfig
+from vfmtok_hf.modeling.configuration_vfmtok_dit import VFMTokDiTConfig
 from vfmtok_hf.modeling.configuration_vfmtok_rar import VFMTokRARConfig
 from vfmtok_hf.modeling.modeling_vfmtok_ar import VFMTokARForImageGeneration
+from vfmtok_hf.modeling.modeling_vfmtok_dit import VFMTokDiTForImageGeneration
 from vfmtok_hf.modeling.modeling_vfmtok_rar import VFMTokRARForImageGeneration
 
 
@@ -30,6 +32,27 @@ def tiny_rar(**overrides) -> VFMTokRARForImageGeneration:
     """The same in randomized order."""
     sizes = {**TINY_SIZES, "num_position_embeddings": 11, "num_timestep_embeddings": 11, **overrides}
     return _randomized(VFMTokRARForImageGeneration(VFMTokRARConfig(**sizes)))
+
+
+TINY_DIT_SIZES = {
+    "latent_channels": 4,
+    "sample_size": 3,
+    "num_classes": 5,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 20,
+    "head_hidden_size": 24,
+    "head_num_hidden_layers": 1,
+    "head_num_attention_heads": 2,
+    "head_intermediate_size": 28,
+    "time_embedding_size": 6,
+}
+
+
+def tiny_dit(**overrides) -> VFMTokDiTForImageGeneration:
+    """A diffusion transformer on 3 x 3 latents of 4 channels, in evaluation mode. No weight is trivial."""
+    return _randomized(VFMTokDiTForImageGeneration(VFMTokDiTConfig(**{**TINY_DIT_SIZES, **overrides})))
 
 
 @torch.no_grad()

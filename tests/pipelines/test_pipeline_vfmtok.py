@@ -17,7 +17,7 @@ from tests.pipelines.tiny_pipeline import ID2LABEL, tiny_generator, tiny_pipelin
 from tests.testing import tiny_model
 from vfmtok_hf.modeling.image_processing_vfmtok import VFMTokImageProcessor
 from vfmtok_hf.pipelines import VFMTokPipeline
-from vfmtok_hf.pipelines.pipeline_vfmtok import DTYPE
+from vfmtok_hf.pipelines.pipeline_base_vfmtok import DTYPE
 
 
 @pytest.fixture(params=["ar", "rar"])
@@ -314,7 +314,7 @@ def test_tensor_inputs_of_the_callback(pipe):
     seen = []
     pipe(0, callback_on_step_end=lambda *arguments: seen.append(arguments[3]), callback_on_step_end_tensor_inputs=[])
     assert seen == [{}] * 9
-    with pytest.raises(ValueError, match=r"may hold \['image_tokens'\], got \['latents'\]"):
+    with pytest.raises(ValueError, match=r"may contain \['image_tokens'\], got \['latents'\]"):
         pipe(0, callback_on_step_end=print, callback_on_step_end_tensor_inputs=["latents"])
 
 

@@ -21,6 +21,10 @@ CheckpointOption = Annotated[
     Path, typer.Option("--checkpoint", help="The original's file: `.pt`, `.bin` or `.safetensors`.")
 ]
 FolderOption = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
+VisionCheckpointOption = Annotated[Path | None, typer.Option(help="Original DINOv2 file to include.")]
+VisionModelOption = Annotated[
+    str | None, typer.Option(help="Instead: repository or folder of a transformers vision model.")
+]
 WeightsOption = Annotated[Literal["ema", "model"], typer.Option(help="Moving averages, or the last step's weights.")]
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", help="JSON object of configuration fields that shapes cannot tell.")
@@ -33,10 +37,8 @@ OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an e
 def convert_tokenizer(
     checkpoint: CheckpointOption,
     output: FolderOption,
-    vision_checkpoint: Annotated[Path | None, typer.Option(help="Original DINOv2 file to include.")] = None,
-    vision_model: Annotated[
-        str | None, typer.Option(help="Instead: repository or folder of a transformers vision model.")
-    ] = None,
+    vision_checkpoint: VisionCheckpointOption = None,
+    vision_model: VisionModelOption = None,
     weights: WeightsOption = "ema",
     config: ConfigOption = None,
     dry_run: DryRunOption = False,
@@ -48,6 +50,38 @@ def convert_tokenizer(
 
         report = conversion.convert_tokenizer(
             checkpoint, output, vision_checkpoint, vision_model, weights, config, dry_run, overwrite
+        )
+        print_report(report)
+
+
+@convert_app.command("vfmae")
+def convert_vfmae(
+    checkpoint: CheckpointOption,
+    output: FolderOption,
+    vision_checkpoint: VisionCheckpointOption = None,
+    vision_model: VisionModelOption = None,
+    latent_statistics: Annotated[
+        Path | None, typer.Option(help="Mean and deviation of the latents, which denoisers need: `stats-500.pt`.")
+    ] = None,
+    weights: WeightsOption = "ema",
+    config: ConfigOption = None,
+    dry_run: DryRunOption = False,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """The continuous autoencoder of VFMTok2. Without a vision model the result decodes, and encodes once it is given one."""
+    with one_line_errors():
+        from vfmtok_hf import conversion
+
+        report = conversion.convert_vfmae(
+            checkpoint,
+            output,
+            vision_checkpoint,
+            vision_model,
+            latent_statistics,
+            weights,
+            config,
+            dry_run,
+            overwrite,
         )
         print_report(report)
 
@@ -82,6 +116,22 @@ def convert_rar(
         from vfmtok_hf import conversion
 
         print_report(conversion.convert_rar(checkpoint, output, weights, config, dry_run, overwrite))
+
+
+@convert_app.command("dit")
+def convert_dit(
+    checkpoint: CheckpointOption,
+    output: FolderOption,
+    weights: WeightsOption = "ema",
+    config: ConfigOption = None,
+    dry_run: DryRunOption = False,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """The diffusion transformer of VFMTok2 (DiTDH-XL)."""
+    with one_line_errors():
+        from vfmtok_hf import conversion
+
+        print_report(conversion.convert_dit(checkpoint, output, weights, config, dry_run, overwrite))
 
 
 def print_report(report: "ConversionReport") -> None:

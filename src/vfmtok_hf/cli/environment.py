@@ -3,13 +3,17 @@
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from transformers import AutoConfig
+from transformers import MODEL_MAPPING, AutoConfig
+from transformers.utils.hub import has_file
 
 from vfmtok_hf.cpu.precision import MANY_ROWS, is_bfloat16_faster
 from vfmtok_hf.hub_kernels import kernel_facts
+from vfmtok_hf.pipelines.component_vfmtok import MODEL_TYPES
+from vfmtok_hf.pipelines.portable_vfmtok import saved_components
 
 
 PACKAGES = (
@@ -48,24 +52,37 @@ def _version(package: str) -> str:
 
 def checkpoint_facts(name_or_path: str) -> dict[str, str]:
     """
-    What a pipeline folder or repository holds, from its configurations alone.
+    What a folder or repository of a model or a pipeline holds, from its configurations alone.
 
     Raises:
-        OSError: there is no pipeline.
+        OSError: there is none.
     """
-    index = DiffusionPipeline.load_config(name_or_path)
-    tokenizer = AutoConfig.from_pretrained(name_or_path, subfolder="vq_model")
-    generator = AutoConfig.from_pretrained(name_or_path, subfolder="transformer")
-    facts = {
-        "path": str(name_or_path),
-        "images": f"{tokenizer.image_size} x {tokenizer.image_size} pixels",
-        "image tokens": f"{tokenizer.num_anchors} per image, codebook of {tokenizer.codebook_size} x {tokenizer.codebook_dim}",
-        "vision model": tokenizer.vision_config.model_type
-        + ("" if tokenizer.save_vision_model else " (not in the checkpoint)"),
-        "generator": f"{index['transformer'][1]}, {generator.num_hidden_layers} layers of width {generator.hidden_size}",
-        "classes": str(generator.num_classes),
-    }
+    facts = {"path": str(name_or_path)}
+    if has_file(name_or_path, "config.json"):  # which the root of a pipeline does not have
+        facts |= model_facts(AutoConfig.from_pretrained(name_or_path))
+    else:
+        for name, model_class in saved_components(DiffusionPipeline.load_config(name_or_path)).items():
+            if model_class in MODEL_TYPES and name != "guidance_transformer":
+                facts |= model_facts(AutoConfig.from_pretrained(name_or_path, subfolder=name))
     if Path(name_or_path).is_dir():
         size = sum(file.stat().st_size for file in Path(name_or_path).rglob("*") if file.is_file())
         facts["size on disk"] = f"{size / 1e6:.1f} MB"
     return facts
+
+
+def model_facts(config: Any) -> dict[str, str]:
+    """What the configuration of a model of this package says to people."""
+    if config.model_type not in ("vfmtok", "vfmae"):
+        model_class = MODEL_MAPPING[type(config)].__name__
+        depth = f"{config.num_hidden_layers} layers of width {config.hidden_size}"
+        if config.model_type == "vfmtok_dit":
+            depth += f" and {config.head_num_hidden_layers} of width {config.head_hidden_size}"
+        return {"generator": f"{model_class}, {depth}", "classes": str(config.num_classes)}
+    facts = {"images": f"{config.image_size} x {config.image_size} pixels"}
+    if config.model_type == "vfmtok":
+        codebook = f"codebook of {config.codebook_size} x {config.codebook_dim}"
+        facts["image tokens"] = f"{config.num_anchors} per image, {codebook}"
+    else:
+        facts["latents"] = f"{' x '.join(map(str, config.latent_shape))} continuous values per image"
+    in_checkpoint = "" if config.save_vision_model else " (not in the checkpoint)"
+    return {**facts, "vision model": config.vision_config.model_type + in_checkpoint}

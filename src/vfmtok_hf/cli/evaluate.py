@@ -83,7 +83,7 @@ def open_features(
     from vfmtok_hf.evaluation.features import load_feature_extractor
 
     source = features if features in ("inception", "own") else resolve_model(features)
-    return load_feature_extractor(source, pipe.vq_model, size, inception_weights, pipe.device)
+    return load_feature_extractor(source, pipe.components.get("vq_model"), size, inception_weights, pipe.device)
 
 
 @evaluate_app.command()
@@ -111,7 +111,7 @@ def reconstruction(
     dtype: DtypeOption = Dtype.float32,
     batch_size: BatchSizeOption = 16,
 ) -> None:
-    """rFID, rIS, PSNR, SSIM, LPIPS and codebook usage of a tokenizer."""
+    """rFID, rIS, PSNR, SSIM, LPIPS and codebook usage of a tokenizer; all but the last also of a continuous autoencoder."""
     with one_line_errors("eval"):
         from vfmtok_hf.data.output_files import check_output_file
         from vfmtok_hf.data.pictures import number_of, open_pictures
@@ -121,8 +121,8 @@ def reconstruction(
         if output is not None:
             check_output_file(output)
         pictures = open_pictures(images, split, image_column, streaming)
-        pipe = load_pipeline(model, device, dtype, encodes=True)
-        check_ssim_window(size or pipe.vq_model.config.image_size, ssim)
+        pipe = load_pipeline(model, device, dtype, encodes=True, reconstructs=True)
+        check_ssim_window(size or pipe.autoencoder.config.image_size, ssim)
         extractor = None
         if features != "none":
             extractor = open_features(features, pipe, feature_size, inception_weights)
@@ -133,7 +133,7 @@ def reconstruction(
             )
         print_values(result.values, result.protocol["features"], result.remarks)
         if output is not None:
-            setting = f"{pipe.vq_model.config.image_size} -> {result.protocol['size']}"
+            setting = f"{pipe.autoencoder.config.image_size} -> {result.protocol['size']}"
             name = dataset or ", ".join(images)
             save_measurement(
                 output,

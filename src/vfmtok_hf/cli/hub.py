@@ -12,16 +12,21 @@ def push(
     source: Annotated[Path, typer.Argument(help="Folder of a saved model; with `--convert` a file of the original.")],
     repo_id: Annotated[str, typer.Argument(metavar="REPOSITORY", help="Such as `you/vfmtok-ar-b`.")],
     convert: Annotated[
-        Literal["tokenizer", "ar", "rar"] | None, typer.Option(help="Convert the original checkpoint first.")
+        Literal["tokenizer", "ar", "rar", "vfmae", "dit"] | None,
+        typer.Option(help="Convert the original checkpoint first."),
     ] = None,
     vision_model: Annotated[
-        str | None, typer.Option(help="With `--convert tokenizer`: vision model to include, a repository or folder.")
+        str | None,
+        typer.Option(help="With `--convert tokenizer` or `vfmae`: vision model to include, a repository or folder."),
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="With a generator: image tokenizer to publish along, as a pipeline.")
+        str | None, typer.Option(help="With a generator: image tokenizer, or VFMAE, to publish along, as a pipeline.")
     ] = None,
     config: Annotated[
         Path | None, typer.Option(help="With `--convert`: JSON object of fields that shapes cannot tell.")
+    ] = None,
+    latent_statistics: Annotated[
+        Path | None, typer.Option(help="With `--convert vfmae`: `stats-500.pt`, which denoisers need.")
     ] = None,
     license: Annotated[str, typer.Option(help="Of the weights, as the Hub abbreviates it.")] = "apache-2.0",
     base_model: Annotated[str | None, typer.Option(help="Repository that the weights come from.")] = None,
@@ -52,9 +57,11 @@ def push(
         options["results"] = [figure for file in results or [] for figure in measured_results(file)]
         options |= {"samples": samples, "private": private, "dry_run": dry_run}
         if convert is not None:
-            report = hub.push_checkpoint(source, repo_id, convert, vision_model, tokenizer, config, **options)
-        elif (vision_model, tokenizer, config) == (None, None, None):
+            report = hub.push_checkpoint(
+                source, repo_id, convert, vision_model, tokenizer, config, latent_statistics, **options
+            )
+        elif (vision_model, tokenizer, config, latent_statistics) == (None, None, None, None):
             report = hub.push(source, repo_id, **options)
         else:
-            raise ValueError("--vision-model, --tokenizer and --config go with --convert.")
+            raise ValueError("--vision-model, --tokenizer, --config and --latent-statistics go with --convert.")
         output_console.print(report.summary(), markup=False, highlight=False, soft_wrap=True)

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 
 if TYPE_CHECKING:
-    from vfmtok_hf.pipelines import VFMTokPipeline
+    from vfmtok_hf.pipelines import VFMTokDiTPipeline, VFMTokPipeline
 
 
 STARTED = time.perf_counter()
@@ -88,19 +88,25 @@ def resolve_model(model: str | None) -> str:
 
 
 def load_pipeline(
-    model: str | None, device: str | None, dtype: Dtype, generates: bool = False, encodes: bool = False
-) -> "VFMTokPipeline":
+    model: str | None,
+    device: str | None,
+    dtype: Dtype,
+    generates: bool = False,
+    encodes: bool = False,
+    reconstructs: bool = False,
+) -> "VFMTokPipeline | VFMTokDiTPipeline":
     """
     The pipeline on its device, with compiled kernels where there are any and the libraries' own progress bars off.
 
-    Unless it `generates`, an image tokenizer alone will do; if it `encodes`, a light one gets its vision model.
+    Unless it `generates`, an image tokenizer alone will do; if it `encodes`, a light one gets its vision model. If it
+    `reconstructs`, it may also be a continuous autoencoder, alone or in its pipeline.
     """
     import diffusers
     import torch
     import transformers
     from transformers.utils.hub import has_file
 
-    from vfmtok_hf import VFMTokPipeline
+    from vfmtok_hf import VFMTokDiTPipeline, VFMTokPipeline
     from vfmtok_hf.cli.environment import default_device
     from vfmtok_hf.cpu.packing import keep_freed_memory, pack_weights
     from vfmtok_hf.cpu.threads import use_one_thread_for_small_models
@@ -111,20 +117,35 @@ def load_pipeline(
     if generates:
         pipe = VFMTokPipeline.from_pretrained(name_or_path, dtype=torch_dtype)
     elif has_file(name_or_path, "config.json"):  # which the root of a pipeline does not have
-        pipe = VFMTokPipeline.from_image_tokenizer(name_or_path, dtype=torch_dtype)
+        if reconstructs and transformers.AutoConfig.from_pretrained(name_or_path).model_type == "vfmae":
+            pipe = VFMTokDiTPipeline.from_autoencoder(name_or_path, dtype=torch_dtype)
+        else:
+            pipe = VFMTokPipeline.from_image_tokenizer(name_or_path, dtype=torch_dtype)
+    elif reconstructs and pipeline_class_name(name_or_path) == "VFMTokDiTPipeline":
+        left_out = {"transformer": None, "guidance_transformer": None}
+        pipe = VFMTokDiTPipeline.from_pretrained(name_or_path, dtype=torch_dtype, **left_out)
     else:
         pipe = VFMTokPipeline.from_pretrained(name_or_path, dtype=torch_dtype, transformer=None)
-    if encodes and pipe.vq_model.vision_model is None:
-        pipe.vq_model.load_vision_model()
+    if encodes and pipe.autoencoder.vision_model is None:
+        pipe.autoencoder.load_vision_model()
     pipe.set_progress_bar_config(disable=True)
     pipe.to(device or default_device())
     if pipe.device.type == "cpu":
         keep_freed_memory()
-        use_one_thread_for_small_models(pipe.vq_model, pipe.transformer)
-        for model in (pipe.vq_model, pipe.transformer):
+        use_one_thread_for_small_models(pipe.autoencoder, pipe.transformer)
+        for model in (pipe.autoencoder, pipe.transformer):
             if model is not None:
                 pack_weights(model)
     return pipe
+
+
+def pipeline_class_name(name_or_path: str) -> str:
+    """Class of a saved pipeline."""
+    from diffusers import DiffusionPipeline
+
+    from vfmtok_hf.pipelines.portable_vfmtok import class_name
+
+    return class_name(DiffusionPipeline.load_config(name_or_path))
 
 
 def report_written(count: int, what: str, output: Path) -> None:

@@ -101,31 +101,35 @@ def reconstruct(
     dtype: DtypeOption = Dtype.float32,
     batch_size: BatchSizeOption = 16,
 ) -> None:
-    """Images through their image tokens and back: originals beside reconstructions, and the PSNR of each."""
+    """
+    Images through their image tokens, or the latents of a continuous autoencoder, and back: originals beside
+    reconstructions, and the PSNR of each.
+    """
     with one_line_errors():
         from torchvision.transforms.functional import to_pil_image
 
         from vfmtok_hf.data.files import find_images
         from vfmtok_hf.data.output_files import check_picture_output, picture_names
-        from vfmtok_hf.data.token_files import tokenize_files
         from vfmtok_hf.evaluation.reconstruction import psnr
+        from vfmtok_hf.pipelines.pipeline_base_vfmtok import batches
         from vfmtok_hf.plotting import image_grid, picture_output
 
         check_picture_output(output)
         files = find_images(images)
         file_names = dict(zip(files, picture_names(list(files)), strict=True))
-        pipe = load_pipeline(model, device, dtype, encodes=True)
+        pipe = load_pipeline(model, device, dtype, encodes=True, reconstructs=True)
         decibels = {}
         with picture_output(output) as add, progress("Reconstructing", len(files)) as progress_callback:
-            for names, image_tokens in tokenize_files(pipe, files, batch_size):
+            for names in batches(list(files), batch_size):
+                paths = [files[name] for name in names]
                 crops = pipe.image_processor(
-                    [files[name] for name in names],
-                    size=pipe.vq_model.config.image_size,
+                    paths,
+                    size=pipe.autoencoder.config.image_size,
                     do_rescale=False,
                     do_normalize=False,
                     return_tensors="pt",
                 )["pixel_values"]
-                reconstructions = pipe.detokenize(image_tokens, "uint8", batch_size=batch_size).cpu()
+                reconstructions = pipe.reconstruct(paths, "uint8").images.cpu()
                 for name, value, crop, reconstruction in zip(
                     names, psnr(crops, reconstructions).tolist(), crops, reconstructions, strict=True
                 ):

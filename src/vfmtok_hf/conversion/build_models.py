@@ -4,19 +4,24 @@ Convert original state dicts to models, and models to original state dicts, with
 Models are created on the `meta` device and filled with the converted tensors, so memory holds the weights only once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from vfmtok_hf.modeling.autoencoder_vfmtok import VFMTokAutoencoder
+from vfmtok_hf.modeling.configuration_vfmae import VFMAEConfig
 from vfmtok_hf.modeling.configuration_vfmtok import VFMTokConfig
+from vfmtok_hf.modeling.modeling_vfmae import VFMAEModel
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 from vfmtok_hf.modeling.modeling_vfmtok_ar import VFMTokARForImageGeneration
+from vfmtok_hf.modeling.modeling_vfmtok_dit import VFMTokDiTForImageGeneration
 from vfmtok_hf.modeling.modeling_vfmtok_rar import VFMTokRARForImageGeneration
 
 from . import infer_config
+from .errors import CheckpointError
 from .key_tables import (
     ORIGINAL_VISION_PREFIX,
     VISION_PREFIX,
@@ -25,11 +30,14 @@ from .key_tables import (
     ar_table,
     check_keys,
     dinov2_table,
+    dit_table,
     rar_table,
     to_original,
     to_ours,
     tokenizer_table,
+    vfmae_table,
 )
+from .read_checkpoint import LatentStatistics
 
 
 StateDict = Mapping[str, torch.Tensor]
@@ -63,12 +71,72 @@ def build_tokenizer(
     `state_dict`. Only the configuration of `vision_model`, a repository or folder, is read: if
     `config.save_vision_model` is true, call `load_vision_model` for its weights.
     """
+    return _build_autoencoder(
+        VFMTokModel,
+        _tokenizer_table,
+        infer_config.tokenizer_config,
+        state_dict,
+        overrides,
+        vision_state_dict,
+        vision_model,
+    )
+
+
+def build_vfmae(
+    state_dict: StateDict,
+    overrides: Mapping[str, Any],
+    vision_state_dict: StateDict | None = None,
+    vision_model: str | None = None,
+    statistics: LatentStatistics | None = None,
+) -> Conversion:
+    """
+    The continuous autoencoder of an original state dict; arguments as of `build_tokenizer`.
+
+    Args:
+        statistics: mean and standard deviation of the latents, each `(latent_channels, num_anchors)`; 0 and 1 without.
+    """
+    latent_shape = infer_config.latent_shape(_shapes(state_dict))
+    return _build_autoencoder(
+        VFMAEModel,
+        _vfmae_table,
+        infer_config.vfmae_config,
+        state_dict,
+        overrides,
+        vision_state_dict,
+        vision_model,
+        **_statistics_buffers(statistics, latent_shape),
+    )
+
+
+def _statistics_buffers(statistics: LatentStatistics | None, shape: tuple[int, int, int]) -> dict[str, torch.Tensor]:
+    if statistics is None:
+        return {"latents_mean": torch.zeros(shape), "latents_std": torch.ones(shape)}
+    channels, height, width = shape
+    for name, values in (("mean", statistics.mean), ("standard deviation", statistics.std)):
+        if values.shape != (channels, height * width):
+            raise CheckpointError(
+                f"The {name} of the latents has shape {tuple(values.shape)}, the checkpoint's latents "
+                f"{(channels, height * width)}: the statistics belong to another model."
+            )
+    return {"latents_mean": statistics.mean.reshape(shape), "latents_std": statistics.std.reshape(shape)}
+
+
+def _build_autoencoder(
+    model_class: type[PreTrainedModel],
+    infer_table: Callable[[infer_config.Shapes], KeyTable],
+    make_config: Callable[[infer_config.Shapes, PreTrainedConfig, Mapping[str, Any]], PreTrainedConfig],
+    state_dict: StateDict,
+    overrides: Mapping[str, Any],
+    vision_state_dict: StateDict | None,
+    vision_model: str | None,
+    **more_weights: torch.Tensor,
+) -> Conversion:
     overrides = dict(overrides)
     vision_overrides = overrides.pop("vision_config", {})
     if not isinstance(vision_overrides, Mapping):
         raise ValueError(f"config's vision_config must be an object of fields, got {vision_overrides!r}.")
-    tokenizer = {key: tensor for key, tensor in state_dict.items() if not key.startswith(ORIGINAL_VISION_PREFIX)}
-    embedded = {key: tensor for key, tensor in state_dict.items() if key not in tokenizer}
+    autoencoder = {key: tensor for key, tensor in state_dict.items() if not key.startswith(ORIGINAL_VISION_PREFIX)}
+    embedded = {key: tensor for key, tensor in state_dict.items() if key not in autoencoder}
     if embedded and (vision_state_dict is not None or vision_model is not None):
         raise ValueError("The checkpoint contains its vision model: pass neither vision_checkpoint nor vision_model.")
     vision, prefix = (embedded, ORIGINAL_VISION_PREFIX) if embedded else (vision_state_dict or {}, "")
@@ -81,9 +149,9 @@ def build_tokenizer(
         released = None if vision_overrides else infer_config.RELEASED_VISION_MODEL
         overrides.setdefault("vision_model_name_or_path", vision_model or released)
 
-    shapes = _shapes(tokenizer)
-    table = _tokenizer_table(shapes)
-    check_keys(tokenizer, table)
+    shapes = _shapes(autoencoder)
+    table = infer_table(shapes)
+    check_keys(autoencoder, table)
     vision_table = _vision_table(vision, prefix)
     if vision:
         vision_config = infer_config.dinov2_config(_shapes(vision), vision_overrides, prefix)
@@ -92,8 +160,8 @@ def build_tokenizer(
     else:
         vision_config = infer_config.described_vision_config(shapes, vision_overrides)
     # Build the vision model only if there are weights for it; whether it is saved may differ.
-    config = infer_config.tokenizer_config(shapes, vision_config, {**overrides, "save_vision_model": bool(vision)})
-    conversion = _fill(VFMTokModel, config, (tokenizer, table), (vision, vision_table))
+    config = make_config(shapes, vision_config, {**overrides, "save_vision_model": bool(vision)})
+    conversion = _fill(model_class, config, (autoencoder, table), (vision, vision_table), **more_weights)
     conversion.model.config.save_vision_model = save_vision_model
     return conversion
 
@@ -122,6 +190,14 @@ def build_rar(state_dict: StateDict, overrides: Mapping[str, Any]) -> Conversion
     return _fill(VFMTokRARForImageGeneration, infer_config.rar_config(shapes, overrides), (state_dict, table))
 
 
+def build_dit(state_dict: StateDict, overrides: Mapping[str, Any]) -> Conversion:
+    """The diffusion transformer of an original state dict."""
+    config = infer_config.dit_config(_shapes(state_dict), overrides)
+    table = dit_table(config)
+    check_keys(state_dict, table)
+    return _fill(VFMTokDiTForImageGeneration, config, (state_dict, table))
+
+
 def export_original_tokenizer(model: VFMTokModel, include_vision_model: bool = False) -> dict[str, torch.Tensor]:
     """
     The model's weights under the original tokenizer's names, in its order, as the original's `ema` and `model` entries.
@@ -133,16 +209,38 @@ def export_original_tokenizer(model: VFMTokModel, include_vision_model: bool = F
             under the original's backbone prefix. Original checkpoints leave it out.
     """
     weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(VISION_PREFIX)}
-    original = to_original(weights, _table_of(model.config))
-    if include_vision_model:
-        vision = export_original_dinov2(model)
-        original.update({ORIGINAL_VISION_PREFIX + name: tensor for name, tensor in vision.items()})
-    return original
+    return to_original(weights, _tokenizer_table_of(model.config)) | _original_vision(model, include_vision_model)
 
 
-def export_original_dinov2(model: VFMTokModel) -> dict[str, torch.Tensor]:
+def export_original_vfmae(model: VFMAEModel, include_vision_model: bool = False) -> dict[str, torch.Tensor]:
     """
-    The tokenizer's vision model under facebookresearch's DINOv2 names.
+    The model's weights under the original VFMAE's names, in its order.
+
+    The statistics of its latents have a file of their own there: see `export_latent_statistics`.
+
+    Args:
+        include_vision_model: add the vision model, as `export_original_tokenizer` does.
+    """
+    ours = {
+        name: tensor for name, tensor in model.state_dict().items() if not name.startswith((VISION_PREFIX, "latents_"))
+    }
+    return to_original(ours, _vfmae_table_of(model.config)) | _original_vision(model, include_vision_model)
+
+
+def export_latent_statistics(model: VFMAEModel) -> dict[str, torch.Tensor]:
+    """`mean` and `std` of the model's latents, `(latent_channels, num_anchors)`, as `convert_vfmae` reads them from a file."""
+    return {"mean": model.latents_mean.flatten(1).clone(), "std": model.latents_std.flatten(1).clone()}
+
+
+def _original_vision(model: VFMTokAutoencoder, include: bool) -> dict[str, torch.Tensor]:
+    if not include:
+        return {}
+    return {ORIGINAL_VISION_PREFIX + name: tensor for name, tensor in export_original_dinov2(model).items()}
+
+
+def export_original_dinov2(model: VFMTokAutoencoder) -> dict[str, torch.Tensor]:
+    """
+    The vision model of a tokenizer or VFMAE under facebookresearch's DINOv2 names.
 
     Raises:
         ValueError: the vision model is of another type, or missing.
@@ -166,26 +264,56 @@ def export_original_rar(model: VFMTokRARForImageGeneration) -> dict[str, torch.T
     return to_original(model.state_dict(), rar_table(model.config.num_hidden_layers))
 
 
+def export_original_dit(model: VFMTokDiTForImageGeneration) -> dict[str, torch.Tensor]:
+    """The model's weights under the original DiTDH's names, in its order."""
+    return to_original(model.state_dict(), dit_table(model.config))
+
+
+def export_diffusers_dit(model: VFMTokDiTForImageGeneration) -> dict[str, torch.Tensor]:
+    """
+    The model's weights under the names of `RAEDiT2DModel`, which pull request 13231 adds to diffusers and no release of it
+    has yet.
+    """
+    return to_original(model.state_dict(), dit_table(model.config, diffusers_names=True))
+
+
 def _tokenizer_table(shapes: infer_config.Shapes) -> KeyTable:
-    fields = infer_config.tokenizer_fields(shapes)
-    return tokenizer_table(
-        num_levels=infer_config.num_feature_levels(shapes),
-        encoder_num_layers=fields["encoder_num_layers"],
-        decoder_num_layers=fields["decoder_num_layers"],
-        pixel_decoder_channels=infer_config.pixel_decoder_channels(shapes),
-        pixel_decoder_num_res_blocks=fields["pixel_decoder_num_res_blocks"],
-    )
+    return tokenizer_table(**_counts(shapes, infer_config.tokenizer_fields(shapes)))
 
 
-def _table_of(config: VFMTokConfig) -> KeyTable:
+def _vfmae_table(shapes: infer_config.Shapes) -> KeyTable:
+    fields = infer_config.vfmae_fields(shapes)
+    feature_layers = fields["feature_decoder_num_layers"]
+    return vfmae_table(feature_decoder_num_layers=feature_layers, **_counts(shapes, fields))
+
+
+def _counts(shapes: infer_config.Shapes, fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "num_levels": infer_config.num_feature_levels(shapes),
+        "encoder_num_layers": fields["encoder_num_layers"],
+        "decoder_num_layers": fields["decoder_num_layers"],
+        "pixel_decoder_channels": infer_config.pixel_decoder_channels(shapes),
+        "pixel_decoder_num_res_blocks": fields["pixel_decoder_num_res_blocks"],
+    }
+
+
+def _tokenizer_table_of(config: VFMTokConfig) -> KeyTable:
+    return tokenizer_table(**_counts_of(config))
+
+
+def _vfmae_table_of(config: VFMAEConfig) -> KeyTable:
+    return vfmae_table(feature_decoder_num_layers=config.feature_decoder_num_layers, **_counts_of(config))
+
+
+def _counts_of(config: VFMTokConfig | VFMAEConfig) -> dict[str, Any]:
     multipliers = reversed(config.pixel_decoder_channel_multipliers)
-    return tokenizer_table(
-        num_levels=len(config.vision_feature_layers),
-        encoder_num_layers=config.encoder_num_layers,
-        decoder_num_layers=config.decoder_num_layers,
-        pixel_decoder_channels=[config.pixel_decoder_base_channels * multiplier for multiplier in multipliers],
-        pixel_decoder_num_res_blocks=config.pixel_decoder_num_res_blocks,
-    )
+    return {
+        "num_levels": len(config.vision_feature_layers),
+        "encoder_num_layers": config.encoder_num_layers,
+        "decoder_num_layers": config.decoder_num_layers,
+        "pixel_decoder_channels": [config.pixel_decoder_base_channels * multiplier for multiplier in multipliers],
+        "pixel_decoder_num_res_blocks": config.pixel_decoder_num_res_blocks,
+    }
 
 
 def _shapes(state_dict: StateDict) -> dict[str, tuple[int, ...]]:
@@ -193,12 +321,16 @@ def _shapes(state_dict: StateDict) -> dict[str, tuple[int, ...]]:
 
 
 def _fill(
-    model_class: type[PreTrainedModel], config: PreTrainedConfig, *parts: tuple[StateDict, KeyTable]
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    *parts: tuple[StateDict, KeyTable],
+    **more_weights: torch.Tensor,
 ) -> Conversion:
+    """A model of the tensors of `parts`, and of `more_weights` under our names."""
     with torch.device("meta"):
         model = model_class(config)
     shapes = _shapes(model.state_dict())
-    converted: dict[str, torch.Tensor] = {}
+    converted: dict[str, torch.Tensor] = dict(more_weights)
     dropped: dict[str, str] = {}
     for state_dict, table in parts:
         converted.update(to_ours(state_dict, table, shapes))

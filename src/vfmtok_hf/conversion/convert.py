@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from vfmtok_hf.data.fingerprints import file_sha256
 from vfmtok_hf.data.output_files import check_model_folder, whole_folder
 from vfmtok_hf.modeling.image_processing_vfmtok import VFMTokImageProcessor
 
-from .build_models import Conversion, build_ar, build_rar, build_tokenizer
-from .read_checkpoint import Weights, read_checkpoint
+from .build_models import Conversion, build_ar, build_dit, build_rar, build_tokenizer, build_vfmae
+from .read_checkpoint import Weights, read_checkpoint, read_latent_statistics
 
 
 PROVENANCE_FILE = "provenance.json"
@@ -101,12 +102,65 @@ def convert_tokenizer(
         FileExistsError, NotADirectoryError, PermissionError: the output cannot be written.
         ValueError: arguments are incompatible, or `config` lacks a required field.
     """
+    return _convert_autoencoder(
+        "tokenizer",
+        build_tokenizer,
+        checkpoint,
+        output,
+        vision_checkpoint,
+        vision_model,
+        weights,
+        config,
+        dry_run,
+        overwrite,
+    )
+
+
+def convert_vfmae(
+    checkpoint: str | Path,
+    output: str | Path,
+    vision_checkpoint: str | Path | None = None,
+    vision_model: str | Path | None = None,
+    latent_statistics: str | Path | None = None,
+    weights: Weights = "ema",
+    config: Mapping[str, Any] | str | Path | None = None,
+    dry_run: bool = False,
+    overwrite: bool = False,
+) -> ConversionReport:
+    """
+    Convert an original VFMAE checkpoint to a folder for `VFMAEModel.from_pretrained`.
+
+    Arguments and errors as in `convert_tokenizer`; `config` holds fields of `VFMAEConfig`.
+
+    Args:
+        latent_statistics: mean and standard deviation of the latents, which denoisers need: the original's
+            `stats/stats-500.pt`, or a `.safetensors` file with `mean` and `std` of shape `(latent_channels, num_anchors)`.
+    """
+    statistics = None if latent_statistics is None else read_latent_statistics(latent_statistics)
+    build = partial(build_vfmae, statistics=statistics)
+    return _convert_autoencoder(
+        "vfmae", build, checkpoint, output, vision_checkpoint, vision_model, weights, config, dry_run, overwrite
+    )
+
+
+def _convert_autoencoder(
+    kind: str,
+    build_model: Callable[..., Conversion],
+    checkpoint: str | Path,
+    output: str | Path,
+    vision_checkpoint: str | Path | None,
+    vision_model: str | Path | None,
+    weights: Weights,
+    config: Mapping[str, Any] | str | Path | None,
+    dry_run: bool,
+    overwrite: bool,
+) -> ConversionReport:
     if vision_checkpoint is not None and vision_model is not None:
         raise ValueError("Pass vision_checkpoint or vision_model, not both.")
 
     def build(state_dict, overrides) -> Conversion:
         vision = None if vision_checkpoint is None else read_checkpoint(vision_checkpoint, "dinov2").state_dict
-        return build_tokenizer(state_dict, overrides, vision, None if vision_model is None else str(vision_model))
+        return build_model(state_dict, overrides, vision, None if vision_model is None else str(vision_model))
 
     def save(conversion: Conversion, folder: Path) -> None:
         model = conversion.model
@@ -116,7 +170,7 @@ def convert_tokenizer(
         side = model.config.image_size
         VFMTokImageProcessor(size={"height": side, "width": side}).save_pretrained(folder)
 
-    return _convert("tokenizer", checkpoint, output, weights, config, dry_run, overwrite, build, save)
+    return _convert(kind, checkpoint, output, weights, config, dry_run, overwrite, build, save)
 
 
 def convert_ar(
@@ -150,6 +204,22 @@ def convert_rar(
     Arguments and errors as in `convert_tokenizer`; `config` contains fields of `VFMTokRARConfig`.
     """
     return _convert("rar", checkpoint, output, weights, config, dry_run, overwrite, build_rar)
+
+
+def convert_dit(
+    checkpoint: str | Path,
+    output: str | Path,
+    weights: Weights = "ema",
+    config: Mapping[str, Any] | str | Path | None = None,
+    dry_run: bool = False,
+    overwrite: bool = False,
+) -> ConversionReport:
+    """
+    Convert an original diffusion transformer (`DiTDH-*.pt`) to a folder for `VFMTokDiTForImageGeneration.from_pretrained`.
+
+    Arguments and errors as in `convert_tokenizer`; `config` holds fields of `VFMTokDiTConfig`.
+    """
+    return _convert("dit", checkpoint, output, weights, config, dry_run, overwrite, build_dit)
 
 
 def _save(conversion: Conversion, folder: Path) -> None:

@@ -13,8 +13,10 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 from vfmtok_hf.modeling.autoencoder_config_vfmtok import RELEASED_VISION_CONFIG
+from vfmtok_hf.modeling.configuration_vfmae import VFMAEConfig
 from vfmtok_hf.modeling.configuration_vfmtok import VFMTokConfig
 from vfmtok_hf.modeling.configuration_vfmtok_ar import VARIANTS, VFMTokARConfig
+from vfmtok_hf.modeling.configuration_vfmtok_dit import VFMTokDiTConfig
 from vfmtok_hf.modeling.configuration_vfmtok_rar import VFMTokRARConfig
 
 from .errors import CheckpointError, listing
@@ -73,14 +75,12 @@ def _grid_side(key: str, positions: int) -> int:
 # Fields inferred from shapes
 
 
-def tokenizer_fields(shapes: Shapes) -> dict[str, Any]:
-    """Fields of `VFMTokConfig` that the tokenizer's shapes determine on their own."""
+def _autoencoder_fields(shapes: Shapes) -> dict[str, Any]:
+    """Fields that the shapes of the tokenizer and of VFMAE determine on their own."""
     sizes = _Sizes(shapes)
     _, num_anchors, hidden_size = sizes.of("encode_transformer.carrier_tokens", 3)
-    codebook_size, codebook_dim = sizes.of("slot_quantize.embedding.weight", 2)
     channels = pixel_decoder_channels(shapes)
     base_channels = math.gcd(*channels)
-    position_table = "decode_transformer.position_embedding"
     return {
         "num_anchors": num_anchors,
         "hidden_size": hidden_size,
@@ -88,14 +88,48 @@ def tokenizer_fields(shapes: Shapes) -> dict[str, Any]:
         "encoder_intermediate_size": sizes.of("encode_transformer.transformer.layers.0.linear1.weight", 2)[0],
         "decoder_num_layers": sizes.count("decode_transformer.transformer.layers."),
         "decoder_intermediate_size": sizes.of("decode_transformer.transformer.layers.0.ffnet.w3.weight", 2)[1],
-        "num_register_tokens": sizes.of("decode_transformer.register_tokens", 3)[1],
-        "feature_grid_size": _grid_side(position_table, sizes.of(position_table, 3)[1]),
-        "codebook_size": codebook_size,
-        "codebook_dim": codebook_dim,
         "pixel_decoder_base_channels": base_channels,
         "pixel_decoder_channel_multipliers": [width // base_channels for width in reversed(channels)],
         "pixel_decoder_num_res_blocks": sizes.count("decoder.conv_blocks.0.res.") - 1,
     }
+
+
+def _position_grid_size(shapes: Shapes) -> int:
+    """Side of the ViT decoder's position table."""
+    table = "decode_transformer.position_embedding"
+    return _grid_side(table, _Sizes(shapes).of(table, 3)[1])
+
+
+def tokenizer_fields(shapes: Shapes) -> dict[str, Any]:
+    """Fields of `VFMTokConfig` that the tokenizer's shapes determine on their own."""
+    sizes = _Sizes(shapes)
+    codebook_size, codebook_dim = sizes.of("slot_quantize.embedding.weight", 2)
+    return {
+        **_autoencoder_fields(shapes),
+        "num_register_tokens": sizes.of("decode_transformer.register_tokens", 3)[1],
+        "feature_grid_size": _position_grid_size(shapes),
+        "codebook_size": codebook_size,
+        "codebook_dim": codebook_dim,
+    }
+
+
+def vfmae_fields(shapes: Shapes) -> dict[str, Any]:
+    """Fields of `VFMAEConfig` that the shapes determine on their own."""
+    sizes = _Sizes(shapes)
+    upsampling_factor = 2 ** (len(pixel_decoder_channels(shapes)) - 1)
+    return {
+        **_autoencoder_fields(shapes),
+        "image_size": _position_grid_size(shapes) * upsampling_factor,
+        "latent_channels": sizes.of("slots_quant.conv_out.weight", 4)[0],
+        "feature_decoder_num_layers": sizes.count("decode_transformer.dino_transformer.layers."),
+    }
+
+
+def latent_shape(shapes: Shapes) -> tuple[int, int, int]:
+    """Channels, height and width of VFMAE's latents."""
+    sizes = _Sizes(shapes)
+    side = math.isqrt(sizes.of("encode_transformer.carrier_tokens", 3)[1])
+    return sizes.of("slots_quant.conv_out.weight", 4)[0], side, side
 
 
 def pixel_decoder_channels(shapes: Shapes) -> list[int]:
@@ -173,6 +207,33 @@ def rar_fields(shapes: Shapes) -> dict[str, Any]:
     }
 
 
+def dit_fields(shapes: Shapes) -> dict[str, Any]:
+    """
+    Fields of `VFMTokDiTConfig` that the shapes determine: all but how many of the layers are the head's where both parts are
+    equally wide.
+    """
+    sizes = _Sizes(shapes)
+    num_layers = sizes.count("blocks.")
+    widths = [sizes.of(f"blocks.{index}.attn.proj.weight", 2)[0] for index in range(num_layers)]
+    grid, head_dim = sizes.of("enc_feat_rope.freqs_cos", 2)
+    head_head_dim = sizes.of("dec_feat_rope.freqs_cos", 2)[1]
+    fields = {
+        "latent_channels": sizes.of("final_layer.linear.weight", 2)[0],
+        "sample_size": math.isqrt(grid),
+        "num_classes": sizes.of("y_embedder.embedding_table.weight", 2)[0] - 1,
+        "hidden_size": widths[0],
+        "num_attention_heads": widths[0] // head_dim,
+        "intermediate_size": sizes.of("blocks.0.mlp.w3.weight", 2)[1],
+        "head_hidden_size": widths[-1],
+        "head_num_attention_heads": widths[-1] // head_head_dim,
+        "head_intermediate_size": sizes.of(f"blocks.{num_layers - 1}.mlp.w3.weight", 2)[1],
+        "time_embedding_size": sizes.of("t_embedder.W", 1)[0],
+    }
+    if widths[0] != widths[-1]:
+        fields["num_hidden_layers"] = widths.count(widths[0])
+    return fields
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Whole configurations
 
@@ -183,12 +244,27 @@ def tokenizer_config(shapes: Shapes, vision_config: PreTrainedConfig, overrides:
         vision_config: configuration of the tokenizer's vision model.
         overrides: `VFMTokConfig` fields, without `vision_config`.
     """
-    inferred = tokenizer_fields(shapes)
+    return _autoencoder_config(VFMTokConfig, tokenizer_fields(shapes), shapes, vision_config, overrides)
+
+
+def vfmae_config(shapes: Shapes, vision_config: PreTrainedConfig, overrides: Mapping[str, Any]) -> VFMAEConfig:
+    """Arguments as of `tokenizer_config`; `overrides` are `VFMAEConfig` fields."""
+    inferred = vfmae_fields(shapes)
+    # Configurations of timm models, which `VFMAEConfig` refuses, know no patches.
+    inferred["vision_image_size"] = _position_grid_size(shapes) * getattr(vision_config, "patch_size", 1)
+    return _autoencoder_config(VFMAEConfig, inferred, shapes, vision_config, overrides)
+
+
+def _autoencoder_config(
+    config_class,
+    inferred: dict[str, Any],
+    shapes: Shapes,
+    vision_config: PreTrainedConfig,
+    overrides: Mapping[str, Any],
+):
     decoder_heads = DECODER_HEADS.get(inferred["hidden_size"])
     if decoder_heads is None and "decoder_num_heads" not in overrides:
-        raise ValueError(
-            f"No released tokenizer has width {inferred['hidden_size']}: set decoder_num_heads in config."
-        )
+        raise ValueError(f"No released model has width {inferred['hidden_size']}: set decoder_num_heads in config.")
     encoder_heads = overrides.get("encoder_num_heads", ENCODER_HEADS)
     if not isinstance(encoder_heads, int) or encoder_heads < 1:
         raise ValueError(f"encoder_num_heads must be a positive integer, got {encoder_heads!r}.")
@@ -202,7 +278,7 @@ def tokenizer_config(shapes: Shapes, vision_config: PreTrainedConfig, overrides:
         )
     inferred["encoder_num_points"] = locations // (encoder_heads * num_levels)
     known = {"encoder_num_heads": encoder_heads, "decoder_num_heads": decoder_heads}
-    config = _build(VFMTokConfig, inferred, known, {**overrides, "vision_config": vision_config})
+    config = _build(config_class, inferred, known, {**overrides, "vision_config": vision_config})
     if len(config.vision_feature_layers) != num_levels:
         raise ValueError(
             f"The checkpoint uses {num_levels} levels of vision features, but the configuration names "
@@ -282,6 +358,18 @@ def rar_config(shapes: Shapes, overrides: Mapping[str, Any]) -> VFMTokRARConfig:
         )
     known = {"num_image_tokens": num_image_tokens, **_imagenet_labels(inferred["num_classes"])}
     return _build(VFMTokRARConfig, inferred, known, overrides)
+
+
+def dit_config(shapes: Shapes, overrides: Mapping[str, Any]) -> VFMTokDiTConfig:
+    """`overrides` are fields of `VFMTokDiTConfig`."""
+    inferred = dit_fields(shapes)
+    if "num_hidden_layers" not in inferred | dict(overrides):
+        raise ValueError(
+            "Encoder and head are equally wide: set num_hidden_layers, the number of layers of the encoder, in config."
+        )
+    num_hidden_layers = {**overrides, **inferred}["num_hidden_layers"]
+    inferred["head_num_hidden_layers"] = _Sizes(shapes).count("blocks.") - num_hidden_layers
+    return _build(VFMTokDiTConfig, inferred, _imagenet_labels(inferred["num_classes"]), overrides)
 
 
 def _imagenet_labels(num_classes: int) -> dict[str, Any]:

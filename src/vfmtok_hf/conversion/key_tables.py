@@ -2,8 +2,9 @@
 Tables of the original's parameter names and ours, and pure functions that apply them in either direction.
 
 A table lists *all* tensors of a network in the original's order. It is generated from the few counts (layers, levels)
-that determine which tensors exist. Names: https://github.com/CVMI-Lab/VFMTok and
-https://github.com/CVMI-Lab/VFMTok-RAR (`state_dict()` of their networks), https://github.com/facebookresearch/dinov2.
+that determine which tensors exist. Names: https://github.com/CVMI-Lab/VFMTok,
+https://github.com/CVMI-Lab/VFMTok-RAR and https://github.com/CVMI-Lab/VFMTok2 (`state_dict()` of their networks),
+https://github.com/facebookresearch/dinov2.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+from vfmtok_hf.modeling.configuration_vfmtok_dit import VFMTokDiTConfig
+from vfmtok_hf.modeling.rotary_vfmtok import rotary_table
 
 from .errors import CheckpointError, listing
 
@@ -31,11 +35,15 @@ class Row:
 
 @dataclass(frozen=True)
 class DroppedRow:
-    """A tensor of the original that is not a weight. Converting back writes zeros of `shape`."""
+    """
+    A tensor of the original that is not a weight of ours. Converting back writes zeros of `shape`, or `values` where our
+    model computes the tensor. An original must contain the same values.
+    """
 
     original: str
     shape: tuple[int, ...]
     reason: str
+    values: torch.Tensor | None = None
 
 
 KeyTable = list[Row | DroppedRow]
@@ -86,6 +94,26 @@ def tokenizer_table(
         *_weight("slot_quantize.embedding", "quantizer.codebook"),
         *_layer("pre_slots_quant", "quant_proj"),
         *_layer("post_slots_quant", "post_quant_proj"),
+    ]
+
+
+def vfmae_table(
+    *,
+    num_levels: int,
+    encoder_num_layers: int,
+    decoder_num_layers: int,
+    feature_decoder_num_layers: int,
+    pixel_decoder_channels: Sequence[int],
+    pixel_decoder_num_res_blocks: int,
+) -> KeyTable:
+    """Rows of VFMAE without its vision model; arguments as of [`tokenizer_table`]."""
+    return [
+        *_pixel_decoder(pixel_decoder_channels, pixel_decoder_num_res_blocks),
+        *_anchor_encoder(num_levels, encoder_num_layers),
+        *_vfmae_vit_decoder(decoder_num_layers, feature_decoder_num_layers),
+        *_layer("slots_quant.norm_out", "bottleneck.norm"),
+        *_layer("slots_quant.conv_out", "bottleneck.conv"),
+        *_layer("post_slots_quant", "latent_proj"),
     ]
 
 
@@ -163,16 +191,41 @@ def _vit_decoder(num_layers: int) -> Iterator[Row]:
         ("register_tokens", "register_tokens"),
     ):
         yield from _tensor(f"decode_transformer.{original}", f"vit_decoder.{ours}")
+    yield from _vit_decoder_layers("decode_transformer.transformer.layers", "vit_decoder.layers", num_layers)
+    yield from _vit_decoder_outputs()
+
+
+def _vit_decoder_layers(original_list: str, our_list: str, num_layers: int) -> Iterator[Row]:
     for index in range(num_layers):
-        original, ours = f"decode_transformer.transformer.layers.{index}", f"vit_decoder.layers.{index}"
+        original, ours = f"{original_list}.{index}", f"{our_list}.{index}"
         yield from _layer(f"{original}.norm1", f"{ours}.self_attn_norm")
         yield from _self_attention(f"{original}.attn1", f"{ours}.self_attn")
         yield from _layer(f"{original}.norm2", f"{ours}.mlp_norm")
         yield from _layer(f"{original}.ffnet.w12", f"{ours}.mlp.gate_proj", f"{ours}.mlp.up_proj")
         yield from _layer(f"{original}.ffnet.w3", f"{ours}.mlp.down_proj")
+
+
+def _vit_decoder_outputs() -> Iterator[Row]:
     yield from _layer("decode_transformer.norm_post1", "vit_decoder.image_norm")
     yield from _layer("decode_transformer.norm_post2", "vit_decoder.feature_norm")
     yield from _layer("decode_transformer.proj", "vit_decoder.feature_head")
+
+
+def _vfmae_vit_decoder(num_layers: int, feature_num_layers: int) -> Iterator[Row]:
+    for original, ours in (
+        ("position_embedding", "position_embeddings"),
+        ("slot_position_embedding", "anchor_position_embeddings"),
+        ("mask_embedding", "image_mask_token"),
+        ("dino_mask", "feature_mask_token"),
+        ("cls_token", "cls_token"),
+    ):
+        yield from _tensor(f"decode_transformer.{original}", f"vit_decoder.{ours}")
+    for original, ours, count in (
+        ("transformer", "layers", num_layers),
+        ("dino_transformer", "feature_layers", feature_num_layers),
+    ):
+        yield from _vit_decoder_layers(f"decode_transformer.{original}.layers", f"vit_decoder.{ours}", count)
+    yield from _vit_decoder_outputs()
 
 
 def _dinov2_projections() -> list[str]:
@@ -260,6 +313,65 @@ def rar_table(num_layers: int) -> KeyTable:
     return rows
 
 
+def dit_table(config: VFMTokDiTConfig, diffusers_names: bool = False) -> KeyTable:
+    """
+    Rows of the diffusion transformer (RAE's DiTDH).
+
+    Args:
+        diffusers_names: the names that `RAEDiT2DModel` of diffusers' pull request 13231 has in place of the original's.
+    """
+    rows: KeyTable = []
+    rows += _tensor("pos_embed", "position_embeddings")
+    rows += _layer("x_embedder.proj", "head_embed")
+    rows += _layer("s_embedder.proj", "encoder_embed")
+    if config.hidden_size != config.head_hidden_size:
+        rows += _layer("s_projector", "condition_proj")
+    rows += _tensor("t_embedder.W", "time_embedding.frequencies")
+    rows += _layer("t_embedder.mlp.0", "time_embedding.fc1")
+    rows += _layer("t_embedder.mlp.2", "time_embedding.fc2")
+    rows += _weight("y_embedder.embedding_table", "class_embedding")
+    rows += _weight("final_layer.norm_final", "norm")
+    rows += _layer("final_layer.linear", "velocity_proj")
+    rows += _layer("final_layer.adaLN_modulation.1", "norm_modulation")
+    rows += _rotary_buffers("enc_feat_rope", config, config.hidden_size // config.num_attention_heads)
+    rows += _rotary_buffers("dec_feat_rope", config, config.head_hidden_size // config.head_num_attention_heads)
+    encoder_layers = [f"encoder_layers.{index}" for index in range(config.num_hidden_layers)]
+    head_layers = [f"head_layers.{index}" for index in range(config.head_num_hidden_layers)]
+    for index, ours in enumerate([*encoder_layers, *head_layers]):
+        rows += (_diffusers_dit_layer if diffusers_names else _dit_layer)(f"blocks.{index}", ours)
+    return rows
+
+
+def _dit_layer(original: str, ours: str) -> Iterator[Row]:
+    yield from _weight(f"{original}.norm1", f"{ours}.norm1")
+    yield from _weight(f"{original}.norm2", f"{ours}.norm2")
+    yield from _layer(f"{original}.attn.qkv", *_query_key_value(f"{ours}.self_attn"))
+    yield from _layer(f"{original}.attn.proj", f"{ours}.self_attn.o_proj")
+    yield from _layer(f"{original}.mlp.w12", f"{ours}.mlp.gate_proj", f"{ours}.mlp.up_proj")
+    yield from _layer(f"{original}.mlp.w3", f"{ours}.mlp.down_proj")
+    yield from _layer(f"{original}.adaLN_modulation.1", f"{ours}.modulation")
+
+
+def _diffusers_dit_layer(theirs: str, ours: str) -> Iterator[Row]:
+    yield from _weight(f"{theirs}.norm1", f"{ours}.norm1")
+    yield from _weight(f"{theirs}.norm2", f"{ours}.norm2")
+    for name in "qkv":
+        yield from _layer(f"{theirs}.attn.to_{name}", f"{ours}.self_attn.{name}_proj")
+    yield from _layer(f"{theirs}.attn.to_out.0", f"{ours}.self_attn.o_proj")
+    # diffusers gates by the second half.
+    yield from _layer(f"{theirs}.mlp.net.0.proj", f"{ours}.mlp.up_proj", f"{ours}.mlp.gate_proj")
+    yield from _layer(f"{theirs}.mlp.net.2", f"{ours}.mlp.down_proj")
+    yield from _layer(f"{theirs}.adaLN_modulation.1", f"{ours}.modulation")
+
+
+def _rotary_buffers(original: str, config: VFMTokDiTConfig, head_dim: int) -> Iterator[DroppedRow]:
+    positions = 1 + torch.arange(config.sample_size**2)
+    table = rotary_table(positions, config.sample_size, head_dim, config.rope_theta)
+    for name, values in zip(("freqs_cos", "freqs_sin"), table.repeat_interleave(2, dim=-1), strict=True):
+        reason = "the rotary embedding of the grid"
+        yield DroppedRow(f"{original}.{name}", tuple(values.shape), reason, values)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Applying a table
 
@@ -296,6 +408,7 @@ def to_ours(
     converted: dict[str, torch.Tensor] = {}
     for row in rows:
         if isinstance(row, DroppedRow):
+            _check_computed_values(row, state_dict[row.original])
             continue
         tensor = state_dict[row.original]
         _check_values(row.original, tensor)
@@ -316,7 +429,8 @@ def to_original(state_dict: Mapping[str, torch.Tensor], table: KeyTable) -> dict
     original = {}
     for row in table:
         if isinstance(row, DroppedRow):
-            original[row.original] = torch.zeros(row.shape, dtype=torch.float32, device=reference.device)
+            values = torch.zeros(row.shape) if row.values is None else row.values.clone()
+            original[row.original] = values.to(reference.device)
         else:
             # Also copies a single tensor, so the result never shares memory with the model.
             original[row.original] = torch.cat([state_dict[name].detach() for name in row.ours])
@@ -338,6 +452,11 @@ def _original_shape(row: Row | DroppedRow, shapes: Mapping[str, Sequence[int]]) 
         return row.shape
     first, *rest = shapes[row.ours[0]]
     return (first * len(row.ours), *rest)
+
+
+def _check_computed_values(row: DroppedRow, tensor: torch.Tensor) -> None:
+    if row.values is not None and not tensor.is_meta and (tensor.float() - row.values).abs().max() > 1e-5:
+        raise CheckpointError(f"{row.original!r} is not what this model computes in its place: {row.reason}.")
 
 
 def _check_values(key: str, tensor: torch.Tensor) -> None:

@@ -4,11 +4,12 @@ import argparse
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -26,20 +27,25 @@ UNNAMED_ENTRIES = ("module", "state_dict")
 # A key that only this type of file has.
 ORIGINAL_MARKERS = {
     "slot_quantize.embedding.weight": "tokenizer",
+    "slots_quant.conv_out.weight": "vfmae",
     "tok_embeddings.weight": "ar",
     "timesteps_embeddings": "rar",
+    "final_layer.norm_final.weight": "dit",
     "patch_embed.proj.weight": "dinov2",
 }
 HUGGING_FACE_MARKERS = (
     "quantizer.codebook.weight",
+    "bottleneck.conv.weight",
     "class_embedding.weight",
     "timestep_embeddings",
     "embeddings.patch_embeddings.projection.weight",
 )
 DESCRIPTIONS = {
     "tokenizer": "a VFMTok tokenizer checkpoint",
+    "vfmae": "a VFMAE (continuous autoencoder) checkpoint",
     "ar": "a next-token (AR) generator checkpoint",
     "rar": "a randomized-order (RAR) generator checkpoint",
+    "dit": "a diffusion transformer (DiTDH) checkpoint",
     "dinov2": "an original DINOv2 checkpoint",
 }
 
@@ -66,7 +72,7 @@ def read_checkpoint(path: str | Path, kind: str, weights: Weights = "ema") -> Ch
     memory-mapped, so optimizer states are never read.
 
     Args:
-        kind: the expected type of file: `"tokenizer"`, `"ar"`, `"rar"` or `"dinov2"`.
+        kind: the expected type of file, a value of `ORIGINAL_MARKERS`.
         weights: the weights of a training checkpoint to use, the moving averages or those of the last step. Files with
             one set of weights are read with either value.
 
@@ -82,6 +88,46 @@ def read_checkpoint(path: str | Path, kind: str, weights: Weights = "ema") -> Ch
     entry, state_dict = _select_weights(content, path, weights)
     _check_kind(state_dict, path, kind)
     return Checkpoint(path, state_dict, entry)
+
+
+@dataclass(frozen=True)
+class LatentStatistics:
+    """Mean and standard deviation of VFMAE's latents, each `(latent_channels, num_anchors)`, float32."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+
+# What two numpy arrays are pickled as, by numpy 1 and by numpy 2.
+NUMPY_GLOBALS = [
+    (numpy._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
+    numpy._core.multiarray._reconstruct,
+    numpy.ndarray,
+    numpy.dtype,
+    type(numpy.dtype("float32")),
+    type(numpy.dtype("float64")),
+]
+
+
+def read_latent_statistics(path: str | Path) -> LatentStatistics:
+    """
+    Read the statistics of VFMAE's latents: the original's `stats-*.pt`, two numpy arrays of which the standard deviation is
+    called `var`, or `mean` and `std` in a `.safetensors` file. No code of a pickle is run.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it is damaged or holds something else.
+    """
+    path = Path(path)
+    _check_is_file(path)
+    content = _load_safetensors(path) if path.suffix == ".safetensors" else _load_pickle(path, NUMPY_GLOBALS)
+    names = ("mean", "std" if path.suffix == ".safetensors" else "var")
+    if not isinstance(content, Mapping) or set(content) != set(names):
+        raise CheckpointError(f"{path} holds no statistics of latents: it must have {names[0]!r} and {names[1]!r}.")
+    mean, std = (torch.as_tensor(content[name]) for name in names)
+    if not (mean.is_floating_point() and mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
+        raise CheckpointError(f"{path} is damaged: statistics must be finite, and standard deviations positive.")
+    return LatentStatistics(mean.float(), std.float())
 
 
 def _check_is_file(path: Path) -> None:
@@ -106,10 +152,10 @@ def _load_safetensors(path: Path) -> dict[str, torch.Tensor]:
         ) from error
 
 
-def _load_pickle(path: Path):
+def _load_pickle(path: Path, allowed: Sequence = (argparse.Namespace,)):
     is_zip = zipfile.is_zipfile(path)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(list(allowed)):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         if found := re.search(r"GLOBAL (\S+)", str(error)):

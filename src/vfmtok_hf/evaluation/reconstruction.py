@@ -12,7 +12,7 @@ from vfmtok_hf.data.pictures import Picture, batches_of
 from vfmtok_hf.evaluation.features import FeatureExtractor, Features, ProgressCallback, check_finite_features
 from vfmtok_hf.evaluation.metrics import Reference, compare_features
 from vfmtok_hf.evaluation.tokens import token_count_remarks
-from vfmtok_hf.pipelines import VFMTokPipeline
+from vfmtok_hf.pipelines import VFMTokDiTPipeline, VFMTokPipeline
 
 
 ResizeMode = Literal["reconstruction", "generation"]
@@ -113,23 +113,23 @@ class ReconstructionResult:
     """
     Args:
         values (`dict[str, float]`): `psnr` (dB) and `ssim`, means over images; `lpips`, `rfid`, `rsfid`, `ris` and the
-            like if requested; `codebook_usage` in [0, 1] and `codebook_perplexity`.
+            like if requested; `codebook_usage` in [0, 1] and `codebook_perplexity` of a tokenizer.
         num_images (`int`): how many.
         protocol (`dict[str, str]`): the conventions that were used.
         remarks (`list[str]`): limitations of the values.
-        token_counts (`torch.LongTensor` of shape `(codebook_size,)`): how often each code occurred.
+        token_counts (`torch.LongTensor` of shape `(codebook_size,)`): how often each code occurred, if there is a codebook.
     """
 
     values: dict[str, float]
     num_images: int
     protocol: dict[str, str | int]
     remarks: list[str]
-    token_counts: torch.Tensor = field(repr=False)
+    token_counts: torch.Tensor | None = field(repr=False)
 
 
 @torch.no_grad()
 def evaluate_reconstruction(
-    pipe: VFMTokPipeline,
+    pipe: VFMTokPipeline | VFMTokDiTPipeline,
     pictures: Iterable[Picture],
     extractor: FeatureExtractor | None = None,
     lpips: PerceptualDistance | None = None,
@@ -154,10 +154,11 @@ def evaluate_reconstruction(
     Raises:
         ValueError: an image is unreadable (the error names it), features are not finite, or the size is below SSIM's window.
     """
-    model = pipe.vq_model
+    model = pipe.autoencoder
     size = size or model.config.image_size
     check_ssim_window(size, ssim_convention)
-    counts = torch.zeros(model.config.codebook_size, dtype=torch.int64)
+    has_codebook = isinstance(pipe, VFMTokPipeline)
+    counts = torch.zeros(model.config.codebook_size, dtype=torch.int64) if has_codebook else None
     columns: dict[str, list[torch.Tensor]] = {"psnr": [], "ssim": [], "lpips": []}
     original_features: list[Features] = []
     features: list[Features] = []
@@ -165,9 +166,12 @@ def evaluate_reconstruction(
     for batch in batches_of(pictures, batch_size):
         pixel_values = pipe.image_processor(batch, return_tensors="pt")
         pixel_values = pixel_values["pixel_values"].to(model.device)
-        image_tokens = model.encode(pixel_values).image_tokens
-        counts += image_tokens.flatten().cpu().bincount(minlength=len(counts))
-        reconstructions = pipe.detokenize(image_tokens, "uint8", size, resize_mode, batch_size)
+        encoded = model.encode(pixel_values)
+        if counts is None:
+            reconstructions = pipe.decode(encoded.latents, "uint8", size, resize_mode, batch_size)
+        else:
+            counts += encoded.image_tokens.flatten().cpu().bincount(minlength=len(counts))
+            reconstructions = pipe.detokenize(encoded.image_tokens, "uint8", size, resize_mode, batch_size)
         originals = pipe.image_processor.postprocess(pixel_values, "uint8", size, resize_mode)
         columns["psnr"].append(psnr(originals, reconstructions))
         columns["ssim"].append(ssim(originals, reconstructions, ssim_convention))
@@ -184,14 +188,15 @@ def evaluate_reconstruction(
     if num_images == 0:
         raise ValueError("There are no images to reconstruct.")
     values = {name: torch.cat(parts).mean().item() for name, parts in columns.items() if parts}
-    remarks = token_count_remarks(counts)
+    remarks = [] if counts is None else token_count_remarks(counts)
     if extractor is not None:
         reference = Reference.of(Features.concatenate(original_features))
         distances, more = compare_features(Features.concatenate(features), reference)
         remarks += more
         values |= {RECONSTRUCTION_NAMES.get(name, name): value for name, value in distances.items()}
-    codebook = statistics.codebook_statistics(counts)
-    values |= {"codebook_usage": codebook.usage, "codebook_perplexity": codebook.perplexity}
+    if counts is not None:
+        codebook = statistics.codebook_statistics(counts)
+        values |= {"codebook_usage": codebook.usage, "codebook_perplexity": codebook.perplexity}
     protocol = {
         "size": size,
         "resize": resize_mode if size != model.config.image_size else "none",

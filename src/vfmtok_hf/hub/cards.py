@@ -15,11 +15,12 @@ from vfmtok_hf.data.output_files import is_picture
 from vfmtok_hf.evaluation.results import Result, card_metrics, published_and_measured, results_table
 from vfmtok_hf.hub.saved_models import MODELS_BY_TYPE, SavedModel, read_json, read_saved_model
 from vfmtok_hf.modeling.class_names_vfmtok import ClassNames, short_class_name
-from vfmtok_hf.pipelines import VFMTokPipeline
+from vfmtok_hf.pipelines import VFMTokDiTPipeline, VFMTokPipeline
 from vfmtok_hf.plotting import image_grid
 
 
 CARD_TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
+PIPELINES = {pipeline.__name__: pipeline for pipeline in (VFMTokPipeline, VFMTokDiTPipeline)}
 PAPER = "https://arxiv.org/abs/2507.08441"
 
 GENERATOR_USAGE = """\
@@ -29,10 +30,15 @@ from vfmtok_hf import {class_name}
 generator = {class_name}.from_pretrained("{repo_id}")
 image_tokens = generator.generate(torch.tensor([0]))"""
 USAGE = {
-    "pipeline": """\
+    "VFMTokPipeline": """\
 from vfmtok_hf import VFMTokPipeline
 
 pipe = VFMTokPipeline.from_pretrained("{repo_id}")
+image = pipe({label}).images[0]""",
+    "VFMTokDiTPipeline": """\
+from vfmtok_hf import VFMTokDiTPipeline
+
+pipe = VFMTokDiTPipeline.from_pretrained("{repo_id}")
 image = pipe({label}).images[0]""",
     "vfmtok": """\
 from vfmtok_hf import VFMTokPipeline
@@ -42,6 +48,19 @@ image_tokens = pipe.tokenize("photo.png")
 reconstruction = pipe.detokenize(image_tokens)[0]""",
     "vfmtok_ar": GENERATOR_USAGE,
     "vfmtok_rar": GENERATOR_USAGE,
+    "vfmae": """\
+from vfmtok_hf import VFMTokDiTPipeline
+
+pipe = VFMTokDiTPipeline.from_autoencoder("{repo_id}"){fetch_for_pipe}
+latents = pipe.encode("photo.png")
+reconstruction = pipe.decode(latents)[0]""",
+    "vfmtok_dit": """\
+import torch
+from vfmtok_hf import VFMTokDiTForImageGeneration
+
+transformer = VFMTokDiTForImageGeneration.from_pretrained("{repo_id}")
+noise = torch.randn(1, *transformer.config.latent_shape)
+velocity = transformer(noise, torch.ones(1), torch.tensor([0])).velocity""",
 }
 GENERATOR_USAGE_WITHOUT_PACKAGE = """\
 import torch
@@ -49,12 +68,14 @@ from transformers import AutoModel
 
 generator = AutoModel.from_pretrained("{repo_id}", trust_remote_code=True)
 image_tokens = generator.generate(torch.tensor([0]))"""
-USAGE_WITHOUT_PACKAGE = {
-    "pipeline": """\
+PIPELINE_USAGE_WITHOUT_PACKAGE = """\
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True)
-image = pipe({label}).images[0]""",
+image = pipe({label}).images[0]"""
+USAGE_WITHOUT_PACKAGE = {
+    "VFMTokPipeline": PIPELINE_USAGE_WITHOUT_PACKAGE,
+    "VFMTokDiTPipeline": PIPELINE_USAGE_WITHOUT_PACKAGE,
     "vfmtok": """\
 from transformers import AutoImageProcessor, AutoModel
 
@@ -65,14 +86,35 @@ image_tokens = model.encode(pixel_values).image_tokens
 reconstruction = processor.postprocess(model.decode(image_tokens).reconstruction)[0]""",
     "vfmtok_ar": GENERATOR_USAGE_WITHOUT_PACKAGE,
     "vfmtok_rar": GENERATOR_USAGE_WITHOUT_PACKAGE,
+    "vfmae": """\
+from transformers import AutoImageProcessor, AutoModel
+
+processor = AutoImageProcessor.from_pretrained("{repo_id}", trust_remote_code=True)
+model = AutoModel.from_pretrained("{repo_id}", trust_remote_code=True){fetch_for_model}
+latents = model.encode(processor("photo.png", return_tensors="pt")["pixel_values"]).latents
+reconstruction = processor.postprocess(model.decode(latents).reconstruction)[0]""",
+    "vfmtok_dit": """\
+import torch
+from transformers import AutoModel
+
+transformer = AutoModel.from_pretrained("{repo_id}", trust_remote_code=True)
+noise = torch.randn(1, *transformer.config.latent_shape)
+velocity = transformer(noise, torch.ones(1), torch.tensor([0])).velocity""",
 }
 DESCRIPTIONS = {
-    "pipeline": "A VFMTok pipeline that generates images from class labels, without classifier-free guidance by default. "
+    "VFMTokPipeline": "A VFMTok pipeline that generates images from class labels, without classifier-free guidance by default. "
     "It contains an image tokenizer and a generator of its tokens.",
+    "VFMTokDiTPipeline": "A VFMTok2 pipeline that generates images from class labels by diffusion, without guidance by "
+    "default. It contains a continuous autoencoder and a diffusion transformer on its latents.",
     "vfmtok": "A VFMTok image tokenizer. It encodes images to image tokens with a frozen vision model, and decodes them.",
     "vfmtok_ar": "A class-conditional generator of VFMTok image tokens in raster order.",
     "vfmtok_rar": "A class-conditional generator of VFMTok image tokens, trained in random order.",
+    "vfmae": "VFMAE, the continuous autoencoder of VFMTok2. It encodes images to latents with a frozen vision model, and "
+    "decodes them.",
+    "vfmtok_dit": "A class-conditional diffusion transformer on the latents of VFMAE.",
 }
+AUTOENCODERS = ("vfmtok", "vfmae")
+TAGS = {"vfmtok": "image-tokenizer", "vfmae": "autoencoder"}
 
 
 def model_card(
@@ -103,14 +145,14 @@ def model_card(
         TypeError: a metric has a missing or an unknown field.
     """
     saved = read_saved_model(folder)
-    task = "image-feature-extraction" if saved.kind == "vfmtok" else "unconditional-image-generation"
+    task = "image-feature-extraction" if saved.kind in AUTOENCODERS else "unconditional-image-generation"
     name = repo_id.split("/")[-1]
     plain = [EvalResult(**{"task_type": task, **metric}) for metric in metrics]
     card_data = ModelCardData(
         license=license,
-        library_name="diffusers" if saved.kind == "pipeline" else "transformers",
+        library_name="diffusers" if saved.index else "transformers",
         pipeline_tag=task,
-        tags=["vfmtok", "image-tokenizer" if saved.kind == "vfmtok" else "class-conditional", "arxiv:2507.08441"],
+        tags=["vfmtok", TAGS.get(saved.kind, "class-conditional"), "arxiv:2507.08441"],
         base_model=base_model,
         model_name=name,
         eval_results=[*plain, *card_metrics(results)] or None,
@@ -137,7 +179,7 @@ def model_card(
 
 
 def _snippet_values(saved: SavedModel, repo_id: str) -> dict[str, Any]:
-    light = saved.kind == "vfmtok" and not saved.configs[""].get("save_vision_model", True)
+    light = saved.kind in AUTOENCODERS and not saved.configs[""].get("save_vision_model", True)
     classes = ClassNames(saved.index.get("id2label") or {})
     names = [short_class_name(classes.id2label, class_id) for class_id in classes.id2label]
     unique = [name for name in names if len(classes.ids(name)) == 1]
@@ -145,7 +187,7 @@ def _snippet_values(saved: SavedModel, repo_id: str) -> dict[str, Any]:
         "repo_id": repo_id,
         "class_name": "" if saved.index else MODELS_BY_TYPE[saved.kind].__name__,
         "label": json.dumps(unique[0] if unique else 0, ensure_ascii=False),
-        "fetch_for_pipe": "\npipe.vq_model.load_vision_model()" if light else "",
+        "fetch_for_pipe": "\npipe.autoencoder.load_vision_model()" if light else "",
         "fetch_for_model": "\nmodel.load_vision_model()" if light else "",
     }
 
@@ -153,9 +195,12 @@ def _snippet_values(saved: SavedModel, repo_id: str) -> dict[str, Any]:
 def _facts(saved: SavedModel) -> dict[str, str]:
     facts = {"weights": f"{saved.num_weights:,}"}
     for config in saved.configs.values():
-        if config["model_type"] == "vfmtok":
+        if config["model_type"] in AUTOENCODERS:
             facts["images"] = f"{config['image_size']} x {config['image_size']} pixels"
-            facts["image tokens"] = f"{config['num_anchors']} of a codebook of {config['codebook_size']}"
+            if config["model_type"] == "vfmtok":
+                facts["image tokens"] = f"{config['num_anchors']} of a codebook of {config['codebook_size']}"
+            else:
+                facts["latents"] = f"{config['num_anchors']} of {config['latent_channels']} channels"
             facts["vision model"] = config["vision_config"]["model_type"]
         else:
             facts["generator"] = f"{config['num_hidden_layers']} layers of width {config['hidden_size']}"
@@ -193,7 +238,7 @@ def sample_grid(folder: str | Path, count: int) -> tuple[bytes, str]:
 
     Sample i has seed i and class i modulo the number of classes.
     """
-    pipe = VFMTokPipeline.from_pretrained(folder)
+    pipe = PIPELINES[read_saved_model(folder).kind].from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     class_ids = [index % pipe.transformer.config.num_classes for index in range(count)]
     seeds = [torch.Generator().manual_seed(seed) for seed in range(count)]

@@ -13,7 +13,7 @@ from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import validate_repo_id
 
 from vfmtok_hf import __version__
-from vfmtok_hf.conversion import convert_ar, convert_rar, convert_tokenizer
+from vfmtok_hf.conversion import convert_ar, convert_dit, convert_rar, convert_tokenizer, convert_vfmae
 from vfmtok_hf.conversion.convert import PROVENANCE_FILE, write_provenance
 from vfmtok_hf.data.output_files import whole_file
 from vfmtok_hf.evaluation.results import Result, published_results
@@ -21,11 +21,11 @@ from vfmtok_hf.hub.cards import model_card, sample_grid
 from vfmtok_hf.hub.released_checkpoints import ORIGINAL_REPOSITORY, Kind, find_released
 from vfmtok_hf.hub.saved_models import MODELS_BY_TYPE, SavedModel, read_config, read_json, read_saved_model
 from vfmtok_hf.modeling.image_processing_vfmtok import VFMTokImageProcessor
-from vfmtok_hf.pipelines import VFMTokPipeline
+from vfmtok_hf.pipelines import VFMTokDiTPipeline, VFMTokPipeline
 from vfmtok_hf.pipelines.portable_vfmtok import portable_code, portable_pipeline
 
 
-GENERATOR_CONVERTERS = {"ar": convert_ar, "rar": convert_rar}
+GENERATOR_CONVERTERS = {"ar": convert_ar, "rar": convert_rar, "dit": convert_dit}
 # Stale weights in a repository, which loading might prefer to the new ones.
 STALE_WEIGHTS = ["model*.safetensors*", "*/model*.safetensors*"]
 
@@ -99,7 +99,7 @@ def push(
     """
     validate_repo_id(repo_id)
     saved = read_saved_model(folder)
-    if samples and saved.kind != "pipeline":
+    if samples and not saved.index:
         raise ValueError(f"Samples need a pipeline, but {folder} contains a model of type {saved.kind!r}.")
     with tempfile.TemporaryDirectory() as temporary:
         staged = Path(temporary)
@@ -194,6 +194,7 @@ def push_checkpoint(
     vision_model: str | None = None,
     tokenizer: str | None = None,
     config: Mapping[str, Any] | str | Path | None = None,
+    latent_statistics: str | Path | None = None,
     **options: Any,
 ) -> PushReport:
     """
@@ -203,10 +204,12 @@ def push_checkpoint(
         checkpoint: file of the original code. If its path ends with a released path, such as
             `originals/DINOv2/GPT-B/GPT-B-300e.pt`, the card shows the authors' figures.
         repo_id: `namespace/name`.
-        kind: `"tokenizer"`, `"ar"` or `"rar"`.
-        vision_model: repository or folder of the tokenizer's vision model, to include it.
-        tokenizer: repository or folder of a generator's image tokenizer, to publish both as a pipeline.
+        kind: `"tokenizer"`, `"vfmae"`, `"ar"`, `"rar"` or `"dit"`.
+        vision_model: repository or folder of the vision model of a tokenizer or VFMAE, to include it.
+        tokenizer: repository or folder of a generator's image tokenizer, or of a diffusion transformer's VFMAE, to publish
+            both as a pipeline.
         config: configuration fields that cannot be inferred from shapes, as in `vfmtok_hf.conversion`.
+        latent_statistics: of a VFMAE, as in `convert_vfmae`.
         options: arguments of `push`. A dry run also converts.
 
     Raises:
@@ -214,19 +217,24 @@ def push_checkpoint(
         FileNotFoundError, ValueError, PushError: as in `push`, or for options that do not belong to `kind`.
     """
     validate_repo_id(repo_id)
-    if vision_model is not None and kind != "tokenizer":
+    if vision_model is not None and kind in GENERATOR_CONVERTERS:
         raise ValueError(f"vision_model belongs to a tokenizer; a checkpoint of kind {kind!r} has none.")
-    if tokenizer is not None and kind == "tokenizer":
+    if tokenizer is not None and kind not in GENERATOR_CONVERTERS:
         raise ValueError("tokenizer belongs to a generator; this checkpoint is a tokenizer itself.")
+    if latent_statistics is not None and kind != "vfmae":
+        raise ValueError(f"latent_statistics belong to a VFMAE; a checkpoint of kind {kind!r} has none.")
     released = find_released(checkpoint)
     if released is not None:
         options = {"base_model": ORIGINAL_REPOSITORY, **options}
-        if released.published_as is not None:
-            options["results"] = [*published_results(released.published_as), *options.get("results", ())]
+        options["results"] = [*published_results(released.published_as), *options.get("results", ())]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
         if kind == "tokenizer":
             convert_tokenizer(checkpoint, folder, vision_model=vision_model, config=config)
+        elif kind == "vfmae":
+            convert_vfmae(
+                checkpoint, folder, vision_model=vision_model, latent_statistics=latent_statistics, config=config
+            )
         else:
             GENERATOR_CONVERTERS[kind](checkpoint, folder, config=config)
         if tokenizer is not None:
@@ -237,8 +245,11 @@ def push_checkpoint(
 def join_pipeline(generator: Path, tokenizer: str, folder: Path) -> Path:
     config = read_config(generator / "config.json")
     transformer = MODELS_BY_TYPE[config["model_type"]].from_pretrained(generator)
-    half = VFMTokPipeline.from_image_tokenizer(tokenizer, dtype="auto")
-    VFMTokPipeline(half.vq_model, transformer, half.image_processor).save_pretrained(folder)
+    if config["model_type"] == "vfmtok_dit":
+        half: Any = VFMTokDiTPipeline.from_autoencoder(tokenizer, dtype="auto")
+    else:
+        half = VFMTokPipeline.from_image_tokenizer(tokenizer, dtype="auto")
+    type(half)(**{**half.components, "transformer": transformer}).save_pretrained(folder)
     facts = read_json(generator / PROVENANCE_FILE)
     if not Path(tokenizer).exists():  # a local path is of no use to others
         facts["image tokenizer"] = tokenizer

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Literal
 
 
-Kind = Literal["tokenizer", "ar", "rar"]
+Kind = Literal["tokenizer", "ar", "rar", "vfmae", "dit"]
 
 ORIGINAL_REPOSITORY = "yexiguafu/VFMTok"
 VISION_MODEL = "facebook/dinov2-with-registers-large"
 TOKENIZER_NAME = "VFMTok-DINOv2-L"
+AUTOENCODER_NAME = "VFMAE-DINOv2-L"
 
 
 @dataclass(frozen=True)
@@ -19,17 +20,17 @@ class ReleasedCheckpoint:
 
     Args:
         source: its path there.
-        kind: of model; `None` if this package does not support it.
+        kind: kind of model.
         name: name of the repository to publish.
-        num_parameters: parameters of the model, including a tokenizer's vision model.
+        num_parameters: parameters of the model, including a vision model.
         published_as: name in `evaluation/published.json`, which contains the authors' figures.
     """
 
     source: str
-    kind: Kind | None
+    kind: Kind
     name: str
     num_parameters: int
-    published_as: str | None
+    published_as: str
 
 
 RELEASED_CHECKPOINTS = (
@@ -58,9 +59,9 @@ RELEASED_CHECKPOINTS = (
     ReleasedCheckpoint(
         "VFMTok-RAR/RAR-vanilla/vfmtok-rar-xxl.safetensors", "rar", "VFMTok-RAR-XXL", 1_541_789_824, "vfmtok-rar-xxl"
     ),
-    ReleasedCheckpoint("tokenizer/vfmae-tokenizer.pt", None, "", 0, None),
-    ReleasedCheckpoint("DiTDH-XL/DiTDH-XL_80e.pt", None, "", 0, None),
-    ReleasedCheckpoint("DiTDH-XL/DiTDH-XL_800e.pt", None, "", 0, None),
+    ReleasedCheckpoint("tokenizer/vfmae-tokenizer.pt", "vfmae", AUTOENCODER_NAME, 381_836_819, "vfmae-dinov2-l"),
+    ReleasedCheckpoint("DiTDH-XL/DiTDH-XL_80e.pt", "dit", "VFMTok-DiT-XL-80e", 834_812_532, "ditdh-xl-80e"),
+    ReleasedCheckpoint("DiTDH-XL/DiTDH-XL_800e.pt", "dit", "VFMTok-DiT-XL", 834_812_532, "ditdh-xl-800e"),
 )
 
 
@@ -72,14 +73,18 @@ def find_released(checkpoint: str | Path) -> ReleasedCheckpoint | None:
 
 def released_table() -> str:
     """The table in docs/hub.md: repository and size of each released file, and options of `vfmtok push`."""
-    tokenizer, *_ = RELEASED_CHECKPOINTS
+    autoencoders = {row.kind: row for row in RELEASED_CHECKPOINTS if row.kind in ("tokenizer", "vfmae")}
     lines = ["| file | repository | float32 weights | options |", "|---|---|---|---|"]
     for row in RELEASED_CHECKPOINTS:
-        if row.kind is None:
-            lines.append(f"| `{row.source}` | — | | not supported |")
-            continue
-        along = f"--vision-model {VISION_MODEL}" if row is tokenizer else f"--tokenizer you/{TOKENIZER_NAME}"
-        num_parameters = row.num_parameters + (0 if row is tokenizer else tokenizer.num_parameters)
+        num_parameters = row.num_parameters
+        if row.kind in autoencoders:
+            along = f"--vision-model {VISION_MODEL}"
+            if row.kind == "vfmae":
+                along += " --latent-statistics stats-500.pt"
+        else:
+            autoencoder = autoencoders["vfmae" if row.kind == "dit" else "tokenizer"]
+            along = f"--tokenizer you/{autoencoder.name}"
+            num_parameters += autoencoder.num_parameters
         size = f"{4 * num_parameters / 1e9:.1f} GB"
         lines.append(f"| `{row.source}` | `you/{row.name}` | {size} | `--convert {row.kind} {along}` |")
     return "\n".join(lines) + "\n"

@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from transformers import CONFIG_MAPPING, MODEL_MAPPING
 
 from vfmtok_hf.conversion.convert import PROVENANCE_FILE
 from vfmtok_hf.data.output_files import PICTURE_SUFFIXES
 from vfmtok_hf.modeling.image_processing_vfmtok import VFMTokImageProcessor
-from vfmtok_hf.pipelines.portable_vfmtok import INDEX_FILE, MODEL_CLASSES, saved_components
+from vfmtok_hf.pipelines.component_vfmtok import MODEL_TYPES
+from vfmtok_hf.pipelines.portable_vfmtok import INDEX_FILE, class_name, saved_components
 
 
-MODELS_BY_TYPE = {model_class.config_class.model_type: model_class for model_class in MODEL_CLASSES}
+MODELS_BY_TYPE = {model_type: MODEL_MAPPING[CONFIG_MAPPING[model_type]] for model_type in MODEL_TYPES.values()}
 CONFIG_FILES = ("config.json", "generation_config.json", "preprocessor_config.json")
+SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 DEFAULT_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 WHOLE_WEIGHTS = re.compile(r"model(\.\w+)?\.safetensors")
 WEIGHTS_INDEX = re.compile(r"model\.safetensors\.index(\.\w+)?\.json")
@@ -29,7 +32,7 @@ class SavedModel:
 
     Args:
         folder: where it is.
-        kind: `"pipeline"`, or the `model_type` of its model.
+        kind: the class of a pipeline, or the `model_type` of a model.
         configs: config.json of the model (under `""`) or of each of a pipeline's models (under its name).
         index: model_index.json of a pipeline, otherwise empty.
         files: the model's files by their path in the folder: configurations, the weights that loading reads, and
@@ -77,7 +80,7 @@ def read_saved_model(folder: str | Path) -> SavedModel:
     processors = [part for part, class_name in parts.items() if class_name == VFMTokImageProcessor.__name__]
     models = [part for part in parts if part not in processors]
     configs = {part: read_config(folder / part / "config.json") for part in models}
-    if not index and configs[""]["model_type"] == "vfmtok":
+    if not index and configs[""]["model_type"] in ("vfmtok", "vfmae"):
         processors = [""]
     for part in processors:
         if not (folder / part / "preprocessor_config.json").is_file():
@@ -87,10 +90,16 @@ def read_saved_model(folder: str | Path) -> SavedModel:
     weights = [file for part in models for file in weight_files(folder / part)]
     elements = {file: count_elements(file) for file in weights if file.suffix == ".safetensors"}
     settings = [folder / part / name for part in parts for name in CONFIG_FILES]
-    belongs = [*filter(is_document, folder.iterdir()), folder / INDEX_FILE, *settings, *weights]
+    belongs = [
+        *filter(is_document, folder.iterdir()),
+        folder / INDEX_FILE,
+        folder / SCHEDULER_CONFIG,
+        *settings,
+        *weights,
+    ]
     return SavedModel(
         folder=folder,
-        kind="pipeline" if index else configs[""]["model_type"],
+        kind=class_name(index) if index else configs[""]["model_type"],
         configs=configs,
         index=index,
         files={file.relative_to(folder).as_posix(): file for file in sorted(belongs) if file.is_file()},

@@ -7,8 +7,6 @@ Auto classes then load VFMTok checkpoints with this code, and `save_pretrained` 
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
-from .configuration_vfmtok import VFMTokConfig
-
 
 def register_config(config_class: type) -> None:
     """Register `config_class` with `AutoConfig`."""
@@ -22,9 +20,10 @@ def register_model(model_class: type) -> None:
     model_class.register_for_auto_class("AutoModel")
 
 
-def register_image_processor(image_processor_class: type) -> None:
-    """Register `image_processor_class` with `AutoImageProcessor`."""
-    AutoImageProcessor.register(VFMTokConfig, image_processor_class, exist_ok=True)
+def register_image_processor(image_processor_class: type, *config_classes: type) -> None:
+    """Register `image_processor_class` with `AutoImageProcessor` for models of these `config_classes`."""
+    for config_class in config_classes:
+        AutoImageProcessor.register(config_class, image_processor_class, exist_ok=True)
     image_processor_class.register_for_auto_class()
 
 

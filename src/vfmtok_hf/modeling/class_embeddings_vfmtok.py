@@ -1,4 +1,4 @@
-"""Classes of a generator: label dropout in training, and new classes for a trained generator."""
+"""Classes of a generator: checks and dropout of labels, and new classes for a trained generator."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,6 +7,24 @@ import torch
 from torch import nn
 
 from .class_names_vfmtok import match_class_names
+
+
+def check_ids(name: str, ids: torch.Tensor, num_ids: int, wait_for_device: bool = False) -> None:
+    """
+    Check that `ids`, which errors call `name`, are int64 in 0 to `num_ids - 1`.
+
+    Reading values from an accelerator synchronizes with it, so there the range is checked only with `wait_for_device`.
+
+    Raises:
+        TypeError, ValueError: they are not.
+    """
+    if ids.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, got {ids.dtype}: convert with .long().")
+    if (ids.is_cpu or wait_for_device) and not torch.compiler.is_compiling() and ids.numel():
+        smallest, largest = ids.aminmax()
+        if smallest < 0 or largest >= num_ids:
+            outlier = int(smallest if smallest < 0 else largest)
+            raise ValueError(f"{name} must lie in 0 to {num_ids - 1}, got {outlier}.")
 
 
 def drop_labels(class_labels: torch.Tensor, probability: float, null_class: int) -> torch.Tensor:
@@ -61,4 +79,4 @@ class ClassEmbeddingsMixin:
         return origins
 
 
-__all__ = ["ClassEmbeddingsMixin", "drop_labels"]
+__all__ = ["ClassEmbeddingsMixin", "check_ids", "drop_labels"]

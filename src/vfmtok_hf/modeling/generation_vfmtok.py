@@ -19,6 +19,7 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
 from transformers.utils import ModelOutput
 
 from .cache_vfmtok import DecodeCache
+from .class_embeddings_vfmtok import check_ids
 
 
 # Visible lengths of the cache in compiled steps. Together with dropping the unconditional rows once, a generation has at
@@ -204,21 +205,6 @@ class SamplingSettings:
 
 # ---------------------------------------------------------------------------------------------------------------
 # The decode loop
-
-
-def check_ids(name: str, ids: torch.Tensor, num_ids: int, wait_for_device: bool = False) -> None:
-    """
-    Raise unless `ids` are int64 in 0 to `num_ids - 1`.
-
-    Reading values from an accelerator synchronizes with it, so there the range is checked only with `wait_for_device`.
-    """
-    if ids.dtype != torch.int64:
-        raise TypeError(f"{name} must be int64, got {ids.dtype}: convert with .long().")
-    if (ids.is_cpu or wait_for_device) and not torch.compiler.is_compiling() and ids.numel():
-        smallest, largest = ids.aminmax()
-        if smallest < 0 or largest >= num_ids:
-            outlier = int(smallest if smallest < 0 else largest)
-            raise ValueError(f"{name} must lie in 0 to {num_ids - 1}, got {outlier}.")
 
 
 def draw_tokens(

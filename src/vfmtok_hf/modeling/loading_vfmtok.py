@@ -178,7 +178,7 @@ class CheckedModelMixin:
                     raise
                 raise ValueError(
                     f"{source} is a whole pipeline: load its {cls.__name__} with subfolder={subfolder!r}, or the pipeline "
-                    "with VFMTokPipeline.from_pretrained."
+                    "with from_pretrained of its own class."
                 ) from error
         if not ignore_mismatched_sizes:
             check_shapes(source, info)

@@ -213,6 +213,39 @@ def transformer_features(
     vision_model: nn.Module, config: AutoencoderConfigMixin, images: torch.Tensor
 ) -> list[torch.Tensor]:
     """Levels of a transformers model; its last block is read after the final norm."""
+    height, width = (side // config.vision_config.patch_size for side in images.shape[-2:])
+    return [
+        tokens[:, -height * width :].transpose(1, 2).reshape(images.shape[0], -1, height, width)
+        for tokens in transformer_tokens(vision_model, config, images)
+    ]
+
+
+def class_and_patch_tokens(
+    vision_model: nn.Module, config: AutoencoderConfigMixin, images: torch.Tensor
+) -> list[torch.Tensor]:
+    """
+    The feature levels of a transformers model that has a class token, with it.
+
+    Args:
+        vision_model, config, images: as in [`vision_features`].
+
+    Returns:
+        `list[torch.Tensor]`: one `(batch_size, 1 + patches, hidden_size)` per level, without register tokens.
+    """
+    height, width = (side // config.vision_config.patch_size for side in images.shape[-2:])
+    return [
+        torch.cat([tokens[:, :1], tokens[:, -height * width :]], dim=1)
+        for tokens in transformer_tokens(vision_model, config, images)
+    ]
+
+
+def transformer_tokens(
+    vision_model: nn.Module, config: AutoencoderConfigMixin, images: torch.Tensor
+) -> list[torch.Tensor]:
+    """
+    All tokens of a transformers model's levels, `(batch_size, tokens, hidden_size)`; its last block is read after the final norm.
+    Class and register tokens come first in every family.
+    """
     levels, vision_config = config.vision_feature_layers, config.vision_config
     is_clip = vision_config.model_type == "clip_vision_model"
     interpolates_on_request = is_clip or vision_config.model_type == "siglip_vision_model"
@@ -222,16 +255,12 @@ def transformer_features(
         # CLIP applies its final norm to the class token only.
         last = output.last_hidden_state
         states[levels[-1]] = vision_model.post_layernorm(last) if is_clip else last
-    height, width = (side // vision_config.patch_size for side in images.shape[-2:])
-    # Class and register tokens come first in every family.
-    return [
-        states[level][:, -height * width :].transpose(1, 2).reshape(images.shape[0], -1, height, width)
-        for level in levels
-    ]
+    return [states[level] for level in levels]
 
 
 __all__ = [
     "build_vision_model",
+    "class_and_patch_tokens",
     "fetch_vision_model",
     "run_watched",
     "vision_feature_channels",

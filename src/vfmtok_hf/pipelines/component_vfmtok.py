@@ -7,13 +7,26 @@ component, has entered them.
 """
 
 from importlib import import_module
+from typing import Any
 
 from transformers import CONFIG_MAPPING, MODEL_MAPPING
 
 
-VFMTokModel = MODEL_MAPPING[CONFIG_MAPPING["vfmtok"]]
-VFMTokARForImageGeneration = MODEL_MAPPING[CONFIG_MAPPING["vfmtok_ar"]]
-VFMTokRARForImageGeneration = MODEL_MAPPING[CONFIG_MAPPING["vfmtok_rar"]]
-# By its configuration's neighbor: what the registry of image processors holds changes between versions.
-image_processing = CONFIG_MAPPING["vfmtok"].__module__.replace("configuration_vfmtok", "image_processing_vfmtok")
-VFMTokImageProcessor = import_module(image_processing).VFMTokImageProcessor
+MODEL_TYPES = {
+    "VFMTokModel": "vfmtok",
+    "VFMTokARForImageGeneration": "vfmtok_ar",
+    "VFMTokRARForImageGeneration": "vfmtok_rar",
+    "VFMAEModel": "vfmae",
+    "VFMTokDiTForImageGeneration": "vfmtok_dit",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in MODEL_TYPES:
+        return MODEL_MAPPING[CONFIG_MAPPING[MODEL_TYPES[name]]]
+    if name == "VFMTokImageProcessor":
+        # By a configuration's neighbor: what the registry of image processors holds changes between versions.
+        config = next(CONFIG_MAPPING[model_type] for model_type in ("vfmtok", "vfmae") if model_type in CONFIG_MAPPING)
+        package = config.__module__.rpartition(".")[0]
+        return import_module(f"{package}.image_processing_vfmtok").VFMTokImageProcessor
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -32,9 +32,11 @@ else:
     from .modeling_vfmtok import VFMTokModel
     from .modeling_vfmtok_ar import VFMTokARForImageGeneration
     from .modeling_vfmtok_rar import VFMTokRARForImageGeneration
+    from .pipeline_base_vfmtok import VFMTokPipelineBase  # noqa: F401
     from .pipeline_vfmtok import VFMTokPipeline
     from .pixel_decoder_vfmtok import VFMTokPixelDecoder  # noqa: F401
     from .portable_vfmtok import write_portable_code  # noqa: F401
+    from .rotary_vfmtok import rotary_table  # noqa: F401
     from .vision_features_vfmtok import vision_features  # noqa: F401
     from .vit_decoder_vfmtok import VFMTokViTDecoderBase  # noqa: F401
 
@@ -42,9 +44,9 @@ else:
         register_config(config_class)
     for model_class in (VFMTokModel, VFMTokARForImageGeneration, VFMTokRARForImageGeneration):
         register_model(model_class)
-    register_image_processor(VFMTokImageProcessor)
+    register_image_processor(VFMTokImageProcessor, VFMTokConfig)
 
-    from .component_vfmtok import VFMTokModel as RegisteredVFMTokModel  # noqa: F401
+    from .component_vfmtok import MODEL_TYPES  # noqa: F401
 
 
 __all__ = ["VFMTokPipeline"]

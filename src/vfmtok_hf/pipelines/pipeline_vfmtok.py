@@ -1,39 +1,36 @@
 """The diffusers pipeline: generate images from class labels, and encode and decode images."""
 
-import base64
 import inspect
-import operator
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any, Union
 
-import diffusers
 import numpy as np
-import PIL.Image
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline, ImagePipelineOutput
-from huggingface_hub import snapshot_download
-from packaging.version import Version
 from transformers import GenerationConfig
 from transformers.image_utils import ImageInput
 
-from vfmtok_hf.modeling.class_names_vfmtok import ClassNames
 from vfmtok_hf.modeling.image_processing_vfmtok import VFMTokImageProcessor
 from vfmtok_hf.modeling.image_reading_vfmtok import each_image
-from vfmtok_hf.modeling.loading_vfmtok import errors_naming
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 from vfmtok_hf.modeling.modeling_vfmtok_ar import VFMTokARForImageGeneration
 from vfmtok_hf.modeling.modeling_vfmtok_rar import VFMTokRARForImageGeneration
 
-from .portable_vfmtok import use_this_code, write_portable_code
+from .pipeline_base_vfmtok import (
+    ClassLabels,
+    Images,
+    InputImages,
+    VFMTokPipelineBase,
+    VFMTokPipelineOutput,
+    batches,
+    concatenate,
+    to_device_of,
+    use_compiled_attention,
+)
 
 
-ClassLabels = int | str | Sequence[int | str]
-InputImages = ImageInput | str | bytes | os.PathLike | Iterable[Any]
 ImageTokens = torch.Tensor | np.ndarray | Sequence[int] | Sequence[Sequence[int]]
-Images = list[PIL.Image.Image] | np.ndarray | torch.Tensor
 
 # Names of this pipeline's arguments in other pipelines.
 NAMES_HERE = {
@@ -44,40 +41,6 @@ NAMES_HERE = {
     "num_images_per_prompt": "num_images_per_label",
     "seed": "generator=torch.Generator().manual_seed(seed)",
 }
-
-# diffusers' name for the dtype of a pipeline. Remove it when 0.40 is the lowest version.
-DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
-
-# Weight files without and with a variant in their name.
-DEFAULT_WEIGHTS = ("*/model.safetensors", "*/model-*.safetensors", "*/model.safetensors.index.json")
-VARIANT_WEIGHTS = ("*/model.*.safetensors", "*/model.safetensors.index.*.json")
-
-
-class VFMTokPipelineOutput(ImagePipelineOutput):
-    """diffusers' `ImagePipelineOutput`, which a notebook shows as images."""
-
-    def _repr_html_(self) -> str | None:
-        if not all(isinstance(image, PIL.Image.Image) for image in self.images):
-            return None  # the notebook falls back to `repr`
-        encoded = (base64.b64encode(image._repr_png_()).decode() for image in self.images)
-        return "".join(
-            f'<img src="data:image/png;base64,{png}" style="min-width: 128px; margin: 2px">' for png in encoded
-        )
-
-
-def batches(items: Sequence, batch_size: int) -> Iterator[Sequence]:
-    """Consecutive slices of at most `batch_size` items."""
-    for start in range(0, len(items), batch_size):
-        yield items[start : start + batch_size]
-
-
-def concatenate(parts: list[Images]) -> Images:
-    """Concatenate batches of any output type."""
-    if isinstance(parts[0], torch.Tensor):
-        return torch.cat(parts)
-    if isinstance(parts[0], np.ndarray):
-        return np.concatenate(parts)
-    return [image for part in parts for image in part]
 
 
 def as_image_tokens(image_tokens: ImageTokens) -> torch.Tensor:
@@ -102,16 +65,7 @@ def as_image_tokens(image_tokens: ImageTokens) -> torch.Tensor:
     return torch.atleast_2d(image_tokens.long())
 
 
-def use_compiled_attention(model: VFMTokModel, device: torch.device) -> None:
-    """Enable compiled deformable attention if it is found and the user has not chosen."""
-    try:
-        from vfmtok_hf.hub_kernels import use_found_kernels
-    except ImportError:  # this file is also loaded from Hub repositories, without the package
-        return
-    use_found_kernels(model, device)
-
-
-class VFMTokPipeline(DiffusionPipeline):
+class VFMTokPipeline(VFMTokPipelineBase):
     r"""
     Class-conditional image generation with VFMTok, by default without classifier-free guidance.
 
@@ -150,87 +104,14 @@ class VFMTokPipeline(DiffusionPipeline):
     ):
         super().__init__()
         self.register_modules(vq_model=vq_model, transformer=transformer, image_processor=image_processor)
-        self.register_to_config(id2label=id2label)
         if transformer is not None:
             self._generator_model()
-            if id2label is not None and transformer.config.id2label is None:
-                transformer.config.id2label = {int(class_id): name for class_id, name in id2label.items()}
-        self._interrupt = False
+        self._register_class_names(id2label)
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "VFMTokPipeline":
-        """
-        As in diffusers, except that the dtype is float32 by default, for any precision of the files. Half precision saves disk
-        space, but is slow on CPUs and may overflow.
-
-        Raises:
-            OSError: the folder, repository, revision or file does not exist or is not accessible.
-            ValueError: a file is damaged, or belongs to another pipeline.
-        """
-        if "torch_dtype" not in kwargs:  # the older name, which diffusers also accepts
-            kwargs[DTYPE] = kwargs.pop("dtype", torch.float32)
-        with errors_naming(str(pretrained_model_name_or_path)):
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-
-    @classmethod
-    def load_config(cls, *args, **kwargs):
-        """
-        As in diffusers, but with the package's classes instead of a saved pipeline's copies of them.
-
-        Raises:
-            ValueError: it is another class of pipeline.
-        """
-        loaded = super().load_config(*args, **kwargs)
-        index = loaded[0] if isinstance(loaded, tuple) else loaded
-        use_this_code(index)
-        if index["_class_name"] != cls.__name__:
-            raise ValueError(
-                f"This is a {index['_class_name']}, not a {cls.__name__}: load it with DiffusionPipeline."
-            )
-        return loaded
-
-    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
-        """
-        As in diffusers, and also save the pipeline's code. Folders and repositories by `save_pretrained` and `push_to_hub` load
-        without this package, with `DiffusionPipeline.from_pretrained(path, trust_remote_code=True)`.
-        """
-        self.register_to_config(id2label=self.id2label or None)
-        super().save_config(save_directory, push_to_hub, **kwargs)
-        write_portable_code(save_directory)
-
-    @classmethod
-    def download(
-        cls,
-        pretrained_model_name: str,
-        variant: str | None = None,
-        cache_dir: str | os.PathLike | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        force_download: bool = False,
-        local_files_only: bool | None = False,
-        **kwargs,
-    ) -> str:
-        """
-        Download a pipeline's repository to the cache, and return its folder. Afterwards, it loads offline.
-
-        Only the weights of other variants and the components passed to `from_pretrained` are skipped. diffusers' own
-        `download` also skips the generator's `generation_config.json`.
-
-        Args:
-            variant (`str`, *optional*): such as `"fp16"`; every model of the repository must have it.
-            cache_dir, revision, token, force_download, local_files_only: as in `huggingface_hub.snapshot_download`.
-        """
-        other_weights = VARIANT_WEIGHTS if variant is None else DEFAULT_WEIGHTS
-        passed_components = [f"{name}/*" for name in cls._get_signature_keys(cls)[0] if name in kwargs]
-        return snapshot_download(
-            pretrained_model_name,
-            cache_dir=cache_dir,
-            revision=revision,
-            token=token,
-            force_download=force_download,
-            local_files_only=bool(local_files_only),
-            ignore_patterns=[*other_weights, *passed_components],
-        )
+    @property
+    def autoencoder(self) -> VFMTokModel:
+        """The image tokenizer."""
+        return self.vq_model
 
     @classmethod
     def from_image_tokenizer(
@@ -246,37 +127,7 @@ class VFMTokPipeline(DiffusionPipeline):
         vq_model = VFMTokModel.from_pretrained(pretrained_model_name_or_path, dtype=dtype)
         return cls(vq_model, None, VFMTokImageProcessor.from_pretrained(pretrained_model_name_or_path))
 
-    @property
-    def id2label(self) -> dict[int, str]:
-        """The generator's class names, `transformer.config.id2label`."""
-        names = self.config.id2label if self.transformer is None else self.transformer.config.id2label
-        return {int(class_id): name for class_id, name in (names or {}).items()}
-
-    @property
-    def interrupt(self) -> bool:
-        """Whether to stop sampling after the current token. Set `pipe._interrupt = True` in a callback to stop."""
-        return self._interrupt
-
     # -- class labels -> images
-
-    def get_label_ids(self, class_labels: ClassLabels) -> list[int]:
-        """
-        Convert `class_labels`, one or several ids or names, to class ids.
-
-        Raises:
-            ValueError: an unknown or ambiguous name, with the closest matches; an id out of range; an empty list.
-        """
-        if isinstance(class_labels, str) or not isinstance(class_labels, Iterable):
-            class_labels = [class_labels]
-        names = ClassNames(self.id2label)
-        class_ids = [names.find(label) if isinstance(label, str) else operator.index(label) for label in class_labels]
-        if not class_ids:
-            raise ValueError("There are no class labels: pass at least one.")
-        num_classes = self._generator_model().config.num_classes
-        for class_id in class_ids:
-            if not 0 <= class_id < num_classes:
-                raise ValueError(f"Class labels must be in 0 to {num_classes - 1}, got {class_id}.")
-        return class_ids
 
     def _generator_model(self) -> VFMTokARForImageGeneration | VFMTokRARForImageGeneration:
         if self.transformer is None:
@@ -319,8 +170,8 @@ class VFMTokPipeline(DiffusionPipeline):
                 Random generators. With a list, an image depends only on its own generator: the same seed gives the same tokens
                 in any batch, and pixels that differ at most by rounding.
             output_type (`str`, defaults to `"pil"`):
-                `"pil"`, `"np"` (floats in [0, 1], channels last), `"pt"` (the same, channels first), or `"tokens"` for
-                the image tokens `(batch_size, num_image_tokens)` themselves.
+                `"pil"`, `"np"` (floats in [0, 1], channels last), `"pt"` (the same, channels first), `"uint8"` (8-bit tensors,
+                channels first), or `"tokens"` for the image tokens `(batch_size, num_image_tokens)` themselves.
             return_dict (`bool`, defaults to `True`): `False` returns `(images,)`.
             callback_on_step_end (`Callable`, *optional*):
                 Called as `callback(pipe, step, step, {"image_tokens": tokens})` after each token; the third argument replaces
@@ -366,10 +217,7 @@ class VFMTokPipeline(DiffusionPipeline):
         transformer = self._generator_model()
         if foreign := sorted(generate_kwargs.keys() & NAMES_HERE.keys()):
             raise TypeError(f"There is no argument {foreign[0]!r}: pass {NAMES_HERE[foreign[0]]} instead.")
-        if unknown := set(tensor_inputs) - set(self._callback_tensor_inputs):
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs may contain {self._callback_tensor_inputs}, got {sorted(unknown)}."
-            )
+        self._check_callback_inputs(tensor_inputs)
         self._interrupt = False
         with self.progress_bar(total=transformer.config.num_image_tokens) as progress_bar:
 
@@ -397,8 +245,8 @@ class VFMTokPipeline(DiffusionPipeline):
 
     @staticmethod
     def _check_output_type(output_type: str) -> None:
-        if output_type not in ("pil", "np", "pt", "tokens"):
-            raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'tokens', got {output_type!r}.")
+        if output_type not in ("pil", "np", "pt", "uint8", "tokens"):
+            raise ValueError(f"output_type must be 'pil', 'np', 'pt', 'uint8' or 'tokens', got {output_type!r}.")
 
     # -- images <-> image tokens
 
@@ -419,14 +267,10 @@ class VFMTokPipeline(DiffusionPipeline):
         remaining, tokens = each_image(images), []
         while batch := list(islice(remaining, batch_size)):
             pixel_values = self.image_processor(batch, return_tensors="pt")["pixel_values"]
-            tokens.append(self.vq_model.encode(self._on_tokenizer_device(pixel_values)).image_tokens)
+            tokens.append(self.vq_model.encode(to_device_of(self.vq_model, pixel_values)).image_tokens)
         if not tokens:
             raise ValueError("There are no images: pass at least one.")
         return torch.cat(tokens)
-
-    def _on_tokenizer_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        # accelerate's hooks move a model's inputs themselves, and offloaded weights do not show the device.
-        return tensor if hasattr(self.vq_model, "_hf_hook") else tensor.to(self.vq_model.device)
 
     @torch.no_grad()
     def detokenize(
@@ -451,7 +295,7 @@ class VFMTokPipeline(DiffusionPipeline):
         """
         parts = []
         for batch in batches(as_image_tokens(image_tokens), batch_size):
-            reconstruction = self.vq_model.decode(image_tokens=self._on_tokenizer_device(batch)).reconstruction
+            reconstruction = self.vq_model.decode(image_tokens=to_device_of(self.vq_model, batch)).reconstruction
             parts.append(self.image_processor.postprocess(reconstruction, output_type, size, resize_mode))
         return concatenate(parts)
 

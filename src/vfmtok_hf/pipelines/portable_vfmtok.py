@@ -7,17 +7,16 @@ import re
 from pathlib import Path
 from typing import Any
 
+from transformers import CONFIG_MAPPING, MODEL_MAPPING
+
 from vfmtok_hf.modeling.image_processing_vfmtok import VFMTokImageProcessor
-from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
-from vfmtok_hf.modeling.modeling_vfmtok_ar import VFMTokARForImageGeneration
-from vfmtok_hf.modeling.modeling_vfmtok_rar import VFMTokRARForImageGeneration
 
+from .component_vfmtok import MODEL_TYPES
 
-MODEL_CLASSES = (VFMTokModel, VFMTokARForImageGeneration, VFMTokRARForImageGeneration)
-COMPONENT_CLASSES = (*MODEL_CLASSES, VFMTokImageProcessor)
 
 INDEX_FILE = "model_index.json"
-ENTRY_MODULE = "pipeline"
+# Of each pipeline the module that diffusers enters.
+ENTRY_MODULES = {"VFMTokPipeline": "pipeline", "VFMTokDiTPipeline": "dit_pipeline"}
 COMPONENT_MODULE = "component_vfmtok"
 
 # Requirements of a saved pipeline's code, for containers with other versions: the `dependencies` in pyproject.toml that a
@@ -49,7 +48,7 @@ def portable_code(*modules: str) -> dict[str, str]:
         `dict[str, str]`: source by file name.
     """
     # Two folders in this package, one in a saved pipeline.
-    folders = {Path(__file__).parent, *(Path(inspect.getfile(cls)).parent for cls in COMPONENT_CLASSES)}
+    folders = {Path(__file__).parent, Path(inspect.getfile(VFMTokImageProcessor)).parent}
     sources: dict[str, str] = {}
     pending = list(modules)
     while pending:
@@ -69,10 +68,11 @@ def portable_pipeline(index: dict[str, Any]) -> dict[str, str]:
     Args:
         index: model_index.json as saved by diffusers.
     """
-    files = portable_code(ENTRY_MODULE)
+    entry_module = ENTRY_MODULES.get(class_name(index), "pipeline")
+    files = portable_code(entry_module)
     components = saved_components(index)
     index = {name: value for name, value in index.items() if name != "_name_or_path"}  # a local folder
-    index["_class_name"] = [ENTRY_MODULE, class_name(index)]
+    index["_class_name"] = [entry_module, class_name(index)]
     for name, component_class in components.items():
         index[name] = [COMPONENT_MODULE, component_class]
         files[f"{name}/{COMPONENT_MODULE}.py"] = files[f"{COMPONENT_MODULE}.py"]
@@ -89,18 +89,26 @@ def write_portable_code(folder: str | os.PathLike) -> None:
 
 def use_this_code(index: dict[str, Any]) -> None:
     """Change model_index.json in place, so that it names the package's classes instead of the copies in its folder."""
-    modules = {cls.__name__: cls.__module__ for cls in COMPONENT_CLASSES}
+    modules = component_modules()
     for name, component_class in saved_components(index).items():
         index[name] = [modules.get(component_class, index[name][0]), component_class]
     index["_class_name"] = class_name(index)
 
 
+def component_modules() -> dict[str, str]:
+    """Module of each class of components that is at hand, by the class's name."""
+    model_types = [model_type for model_type in MODEL_TYPES.values() if model_type in CONFIG_MAPPING]
+    classes = [*(MODEL_MAPPING[CONFIG_MAPPING[model_type]] for model_type in model_types), VFMTokImageProcessor]
+    return {cls.__name__: cls.__module__ for cls in classes}
+
+
 def saved_components(index: dict[str, Any]) -> dict[str, str]:
-    """Class name of each component in a model_index.json."""
+    """Class name of each component in a model_index.json that is a class of this package."""
+    known = {*MODEL_TYPES, VFMTokImageProcessor.__name__}
     return {
         name: entry[1]
         for name, entry in index.items()
-        if not name.startswith("_") and isinstance(entry, list) and entry[1] is not None
+        if not name.startswith("_") and isinstance(entry, list) and entry[1] in known
     }
 
 

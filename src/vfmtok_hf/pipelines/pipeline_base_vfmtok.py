@@ -1,0 +1,220 @@
+"""What the diffusers pipelines of this package share: loading and saving with their code, classes, batches of images."""
+
+import base64
+import operator
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import diffusers
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from huggingface_hub import snapshot_download
+from packaging.version import Version
+from transformers import PreTrainedModel
+from transformers.image_utils import ImageInput
+
+from vfmtok_hf.modeling.class_names_vfmtok import ClassNames
+from vfmtok_hf.modeling.loading_vfmtok import errors_naming
+
+from .portable_vfmtok import use_this_code, write_portable_code
+
+
+ClassLabels = int | str | Sequence[int | str]
+InputImages = ImageInput | str | bytes | os.PathLike | Iterable[Any]
+Images = list[PIL.Image.Image] | np.ndarray | torch.Tensor
+
+# diffusers' name for the dtype of a pipeline. Remove it when 0.40 is the lowest version.
+DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
+
+# Weight files without and with a variant in their name.
+DEFAULT_WEIGHTS = ("*/model.safetensors", "*/model-*.safetensors", "*/model.safetensors.index.json")
+VARIANT_WEIGHTS = ("*/model.*.safetensors", "*/model.safetensors.index.*.json")
+
+
+class VFMTokPipelineOutput(ImagePipelineOutput):
+    """diffusers' `ImagePipelineOutput`, which a notebook shows as images."""
+
+    def _repr_html_(self) -> str | None:
+        if not all(isinstance(image, PIL.Image.Image) for image in self.images):
+            return None  # the notebook falls back to `repr`
+        encoded = (base64.b64encode(image._repr_png_()).decode() for image in self.images)
+        return "".join(
+            f'<img src="data:image/png;base64,{png}" style="min-width: 128px; margin: 2px">' for png in encoded
+        )
+
+
+def batches(items: Sequence, batch_size: int) -> Iterator[Sequence]:
+    """Consecutive slices of at most `batch_size` items."""
+    for start in range(0, len(items), batch_size):
+        yield items[start : start + batch_size]
+
+
+def concatenate(parts: list[Images]) -> Images:
+    """Concatenate batches of any output type."""
+    if isinstance(parts[0], torch.Tensor):
+        return torch.cat(parts)
+    if isinstance(parts[0], np.ndarray):
+        return np.concatenate(parts)
+    return [image for part in parts for image in part]
+
+
+def use_compiled_attention(model: PreTrainedModel, device: torch.device) -> None:
+    """Enable compiled deformable attention if it is found and the user has not chosen."""
+    try:
+        from vfmtok_hf.hub_kernels import use_found_kernels
+    except ImportError:  # this file is also loaded from Hub repositories, without the package
+        return
+    use_found_kernels(model, device)
+
+
+def to_device_of(model: PreTrainedModel, tensor: torch.Tensor) -> torch.Tensor:
+    """An input on the device of the model that is to read it."""
+    # accelerate's hooks move a model's inputs themselves, and offloaded weights do not show the device.
+    return tensor if hasattr(model, "_hf_hook") else tensor.to(model.device)
+
+
+class VFMTokPipelineBase(DiffusionPipeline):
+    """
+    Base of the pipelines that generate images of classes by a component `transformer`. They bring their code along when they
+    are saved.
+    """
+
+    transformer: Any
+    _interrupt = False
+
+    @property
+    def autoencoder(self) -> Any:
+        """The model that encodes and decodes images."""
+        raise NotImplementedError
+
+    def _generator_model(self) -> Any:
+        """
+        The generator.
+
+        Raises:
+            ValueError: there is none, or it does not fit the other components.
+        """
+        raise NotImplementedError
+
+    def _register_class_names(self, id2label: dict[int, str] | dict[str, str] | None) -> None:
+        """Keep `id2label`, and give it to a generator whose configuration has no names."""
+        self.register_to_config(id2label=id2label)
+        if self.transformer is not None and id2label is not None and self.transformer.config.id2label is None:
+            self.transformer.config.id2label = {int(class_id): name for class_id, name in id2label.items()}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "VFMTokPipelineBase":
+        """
+        As in diffusers, except that the dtype is float32 by default, for any precision of the files. Half precision saves disk
+        space, but is slow on CPUs and may overflow.
+
+        Raises:
+            OSError: the folder, repository, revision or file does not exist or is not accessible.
+            ValueError: a file is damaged, or belongs to another pipeline.
+        """
+        if "torch_dtype" not in kwargs:  # the older name, which diffusers also accepts
+            kwargs[DTYPE] = kwargs.pop("dtype", torch.float32)
+        with errors_naming(str(pretrained_model_name_or_path)):
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def load_config(cls, *args, **kwargs):
+        """
+        As in diffusers, but with the package's classes instead of a saved pipeline's copies of them.
+
+        Raises:
+            ValueError: it is another class of pipeline.
+        """
+        loaded = super().load_config(*args, **kwargs)
+        index = loaded[0] if isinstance(loaded, tuple) else loaded
+        use_this_code(index)
+        if index["_class_name"] != cls.__name__:
+            raise ValueError(
+                f"This is a {index['_class_name']}, not a {cls.__name__}: load it with DiffusionPipeline."
+            )
+        return loaded
+
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
+        """
+        As in diffusers, and also save the pipeline's code. Folders and repositories by `save_pretrained` and `push_to_hub` load
+        without this package, with `DiffusionPipeline.from_pretrained(path, trust_remote_code=True)`.
+        """
+        self.register_to_config(id2label=self.id2label or None)
+        super().save_config(save_directory, push_to_hub, **kwargs)
+        write_portable_code(save_directory)
+
+    @classmethod
+    def download(
+        cls,
+        pretrained_model_name: str,
+        variant: str | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        force_download: bool = False,
+        local_files_only: bool | None = False,
+        **kwargs,
+    ) -> str:
+        """
+        Download a pipeline's repository to the cache, and return its folder. Afterwards, it loads offline.
+
+        Only the weights of other variants and the components passed to `from_pretrained` are skipped. diffusers' own
+        `download` also skips the generator's `generation_config.json`.
+
+        Args:
+            variant (`str`, *optional*): such as `"fp16"`; every model of the repository must have it.
+            cache_dir, revision, token, force_download, local_files_only: as in `huggingface_hub.snapshot_download`.
+        """
+        other_weights = VARIANT_WEIGHTS if variant is None else DEFAULT_WEIGHTS
+        passed_components = [f"{name}/*" for name in cls._get_signature_keys(cls)[0] if name in kwargs]
+        return snapshot_download(
+            pretrained_model_name,
+            cache_dir=cache_dir,
+            revision=revision,
+            token=token,
+            force_download=force_download,
+            local_files_only=bool(local_files_only),
+            ignore_patterns=[*other_weights, *passed_components],
+        )
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """The generator's class names, `transformer.config.id2label`."""
+        names = self.config.id2label if self.transformer is None else self.transformer.config.id2label
+        return {int(class_id): name for class_id, name in (names or {}).items()}
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether to stop sampling after the current step. Set `pipe._interrupt = True` in a callback to stop."""
+        return self._interrupt
+
+    def get_label_ids(self, class_labels: ClassLabels) -> list[int]:
+        """
+        Convert `class_labels`, one or several ids or names, to class ids.
+
+        Raises:
+            ValueError: an unknown or ambiguous name, with the closest matches; an id out of range; an empty list.
+        """
+        if isinstance(class_labels, str) or not isinstance(class_labels, Iterable):
+            class_labels = [class_labels]
+        names = ClassNames(self.id2label)
+        class_ids = [names.find(label) if isinstance(label, str) else operator.index(label) for label in class_labels]
+        if not class_ids:
+            raise ValueError("There are no class labels: pass at least one.")
+        num_classes = self._generator_model().config.num_classes
+        for class_id in class_ids:
+            if not 0 <= class_id < num_classes:
+                raise ValueError(f"Class labels must be in 0 to {num_classes - 1}, got {class_id}.")
+        return class_ids
+
+    def _check_callback_inputs(self, names: Sequence[str]) -> None:
+        if unknown := set(names) - set(self._callback_tensor_inputs):
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs may contain {self._callback_tensor_inputs}, got {sorted(unknown)}."
+            )
+
+
+__all__ = ["VFMTokPipelineBase"]
