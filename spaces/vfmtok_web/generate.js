@@ -95,7 +95,7 @@ export function setUpGenerate(computer, info, link, edit) {
     announce(`Generating ${name}.`);
     let rgba = null;
     const answer = await attempt(() =>
-      computer.request("generate", { settings: asked, pictureEvery: 2 * columns }, (news) => {
+      computer.request("generate", { settings: asked, pictureEvery: columns }, (news) => {
         showNumbers(news.count, news.seconds);
         if (!news.rgba) return;
         rgba = news.rgba;

@@ -58,25 +58,32 @@ async function generate({ settings, pictureEvery }, send) {
   };
   const newSequence = await models.newSequence();
   const tokens = [];
-  let milliseconds = 0;
+  let drawing = 0; // milliseconds of drawing tokens, without pictures and breaks
+  let sincePicture = 0; // those since the last picture
+  let decoding = 0; // milliseconds that it took to decode
   let started = performance.now();
-  let lastBreak = started;
   for await (const token of generateTokens(newSequence, sizes, settings)) {
     tokens.push(token);
-    const now = performance.now();
     const whole = tokens.length === sizes.numTokens;
-    const picture = whole || tokens.length % pictureEvery === 0;
-    if (!picture && now - lastBreak < 1000 * SECONDS_BETWEEN_BREAKS) continue;
-    // Neither decoding unfinished pictures nor breaks count as time of drawing tokens.
-    milliseconds += now - started;
-    const news = { count: tokens.length, seconds: milliseconds / 1000 };
-    if (picture) news.rgba = await decodeOnPaper(tokens);
+    const elapsed = performance.now() - started;
+    // Pictures take at most as long as tokens.
+    const picture = whole || (tokens.length % pictureEvery === 0 && sincePicture + elapsed >= decoding);
+    if (!picture && elapsed < 1000 * SECONDS_BETWEEN_BREAKS) continue;
+    drawing += elapsed;
+    sincePicture += elapsed;
+    const news = { count: tokens.length, seconds: drawing / 1000 };
+    if (picture) {
+      const before = performance.now();
+      news.rgba = await decodeOnPaper(tokens);
+      decoding = performance.now() - before;
+      sincePicture = 0;
+    }
     send("tokens", news);
     await takeBreak();
     if (stopped && !whole) return { stopped: true, tokens };
-    started = lastBreak = performance.now();
+    started = performance.now();
   }
-  return { stopped: false, tokens, seconds: milliseconds / 1000 };
+  return { stopped: false, tokens };
 }
 
 /** The picture of the first tokens, where those not drawn yet are a white picture's. */

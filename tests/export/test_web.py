@@ -90,6 +90,14 @@ def test_nothing_is_left_where_npm_fails(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_models_too_large_for_browsers_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(web.shutil, "which", lambda name: name)
+    monkeypatch.setattr(web, "MAX_PARAMETERS", 1000)
+    with pytest.raises(ValueError, match=r"The encoder has \d+ million parameters"):
+        export_web_page(tiny_pipeline(), tmp_path / "page")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_command_refuses_in_one_line(tmp_path, monkeypatch):
     arguments = ["export", "--format", "web", "--output", str(tmp_path / "page")]
     result = CliRunner().invoke(app, [*arguments, "--batch-size", "2"])

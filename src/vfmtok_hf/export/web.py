@@ -38,6 +38,8 @@ RUNTIME_FILES = (
     "ort-wasm-simd-threaded.asyncify.mjs",
     "ort-wasm-simd-threaded.asyncify.wasm",
 )
+# A file is one protobuf message, which holds less than 2 GiB, and weights are written in float32 first.
+MAX_PARAMETERS = 2**29
 # Smaller tensors are not worth a node of the graph.
 LEAST_HALVED_SIZE = 1024
 
@@ -57,12 +59,13 @@ def export_web_page(pipe: VFMTokPipeline, output: str | Path) -> list[ExportedPa
         `list[ExportedPart]`: the graphs in it, and how they compared with the models.
 
     Raises:
-        ValueError: a graph differs from its model; a checkpoint without vision weights.
+        ValueError: a graph differs from its model; a checkpoint without vision weights; a model too large for a browser.
         ImportError, RuntimeError: ONNX packages are missing, or npm, or a connection to its registry.
         FileExistsError, OSError: the output cannot be written.
     """
     output = Path(output)
     check_web_export(output)
+    check_sizes(pipe)
     blank_tokens = pipe.tokenize(PIL.Image.new("RGB", (64, 64), "white"))[0].tolist()
     with whole_folder(output) as folder:
         shutil.copytree(page_folder(), folder, dirs_exist_ok=True)
@@ -93,6 +96,17 @@ def check_web_export(output: Path) -> None:
     check_export(output, "onnx")
     if shutil.which("npm") is None:
         raise RuntimeError(f"The page needs {RUNTIME} from npm: install Node.js, which brings npm.")
+
+
+def check_sizes(pipe: VFMTokPipeline) -> None:
+    """Raise ValueError if a part of a pipeline is too large for a browser."""
+    for part in pipeline_parts(pipe).values():
+        size = sum(parameter.numel() for parameter in part.parameters())
+        if size >= MAX_PARAMETERS:
+            raise ValueError(
+                f"The {part.name} has {size / 1e6:.0f} million parameters; browsers open models of up to "
+                f"{MAX_PARAMETERS / 1e6:.0f} million. Export to ONNX instead."
+            )
 
 
 def page_folder() -> Path:
