@@ -128,7 +128,7 @@ def fetch_runtime(folder: Path) -> None:
         (archive,) = Path(download).glob("*.tgz")
         with tarfile.open(archive) as files:
             for file_name in RUNTIME_FILES:
-                with files.extractfile(f"package/dist/{file_name}") as source, (folder / file_name).open("wb") as copy:  # type: ignore[union-attr]
+                with files.extractfile(f"package/dist/{file_name}") as source, (folder / file_name).open("wb") as copy:
                     shutil.copyfileobj(source, copy)
 
 
