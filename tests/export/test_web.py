@@ -45,11 +45,10 @@ def test_page_of_a_rar(tmp_path, without_npm):
     assert re.fullmatch("[0-9a-f]{64}", info["parts"]["decoder"]["sha256"])
 
 
-def test_a_pipeline_without_generator_encodes_and_decodes(tmp_path, without_npm):
+def test_a_pipeline_without_generator_has_no_settings_of_sampling():
     pipe = tiny_pipeline()
     pipe.transformer = None
-    assert [part.name for part in export_web_page(pipe, tmp_path / "page")] == ["encoder", "decoder"]
-    assert "sampling" not in json.loads((tmp_path / "page" / "models" / "export.json").read_text())
+    assert web.page_info(pipe, [1, 2]) == {"name": "", "blank_tokens": [1, 2]}
 
 
 def test_float16_holds_what_it_holds_exactly(tmp_path, monkeypatch):

@@ -134,7 +134,7 @@ def expected_tokens(pipe, label, seed, **settings):
 
 
 def test_tokens_are_the_packages(context, url, pipe):
-    """Greedy ones of three classes, and a seed's with and without guidance."""
+    """Greedy ones of three classes, and a seed's with guidance. Other tests draw without."""
     page = context.new_page()
     page.goto(url + "package.json")  # the modules alone, without the page around them
     code = """async (asked) => {
@@ -147,12 +147,11 @@ def test_tokens_are_the_packages(context, url, pipe):
         return answers.map(({ tokens }) => tokens);
     }"""
     common = {"seed": 5, "temperature": 0.9, "topK": 100, "topP": 1, "doSample": True}
-    sampled = [(8, 1.0), (3, 1.0), (11, 2.5)]
     asked = [{**common, "label": label, "doSample": False, "guidance": {"scale": 1}} for label in (3, 8, 11)]
-    asked += [{**common, "label": label, "guidance": {"scale": scale}} for label, scale in sampled]
+    asked.append({**common, "label": 11, "guidance": {"scale": 2.5}})
     greedy = pipe.transformer.generate([3, 8, 11], do_sample=False)
-    drawn = [expected_tokens(pipe, label, 5, guidance_scale=scale) for label, scale in sampled]
-    assert page.evaluate(code, asked) == torch.cat([greedy, *drawn]).tolist()
+    guided = expected_tokens(pipe, 11, 5, guidance_scale=2.5)
+    assert page.evaluate(code, asked) == torch.cat([greedy, guided]).tolist()
     page.close()
 
 
