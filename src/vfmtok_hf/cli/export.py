@@ -2,7 +2,7 @@
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -17,14 +17,7 @@ from vfmtok_hf.cli.options import (
 )
 
 
-class ExportFormat(str, Enum):
-    """What to write models as."""
-
-    onnx = "onnx"
-    torch = "torch"
-    web = "web"
-
-
+# Typer reads no lists of literals.
 class GraphPart(str, Enum):
     """The graphs of a pipeline."""
 
@@ -36,11 +29,11 @@ class GraphPart(str, Enum):
 def export(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")] = Path("export"),
     format: Annotated[
-        ExportFormat,
+        Literal["onnx", "torch", "web"],
         typer.Option(
             "--format", "-f", help="ONNX files, `torch.export` programs (`.pt2`), or a web page that runs the models."
         ),
-    ] = ExportFormat.onnx,
+    ] = "onnx",
     parts: Annotated[
         list[GraphPart] | None, typer.Option("--part", "-p", help="May be repeated. *Default: all there are.*")
     ] = None,
@@ -58,7 +51,7 @@ def export(
         from vfmtok_hf.export.pipeline import check_export, export_pipeline
         from vfmtok_hf.export.web import check_web_export, export_web_page
 
-        is_page = format is ExportFormat.web
+        is_page = format == "web"
         if is_page:
             if parts or batch_size:
                 raise ValueError(
@@ -66,7 +59,7 @@ def export(
                 )
             check_web_export(output)
         else:
-            check_export(output, format.value)
+            check_export(output, format)
         names = parts and [part.value for part in parts]
         is_pipeline = not has_file(resolve_model(model), "config.json")
         pipe = load_pipeline(
@@ -79,7 +72,7 @@ def export(
         if is_page:
             exported = export_web_page(pipe, output)
         else:
-            exported = export_pipeline(pipe, output, format.value, names, batch_size)
+            exported = export_pipeline(pipe, output, format, names, batch_size)
         for part in exported:
             text = f"{part.file.name}  {part.size / 1e6:.1f} MB  {part.check}"
             output_console.print(text, markup=False, highlight=False, soft_wrap=True)
