@@ -25,7 +25,7 @@ class VFMAEConfig(AutoencoderConfigMixin, PreTrainedConfig):
             Side, in pixels, to which the model resizes its input before the vision model sees it. It must give as many
             patches as the image decoder has positions.
         vision_image_mean, vision_image_std (`list[float]`, *optional*):
-            Normalisation of the vision model's input in [0, 1]. Unset: the vision model's own.
+            Normalization of the vision model's input in [0, 1]. Unset: the vision model's own.
         save_vision_model (`bool`, defaults to `True`):
             Whether checkpoints contain the vision model. A light checkpoint (`False`) decodes as it is; `encode`
             needs `VFMAEModel.load_vision_model` first.
