@@ -62,11 +62,11 @@ demo: install  ## generate images with the checkpoint that comes with the packag
 space: install  ## the Gradio Space with the embedded checkpoint, on http://127.0.0.1:7860
 	GRADIO_ANALYTICS_ENABLED=False $(BIN)/python spaces/vfmtok/app.py
 
-outputs/web-space/index.html: install $(wildcard spaces/vfmtok_web/*)
-	rm -rf $(@D)
-	$(BIN)/vfmtok export --format web --output $(@D)
+outputs/web-space/models/export.json: $(wildcard spaces/vfmtok_web/*) | install
+	rm -rf outputs/web-space
+	$(BIN)/vfmtok export --format web --output outputs/web-space
 
-web-space: outputs/web-space/index.html  ## the static Space with the embedded checkpoint, into outputs/web-space; needs npm
+web-space: outputs/web-space/models/export.json  ## the static Space with the embedded checkpoint, into outputs/web-space; needs npm
 
 web-space-serve: web-space  ## the same on http://127.0.0.1:8000, with the headers that threads need
 	$(BIN)/python outputs/web-space/serve.py
