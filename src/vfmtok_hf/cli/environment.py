@@ -73,11 +73,11 @@ def checkpoint_facts(name_or_path: str) -> dict[str, str]:
 def model_facts(config: Any) -> dict[str, str]:
     """What the configuration of a model of this package says to people."""
     if config.model_type not in ("vfmtok", "vfmae"):
-        model_class = MODEL_MAPPING[type(config)].__name__
+        model_class: Any = MODEL_MAPPING[type(config)]
         depth = f"{config.num_hidden_layers} layers of width {config.hidden_size}"
         if config.model_type == "vfmtok_dit":
             depth += f" and {config.head_num_hidden_layers} of width {config.head_hidden_size}"
-        return {"generator": f"{model_class}, {depth}", "classes": str(config.num_classes)}
+        return {"generator": f"{model_class.__name__}, {depth}", "classes": str(config.num_classes)}
     facts = {"images": f"{config.image_size} x {config.image_size} pixels"}
     if config.model_type == "vfmtok":
         codebook = f"codebook of {config.codebook_size} x {config.codebook_dim}"

@@ -100,8 +100,8 @@ class LatentStatistics:
 
 # What two numpy arrays are pickled as, by numpy 1 and by numpy 2.
 NUMPY_GLOBALS = [
-    (numpy._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
-    numpy._core.multiarray._reconstruct,
+    (numpy._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),  # type: ignore[attr-defined]
+    numpy._core.multiarray._reconstruct,  # type: ignore[attr-defined]
     numpy.ndarray,
     numpy.dtype,
     type(numpy.dtype("float32")),

@@ -165,6 +165,8 @@ class VFMAEModel(VFMTokAutoencoder):
     """
 
     config: VFMAEConfig
+    latents_mean: torch.Tensor
+    latents_std: torch.Tensor
     config_class = VFMAEConfig
     base_model_prefix = "vfmae"
     _keep_in_fp32_modules_strict = ["latents_mean", "latents_std"]

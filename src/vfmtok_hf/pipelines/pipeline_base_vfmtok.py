@@ -4,7 +4,7 @@ import base64
 import operator
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import diffusers
 import numpy as np
@@ -76,6 +76,9 @@ def to_device_of(model: PreTrainedModel, tensor: torch.Tensor) -> torch.Tensor:
     return tensor if hasattr(model, "_hf_hook") else tensor.to(model.device)
 
 
+PipelineT = TypeVar("PipelineT", bound="VFMTokPipelineBase")
+
+
 class VFMTokPipelineBase(DiffusionPipeline):
     """
     Base of the pipelines that generate images of classes by a component `transformer`. They bring their code along when they
@@ -106,7 +109,7 @@ class VFMTokPipelineBase(DiffusionPipeline):
             self.transformer.config.id2label = {int(class_id): name for class_id, name in id2label.items()}
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "VFMTokPipelineBase":
+    def from_pretrained(cls: type[PipelineT], pretrained_model_name_or_path, **kwargs) -> PipelineT:
         """
         As in diffusers, except that the dtype is float32 by default, for any precision of the files. Half precision saves disk
         space, but is slow on CPUs and may overflow.

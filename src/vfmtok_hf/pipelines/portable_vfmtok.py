@@ -98,7 +98,10 @@ def use_this_code(index: dict[str, Any]) -> None:
 def component_modules() -> dict[str, str]:
     """Module of each class of components that is at hand, by the class's name."""
     model_types = [model_type for model_type in MODEL_TYPES.values() if model_type in CONFIG_MAPPING]
-    classes = [*(MODEL_MAPPING[CONFIG_MAPPING[model_type]] for model_type in model_types), VFMTokImageProcessor]
+    classes: list[Any] = [
+        *(MODEL_MAPPING[CONFIG_MAPPING[model_type]] for model_type in model_types),
+        VFMTokImageProcessor,
+    ]
     return {cls.__name__: cls.__module__ for cls in classes}
 
 
