@@ -1,12 +1,12 @@
 """
-Measure what `train.py` trained, and plot the figures of docs/claims.md.
+Evaluate the models of `train.py`, and plot the figures of docs/claims.md.
 
     python examples/emoji/vision_model.py --output data/efficientnet_lite0_classifier --classifier
     python examples/claims/measure.py --runs runs/claims --data data/emoji64 --features data/efficientnet_lite0_classifier \\
         --output docs/assets
 
-ImageViews that are not finished are left out, measurements that are in the runs' `measurements.json` are kept. The output
-gets the figures and `claims.json`, all that was measured; the tables are printed.
+Unfinished variants are skipped, and existing results in the runs' `measurements.json` are reused. The output folder gets the
+figures and `claims.json` with all results; the tables are printed.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def log_of(run: Path, kind: str, value: str) -> tuple[list[int], list[float]]:
 
 
 def training_images(data: Path) -> list[Path]:
-    """The same random training images for every distance."""
+    """Random training images, the same for every distance."""
     files = list(find_images([data / "train"]).values())
     return [
         files[index] for index in torch.randperm(len(files), generator=torch.Generator().manual_seed(0))[:NUM_IMAGES]
@@ -85,7 +85,7 @@ def measure_tokenizer(run: Path, data: Path, extractor: VisionModelFeatures) -> 
 def measure_generator(
     run: Path, tokenizer_run: Path, data: Path, extractor: VisionModelFeatures, guidance_scale: float = 1.0
 ) -> dict:
-    """Each metric of `NUM_DRAWS` independent sets of samples, as a list: how far they differ is the noise of drawing."""
+    """Each metric of `NUM_DRAWS` independent sets of samples, as a list. Their differences are the sampling noise."""
     tokenizer = VFMTokModel.from_pretrained(tokenizer_run / "model").eval()
     generator = VFMTokARForImageGeneration.from_pretrained(run / "model").eval()
     size, num_classes = tokenizer.config.image_size, generator.config.num_classes
@@ -110,7 +110,7 @@ def measure_generator(
 
 
 def convergence_figure(runs: Path, measurements: dict[str, dict]) -> Figure:
-    """PSNR of the tokenizers and validation loss of the generators over their steps."""
+    """Plot PSNR of the tokenizers and validation loss of the generators over their steps."""
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     panels = dict(zip(("tokenizer", "generator"), figure.subplots(1, 2), strict=True))
     for job, quantity in (("tokenizer", "psnr"), ("generator", "loss")):
@@ -125,7 +125,7 @@ def convergence_figure(runs: Path, measurements: dict[str, dict]) -> Figure:
 
 
 def probe_figure(tokenizers: dict[str, dict]) -> Figure:
-    """Accuracy of the linear probes, mean over classes."""
+    """Plot the accuracy of the linear probes, as the mean over classes."""
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     axes = figure.subplots()
     names = ["image_embeds", "token_embeddings", "vision_model", "pixels"]
@@ -185,7 +185,7 @@ GENERATOR_COLUMNS = {
 
 
 def tables(measurements: dict[str, dict]) -> list[str]:
-    """What docs/claims.md shows."""
+    """The tables of docs/claims.md."""
     return [
         table("variant", measurements["tokenizer"], TOKENIZER_COLUMNS),
         table("variant", measurements["tokenizer"], PROBE_COLUMNS),

@@ -1,10 +1,10 @@
 """
-Train the tokenizers that the claims of the paper are compared on, and a generator on each.
+Train the tokenizers for the comparison with the paper's claims, and a generator on each.
 
     python examples/claims/train.py --data data/emoji64 --vision-model data/efficientnet_lite0 --output runs/claims
 
-Each variant changes one thing of the first. A run that was cut off is continued, a finished one is kept. About 45 minutes
-of one CPU thread in all; docs/claims.md tells what came out.
+Each variant changes one thing in the first one. Interrupted runs are resumed, and finished ones are kept. All runs take about
+45 minutes on one CPU thread; docs/claims.md has the results.
 """
 
 import argparse
@@ -28,7 +28,7 @@ CALIBRATION_BATCHES = 30
 
 
 def randomized_vision_model(vision_model: Path, data: Path, image_size: int, folder: Path) -> Path:
-    """The same architecture with random weights, its batch norms adapted to the data, as a folder."""
+    """Write the same architecture with random weights and adapted batch norms to a folder."""
     if not folder.is_dir():
         torch.manual_seed(0)
         config = AutoConfig.from_pretrained(vision_model)
@@ -49,7 +49,7 @@ def randomized_vision_model(vision_model: Path, data: Path, image_size: int, fol
 
 
 def fix_sampling_to_the_grid(model: VFMTokModel) -> VFMTokModel:
-    """Sampling offsets of zero that training leaves at zero: each anchor reads the center of its own cell alone."""
+    """Fix sampling offsets to zero, so that each anchor reads only the center of its own cell."""
     for layer in model.anchor_encoder.layers:
         for parameter in layer.cross_attn.sampling_offsets.parameters():
             nn.init.zeros_(parameter)
@@ -98,7 +98,7 @@ def main() -> None:
     for name in ("data", "vision-model", "output"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
-    parser.add_argument("--seed", type=int, default=0, help="name another output with it")
+    parser.add_argument("--seed", type=int, default=0, help="use another output folder with it")
     arguments = parser.parse_args()
     for variant in arguments.variants:
         run = arguments.output / variant / "tokenizer"

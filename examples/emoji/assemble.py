@@ -1,6 +1,6 @@
 """
-Join the trained parts into the pipeline folder that the package ships, in half precision, with a card that states what
-was measured on it.
+Assemble the trained parts into the pipeline folder that ships with the package, in half precision, with a card that contains
+the results.
 
     python examples/emoji/assemble.py --tokenizer runs/emoji/decoder/model --generator runs/emoji/generator_variants/model \\
         --data data/emoji64 --vision-model data/efficientnet_lite0 --classifier data/efficientnet_lite0_classifier \\
@@ -23,7 +23,7 @@ from vfmtok_hf.pipelines.portable_vfmtok import ENTRY_MODULE, INDEX_FILE, use_th
 from vfmtok_hf.plotting import image_grid
 
 
-# Chosen by looking at grids of all classes at several values.
+# Chosen by eye from grids of all classes at several values.
 SAMPLING = {"temperature": 0.9, "top_k": 100}
 
 ENTRY = '''"""Where `DiffusionPipeline.from_pretrained(vfmtok_hf.DEFAULT_CHECKPOINT, trust_remote_code=True)` finds the class."""
@@ -94,9 +94,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", type=Path, required=True, help="trained VFMTokModel")
     parser.add_argument("--generator", type=Path, required=True, help="trained VFMTokARForImageGeneration")
-    parser.add_argument("--data", type=Path, required=True, help="folder that prepare_data.py wrote")
-    parser.add_argument("--vision-model", type=Path, required=True, help="folder that vision_model.py wrote")
-    parser.add_argument("--classifier", required=True, help="folder that vision_model.py --classifier wrote")
+    parser.add_argument("--data", type=Path, required=True, help="output folder of prepare_data.py")
+    parser.add_argument("--vision-model", type=Path, required=True, help="output folder of vision_model.py")
+    parser.add_argument("--classifier", required=True, help="output folder of vision_model.py --classifier")
     parser.add_argument("--before", type=Path, help="pipeline with the same tokenizer to compare with")
     parser.add_argument("--output", type=Path, required=True, help="pipeline folder to write")
     arguments = parser.parse_args()
@@ -117,7 +117,7 @@ def main() -> None:
 
 def save_pipeline(tokenizer: Path, generator: Path, folder: Path) -> None:
     vq_model = VFMTokModel.from_pretrained(tokenizer, dtype=torch.float16)
-    vq_model.config.vision_config.name_or_path = ""  # a folder of the machine it was trained on
+    vq_model.config.vision_config.name_or_path = ""  # a local folder
     transformer = VFMTokARForImageGeneration.from_pretrained(generator, dtype=torch.float16)
     transformer.generation_config.update(do_sample=True, **SAMPLING)
     size = vq_model.config.image_size
@@ -127,7 +127,7 @@ def save_pipeline(tokenizer: Path, generator: Path, folder: Path) -> None:
 
 
 def leave_code_out(folder: Path) -> None:
-    """The package that the checkpoint is a part of has it: diffusers' way in leads there."""
+    """Write the entry point of diffusers, which imports the installed package."""
     for code in folder.rglob("*.py"):
         code.unlink()
     (folder / f"{ENTRY_MODULE}.py").write_text(ENTRY)

@@ -1,14 +1,13 @@
 """
-How often pipelines draw the class that they were asked for, as a classifier sees it.
+Measure how often pipelines generate the requested class, according to a classifier.
 
     python examples/emoji/class_fidelity.py --data data/emoji64 --classifier data/efficientnet_lite0_classifier \\
         --pipelines src/vfmtok_hf/checkpoints/emoji
 
-The judge is a logistic regression on EfficientNet-Lite0's pooled features of the training images. The emoji tokenizer sees
-through the same network, which may favor what it draws. Prints a Markdown table: the share that the judge puts into the
-right class, of held-out images, of their reconstructions and of samples; precision and recall (Kynkäänniemi et al. 2019)
-of the samples against training images in the same features, which tell good drawings from few different ones; and the
-loss on held-out images.
+The classifier is a logistic regression on EfficientNet-Lite0's pooled features of the training images. The emoji tokenizer
+uses the same network, which may favor its samples. The script prints a Markdown table: the share of correctly classified
+held-out images, reconstructions and samples; precision and recall (Kynkäänniemi et al. 2019) of the samples against training
+images in the same features, which distinguish quality from diversity; and the loss on held-out images.
 """
 
 import argparse
@@ -26,9 +25,9 @@ from vfmtok_hf.evaluation.features import VisionModelFeatures
 from vfmtok_hf.evaluation.metrics import precision_recall
 
 
-INPUT_SIZE = 128  # of the judge, in pixels: twice that of the emoji
+INPUT_SIZE = 128  # input size of the classifier, twice that of the emoji
 BATCH_SIZE = 28
-SAMPLES = 40  # of each class; the smallest one has 47 training images
+SAMPLES = 40  # per class; the smallest class has 47 training images
 
 
 def image_files(folder: Path) -> list[list[Path]]:
@@ -77,13 +76,13 @@ def draw(pipe: VFMTokPipeline, count: int) -> list[list[Image.Image]]:
 
 
 def spread_evenly(features: list[torch.Tensor], count: int) -> torch.Tensor:
-    """As many rows of each class, spread over all that it has."""
+    """The same number of rows per class, spread evenly over its rows."""
     return torch.cat([rows[torch.linspace(0, len(rows) - 1, count).long()] for rows in features])
 
 
 @torch.no_grad()
 def held_out_loss(pipe: VFMTokPipeline, files: list[list[Path]]) -> float:
-    """Nats a token, all images counting the same."""
+    """Nats per token, with equal weights for all images."""
     losses = []
     for label, of_class in enumerate(files):
         tokens = pipe.tokenize(of_class)
@@ -93,7 +92,7 @@ def held_out_loss(pipe: VFMTokPipeline, files: list[list[Path]]) -> float:
 
 
 def compare(pipes: dict[str, VFMTokPipeline], data: Path, classifier: str, samples: int = SAMPLES) -> str:
-    """The table of pipelines by name; `samples` of each class, and reconstructions by the last one's tokenizer."""
+    """The table of pipelines by name, with `samples` per class and reconstructions by the last one's tokenizer."""
     extractor = VisionModelFeatures(classifier, INPUT_SIZE)
     train = [features_of(map(Image.open, files), extractor) for files in image_files(data / "train")]
     judge, reference = train_judge(train), spread_evenly(train, samples)
@@ -125,11 +124,11 @@ def class_cells(judge: Pipeline, features: list[torch.Tensor]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder that prepare_data.py wrote")
-    parser.add_argument("--classifier", required=True, help="folder that vision_model.py --classifier wrote")
+    parser.add_argument("--data", type=Path, required=True, help="output folder of prepare_data.py")
+    parser.add_argument("--classifier", required=True, help="output folder of vision_model.py --classifier")
     parser.add_argument("--pipelines", type=Path, nargs="+", required=True, help="pipeline folders")
     parser.add_argument(
-        "--samples", type=int, default=SAMPLES, help="of each class; at most as many as it has training images"
+        "--samples", type=int, default=SAMPLES, help="samples per class, at most the number of its training images"
     )
     arguments = parser.parse_args()
     pipes = {str(folder): load(folder) for folder in arguments.pipelines}
