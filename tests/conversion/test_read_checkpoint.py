@@ -182,6 +182,14 @@ def test_statistics_of_latents_are_read_as_the_original_and_as_tensors_store_the
         assert torch.equal(read.std, statistics.std)
 
 
+def test_statistics_of_the_released_vfmae():
+    statistics = read_latent_statistics("released")
+    assert statistics.mean.shape == statistics.std.shape == (32, 256)
+    assert statistics.mean.mean().item() == pytest.approx(0.036, abs=1e-3)
+    assert statistics.std.min() > 0.23
+    assert statistics.std.max() < 0.52
+
+
 class Opens:
     """Pickles to a call of `open`."""
 

@@ -17,7 +17,7 @@ def test_the_table_covers_every_released_file():
     assert "| `you/VFMTok-DINOv2-L` | 1.5 GB | `--convert tokenizer --vision-model facebook/" in rows[0]
     assert "| `you/VFMTok-RAR-XXL` | 7.7 GB | `--convert rar --tokenizer you/VFMTok-DINOv2-L` |" in rows[10]
     vision_model = "facebook/dinov2-with-registers-large"
-    options = f"`--convert vfmae --vision-model {vision_model} --latent-statistics stats-500.pt`"
+    options = f"`--convert vfmae --vision-model {vision_model} --latent-statistics released`"
     assert f"| `you/VFMAE-DINOv2-L` | 1.5 GB | {options} |" in rows[11]
     assert "| `you/VFMTok-DiT-XL` | 4.9 GB | `--convert dit --tokenizer you/VFMAE-DINOv2-L` |" in rows[13]
 

@@ -61,7 +61,8 @@ def convert_vfmae(
     vision_checkpoint: VisionCheckpointOption = None,
     vision_model: VisionModelOption = None,
     latent_statistics: Annotated[
-        Path | None, typer.Option(help="Mean and deviation of the latents, which denoisers need: `stats-500.pt`.")
+        Path | None,
+        typer.Option(help="Mean and deviation of the latents, which denoisers need: `released`, or a file."),
     ] = None,
     weights: WeightsOption = "ema",
     config: ConfigOption = None,

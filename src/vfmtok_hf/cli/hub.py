@@ -26,7 +26,8 @@ def push(
         Path | None, typer.Option(help="With `--convert`: JSON object of fields that shapes cannot tell.")
     ] = None,
     latent_statistics: Annotated[
-        Path | None, typer.Option(help="With `--convert vfmae`: `stats-500.pt`, which denoisers need.")
+        Path | None,
+        typer.Option(help="With `--convert vfmae`: `released`, or a file of the statistics that denoisers need."),
     ] = None,
     license: Annotated[str, typer.Option(help="Of the weights, as the Hub abbreviates it.")] = "apache-2.0",
     base_model: Annotated[str | None, typer.Option(help="Repository that the weights come from.")] = None,

@@ -133,8 +133,9 @@ def convert_vfmae(
     Arguments and errors as in `convert_tokenizer`; `config` holds fields of `VFMAEConfig`.
 
     Args:
-        latent_statistics: mean and standard deviation of the latents, which denoisers need: the original's
-            `stats/stats-500.pt`, or a `.safetensors` file with `mean` and `std` of shape `(latent_channels, num_anchors)`.
+        latent_statistics: mean and standard deviation of the latents, which denoisers need. `"released"` for those of the
+            released autoencoder, or a file: the original's `stats-*.pt`, or a `.safetensors` file with `mean` and `std` of
+            shape `(latent_channels, num_anchors)`.
     """
     statistics = None if latent_statistics is None else read_latent_statistics(latent_statistics)
     build = partial(build_vfmae, statistics=statistics)

@@ -98,6 +98,8 @@ class LatentStatistics:
     std: torch.Tensor
 
 
+# Of the released VFMAE: the authors' numbers, as in their `stats/stats-500.pt`.
+RELEASED_STATISTICS = Path(__file__).with_name("vfmae_latent_statistics.safetensors")
 # What two numpy arrays are pickled as, by numpy 1 and by numpy 2.
 NUMPY_GLOBALS = [
     (numpy._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),  # type: ignore[attr-defined]
@@ -112,13 +114,14 @@ NUMPY_GLOBALS = [
 def read_latent_statistics(path: str | Path) -> LatentStatistics:
     """
     Read the statistics of VFMAE's latents: the original's `stats-*.pt`, two numpy arrays of which the standard deviation is
-    called `var`, or `mean` and `std` in a `.safetensors` file. No code of a pickle is run.
+    called `var`, or `mean` and `std` in a `.safetensors` file; `"released"` stands for those of the released VFMAE. No code of
+    a pickle is run.
 
     Raises:
         FileNotFoundError: there is no such file.
         CheckpointError: it is damaged or holds something else.
     """
-    path = Path(path)
+    path = RELEASED_STATISTICS if path in ("released", Path("released")) else Path(path)
     _check_is_file(path)
     content = _load_safetensors(path) if path.suffix == ".safetensors" else _load_pickle(path, NUMPY_GLOBALS)
     names = ("mean", "std" if path.suffix == ".safetensors" else "var")

@@ -80,7 +80,7 @@ def released_table() -> str:
         if row.kind in autoencoders:
             along = f"--vision-model {VISION_MODEL}"
             if row.kind == "vfmae":
-                along += " --latent-statistics stats-500.pt"
+                along += " --latent-statistics released"
         else:
             autoencoder = autoencoders["vfmae" if row.kind == "dit" else "tokenizer"]
             along = f"--tokenizer you/{autoencoder.name}"
