@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from timm.models.convnext import ConvNeXt
 from transformers import (
     CLIPVisionConfig,
     Dinov2Config,
@@ -45,6 +47,9 @@ TRANSFORMERS = {
 TIMM_VIT = TimmWrapperConfig(
     architecture="vit_tiny_patch16_224",
     model_args={"depth": 3, "embed_dim": 16, "num_heads": 2, "patch_size": 8, "img_size": 32},
+)
+TIMM_HIERARCHICAL = TimmWrapperConfig(
+    architecture="convnext_atto", model_args={"depths": (1, 1, 1, 1), "dims": (8, 16, 16, 16)}
 )
 TIMM_CONV = TimmWrapperConfig(
     architecture="efficientnet_lite0", pretrained_cfg={"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
@@ -179,6 +184,34 @@ def test_timm_backbone(tmp_path):
     model = tiny_model(vision_config=config, vision_image_size=64)
     assert [level.shape[-1] for level in model.extract_vision_features(tiny_images())] == [16, 8, 4]
     assert_whole_model_works(model, tmp_path)
+
+
+@pytest.mark.parametrize("saved_pruned", [True, False])
+def test_versions_of_timm_may_differ_in_weights_that_nothing_reads(saved_pruned, tmp_path, monkeypatch):
+    """As they do in what they prune."""
+    settings = {"vision_config": TIMM_HIERARCHICAL, "vision_feature_layers": [0, 1], "vision_image_size": 64}
+
+    def build(pruned, action):
+        with monkeypatch.context() as patch:
+            if not pruned:
+                patch.setattr(ConvNeXt, "prune_intermediate_layers", lambda model, levels: None)
+            return action()
+
+    saved = build(saved_pruned, lambda: tiny_model(**settings))
+    saved.save_pretrained(tmp_path)
+    loaded = build(not saved_pruned, lambda: VFMTokModel.from_pretrained(tmp_path))
+    assert saved.vision_model.state_dict().keys() != loaded.vision_model.state_dict().keys()
+    images = tiny_images()
+    assert torch.equal(loaded.encode(images).image_tokens, saved.encode(images).image_tokens)
+    assert not any(parameter.requires_grad for parameter in loaded.vision_model.parameters())
+
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["vision_model.timm_model.stages.1.blocks.0.norm.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"lacks weights: 'vision_model.timm_model.stages.1.blocks.0.norm.weight' \(of 1"
+    ):
+        build(not saved_pruned, lambda: VFMTokModel.from_pretrained(tmp_path))
 
 
 def test_two_tower_config_is_refused():

@@ -21,6 +21,7 @@ from .loading_vfmtok import CheckedModelMixin
 from .vision_features_vfmtok import (
     build_vision_model,
     fetch_vision_model,
+    read_weights,
     vision_feature_channels,
     vision_feature_stride,
 )
@@ -204,6 +205,14 @@ class VFMTokAutoencoder(CheckedModelMixin, PreTrainedModel):
         if load_vision_model and model.vision_model is None:
             model.load_vision_model()
         return loaded
+
+    def unread_weights(self, names: list[str]) -> set[str]:
+        """Versions of timm differ in the weights that a vision model keeps after its last feature level."""
+        if self.vision_model is None or self.config.vision_config.model_type != "timm_wrapper":
+            return set()
+        read = read_weights(self.vision_model, self.config)
+        in_vision_model = {name for name in names if name.startswith("vision_model.")}
+        return {name for name in in_vision_model if name.removeprefix("vision_model.") not in read}
 
     @functools.wraps(PreTrainedModel.save_pretrained)  # diffusers inspects the signature
     def save_pretrained(self, *args, **kwargs):

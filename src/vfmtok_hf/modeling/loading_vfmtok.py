@@ -138,6 +138,10 @@ class CheckedModelMixin:
         # transformers derives it from the source text, differently in each version.
         return True
 
+    def unread_weights(self, names: list[str]) -> set[str]:
+        """Select the names of weights that make no difference if the model or a checkpoint lacks them."""
+        return set()
+
     @classmethod
     def from_pretrained(
         cls,
@@ -183,7 +187,7 @@ class CheckedModelMixin:
         if not ignore_mismatched_sizes:
             check_shapes(source, info)
             if not output_loading_info:
-                check_keys(source, info)
+                check_keys(source, info, model)
         if getattr(model, "hf_quantizer", None) is not None:
             model.hf_quantizer.get_state_dict_and_metadata = partial(quantized_state_dict, model.hf_quantizer)
         return (model, info) if output_loading_info else model
@@ -250,9 +254,10 @@ def check_shapes(source: str, info: dict[str, Any]) -> None:
         )
 
 
-def check_keys(source: str, info: dict[str, Any]) -> None:
-    """Raise if weights were missing or left over; arguments as in `check_shapes`."""
+def check_keys(source: str, info: dict[str, Any], model: CheckedModelMixin) -> None:
+    """Raise if weights that `model` reads were missing or left over; arguments as in `check_shapes`."""
     for problem, names in (("lacks", info["missing_keys"]), ("has unknown", info["unexpected_keys"])):
+        names = names and set(names) - model.unread_weights(list(names))
         if names:
             raise ValueError(
                 f"{source} {problem} weights: {min(names)!r} (of {len(names)} such weights). Its files do not belong "

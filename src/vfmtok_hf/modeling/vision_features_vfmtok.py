@@ -202,8 +202,11 @@ def offloaded_weights_at_hand(model: nn.Module) -> Iterator[None]:
 
 def timm_features(timm_model: nn.Module, levels: list[int], images: torch.Tensor) -> list[torch.Tensor]:
     """Levels of a timm model; the last block of a transformer is read after the final norm."""
+    if levels[-1] < len(timm_model.feature_info) - 1:
+        # Before timm 1.0.31, some families keep a final norm that does not fit what is pruned before it.
+        return timm_model.forward_intermediates(images, indices=levels, intermediates_only=True)
     last, features = timm_model.forward_intermediates(images, indices=levels)
-    if last.ndim == 3 and levels[-1] == len(timm_model.feature_info) - 1:
+    if last.ndim == 3:
         normed = last[:, timm_model.num_prefix_tokens :]
         features[-1] = normed.transpose(1, 2).reshape(features[-1].shape)
     return features
@@ -258,10 +261,28 @@ def transformer_tokens(
     return [states[level] for level in levels]
 
 
+def read_weights(vision_model: nn.Module, config: AutoencoderConfigMixin) -> set[str]:
+    """Names of the parameters that the feature levels depend on, and of the buffers in the same modules."""
+    parameters = dict(vision_model.named_parameters())
+    example = next(iter(parameters.values()))
+    images = example.new_zeros(1, 3, config.vision_image_size, config.vision_image_size)
+    with torch.enable_grad():
+        vision_model.requires_grad_(True)
+        levels = vision_features(vision_model, config, images)
+        sums = torch.stack([level.float().sum() for level in levels]).sum()
+        gradients = torch.autograd.grad(sums, list(parameters.values()), allow_unused=True)
+        vision_model.requires_grad_(False)
+    read = {name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+    unread_modules = {name.rpartition(".")[0] for name in parameters.keys() - read}
+    buffers = (name for name, _ in vision_model.named_buffers())
+    return read | {name for name in buffers if name.rpartition(".")[0] not in unread_modules}
+
+
 __all__ = [
     "build_vision_model",
     "class_and_patch_tokens",
     "fetch_vision_model",
+    "read_weights",
     "run_watched",
     "vision_feature_channels",
     "vision_feature_stride",
