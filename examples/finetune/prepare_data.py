@@ -30,6 +30,8 @@ def main() -> None:
     parser.add_argument("--emoji", type=Path, required=True, help="folder that examples/emoji/prepare_data.py wrote")
     parser.add_argument("--output", type=Path, required=True, help="image folder to write")
     arguments = parser.parse_args()
+    if not arguments.emoji.is_dir():
+        parser.error(f"there is no folder {arguments.emoji}: write it with examples/emoji/prepare_data.py")
     for name, (source, ends) in CLASSES.items():
         folder = arguments.output / name
         folder.mkdir(parents=True, exist_ok=True)

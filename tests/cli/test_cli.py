@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import vfmtok_hf
 from tests.pipelines.tiny_pipeline import ID2LABEL, tiny_dit_pipeline, tiny_pipeline
 from vfmtok_hf import cli, conversion
-from vfmtok_hf.cli import environment
+from vfmtok_hf.cli import environment, options
 from vfmtok_hf.cpu import threads as cpu_threads
 from vfmtok_hf.data.token_files import load_tokens
 from vfmtok_hf.data.token_sets import TokenSet
@@ -92,9 +92,52 @@ def test_labels_come_in_any_place(model, tmp_path):
     assert sorted(os.listdir(tmp_path / "images")) == names
 
 
-def test_words_outside_labels_are_wrong_usage(model):
-    _, stderr = vfmtok("generate", "--seed", 0, "smiley", code=2)
-    assert "smiley" in stderr
+@pytest.mark.parametrize(
+    "words", [["smiley", "heart"], ["--seed", 0, "smiley", "heart"], ["smiley", "--labels", "heart"]]
+)
+def test_labels_are_arguments_too(model, tmp_path, words):
+    vfmtok("generate", *words, "--output", tmp_path / "images")
+    assert sorted(os.listdir(tmp_path / "images")) == ["00000-smiley.png", "00001-heart.png"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--temperature", 0, "--top-k 1 takes the most probable token"),
+        ("--temperature", "nan", "must be above 0"),
+        ("--top-p", 0, "must be above 0 and at most 1"),
+        ("--top-k", -1, "-1"),
+        ("--guidance-scale", -1, "must be 1 (none) or larger"),
+    ],
+)
+def test_settings_are_refused_in_the_words_of_the_command(option, value, message):
+    _, stderr = vfmtok("generate", option, value, "--model", "./absent", code=2)
+    assert option in stderr
+    assert message in " ".join(re.sub(r"[│\n]", " ", stderr).split())
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "bfloat16"])
+def test_precisions_have_short_names(model, tmp_path, dtype):
+    vfmtok("generate", "heart", "--dtype", dtype, "--output", tmp_path / "grid.png")
+    assert (tmp_path / "grid.png").exists()
+
+
+def test_images_come_in_any_size(model, tmp_path):
+    vfmtok("generate", "heart", "--size", 48, "--output", tmp_path / "images")
+    assert pixels(tmp_path / "images" / "00000-heart.png").shape == (48, 48, 3)
+
+
+def test_inpainting_keeps_to_the_mask(checkpoints, photographs, tmp_path):
+    mask = tmp_path / "mask.png"
+    PIL.Image.fromarray(np.pad(np.full((40, 20), 255, np.uint8), ((0, 0), (0, 30)))).save(mask)
+    arguments = ["inpaint", photographs / "a.png", "heart", "--mask", mask, "-n", 2, "-o", tmp_path / "images"]
+    vfmtok(*arguments, "--model", checkpoints / "rar")
+    assert sorted(os.listdir(tmp_path / "images")) == ["00000.png", "00001.png"]
+    _, stderr = vfmtok(*arguments, "--model", checkpoints / "ar", code=1)
+    assert "RAR" in stderr
+    for wrong in ([photographs / "none.png", "heart"], [photographs / "a.png", "hart"]):
+        _, stderr = vfmtok("inpaint", *wrong, "--mask", mask, "--model", checkpoints / "rar", code=1)
+        assert "none.png" in stderr or "Did you mean 'heart'?" in stderr
 
 
 def test_a_grid_is_the_default(model, tmp_path, monkeypatch):
@@ -137,7 +180,7 @@ def test_image_i_is_drawn_from_seed_plus_i(model, tmp_path):
     [
         (["--labels", "hart"], "There is no class 'hart'. Did you mean 'heart'?"),
         (["--labels", "77"], "Class labels must be in 0 to 4, got 77."),
-        (["--top-p", "0"], "top_p"),
+        (["none of these"], "The 5 classes are smiley, heart, crane, crane, Red Panda."),
         (["--model", "./absent"], "There is no model folder ./absent."),
         (["--device", "nonsense"], "nonsense"),
     ],
@@ -348,6 +391,7 @@ def test_convert_hands_everything_to_the_library(tmp_path, monkeypatch):
         function = f"convert_{kind}"
         monkeypatch.setattr(conversion, function, lambda *a, kind=kind: calls.update({kind: a}) or Report())
     checkpoint, output, config = (tmp_path / name for name in ("original.pt", "converted", "config.json"))
+    checkpoint.touch()
     options = ["--checkpoint", checkpoint, "--output", output, "--weights", "model", "--config", config, "--dry-run"]
     for kind in ("ar", "rar", "dit"):
         assert vfmtok("convert", kind, *options)[0] == "what happened\n"
@@ -379,6 +423,63 @@ def test_info(model, monkeypatch):
         model,
     ):
         assert fact in stdout
+
+
+def test_info_lists_the_labels(model):
+    stdout, stderr = vfmtok("info", "--labels")
+    assert stdout.splitlines() == [f"{number}  {name}" for number, name in ID2LABEL.items()]
+    assert stderr == ""
+
+
+def test_version():
+    assert vfmtok("--version")[0] == f"vfmtok-hf {vfmtok_hf.__version__}\n"
+
+
+def test_a_push_names_a_namespace(model):
+    _, stderr = vfmtok("push", model, "mine", "--dry-run", code=1)
+    assert "you/mine" in stderr
+
+
+def test_progress_fits_a_log(monkeypatch, capsys):
+    monkeypatch.setattr(options, "LOG_INTERVAL", 0)
+    with options.progress("Generating", 4) as progress_callback:
+        progress_callback(1)
+        progress_callback(3)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition("),")[0] for line in lines] == ["Generating: 1 of 4 (25%", "Generating: 4 of 4 (100%"]
+
+
+MISTAKES = [
+    ["generate", "hart"],
+    ["generate", "heart", "--output", "file/grid.png"],
+    ["tokenize", "absent/"],
+    ["tokenize", ".", "--output", "tokens.txt"],
+    ["detokenize", "absent.npy"],
+    ["reconstruct", "absent.png"],
+    ["convert", "ar", "--checkpoint", "absent.pt", "--output", "converted"],
+    ["inpaint", "absent.png", "heart", "--mask", "absent.png"],
+    ["push", "absent", "you/mine"],
+    ["evaluate", "reconstruction", "absent/"],
+    ["evaluate", "generation", "--reference", "x.npz", "--output", "file/samples"],
+    ["evaluate", "tokens", "absent.png"],
+    ["extract-tokens", ".", "--output", "file/tokens"],
+]
+
+
+@pytest.mark.parametrize("arguments", MISTAKES, ids=" ".join)
+def test_mistakes_wait_for_no_heavy_library(arguments, tmp_path):
+    (tmp_path / "file").write_text("")
+    code = (
+        "import sys\nfrom vfmtok_hf.cli import app\ntry:\n    app(sys.argv[1:])\nexcept SystemExit as end:\n"
+        "    print(end.code, *{name.partition('.')[0] for name in sys.modules})"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, *arguments], check=True, capture_output=True, text=True, cwd=tmp_path
+    )
+    exit_code, *loaded = run.stdout.split()
+    assert exit_code == "1"
+    assert run.stderr.startswith("Error: ")
+    assert not set(loaded) & {"torch", "torchvision", "transformers", "diffusers", "datasets"}
 
 
 def test_help_names_every_command():

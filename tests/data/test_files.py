@@ -59,6 +59,10 @@ LEFTOVERS = [
     "cat/._0.png",
     "__MACOSX/cat/0.png",
     "@eaDir/0.png/SYNOPHOTO_THUMB_XL.jpg",
+    "$RECYCLE.BIN/$R0.png",
+    "#recycle/0.png",
+    "System Volume Information/0.png",
+    "lost+found/0.png",
     "cat/data.h5",
     "dog/clip.mpg",
 ]

@@ -99,6 +99,13 @@ def test_long_names_stay_different_and_can_be_written(letter, tmp_path):
     assert sorted(os.listdir(tmp_path / "folder")) == sorted(files)
 
 
+def test_names_that_are_no_utf8_can_be_written(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    (file,) = picture_names([name])
+    save_picture(picture("red"), tmp_path / file)
+    assert os.listdir(tmp_path) == [f"{name}.png"]
+
+
 def test_whole_files_and_folders_may_have_the_longest_names(tmp_path):
     for path in (tmp_path / ("n" * 251 + ".txt"), tmp_path / ("." + "s" * 254)):
         with whole_file(path) as temporary:

@@ -1,11 +1,14 @@
 """Every source, also with gaps and damage: what is missing is named, counted and skipped; what cannot be meant is refused."""
 
+import functools
 import json
 import logging
 import os
 
 import datasets
+import huggingface_hub
 import pytest
+from huggingface_hub import HfApi
 
 from tests.data.image_sources import (
     NUM_IMAGES,
@@ -114,8 +117,11 @@ CLASSES = datasets.ClassLabel(names=["first", "second"])
         ([0, -1, 1, 1], CLASSES),
         (["first", None, "second", "second"], datasets.Value("string")),
         ([0, None, 1, 1], datasets.Value("int64")),
+        (["first", "", "second", "second"], datasets.Value("string")),
+        ([0.0, float("nan"), 1.0, 1.0], datasets.Value("float64")),
+        ([False, None, True, True], datasets.Value("bool")),
     ],
-    ids=["class", "class of -1", "name", "number"],
+    ids=["class", "class of -1", "name", "number", "empty name", "number of a table with gaps", "yes or no"],
 )
 def test_rows_without_a_label_are_named_counted_and_skipped(labels, feature, tmp_path, caplog):
     source = write_parquet(table(labels, feature), tmp_path / "data")
@@ -215,3 +221,36 @@ def test_a_folder_with_metadata_has_the_labels_of_its_file(kind, tmp_path):
     assert (records.labels, records.class_names) == ([0, 1, 0, 1], ["a", "b"])
     assert records.name(1).endswith("1.png)")
     assert records[1].getpixel((0, 0)) == picture(1).convert("RGB").getpixel((0, 0))
+
+
+@pytest.mark.parametrize(
+    ("labels", "feature"),
+    [
+        ([0.5, 1.0, 1.0, 2.0], datasets.Value("float64")),
+        ([[0], [1], [0], [1]], datasets.List(datasets.Value("int64"))),
+        ([b"a", b"b", b"a", b"b"], datasets.Value("binary")),
+    ],
+    ids=["fractions", "lists", "bytes"],
+)
+def test_columns_of_other_kinds_hold_no_labels(labels, feature, tmp_path):
+    source = write_parquet(table(labels, feature), tmp_path / "data")
+    with pytest.raises(ValueError, match="The column label of .* has no labels"):
+        open_records(source)
+
+
+@pytest.mark.parametrize("content", ["{not json", "", '["0.png"]', '{"name": "0.png", "label": "a"}'])
+def test_metadata_that_name_no_images_are_named_themselves(content, tmp_path):
+    picture(0).save(tmp_path / "0.png")
+    (tmp_path / "metadata.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=r"metadata\.jsonl"):
+        open_records(tmp_path)
+
+
+def test_a_misspelled_folder_is_not_asked_for_again_and_again(monkeypatch):
+    asked = []
+    unreachable = functools.partial(HfApi, endpoint="http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: asked.append(1) or unreachable())
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(FileNotFoundError, match="no folder phtos, and the Hub cannot be reached"):
+        open_records("phtos")
+    assert asked == [1]

@@ -1,5 +1,6 @@
 """Pushes."""
 
+import functools
 import hashlib
 import json
 import re
@@ -7,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from typer.testing import CliRunner
 
 from tests.conversion.originals import (
@@ -21,10 +22,10 @@ from tests.conversion.originals import (
     VFMAE_DINOV2,
 )
 from tests.testing import REFERENCE, tiny_model
-from vfmtok_hf import DEFAULT_CHECKPOINT
+from vfmtok_hf import DEFAULT_CHECKPOINT, VFMTokPipeline
 from vfmtok_hf.cli import app
 from vfmtok_hf.conversion import convert_vfmae
-from vfmtok_hf.hub import push, push_checkpoint, read_saved_model
+from vfmtok_hf.hub import push, push_checkpoint, pushes, read_saved_model
 from vfmtok_hf.hub.pushes import stage
 
 from .conftest import Client
@@ -229,6 +230,19 @@ def test_converted_generator_and_tokenizer_make_a_pipeline(published, tmp_path):
     } <= report.files.keys()
     assert hashlib.sha256(AR.read_bytes()).hexdigest() in report.card
     assert str(tmp_path) not in report.card
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(AR_CONFIG))
+    arguments = ["--config", config, "--tokenizer", tmp_path / "tokenizer", "--output", tmp_path / "pipeline"]
+    result = CliRunner().invoke(app, ["convert", "ar", "--checkpoint", str(AR), *map(str, arguments)])
+    assert result.exit_code == 0, result.output
+    assert VFMTokPipeline.from_pretrained(tmp_path / "pipeline")(0, output_type="tokens").images.shape == (1, 16)
+    assert (tmp_path / "pipeline" / "provenance.json").is_file()
+
+
+def test_without_a_connection_it_says_so(folder, monkeypatch):
+    monkeypatch.setattr(pushes, "HfApi", functools.partial(HfApi, endpoint="http://127.0.0.1:9"))
+    with pytest.raises(pushes.PushError, match="the Hub cannot be reached"):
+        pushes.push(folder, "me/thing", token="hf_none")
 
 
 def test_a_released_diffusion_transformer_becomes_a_pipeline_with_its_autoencoder(tmp_path):

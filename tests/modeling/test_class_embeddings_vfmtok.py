@@ -49,3 +49,9 @@ def test_class_names_must_differ(model):
     for names in ([], ["sun", "sun"]):
         with pytest.raises(ValueError, match="distinct class names"):
             model.resize_class_embeddings(names)
+
+
+@pytest.mark.parametrize("names", ["sun", [1, 2], {0: "sun"}])
+def test_class_names_are_strings(model, names):
+    with pytest.raises(TypeError, match="class_names are strings"):
+        model.resize_class_embeddings(names)

@@ -24,7 +24,7 @@ def test_names_go_before_numbers(name, class_id):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("hart", "Did you mean 'heart'"), ("crane", r"several classes: 1 \(crane\), 4 \(crane\)"), ("", "The names are")],
+    [("hart", "Did you mean 'heart'"), ("crane", r"several classes: 1 \(crane\), 4 \(crane\)"), ("", "classes are")],
 )
 def test_what_no_class_or_several_are_called_is_refused(name, message):
     with pytest.raises(ValueError, match=message):

@@ -14,7 +14,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from PIL import ImageDraw
+from PIL import ExifTags, ImageDraw
 
 from tests.pipelines.tiny_pipeline import tiny_pipeline
 from vfmtok_hf import VFMTokImageProcessor
@@ -282,6 +282,18 @@ def test_heic_hints_at_its_package(tmp_path):
     (tmp_path / "photo.jpg").write_bytes(b"\x00\x00\x00\x18ftypheic" + bytes(40))
     with pytest.raises(UnreadableImage, match="pillow-heif"):
         read_image(tmp_path / "photo.jpg")
+
+
+def test_heic_is_read_with_its_package(tmp_path):
+    heif = pytest.importorskip("pillow_heif", reason="reads HEIC; pip install pillow-heif runs this test")
+    heif.register_heif_opener()
+    exif = PIL.Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    photo = tmp_path / "photo.heic"
+    PIL.Image.new("RGB", (64, 48), "red").save(photo, quality=100, exif=exif)
+    read = read_image(photo)
+    assert read.size == (48, 64)
+    assert np.abs(np.asarray(read).astype(int) - (255, 0, 0)).max() <= 3
 
 
 # -- size

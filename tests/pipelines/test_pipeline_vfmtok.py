@@ -85,7 +85,7 @@ def test_bad_labels_are_refused(ar_pipe, labels, message):
 
 
 def test_fractions_are_no_labels(ar_pipe):
-    with pytest.raises(TypeError, match="float"):
+    with pytest.raises(TypeError, match="names or integers"):
         ar_pipe([1.5])
 
 

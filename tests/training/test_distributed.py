@@ -15,7 +15,7 @@ from tests.training.tiny_runs import copy_until, differences, is_rank, log_of, s
 from vfmtok_hf import VFMTokPipeline
 from vfmtok_hf.training import train_generator
 from vfmtok_hf.training.checkpoints import finished_checkpoints
-from vfmtok_hf.training.distributed import set_up_sharding
+from vfmtok_hf.training.distributed import set_up_sharding, warn_of_single_process
 
 
 ONE_NODE, MANY_NODES = CONFIGURATIONS / "fsdp2_one_node.yaml", CONFIGURATIONS / "fsdp2_many_nodes.yaml"
@@ -164,3 +164,21 @@ def test_settings_that_training_does_not_support_are_named(setting, options, mon
 def test_what_needs_whole_models_is_refused(option, train, tmp_path, monkeypatch):
     monkeypatch.setattr(train_generator, "main", expect(ValueError, "FSDP is not supported .*one_node_8_gpus.yaml"))
     train(tmp_path / "run", option, configuration=ONE_NODE)
+
+
+@pytest.mark.parametrize(
+    ("variables", "num_processes", "warns"),
+    [
+        ({"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"}, 1, True),
+        ({"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"}, 2, False),
+        ({"MASTER_ADDR": "127.0.0.1"}, 1, False),  # torchrun
+        ({}, 1, False),
+    ],
+)
+def test_a_launch_that_starts_one_process_of_many_says_so(variables, num_processes, warns, monkeypatch, caplog):
+    for name in ("ACCELERATE_USE_CPU", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    warn_of_single_process(num_processes)
+    assert ("torchrun" in caplog.text) == warns

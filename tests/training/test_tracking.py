@@ -25,7 +25,7 @@ def log_steps(tracker, output, first, last):
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(log_with=check_trackers([tracker]), project_dir=output, cpu=True)
     start_trackers(accelerator, Arguments(), output, first)
-    log = RunLog(accelerator, output)
+    log = RunLog(accelerator, output, first, max_steps=6)
     for step in range(first + 1, last + 1):
         log.write("train", step, {"loss": first + 1 / step})
     accelerator.end_training()

@@ -1,11 +1,18 @@
 """`vfmtok convert`: one command for each kind of checkpoint."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from vfmtok_hf.cli.options import one_line_errors, output_console
+from vfmtok_hf.cli.options import (
+    one_line_errors,
+    output_console,
+    quiet_libraries,
+    report_written,
+    resolve_model,
+)
 
 
 if TYPE_CHECKING:
@@ -33,6 +40,15 @@ DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print what would 
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an existing model folder.")]
 
 
+TokenizerOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Folder or repository of the converted image tokenizer: the output is then a pipeline of both.",
+        show_default=False,
+    ),
+]
+
+
 @convert_app.command("tokenizer")
 def convert_tokenizer(
     checkpoint: CheckpointOption,
@@ -46,6 +62,8 @@ def convert_tokenizer(
 ) -> None:
     """The image tokenizer. Without a vision model the result decodes, and encodes once it is given one."""
     with one_line_errors():
+        check_paths(checkpoint, output, dry_run, overwrite)
+
         from vfmtok_hf import conversion
 
         report = conversion.convert_tokenizer(
@@ -91,32 +109,71 @@ def convert_vfmae(
 def convert_ar(
     checkpoint: CheckpointOption,
     output: FolderOption,
+    tokenizer: TokenizerOption = None,
     weights: WeightsOption = "ema",
     config: ConfigOption = None,
     dry_run: DryRunOption = False,
     overwrite: OverwriteOption = False,
 ) -> None:
     """A next-token generator (GPT-B to GPT-3B)."""
-    with one_line_errors():
-        from vfmtok_hf import conversion
-
-        print_report(conversion.convert_ar(checkpoint, output, weights, config, dry_run, overwrite))
+    convert_generator("ar", checkpoint, output, tokenizer, weights, config, dry_run, overwrite)
 
 
 @convert_app.command("rar")
 def convert_rar(
     checkpoint: CheckpointOption,
     output: FolderOption,
+    tokenizer: TokenizerOption = None,
     weights: WeightsOption = "ema",
     config: ConfigOption = None,
     dry_run: DryRunOption = False,
     overwrite: OverwriteOption = False,
 ) -> None:
     """A randomized-order generator (RAR-L to RAR-XXL)."""
+    convert_generator("rar", checkpoint, output, tokenizer, weights, config, dry_run, overwrite)
+
+
+def convert_generator(
+    kind: str,
+    checkpoint: Path,
+    output: Path,
+    tokenizer: str | None,
+    weights: str,
+    config: Path | None,
+    dry_run: bool,
+    overwrite: bool,
+) -> None:
+    """Convert a generator of either kind, alone or into a pipeline."""
     with one_line_errors():
+        check_paths(checkpoint, output, dry_run, overwrite)
+
         from vfmtok_hf import conversion
 
-        print_report(conversion.convert_rar(checkpoint, output, weights, config, dry_run, overwrite))
+        convert = {"ar": conversion.convert_ar, "rar": conversion.convert_rar}[kind]
+        if tokenizer is None or dry_run:
+            print_report(convert(checkpoint, output, weights, config, dry_run, overwrite))
+            return
+
+        from vfmtok_hf.data.output_files import whole_folder
+        from vfmtok_hf.hub.pushes import join_pipeline
+
+        with TemporaryDirectory() as temporary, whole_folder(output, overwrite) as folder:
+            generator = Path(temporary) / "generator"
+            report = convert(checkpoint, generator, weights, config, False, False)
+            join_pipeline(generator, resolve_model(tokenizer), folder)
+        print_report(report)
+        report_written(1, "pipeline", output)
+
+
+def check_paths(checkpoint: Path, output: Path, dry_run: bool, overwrite: bool) -> None:
+    """Raise, before anything is loaded, if there is no such file or the output cannot be written."""
+    from vfmtok_hf.data.output_files import check_model_folder
+
+    if not checkpoint.is_file():
+        raise FileNotFoundError(f"There is no checkpoint file {checkpoint}.")
+    if not dry_run:
+        check_model_folder(output, overwrite)
+    quiet_libraries()
 
 
 @convert_app.command("dit")

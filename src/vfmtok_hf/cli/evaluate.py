@@ -14,11 +14,13 @@ from vfmtok_hf.cli.options import (
     Dtype,
     DtypeOption,
     ModelOption,
+    check_sources,
     error_console,
     load_pipeline,
     one_line_errors,
     output_console,
     progress,
+    quiet_libraries,
     report_written,
     resolve_model,
 )
@@ -114,12 +116,17 @@ def reconstruction(
     """rFID, rIS, PSNR, SSIM, LPIPS and codebook usage of a tokenizer; all but the last also of a continuous autoencoder."""
     with one_line_errors("eval"):
         from vfmtok_hf.data.output_files import check_output_file
+
+        if output is not None:
+            check_output_file(output)
+        check_sources(images, split)
+        resolve_model(model)
+        quiet_libraries()
+
         from vfmtok_hf.data.pictures import number_of, open_pictures
         from vfmtok_hf.evaluation.reconstruction import check_ssim_window, evaluate_reconstruction, load_lpips
         from vfmtok_hf.evaluation.results import save_measurement
 
-        if output is not None:
-            check_output_file(output)
         pictures = open_pictures(images, split, image_column, streaming)
         pipe = load_pipeline(model, device, dtype, encodes=True, reconstructs=True)
         check_ssim_window(size or pipe.autoencoder.config.image_size, ssim)
@@ -186,11 +193,18 @@ def generation(
     Several processes share the work: `accelerate launch -m vfmtok_hf evaluate generation ...`
     """
     with one_line_errors("eval"):
+        from vfmtok_hf.data.output_files import check_output_folder
+
+        if features == "none":
+            raise ValueError("Samples are compared by their features: name a network with --features.")
+        check_output_folder(output)
+        resolve_model(model)
+        quiet_libraries()
+
         from accelerate import PartialState
 
         from vfmtok_hf.cli.environment import default_device
         from vfmtok_hf.data.image_sets import FolderImages
-        from vfmtok_hf.data.output_files import check_output_folder
         from vfmtok_hf.evaluation.generation import (
             SampleFolder,
             SampleFolderSettings,
@@ -200,11 +214,8 @@ def generation(
         )
         from vfmtok_hf.evaluation.metrics import check_enough_images
 
-        if features == "none":
-            raise ValueError("Samples are compared by their features: name a network with --features.")
         # Unless it is told so, accelerate takes each of several processes on CPUs for the only one.
         state = PartialState(cpu=str(device or default_device()) == "cpu")
-        check_output_folder(output)
         pipe = load_pipeline(model, device or str(state.device), dtype, generates=True, encodes=features == "own")
         size = size or pipe.vq_model.config.image_size
         scales = sorted(set(guidance_scale or [1.0]))
@@ -336,11 +347,15 @@ def linear_probe(
     """Linear classifiers on the tokenizer's embedding, its tokens, its vision model, and raw pixels."""
     with one_line_errors("eval"):
         from vfmtok_hf.data.output_files import check_output_file
-        from vfmtok_hf.evaluation.linear_probe import LabeledImages, ProbeSettings, represent_data, train_probes
-        from vfmtok_hf.evaluation.results import save_measurement
 
         if output is not None:
             check_output_file(output)
+        resolve_model(model)
+        quiet_libraries()
+
+        from vfmtok_hf.evaluation.linear_probe import LabeledImages, ProbeSettings, represent_data, train_probes
+        from vfmtok_hf.evaluation.results import save_measurement
+
         train_images = LabeledImages.open(train, train_split or "train", image_column, label_column)
         test_images = LabeledImages.open(test, test_split or "test", image_column, label_column)
         pipe = load_pipeline(model, device, dtype, encodes=True)
@@ -388,6 +403,12 @@ def tokens(
         from itertools import islice
 
         from vfmtok_hf.data.output_files import check_output_folder, whole_file
+
+        check_output_folder(output)
+        check_sources(images, split)
+        resolve_model(model)
+        quiet_libraries()
+
         from vfmtok_hf.data.pictures import number_of, open_pictures
         from vfmtok_hf.evaluation.tokens import anchor_attention, evaluate_tokens, token_count_remarks
         from vfmtok_hf.plotting import (
@@ -397,7 +418,6 @@ def tokens(
             save_figure,
         )
 
-        check_output_folder(output)
         pictures = open_pictures(images, split, image_column, streaming)
         pipe = load_pipeline(model, device, dtype, encodes=True)
         with progress("Encoding", number_of(pictures)) as progress_callback:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from vfmtok_hf.cli.options import one_line_errors, output_console
+from vfmtok_hf.cli.options import one_line_errors, output_console, quiet_libraries
 
 
 def push(
@@ -49,6 +49,12 @@ def push(
     `vfmtok push runs/mine/model you/mine --dry-run`
     """
     with one_line_errors():
+        if not source.exists():
+            raise FileNotFoundError(f"There is no file or folder {source}.")
+        if "/" not in repo_id:
+            raise ValueError(f"REPOSITORY has a namespace, your user name or an organization: you/{repo_id}.")
+        quiet_libraries()
+
         from vfmtok_hf import hub
         from vfmtok_hf.evaluation.results import measured_results
 

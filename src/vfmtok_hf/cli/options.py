@@ -1,7 +1,10 @@
 """What the commands of `vfmtok` share: options, the two consoles, progress, errors in one line, and loading a pipeline."""
 
+import json
+import logging
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -16,10 +19,27 @@ if TYPE_CHECKING:
     from vfmtok_hf.pipelines import VFMTokDiTPipeline, VFMTokPipeline
 
 
-STARTED = time.perf_counter()
+LOG_INTERVAL = 30  # seconds between two lines of progress where there is no terminal
 
 output_console = Console()
 error_console = Console(stderr=True)
+
+
+class Stopwatch:
+    """The seconds that the work of a command takes: without imports and loading, after which it is restarted."""
+
+    def __init__(self):
+        self.restart()
+
+    def restart(self) -> None:
+        self.started = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+
+stopwatch = Stopwatch()
 
 
 class Dtype(str, Enum):
@@ -28,6 +48,13 @@ class Dtype(str, Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+    @property
+    def torch_name(self) -> str:
+        return {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(self.value, self.value)
 
 
 ModelOption = Annotated[
@@ -63,14 +90,50 @@ def one_line_errors(extra: str = "pipeline") -> Iterator[None]:
         raise typer.Exit(1) from error
 
 
+def requires(is_good: Callable[[float], bool], message: str) -> Callable[[float | None], float | None]:
+    """A callback of an option, whose value has to be good or absent."""
+
+    def check(value: float | None) -> float | None:
+        if value is not None and not is_good(value):
+            raise typer.BadParameter(message)
+        return value
+
+    return check
+
+
 @contextmanager
 def progress(description: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr, gone when done; it swings where the total is not known. Yields the function that advances it."""
+    """
+    Progress on stderr: on a terminal a bar that disappears when done, elsewhere a line every half a minute. Yields the
+    function that advances it.
+    """
+    if not error_console.is_terminal:
+        yield ProgressLines(description, total).advance
+        return
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
-    hidden = not error_console.is_terminal
-    with Progress(*columns, console=error_console, transient=True, disable=hidden) as bar:
+    with Progress(*columns, console=error_console, transient=True) as bar:
         task = bar.add_task(description, total=total)
         yield lambda steps: bar.advance(task, steps)
+
+
+class ProgressLines:
+    """Progress for a log."""
+
+    def __init__(self, description: str, total: int | None):
+        self.description, self.total, self.done = description, total, 0
+        self.started = self.last_line = time.perf_counter()
+
+    def advance(self, steps: int) -> None:
+        self.done += steps
+        now = time.perf_counter()
+        if now - self.last_line < LOG_INTERVAL:
+            return
+        self.last_line = now
+        line = f"{self.description}: {self.done}"
+        if self.total:
+            left = (now - self.started) * (self.total - self.done) / self.done
+            line += f" of {self.total} ({self.done / self.total:.0%}), {left / 60:.1f} min left"
+        error_console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def resolve_model(model: str | None) -> str:
@@ -87,6 +150,22 @@ def resolve_model(model: str | None) -> str:
     return name_or_path
 
 
+def check_sources(sources: Sequence[str], split: str | None) -> None:
+    """Raise if images are neither files nor folders. With a split, and by a pattern, the `datasets` library looks for them."""
+    for source in sources:
+        if split is None and "*" not in source and not Path(source).exists():
+            raise FileNotFoundError(f"There is no file or folder {source}.")
+
+
+def saved_classes(name_or_path: str) -> tuple[dict[int, str], int] | None:
+    """Names and number of the classes of a pipeline, from its JSON files alone. None unless it is a folder with a generator."""
+    file = Path(name_or_path) / "transformer" / "config.json"
+    if not file.is_file():
+        return None
+    config = json.loads(file.read_text(encoding="utf-8"))
+    return {int(number): name for number, name in (config.get("id2label") or {}).items()}, config["num_classes"]
+
+
 def load_pipeline(
     model: str | None,
     device: str | None,
@@ -101,9 +180,11 @@ def load_pipeline(
     Unless it `generates`, an image tokenizer alone will do; if it `encodes`, a light one gets its vision model. If it
     `reconstructs`, it may also be a continuous autoencoder, alone or in its pipeline.
     """
-    import diffusers
+    name_or_path = resolve_model(model)
+    quiet_libraries()
+
     import torch
-    import transformers
+    from transformers import AutoConfig
     from transformers.utils.hub import has_file
 
     from vfmtok_hf import VFMTokDiTPipeline, VFMTokPipeline
@@ -111,13 +192,11 @@ def load_pipeline(
     from vfmtok_hf.cpu.packing import keep_freed_memory, pack_weights
     from vfmtok_hf.cpu.threads import use_one_thread_for_small_models
 
-    name_or_path, torch_dtype = resolve_model(model), getattr(torch, dtype.value)
-    transformers.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.disable_progress_bar()
+    torch_dtype = getattr(torch, dtype.torch_name)
     if generates:
         pipe = VFMTokPipeline.from_pretrained(name_or_path, dtype=torch_dtype)
     elif has_file(name_or_path, "config.json"):  # which the root of a pipeline does not have
-        if reconstructs and transformers.AutoConfig.from_pretrained(name_or_path).model_type == "vfmae":
+        if reconstructs and AutoConfig.from_pretrained(name_or_path).model_type == "vfmae":
             pipe = VFMTokDiTPipeline.from_autoencoder(name_or_path, dtype=torch_dtype)
         else:
             pipe = VFMTokPipeline.from_image_tokenizer(name_or_path, dtype=torch_dtype)
@@ -136,6 +215,7 @@ def load_pipeline(
         for model in (pipe.autoencoder, pipe.transformer):
             if model is not None:
                 pack_weights(model)
+    stopwatch.restart()
     return pipe
 
 
@@ -148,9 +228,20 @@ def pipeline_class_name(name_or_path: str) -> str:
     return class_name(DiffusionPipeline.load_config(name_or_path))
 
 
+def quiet_libraries() -> None:
+    """Turn off the libraries' own progress bars, and warnings about packages that no command needs."""
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+
+    import diffusers
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
+
+
 def report_written(count: int, what: str, output: Path) -> None:
-    seconds = time.perf_counter() - STARTED
-    text = f"{count} {what}{'' if count == 1 else 's'} in {seconds:.1f} s: {output}"
+    text = f"{count} {what}{'' if count == 1 else 's'} in {stopwatch.seconds:.1f} s: {output}"
     output_console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -19,8 +19,10 @@ from vfmtok_hf.cli.options import (
     one_line_errors,
     output_console,
     progress,
+    quiet_libraries,
     report_skipped,
     report_written,
+    resolve_model,
 )
 
 
@@ -42,16 +44,18 @@ def tokenize(
 ) -> None:
     """Images to image tokens. Folders are read batch by batch."""
     with one_line_errors():
-        import torch
-
         from vfmtok_hf.data.files import find_images
-        from vfmtok_hf.data.output_files import check_output_file
-        from vfmtok_hf.data.token_files import check_suffix, save_tokens, tokenize_files
+        from vfmtok_hf.data.output_files import check_output_file, check_token_suffix
 
-        check_suffix(output)
+        check_token_suffix(output)
         check_output_file(output)
         files = find_images(images)
         pipe = load_pipeline(model, device, dtype, encodes=True)
+
+        import torch
+
+        from vfmtok_hf.data.token_files import save_tokens, tokenize_files
+
         names, parts = [], []
         with progress("Tokenizing", len(files)) as progress_callback:
             on_error = report_skipped if skip_errors else None
@@ -76,11 +80,18 @@ def detokenize(
 ) -> None:
     """Image tokens to images."""
     with one_line_errors():
-        from vfmtok_hf.data.output_files import check_picture_output, picture_names
+        from vfmtok_hf.data.output_files import check_picture_output, check_token_suffix, picture_names
+
+        check_picture_output(output)
+        check_token_suffix(tokens)
+        if not tokens.is_file():
+            raise FileNotFoundError(f"There is no token file {tokens}.")
+        resolve_model(model)
+        quiet_libraries()
+
         from vfmtok_hf.data.token_files import load_tokens
         from vfmtok_hf.plotting import picture_output
 
-        check_picture_output(output)
         names, image_tokens = load_tokens(tokens)
         file_names = picture_names(names)
         pipe = load_pipeline(model, device, dtype)
@@ -106,18 +117,20 @@ def reconstruct(
     reconstructions, and the PSNR of each.
     """
     with one_line_errors():
-        from torchvision.transforms.functional import to_pil_image
-
         from vfmtok_hf.data.files import find_images
         from vfmtok_hf.data.output_files import check_picture_output, picture_names
-        from vfmtok_hf.evaluation.reconstruction import psnr
-        from vfmtok_hf.pipelines.pipeline_base_vfmtok import batches
-        from vfmtok_hf.plotting import image_grid, picture_output
 
         check_picture_output(output)
         files = find_images(images)
         file_names = dict(zip(files, picture_names(list(files)), strict=True))
         pipe = load_pipeline(model, device, dtype, encodes=True, reconstructs=True)
+
+        from torchvision.transforms.functional import to_pil_image
+
+        from vfmtok_hf.evaluation.reconstruction import psnr
+        from vfmtok_hf.pipelines.pipeline_base_vfmtok import batches
+        from vfmtok_hf.plotting import image_grid, picture_output
+
         decibels = {}
         with picture_output(output) as add, progress("Reconstructing", len(files)) as progress_callback:
             for names in batches(list(files), batch_size):

@@ -12,6 +12,7 @@ from vfmtok_hf.cli.options import (
     ModelOption,
     one_line_errors,
     progress,
+    quiet_libraries,
     report_skipped,
     report_written,
     resolve_model,
@@ -56,16 +57,20 @@ def extract_tokens(
     Several processes: `torchrun --nproc_per_node N -m vfmtok_hf.training.extract_tokens`.
     """
     with one_line_errors("train"):
-        from vfmtok_hf.cli.environment import default_device
         from vfmtok_hf.data.output_files import check_output_folder
+
+        check_output_folder(output)
+        name_or_path = resolve_model(model)
+        quiet_libraries()
+
+        from vfmtok_hf.cli.environment import default_device
         from vfmtok_hf.data.sources import open_records
         from vfmtok_hf.data.transforms import ImageViews
         from vfmtok_hf.training import extract_tokens as extraction
         from vfmtok_hf.training.finetuning import load_tokenizer
 
-        check_output_folder(output)
         records = open_records(data, split)
-        tokenizer = load_tokenizer(resolve_model(model)).to(device or default_device())
+        tokenizer = load_tokenizer(name_or_path).to(device or default_device())
         views = ImageViews(
             tokenizer.config.image_size,
             crops,
@@ -109,9 +114,18 @@ def plot(
         report_written(1, "figure", picture)
 
 
+def check_arguments(arguments_class: str, context: typer.Context) -> None:
+    """Answer `--help` and mistakes before the trainer and its libraries are imported, which takes many seconds."""
+    with one_line_errors("train"):
+        from vfmtok_hf.training import arguments
+
+        arguments.parse_arguments(getattr(arguments, arguments_class), context.args, context.command_path)
+
+
 @train_app.command(context_settings=OWN_PARSER)
 def tokenizer(context: typer.Context) -> None:
     """Train the image tokenizer on images. `--help` lists its arguments."""
+    check_arguments("TokenizerArguments", context)
     with one_line_errors("train"):
         from vfmtok_hf.training.logs import run_script
         from vfmtok_hf.training.train_tokenizer import main
@@ -122,6 +136,7 @@ def tokenizer(context: typer.Context) -> None:
 @train_app.command(context_settings=OWN_PARSER)
 def generator(context: typer.Context) -> None:
     """Train a class-conditional generator of image tokens. `--help` lists its arguments."""
+    check_arguments("GeneratorArguments", context)
     with one_line_errors("train"):
         from vfmtok_hf.training.logs import run_script
         from vfmtok_hf.training.train_generator import main

@@ -20,8 +20,8 @@ DATA_FILES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # of the library's `imagefolder`
 # Formats that Pillow recognizes but cannot decode by itself. Its stubs, such as HDF5, declare that themselves.
 NOT_DECODED = {"MPEG", "EPS"}
-# Folders, besides hidden ones, in which macOS and Synology leave copies of images.
-LEFTOVER_FOLDERS = {"__MACOSX", "@eaDir"}
+# Folders, besides hidden ones, in which operating systems and network drives keep copies of images and deleted files.
+LEFTOVER_FOLDERS = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 
 
 @cache
@@ -41,7 +41,7 @@ def files_below(folder: Path, suffixes: Collection[str]) -> list[Path]:
     """
     All files below a folder that end in one of `suffixes` in any case, sorted by path.
 
-    Hidden files and folders (`.ipynb_checkpoints`, `._photo.jpg`) and those that macOS and Synology leave behind are ignored.
+    Hidden files and folders (`.ipynb_checkpoints`, `._photo.jpg`) and those of `LEFTOVER_FOLDERS` are ignored.
     Symbolic links are followed, except those that lead back to a parent folder.
     """
     return sorted(_walk(folder, suffixes, above=()))

@@ -7,12 +7,15 @@ import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import PIL.Image
 
 
 MAX_NAME_BYTES = 255  # limit of a file name on most file systems
+TOKEN_FILE_SUFFIXES = (".safetensors", ".npy", ".parquet")
+MODEL_FILES = ("config.json", "model_index.json")
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -47,6 +50,20 @@ def check_output_folder(path: Path) -> None:
     _check_folder(path.absolute(), path)
 
 
+def check_token_suffix(path: Path) -> None:
+    """
+    Check in advance that a token file of this type can be written.
+
+    Raises:
+        ValueError: the suffix of `path` is not that of a token file.
+        ImportError: `.parquet` without the `datasets` library.
+    """
+    if path.suffix not in TOKEN_FILE_SUFFIXES:
+        raise ValueError(f"Token files end in {' or '.join(TOKEN_FILE_SUFFIXES)}, got {path.name!r}.")
+    if path.suffix == ".parquet" and find_spec("datasets") is None:
+        raise ImportError(f'{path.name} needs the `datasets` library: pip install "vfmtok-hf[train]".')
+
+
 def check_model_folder(path: Path, overwrite: bool = False) -> None:
     """
     The same for a model folder, which must be new, empty, or a model folder that may be replaced.
@@ -57,10 +74,10 @@ def check_model_folder(path: Path, overwrite: bool = False) -> None:
     """
     if path.is_dir() and any(path.iterdir()):
         if not overwrite:
-            raise FileExistsError(f"{path} exists and is not empty: choose another output or pass overwrite=True.")
-        if not (path / "config.json").exists():
+            raise FileExistsError(f"{path} exists and is not empty: choose another output, or overwrite it.")
+        if not any((path / name).exists() for name in MODEL_FILES):
             raise FileExistsError(
-                f"{path} has no config.json, so it is not a model folder and will not be overwritten."
+                f"{path} has no {' or '.join(MODEL_FILES)}, so it is not a model folder and will not be overwritten."
             )
     elif path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} is a file; the output is a folder.")
@@ -124,12 +141,12 @@ def whole_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
 def fitting(file_name: str) -> str:
     """A file name that is not too long: unchanged, or cut and extended with a checksum of the full name."""
-    encoded = file_name.encode()
+    encoded = os.fsencode(file_name)
     if len(encoded) <= MAX_NAME_BYTES:
         return file_name
     stem, suffix = os.path.splitext(file_name)
     ending = f"-{hashlib.sha256(encoded).hexdigest()[:8]}{suffix}"
-    return stem.encode()[: MAX_NAME_BYTES - len(ending.encode())].decode(errors="ignore") + ending
+    return os.fsencode(stem)[: MAX_NAME_BYTES - len(os.fsencode(ending))].decode(errors="ignore") + ending
 
 
 def picture_names(names: Sequence[str]) -> list[str]:

@@ -276,8 +276,11 @@ def load_dataset(source: str | Path, split: str, streaming: bool) -> Any:
     if path.suffix in DATA_FILES and not files:
         raise FileNotFoundError(f"There is no data file {source}.")
     looks_like_path = path.is_absolute() or str(source).startswith(".") or str(source).count("/") > 1
-    if not files and not path.exists() and looks_like_path:
-        raise FileNotFoundError(f"There is no data folder {source}.")
+    if not files and not path.exists():
+        if looks_like_path:
+            raise FileNotFoundError(f"There is no data folder {source}.")
+        if "/" not in str(source):
+            _check_repository(str(source))
     with damage_named(files):
         for file in files:
             if file.suffix == ".tar":
@@ -286,6 +289,7 @@ def load_dataset(source: str | Path, split: str, streaming: bool) -> Any:
             kind = DATA_FILES[path.suffix]
             return datasets.load_dataset(kind, data_files=str(path), split="train", streaming=streaming)
         if path.is_dir() and has_metadata(path):
+            _check_metadata(path)
             return datasets.load_dataset("imagefolder", data_dir=str(path), split=split, streaming=streaming)
         return datasets.load_dataset(str(source), split=split, streaming=streaming)
 
@@ -293,6 +297,24 @@ def load_dataset(source: str | Path, split: str, streaming: bool) -> Any:
 def features_of(dataset: Any) -> Any:
     """Features of a data set. A stream whose source does not state them reads its first rows for it."""
     return dataset.features or dataset._resolve_features().features
+
+
+def _check_repository(name: str) -> None:
+    """
+    Raise unless the Hub has a data set of this name, which is rather a misspelled folder: nearly all of the Hub's have a
+    namespace. The `datasets` library would try five times to reach it.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HTTPError
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        HfApi().dataset_info(name, timeout=10)
+    except (HTTPError, OSError) as error:
+        is_answer = getattr(error, "response", None) is not None
+        hub = "the Hub has no data set of that name" if is_answer else "the Hub cannot be reached"
+        raise FileNotFoundError(f"There is no folder {name}, and {hub}.") from error
 
 
 def data_files_of(source: str | Path) -> list[Path]:
@@ -337,6 +359,17 @@ def _check_data_file(file: Path) -> None:
         with pyarrow.OSFile(str(file)) as opened:
             for _ in pyarrow.ipc.open_stream(opened):
                 pass
+
+
+def _check_metadata(folder: Path) -> None:
+    """Raise unless the rows of each `metadata.jsonl` of an `imagefolder` name their files. The library's errors name none."""
+    for file in [*folder.glob("metadata.jsonl"), *folder.glob("*/metadata.jsonl")]:
+        try:
+            rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except ValueError as error:
+            raise ValueError(f"{file} is not JSON, one object a line: {error}") from error
+        if not rows or not all(isinstance(row, dict) and "file_name" in row for row in rows):
+            raise ValueError(f"{file} must name an image in the `file_name` of each line.")
 
 
 def _check_end_of_tar(file: Path) -> None:
@@ -390,7 +423,7 @@ def _numbered(
     source: str, dataset: Any, column: str, class_names: list[str] | None
 ) -> tuple[list[int | None], list[str]]:
     """Class of each row or None, and the class names: as passed, else the data set's own, else the labels."""
-    labels = [None if is_null_label(label, dataset.features[column]) else label for label in dataset[column]]
+    labels = [label_of(cell, dataset.features[column], source, column) for cell in dataset[column]]
     distinct = sorted({label for label in labels if label is not None})
     if not distinct:
         raise ValueError(f"No row of {source} has a label in its column {column}: check --label_column.")
@@ -408,9 +441,24 @@ def _numbered(
     return [label if label is None else class_number(label, numbers, source, column) for label in labels], class_names
 
 
-def is_null_label(label: Any, feature: Any) -> bool:
-    """Whether a cell has no label. The library's `ClassLabel` may store that as -1."""
-    return label is None or (label == -1 and hasattr(feature, "names"))
+def label_of(cell: Any, feature: Any, source: str, column: str) -> int | str | None:
+    """
+    The label in a cell, a name or a number, or None if the cell is empty: null, NaN, an empty string, or the -1 of the
+    library's `ClassLabel`. Tables with empty cells often store integers as floats.
+
+    Raises:
+        ValueError: the cell holds something else.
+    """
+    if cell is None or cell == "" or cell != cell or (cell == -1 and hasattr(feature, "names")):
+        return None
+    if isinstance(cell, bool) or (isinstance(cell, float) and cell.is_integer()):
+        return int(cell)
+    if not isinstance(cell, (int, str)):
+        raise ValueError(
+            f"The column {column} of {source} has no labels: {cell!r} is neither a name nor a number of a class. Choose another "
+            "--label_column."
+        )
+    return cell
 
 
 def class_number(label: int | str, numbers: dict[str, int], source: str, column: str) -> int:

@@ -17,8 +17,8 @@ from vfmtok_hf.data.sources import (
     data_files_of,
     features_of,
     find_column,
-    is_null_label,
     known_class_names,
+    label_of,
     load_dataset,
 )
 from vfmtok_hf.modeling.image_reading_vfmtok import UnreadableImage
@@ -179,9 +179,10 @@ class Stream(IterableDataset):
     def _label(self, row: dict[str, Any], name: str) -> int:
         if self.label_column is None:
             return 0
-        if is_null_label(row[self.label_column], self.features[self.label_column]):
+        label = label_of(row[self.label_column], self.features[self.label_column], self.source, self.label_column)
+        if label is None:
             raise UnreadableImage(f"{name} has no label.")
-        return class_number(row[self.label_column], self.class_numbers, self.source, self.label_column)
+        return class_number(label, self.class_numbers, self.source, self.label_column)
 
     def _rows_without_end(self, part: int) -> Iterator[dict[str, Any]]:
         """Rows of a part in this epoch's order, repeated forever."""

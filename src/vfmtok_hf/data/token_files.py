@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,16 +11,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from vfmtok_hf.data.fingerprints import file_sha256
-from vfmtok_hf.data.output_files import whole_file
+from vfmtok_hf.data.output_files import check_token_suffix, whole_file
 from vfmtok_hf.data.token_sets import tokenizer_identity, write_token_table
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 
 
 if TYPE_CHECKING:
     from vfmtok_hf.pipelines import VFMTokPipeline
-
-
-TOKEN_FILE_SUFFIXES = (".safetensors", ".npy", ".parquet")
 
 
 def tokenize_files(
@@ -86,7 +82,7 @@ def save_tokens(
         ValueError: another suffix.
         ImportError: `.parquet` without the `datasets` library.
     """
-    check_suffix(path)
+    check_token_suffix(path)
     if path.suffix == ".parquet":
         if files is None or tokenizer is None:
             raise ValueError(f"{path.name} needs the image files and the tokenizer.")
@@ -114,7 +110,7 @@ def load_tokens(path: Path) -> tuple[list[str], torch.Tensor]:
         FileNotFoundError: the file does not exist.
         ValueError: another suffix, or the file does not contain two-dimensional integers.
     """
-    check_suffix(path)
+    check_token_suffix(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no token file {path}.")
     try:
@@ -154,17 +150,3 @@ def _load_parquet(path: Path) -> tuple[list[str] | None, torch.Tensor]:
 
 
 LOADERS = {".npy": _load_npy, ".safetensors": _load_safetensors, ".parquet": _load_parquet}
-
-
-def check_suffix(path: Path) -> None:
-    """
-    Check in advance that a token file of this type can be written.
-
-    Raises:
-        ValueError: the suffix of `path` is not that of a token file.
-        ImportError: `.parquet` without the `datasets` library.
-    """
-    if path.suffix not in TOKEN_FILE_SUFFIXES:
-        raise ValueError(f"Token files end in {' or '.join(TOKEN_FILE_SUFFIXES)}, got {path.name!r}.")
-    if path.suffix == ".parquet" and find_spec("datasets") is None:
-        raise ImportError(f'{path.name} needs the `datasets` library: pip install "vfmtok-hf[train]".')

@@ -193,7 +193,7 @@ def _snippet_values(saved: SavedModel, repo_id: str) -> dict[str, Any]:
 
 
 def _facts(saved: SavedModel) -> dict[str, str]:
-    facts = {"weights": f"{saved.num_weights:,}"}
+    facts = {"parameters": f"{saved.num_weights:,}"}
     for config in saved.configs.values():
         if config["model_type"] in AUTOENCODERS:
             facts["images"] = f"{config['image_size']} x {config['image_size']} pixels"
@@ -201,11 +201,18 @@ def _facts(saved: SavedModel) -> dict[str, str]:
                 facts["image tokens"] = f"{config['num_anchors']} of a codebook of {config['codebook_size']}"
             else:
                 facts["latents"] = f"{config['num_anchors']} of {config['latent_channels']} channels"
-            facts["vision model"] = config["vision_config"]["model_type"]
+            facts["vision model"] = vision_model_name(config)
         else:
             facts["generator"] = f"{config['num_hidden_layers']} layers of width {config['hidden_size']}"
             facts["classes"] = str(config["num_classes"])
     return facts
+
+
+def vision_model_name(config: Mapping[str, Any]) -> str:
+    """What a tokenizer's configuration says of its vision model: its repository, else timm's name, else its family."""
+    vision_config = config["vision_config"]
+    names = (config.get("vision_model_name_or_path"), vision_config.get("architecture"), vision_config["model_type"])
+    return next(name for name in names if name)
 
 
 def _provenance(saved: SavedModel) -> dict[str, str]:

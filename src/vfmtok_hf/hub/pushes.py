@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -184,7 +185,18 @@ def upload(api: HfApi, repo_id: str, folder: Path, private: bool) -> str:
         # Errors of single files have the Hub's response as their cause.
         answer = error if isinstance(error, HTTPError) else error.__cause__ or error
         reason = " ".join(str(answer).split()) or type(answer).__name__
+        if is_unreachable(error):
+            reason = f"the Hub cannot be reached ({reason}). Check the connection and push again."
         raise PushError(f"The push to {repo_id} failed: {reason}") from error
+
+
+def is_unreachable(error: BaseException | None) -> bool:
+    """Whether there was no connection, which the libraries in between wrap in errors of their own."""
+    while error is not None:
+        if isinstance(error, (socket.gaierror, ConnectionError, TimeoutError)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def push_checkpoint(
@@ -243,6 +255,7 @@ def push_checkpoint(
 
 
 def join_pipeline(generator: Path, tokenizer: str, folder: Path) -> Path:
+    """Write a converted generator and an image tokenizer, a folder or repository, as a pipeline. Returns its folder."""
     config = read_config(generator / "config.json")
     transformer = MODELS_BY_TYPE[config["model_type"]].from_pretrained(generator)
     if config["model_type"] == "vfmtok_dit":

@@ -57,8 +57,11 @@ class ClassEmbeddingsMixin:
             `list[int | None]`: for each new class, the old class whose embedding it keeps, or None for the null class.
 
         Raises:
+            TypeError: `class_names` is not a list of strings.
             ValueError: there are no names, a name occurs twice, or the embeddings are offloaded.
         """
+        if isinstance(class_names, str) or not all(isinstance(name, str) for name in class_names):
+            raise TypeError(f"class_names are strings, one a class, got {class_names!r}.")
         class_names = list(class_names)
         if not class_names or len(set(class_names)) < len(class_names):
             raise ValueError(f"A generator needs distinct class names, got {class_names}.")

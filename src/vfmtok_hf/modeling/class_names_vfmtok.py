@@ -1,7 +1,12 @@
 """Class names, and the class of a name."""
 
 import difflib
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+
+SHOWN_AT_MOST = 20  # names in an error
 
 
 class ClassNames:
@@ -43,13 +48,40 @@ class ClassNames:
             raise ValueError(f"{name!r} is the name of several classes: {candidates}. Pass a class number.")
         return class_ids[0]
 
+    def find_all(self, class_labels: Any, num_classes: int) -> list[int]:
+        """
+        Class ids of ids and names, one or several.
+
+        Raises:
+            ValueError: an unknown or ambiguous name, an id that is not below `num_classes`, or no label.
+            TypeError: a label that is neither a name nor an integer.
+        """
+        # Scalars of torch and numpy are iterable by type, and single by shape.
+        is_scalar = not isinstance(class_labels, Iterable) or getattr(class_labels, "shape", None) == ()
+        if isinstance(class_labels, str) or is_scalar:
+            class_labels = [class_labels]
+        try:
+            class_ids = [
+                self.find(label) if isinstance(label, str) else operator.index(label) for label in class_labels
+            ]
+        except TypeError as error:
+            raise TypeError(f"Class labels are names or integers, one or several; got {class_labels!r}.") from error
+        if not class_ids:
+            raise ValueError("There are no class labels: pass at least one.")
+        for class_id in class_ids:
+            if not 0 <= class_id < num_classes:
+                raise ValueError(f"Class labels must be in 0 to {num_classes - 1}, got {class_id}.")
+        return class_ids
+
     def _suggestion(self, name: str) -> str:
         if not self.id2label:
             return "This pipeline has no class names: pass class numbers."
         closest = difflib.get_close_matches(_normalized(name), self.synonyms, n=5)
         if closest:
             return f"Did you mean {', '.join(map(repr, closest))}?"
-        return f"The names are pipe.id2label.values(), such as {', '.join(map(repr, list(self.synonyms)[:5]))}."
+        names = [short_class_name(self.id2label, class_id) for class_id in self.id2label]
+        shown = names if len(names) <= SHOWN_AT_MOST else [*names[:5], "..."]
+        return f"The {len(names)} classes are {', '.join(shown)}."
 
 
 def match_class_names(new_names: Sequence[str], old_names: Sequence[str]) -> list[int | None]:

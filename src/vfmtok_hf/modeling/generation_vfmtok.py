@@ -10,7 +10,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache, partial
-from types import FunctionType
+from numbers import Integral, Real
+from types import FunctionType, NoneType
 from typing import Any
 
 import torch
@@ -150,6 +151,12 @@ class SamplingSettings:
     do_sample: bool = True
 
     def __post_init__(self):
+        for field in fields(self):
+            value, wanted = getattr(self, field.name), Integral if field.type in (int, int | None) else Real
+            if value is not None and not isinstance(value, wanted):
+                raise TypeError(
+                    f"{field.name} must be {'an integer' if wanted is Integral else 'a number'}, got {value!r}."
+                )
         if not 0 <= self.guidance_scale < math.inf:
             raise ValueError(f"guidance_scale must be 1 (off) or larger, got {self.guidance_scale}.")
         if self.guidance_interval is not None and self.guidance_interval < 0:
@@ -173,11 +180,19 @@ class SamplingSettings:
         transformers' own defaults (`top_k=50`, greedy) are not used: unset fields of its configuration are None.
 
         Raises:
-            TypeError: `requested` contains an unknown option.
+            TypeError: `requested` contains an unknown option, or a configuration is not a `GenerationConfig`.
         """
         names = [field.name for field in fields(cls)]
         if unknown := requested.keys() - set(names):
-            raise TypeError(f"generate got unknown arguments: {', '.join(sorted(unknown))}.")
+            raise TypeError(
+                f"generate got unknown arguments: {', '.join(sorted(unknown))}. Settings of sampling are {', '.join(names)}."
+            )
+        for config in generation_configs:
+            if config is not None and not isinstance(config, GenerationConfig):
+                raise TypeError(
+                    f"generation_config must be a GenerationConfig, got {type(config).__name__}: pass its entries as "
+                    "arguments."
+                )
         chosen = {}
         for name in names:
             values = [requested.get(name), *(getattr(config, name, None) for config in generation_configs)]
@@ -366,7 +381,7 @@ class VFMTokGenerationMixin(GenerationMixin):
                 Sampling options that replace those in the model's own `generation_config`.
             generator (`torch.Generator` or a sequence of one per label, *optional*):
                 Random generators, on any device. With one per label, an image does not depend on its batch.
-            logits_processor (`LogitsProcessorList`, *optional*):
+            logits_processor (`LogitsProcessorList` or a list of processors, *optional*):
                 Called as `(tokens so far, guided logits)` before the temperature.
             callback (`Callable`, *optional*):
                 Called as `callback(step, image_tokens)` after each token. `image_tokens` is `(batch_size,
@@ -410,7 +425,12 @@ class VFMTokGenerationMixin(GenerationMixin):
         The decode loop. `orders` `(batch_size, num_image_tokens)` are the raster positions of the sequence's tokens (None:
         raster order), and `known_tokens` `(batch_size, n)` its first tokens.
         """
+        if type(logits_processor) is list:
+            logits_processor = LogitsProcessorList(logits_processor)
         batch_size, device = class_labels.shape[0], class_labels.device
+        generators = generator if isinstance(generator, Sequence) else [generator]
+        if not all(isinstance(item, (torch.Generator, NoneType)) for item in generators):
+            raise TypeError(f"generator must be a torch.Generator or a list of them, got {generator!r}.")
         if isinstance(generator, Sequence) and len(generator) != batch_size:
             raise ValueError(f"Got {len(generator)} generators for {batch_size} class labels: pass one for each.")
 
@@ -464,7 +484,7 @@ class VFMTokGenerationMixin(GenerationMixin):
             answer = None if callback is None else callback(step, to_raster(tokens, orders))
             if answer is False:
                 break
-            if isinstance(answer, torch.Tensor):
+            if not (answer is None or answer is True):
                 self._check_image_tokens(answer, class_labels)
                 tokens.copy_(answer if orders is None else answer.take_along_dim(orders, dim=1))
 
@@ -481,7 +501,7 @@ class VFMTokGenerationMixin(GenerationMixin):
         if not isinstance(class_labels, torch.Tensor):
             try:
                 class_labels = torch.as_tensor(class_labels)
-            except (TypeError, ValueError) as error:
+            except (RuntimeError, TypeError, ValueError) as error:
                 raise TypeError(
                     f"class_labels are class numbers, got {class_labels!r}: VFMTokPipeline takes names."
                 ) from error
@@ -512,6 +532,8 @@ class VFMTokGenerationMixin(GenerationMixin):
     def _check_image_tokens(
         self, image_tokens: torch.Tensor, class_labels: torch.Tensor, wait_for_device: bool = False
     ) -> None:
+        if not isinstance(image_tokens, torch.Tensor):
+            raise TypeError(f"image_tokens must be a tensor, got {type(image_tokens).__name__}: use torch.as_tensor.")
         shape = (class_labels.shape[0], self.config.num_image_tokens)
         if tuple(image_tokens.shape) != shape:
             raise ValueError(

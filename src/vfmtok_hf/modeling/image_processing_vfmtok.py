@@ -12,7 +12,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import PILImageResampling
 
 from .image_reading_vfmtok import each_image, read_image
-from .loading_vfmtok import errors_naming
+from .loading_vfmtok import errors_naming, subfolder_named
 
 
 # A center crop of a longer image keeps less than one percent of it.
@@ -94,8 +94,13 @@ class VFMTokImageProcessor(BaseImageProcessor):
 
         Raises:
             OSError: the folder, repository, revision or file does not exist or is not accessible.
+            ValueError: it is a whole pipeline.
         """
-        with errors_naming(str(pretrained_model_name_or_path)):
+        source, file = str(pretrained_model_name_or_path), "preprocessor_config.json"
+        with (
+            errors_naming(source),
+            subfolder_named(source, cls.__name__, file, "image_processor_type", cls.__name__, kwargs),
+        ):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     # -- images -> pixel_values
@@ -219,12 +224,14 @@ class VFMTokImageProcessor(BaseImageProcessor):
                 (`decode_codes_to_img`). `"reconstruction"`: 8 bits first, then PIL's bicubic (`vqgan_test.py`).
 
         Raises:
-            ValueError: wrong shape, NaN or infinite values, or an unknown `output_type` or `resize_mode`.
+            ValueError: wrong shape or size, NaN or infinite values, or an unknown `output_type` or `resize_mode`.
         """
         if output_type not in ("pil", "np", "pt", "uint8"):
             raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'uint8', got {output_type!r}.")
         if resize_mode not in ("generation", "reconstruction"):
             raise ValueError(f"resize_mode must be 'generation' or 'reconstruction', got {resize_mode!r}.")
+        if size is not None and (not isinstance(size, int) or size < 1):
+            raise ValueError(f"size is the side of the image in pixels, at least 1, got {size!r}.")
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images must have shape (batch_size, 3, height, width), got {tuple(images.shape)}.")
         if not images.isfinite().all():

@@ -47,7 +47,7 @@ def read_image(
 
     Args:
         image:
-            A path, an `http(s)://` or `data:` URL, the bytes of a file, an open binary file, a PIL image, an array or
+            A path, an `http(s)://`, `file://` or `data:` URL, the bytes of a file, an open binary file, a PIL image, an array or
             tensor with or without a channel axis, or a cell of a data set (`{"bytes": ..., "path": ...}`).
         name (`str`, *optional*): name of the image in messages. Defaults to its path or type.
         min_side (`int`, *optional*):
@@ -100,7 +100,7 @@ def encoded_bytes(image: Any, name: str | None = None, timeout: float = 30.0) ->
         image = image["bytes"] if image.get("bytes") is not None else image.get("path")
     if image is None:
         raise UnreadableImage(f"{name or 'The image'} is empty: there is no image.")
-    if isinstance(image, str) and image.startswith(("http://", "https://", "data:")):
+    if isinstance(image, str) and image.startswith(("http://", "https://", "file://", "data:")):
         return _fetched(image, name or image_name(image), timeout)
     if isinstance(image, (str, os.PathLike)):
         try:

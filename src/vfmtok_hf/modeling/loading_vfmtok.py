@@ -6,6 +6,7 @@ raises a one-line error that says what is wrong and what to do.
 import difflib
 import inspect
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial, wraps
@@ -35,6 +36,9 @@ def errors_naming(source: str) -> Iterator[None]:
         OSError: the repository, revision or file does not exist or is not accessible.
         ValueError: it is damaged.
     """
+    looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1
+    if looks_like_path and not os.path.exists(source):
+        raise FileNotFoundError(f"There is no folder {source}.")
     try:
         yield
     except SafetensorError as error:
@@ -44,6 +48,49 @@ def errors_naming(source: str) -> Iterator[None]:
         if source not in reason:
             reason = f"{source} cannot be read: {reason}"
         raise OSError(" ".join(reason.split())) from error
+
+
+@contextmanager
+def subfolder_named(
+    source: str, class_name: str, file: str, field: str, value: str, kwargs: dict[str, Any]
+) -> Iterator[None]:
+    """
+    Say in which folder of a pipeline a component is, when what is read in this block is the whole pipeline.
+
+    Args:
+        source (`str`): folder or repository.
+        class_name (`str`): of the component.
+        file, field, value (`str`): what tells the component: a file of settings, and the value that it has in a field.
+        kwargs (`dict`): those of `from_pretrained`.
+
+    Raises:
+        ValueError: `source` is such a pipeline; names the folder. Any other error passes unchanged.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        subfolder = None if "subfolder" in kwargs else component_folder(source, file, field, value, kwargs)
+        if subfolder is None:
+            raise
+        raise ValueError(
+            f"{source} is a whole pipeline: load its {class_name} with subfolder={subfolder!r}, or the pipeline with "
+            "from_pretrained of its own class."
+        ) from error
+
+
+def component_folder(source: str, file: str, field: str, value: str, kwargs: dict[str, Any]) -> str | None:
+    """Where a pipeline has a component, told as in [`subfolder_named`]. None if `source` is no pipeline with one."""
+    where = {name: kwargs[name] for name in ("cache_dir", "local_files_only", "revision", "token") if name in kwargs}
+
+    def read(file: str, subfolder: str = "") -> dict[str, Any]:
+        try:
+            path = cached_file(source, file, subfolder=subfolder, **where)
+            return json.loads(Path(path).read_text(encoding="utf-8")) if path is not None else {}
+        except (OSError, ValueError):  # there is none, or it is damaged
+            return {}
+
+    names = [name for name, entry in read("model_index.json").items() if isinstance(entry, list) and name[0] != "_"]
+    return next((name for name in names if read(file, name).get(field) == value), None)
 
 
 def answer_of_the_hub(error: BaseException) -> str:
@@ -112,6 +159,22 @@ class CheckedConfigMixin:
         """Validate relations between fields."""
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """
+        As in transformers.
+
+        Raises:
+            OSError: the folder, repository, revision or file does not exist or is not accessible.
+            ValueError: it is of another model type, a whole pipeline, or has unknown fields.
+        """
+        source = str(pretrained_model_name_or_path)
+        with (
+            errors_naming(source),
+            subfolder_named(source, cls.__name__, "config.json", "model_type", cls.model_type, kwargs),
+        ):
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """
         As in transformers.
@@ -167,23 +230,18 @@ class CheckedModelMixin:
         source = str(pretrained_model_name_or_path)
         if "torch_dtype" not in kwargs:  # the older name, which transformers also accepts
             kwargs.setdefault("dtype", torch.float32)
-        with errors_naming(source):
-            try:
-                model, info = super().from_pretrained(
-                    pretrained_model_name_or_path,
-                    *args,
-                    output_loading_info=True,
-                    ignore_mismatched_sizes=True,
-                    **kwargs,
-                )
-            except (OSError, ValueError) as error:
-                subfolder = None if "subfolder" in kwargs else component_folder(source, cls.__name__, kwargs)
-                if subfolder is None:
-                    raise
-                raise ValueError(
-                    f"{source} is a whole pipeline: load its {cls.__name__} with subfolder={subfolder!r}, or the pipeline "
-                    "with from_pretrained of its own class."
-                ) from error
+        model_type = cls.config_class.model_type  # type: ignore[attr-defined]
+        with (
+            errors_naming(source),
+            subfolder_named(source, cls.__name__, "config.json", "model_type", model_type, kwargs),
+        ):
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path,
+                *args,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **kwargs,
+            )
         if not ignore_mismatched_sizes:
             check_shapes(source, info)
             if not output_loading_info:
@@ -224,20 +282,6 @@ def quantized_state_dict(quantizer: Any, model: Any) -> tuple[dict[str, Any] | N
     return state_dict, metadata
 
 
-def component_folder(source: str, class_name: str, kwargs: dict[str, Any]) -> str | None:
-    """The subfolder of a class's component in a pipeline, or None if `source` is not a pipeline with one."""
-    where = {name: kwargs[name] for name in ("cache_dir", "local_files_only", "revision", "token") if name in kwargs}
-    try:
-        index = json.loads(Path(cached_file(source, "model_index.json", **where)).read_text(encoding="utf-8"))
-        for name, entry in index.items():
-            is_wanted = not name.startswith("_") and isinstance(entry, list) and entry[1] == class_name
-            if is_wanted and cached_file(source, "config.json", subfolder=name, **where) is not None:
-                return name
-    except (OSError, ValueError):  # a missing or damaged file
-        pass
-    return None
-
-
 def check_shapes(source: str, info: dict[str, Any]) -> None:
     """
     Raise if weights of `source` had other shapes than those of the model.
@@ -265,4 +309,4 @@ def check_keys(source: str, info: dict[str, Any], model: CheckedModelMixin) -> N
             )
 
 
-__all__ = ["CheckedConfigMixin", "CheckedModelMixin", "errors_naming"]
+__all__ = ["CheckedConfigMixin", "CheckedModelMixin", "errors_naming", "subfolder_named"]

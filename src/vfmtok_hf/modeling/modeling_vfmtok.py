@@ -474,6 +474,8 @@ class VFMTokModel(VFMTokAutoencoder):
         if quantized_latents is None:
             self._check_image_tokens(image_tokens)
             quantized_latents = self.quantizer.lookup(image_tokens)
+        elif not isinstance(quantized_latents, torch.Tensor):
+            raise TypeError(f"quantized_latents must be a tensor, got {type(quantized_latents).__name__}.")
         elif quantized_latents.shape[1:] != (self.config.num_anchors, self.config.codebook_dim):
             raise ValueError(
                 f"quantized_latents must have shape (batch_size, {self.config.num_anchors}, "

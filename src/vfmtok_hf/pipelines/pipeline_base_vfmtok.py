@@ -1,9 +1,9 @@
 """What the diffusers pipelines of this package share: loading and saving with their code, classes, batches of images."""
 
 import base64
-import operator
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any, TypeVar
 
 import diffusers
@@ -15,6 +15,7 @@ from huggingface_hub import snapshot_download
 from packaging.version import Version
 from transformers import PreTrainedModel
 from transformers.image_utils import ImageInput
+from transformers.utils import logging
 
 from vfmtok_hf.modeling.class_names_vfmtok import ClassNames
 from vfmtok_hf.modeling.loading_vfmtok import errors_naming
@@ -25,6 +26,8 @@ from .portable_vfmtok import use_this_code, write_portable_code
 ClassLabels = int | str | Sequence[int | str]
 InputImages = ImageInput | str | bytes | os.PathLike | Iterable[Any]
 Images = list[PIL.Image.Image] | np.ndarray | torch.Tensor
+
+logger = logging.get_logger("vfmtok_hf.pipelines")
 
 # diffusers' name for the dtype of a pipeline. Remove it when 0.40 is the lowest version.
 DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
@@ -46,10 +49,18 @@ class VFMTokPipelineOutput(ImagePipelineOutput):
         )
 
 
-def batches(items: Sequence, batch_size: int) -> Iterator[Sequence]:
-    """Consecutive slices of at most `batch_size` items."""
-    for start in range(0, len(items), batch_size):
-        yield items[start : start + batch_size]
+def batches(items: Iterable[Any], batch_size: int) -> Iterator[list[Any]]:
+    """
+    Consecutive items, `batch_size` at a time; the last batch may be smaller.
+
+    Raises:
+        ValueError: `batch_size` is below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"The batch size must be at least 1, got {batch_size}.")
+    remaining = iter(items)
+    while batch := list(islice(remaining, batch_size)):
+        yield batch
 
 
 def concatenate(parts: list[Images]) -> Images:
@@ -103,10 +114,17 @@ class VFMTokPipelineBase(DiffusionPipeline):
         raise NotImplementedError
 
     def _register_class_names(self, id2label: dict[int, str] | dict[str, str] | None) -> None:
-        """Keep `id2label`, and give it to a generator whose configuration has no names."""
+        """Keep `id2label`, and give it to a generator whose configuration has no names. Warn if it has other names."""
         self.register_to_config(id2label=id2label)
-        if self.transformer is not None and id2label is not None and self.transformer.config.id2label is None:
-            self.transformer.config.id2label = {int(class_id): name for class_id, name in id2label.items()}
+        given = {int(class_id): name for class_id, name in (id2label or {}).items()}
+        if self.transformer is None or not given:
+            return
+        if self.transformer.config.id2label is None:
+            self.transformer.config.id2label = given
+        elif given != self.id2label:
+            logger.warning(
+                "id2label is not used, because the generator has names: change transformer.config.id2label."
+            )
 
     @classmethod
     def from_pretrained(cls: type[PipelineT], pretrained_model_name_or_path, **kwargs) -> PipelineT:
@@ -119,7 +137,12 @@ class VFMTokPipelineBase(DiffusionPipeline):
             ValueError: a file is damaged, or belongs to another pipeline.
         """
         if "torch_dtype" not in kwargs:  # the older name, which diffusers also accepts
-            kwargs[DTYPE] = kwargs.pop("dtype", torch.float32)
+            dtype = kwargs.pop("dtype", torch.float32)
+            # diffusers replaces a name by float32, but passes the entries of a dictionary on to the models.
+            kwargs[DTYPE] = {"default": dtype} if isinstance(dtype, str) else dtype
+        passed = kwargs.get("transformer")
+        if passed is not None and passed.config.id2label is not None:
+            kwargs.setdefault("id2label", None)  # those of the saved generator
         with errors_naming(str(pretrained_model_name_or_path)):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
@@ -200,18 +223,9 @@ class VFMTokPipelineBase(DiffusionPipeline):
 
         Raises:
             ValueError: an unknown or ambiguous name, with the closest matches; an id out of range; an empty list.
+            TypeError: labels that are neither names nor integers.
         """
-        if isinstance(class_labels, str) or not isinstance(class_labels, Iterable):
-            class_labels = [class_labels]
-        names = ClassNames(self.id2label)
-        class_ids = [names.find(label) if isinstance(label, str) else operator.index(label) for label in class_labels]
-        if not class_ids:
-            raise ValueError("There are no class labels: pass at least one.")
-        num_classes = self._generator_model().config.num_classes
-        for class_id in class_ids:
-            if not 0 <= class_id < num_classes:
-                raise ValueError(f"Class labels must be in 0 to {num_classes - 1}, got {class_id}.")
-        return class_ids
+        return ClassNames(self.id2label).find_all(class_labels, self._generator_model().config.num_classes)
 
     def _check_callback_inputs(self, names: Sequence[str]) -> None:
         if unknown := set(names) - set(self._callback_tensor_inputs):

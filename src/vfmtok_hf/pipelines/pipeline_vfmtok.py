@@ -1,8 +1,7 @@
 """The diffusers pipeline: generate images from class labels, and encode and decode images."""
 
 import inspect
-from collections.abc import Callable, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Union
 
 import numpy as np
@@ -39,6 +38,7 @@ NAMES_HERE = {
     "eta": "temperature",
     "num_images": "num_images_per_label",
     "num_images_per_prompt": "num_images_per_label",
+    "prompt": "class_labels",
     "seed": "generator=torch.Generator().manual_seed(seed)",
 }
 
@@ -52,13 +52,13 @@ def as_image_tokens(image_tokens: ImageTokens) -> torch.Tensor:
     """
     if not isinstance(image_tokens, torch.Tensor):
         try:
-            image_tokens = np.asarray(image_tokens)
+            image_tokens = np.asarray(list(image_tokens) if isinstance(image_tokens, Iterator) else image_tokens)
         except ValueError as error:  # numpy's message is about inhomogeneous parts
             raise ValueError("The images have unequal numbers of tokens.") from error
         if image_tokens.size and image_tokens.dtype.kind not in "iu":
             raise ValueError(f"Image tokens must be integers, got {image_tokens.dtype}.")
         image_tokens = torch.from_numpy(image_tokens.astype(np.int64))
-    if image_tokens.is_floating_point():
+    if image_tokens.is_floating_point() or image_tokens.dtype == torch.bool:
         raise ValueError(f"Image tokens must be integers, got {image_tokens.dtype}.")
     if not image_tokens.numel():
         raise ValueError("There are no image tokens: pass those of at least one image.")
@@ -229,6 +229,10 @@ class VFMTokPipeline(VFMTokPipelineBase):
                     returned = callback_on_step_end(self, step, step, tensors)
                 if self._interrupt:
                     return False
+                if returned is not None and not isinstance(returned, dict):
+                    raise TypeError(
+                        f"callback_on_step_end returns a dictionary or None, got {type(returned).__name__}."
+                    )
                 return None if returned is None else returned.get("image_tokens")
 
             labels = torch.tensor(class_ids).to(self._execution_device)
@@ -264,8 +268,8 @@ class VFMTokPipeline(VFMTokPipelineBase):
             ValueError, TypeError, FileNotFoundError: images are missing or invalid, or the checkpoint has no vision weights.
         """
         use_compiled_attention(self.vq_model, self._execution_device)
-        remaining, tokens = each_image(images), []
-        while batch := list(islice(remaining, batch_size)):
+        tokens = []
+        for batch in batches(each_image(images), batch_size):
             pixel_values = self.image_processor(batch, return_tensors="pt")["pixel_values"]
             tokens.append(self.vq_model.encode(to_device_of(self.vq_model, pixel_values)).image_tokens)
         if not tokens:
@@ -295,7 +299,8 @@ class VFMTokPipeline(VFMTokPipelineBase):
         """
         parts = []
         for batch in batches(as_image_tokens(image_tokens), batch_size):
-            reconstruction = self.vq_model.decode(image_tokens=to_device_of(self.vq_model, batch)).reconstruction
+            batch_tokens = to_device_of(self.vq_model, torch.stack(batch))
+            reconstruction = self.vq_model.decode(image_tokens=batch_tokens).reconstruction
             parts.append(self.image_processor.postprocess(reconstruction, output_type, size, resize_mode))
         return concatenate(parts)
 

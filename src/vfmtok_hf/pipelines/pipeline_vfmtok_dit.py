@@ -1,7 +1,6 @@
 """The diffusers pipeline of VFMTok2: class labels to images by diffusion on VFMAE's latents, images to latents and back."""
 
 from collections.abc import Callable, Sequence
-from itertools import islice
 from typing import Any, Union
 
 import torch
@@ -286,8 +285,8 @@ class VFMTokDiTPipeline(VFMTokPipelineBase):
             ValueError, TypeError, FileNotFoundError: no images, or unusable ones; a checkpoint without vision weights.
         """
         use_compiled_attention(self.vae, self._execution_device)
-        remaining, latents = each_image(images), []
-        while batch := list(islice(remaining, batch_size)):
+        latents = []
+        for batch in batches(each_image(images), batch_size):
             pixel_values = self.image_processor(batch, return_tensors="pt")["pixel_values"]
             latents.append(self.vae.encode(to_device_of(self.vae, pixel_values)).latents)
         if not latents:
@@ -318,7 +317,7 @@ class VFMTokDiTPipeline(VFMTokPipelineBase):
             raise ValueError("There are no latents: pass those of at least one image.")
         parts = []
         for batch in batches(latents, batch_size):
-            reconstruction = self.vae.decode(to_device_of(self.vae, batch)).reconstruction
+            reconstruction = self.vae.decode(to_device_of(self.vae, torch.stack(batch))).reconstruction
             parts.append(self.image_processor.postprocess(reconstruction, output_type, size, resize_mode))
         return concatenate(parts)
 

@@ -78,7 +78,7 @@ def start_run(
             save_arguments(arguments, file)
     start_trackers(accelerator, arguments, output, progress.step)
     accelerator.wait_for_everyone()
-    log = RunLog(accelerator, output)
+    log = RunLog(accelerator, output, progress.step, arguments.max_steps)
     if checkpoint is not None:
         log.write("resume", progress.step, {})
     return log

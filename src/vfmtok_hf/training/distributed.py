@@ -45,20 +45,22 @@ def start_accelerator(arguments: TrainingArguments, output: Path, can_shard: boo
         log_with=check_trackers(arguments.tracker) or None,
         project_dir=output,
     )
-    if (
-        os.environ.get("ACCELERATE_USE_CPU") == "True"
-        and "MASTER_ADDR" in os.environ
-        and accelerator.num_processes == 1
-    ):
-        logger.warning(
-            "one process: `accelerate launch --cpu` starts only one, whatever its --num_processes. For several processes on "
-            "CPUs, use torchrun --nproc_per_node N -m vfmtok_hf.training.train_..."
-        )
+    warn_of_single_process(accelerator.num_processes)
     set_up_sharding(accelerator, arguments, can_shard)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     set_seed(arguments.seed, device_specific=True)
     return accelerator
+
+
+def warn_of_single_process(num_processes: int) -> None:
+    """Warn if `accelerate launch --cpu` started one process, as it does for any `--num_processes`."""
+    is_launched_on_cpu = os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ
+    if is_launched_on_cpu and num_processes == 1:
+        logger.warning(
+            "one process: `accelerate launch --cpu` starts only one, whatever its --num_processes. For several processes on "
+            "CPUs, use torchrun --nproc_per_node N -m vfmtok_hf.training.train_..."
+        )
 
 
 class StopRequest:

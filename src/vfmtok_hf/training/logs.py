@@ -16,6 +16,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from torchvision.utils import make_grid
+from transformers.utils import logging as transformers_logging
 
 from vfmtok_hf.data.output_files import save_picture, whole_file
 from vfmtok_hf.plotting import Curves
@@ -32,8 +33,10 @@ TRACKERS = ("tensorboard", "trackio", "wandb")
 
 
 def configure_logging() -> None:
+    """Log to the console, without the progress bars of transformers."""
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     logger.setLevel(logging.INFO)
+    transformers_logging.disable_progress_bar()
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -47,9 +50,12 @@ def run_script(main: Callable[[], None]) -> None:
 class RunLog:
     """Write `log.jsonl`, the console and the trackers, on the main process only."""
 
-    def __init__(self, accelerator: "Accelerator", output: Path):
+    def __init__(self, accelerator: "Accelerator", output: Path, first_step: int, max_steps: int):
         self.accelerator = accelerator
         self.file = output / LOG_FILE
+        self.first_step = first_step
+        self.max_steps = max_steps
+        self.started = time.perf_counter()
 
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:
         if not self.accelerator.is_main_process:
@@ -57,8 +63,15 @@ class RunLog:
         with self.file.open("a") as file:
             file.write(json.dumps({"kind": kind, "step": step, "time": round(time.time(), 1), **values}) + "\n")
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        logger.info("%-10s step %6d  %s", kind, step, shown)
+        if kind == "train":
+            shown += f"  {self.time_left(step)} left"
+        logger.info("%-10s step %6d of %d  %s", kind, step, self.max_steps, shown)
         self.accelerator.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+
+    def time_left(self, step: int) -> str:
+        """Time to the last step at the mean speed of this run so far, validations and pictures included."""
+        seconds = (time.perf_counter() - self.started) / (step - self.first_step) * (self.max_steps - step)
+        return f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
 
 
 class WindowMeans:
@@ -181,7 +194,8 @@ def _plain(value: Any) -> int | float | str | bool:
 
 
 def save_grid(images: torch.Tensor, file: Path, columns: int) -> None:
-    """Save images `(count, 3, height, width)` in [-1, 1] as one PNG grid, row by row."""
+    """Save images `(count, 3, height, width)` in [-1, 1] as one PNG grid, row by row, and log where it is."""
     grid = make_grid(images.float().cpu().clamp(-1, 1) / 2 + 0.5, nrow=columns, padding=2, pad_value=1.0)
     pixels = (grid * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     save_picture(Image.fromarray(pixels), file)
+    logger.info("picture    %s", file)
