@@ -266,7 +266,7 @@ def test_existing_folders_are_replaced_on_request_only(tmp_path):
     folder.mkdir()
     convert_rar(RAR, folder)
     (folder / "stale.txt").write_text("")
-    with pytest.raises(FileExistsError, match="not empty: choose another output or pass overwrite=True"):
+    with pytest.raises(FileExistsError, match="not empty: choose another output, or overwrite it"):
         convert_rar(RAR, folder)
     convert_rar(RAR, folder, overwrite=True)
     assert not (folder / "stale.txt").exists()
