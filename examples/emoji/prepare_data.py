@@ -301,7 +301,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     missing = [package for package in ("emoji", "resvg_py") if importlib.util.find_spec(package) is None]
     if missing:
-        print(f'error: {" and ".join(missing)} missing: pip install "vfmtok-hf[emoji]"', file=sys.stderr)
+        print(f'error: {" and ".join(missing)} missing: pip install "vfmtok-hf[emoji]", and npm', file=sys.stderr)
         return 1
     cache = options.cache or options.output.with_name(f"{options.output.name}-downloads")
     try:

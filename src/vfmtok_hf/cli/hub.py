@@ -50,7 +50,7 @@ def push(
     """
     with one_line_errors():
         if not source.exists():
-            raise FileNotFoundError(f"There is no file or folder {source}.")
+            raise FileNotFoundError(f"There is no file or folder {source}: pass the folder of a saved model.")
         if "/" not in repo_id:
             raise ValueError(f"REPOSITORY has a namespace, your user name or an organization: you/{repo_id}.")
         quiet_libraries()

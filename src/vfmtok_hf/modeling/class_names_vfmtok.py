@@ -52,6 +52,10 @@ class ClassNames:
         """
         Class ids of ids and names, one or several.
 
+        Args:
+            class_labels (`int`, `str` or a list of them): an iterable or a scalar of another library will do.
+            num_classes (`int`): ids are below it.
+
         Raises:
             ValueError: an unknown or ambiguous name, an id that is not below `num_classes`, or no label.
             TypeError: a label that is neither a name nor an integer.
