@@ -106,7 +106,7 @@ def test_labels_are_arguments_too(model, tmp_path, words):
         ("--temperature", 0, "--top-k 1 takes the most probable token"),
         ("--temperature", "nan", "must be above 0"),
         ("--top-p", 0, "must be above 0 and at most 1"),
-        ("--top-k", -1, "-1"),
+        ("--top-k", -1, "0"),
         ("--guidance-scale", -1, "must be 1 (none) or larger"),
     ],
 )
