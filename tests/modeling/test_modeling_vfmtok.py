@@ -74,7 +74,7 @@ def test_unknown_fields_are_refused(config_class, tmp_path):
         ({"image_size": 30}, "divisible by 4"),
         ({"pixel_decoder_base_channels": 6}, "pixel_decoder_num_groups"),
         ({"vision_feature_layers": [2, 1]}, "ascending"),
-        ({"vision_feature_layers": [1, 4]}, "must lie in 1..3"),
+        ({"vision_feature_layers": [1, 4]}, "must be in 1..3"),
         ({"vision_config": {"model_type": "bert"}}, "not supported"),
     ],
 )
