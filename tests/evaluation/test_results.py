@@ -86,7 +86,7 @@ def test_every_published_figure_has_a_name_a_task_and_a_source():
     with pytest.raises(ValueError, match="Known models: ") as error:
         published_results("nobody")
     models = str(error.value).split("Known models: ")[1].rstrip(".").split(", ")
-    assert len(models) == 11
+    assert len(models) == 14
     for model in models:
         for result in published_results(model):
             assert result.metric in METRIC_NAMES

@@ -402,7 +402,7 @@ def test_wrong_vision_weights_are_refused(tmp_path):
     del other.encoder.layer[2]
     other.config.num_hidden_layers = 2
     other.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="weights are missing"):
+    with pytest.raises(ValueError, match="lacks 18 weights"):
         VFMTokModel(config).load_vision_model(str(tmp_path))
 
 
