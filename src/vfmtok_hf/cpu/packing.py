@@ -39,9 +39,15 @@ class PackedLinear(PackedLayer):
         super().__init__(linear)
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
 
-    @torch.compiler.disable(reason="torch.compile cannot read packed weights: call unpack_weights(model) first.")
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`hidden_states` `(..., in_features)` to `(..., out_features)`; raises as `refuse_gradients` does."""
+        """
+        `hidden_states` `(..., in_features)` to `(..., out_features)`.
+
+        Raises:
+            RuntimeError: a gradient is wanted, or torch.compile or torch.export traces the layer.
+        """
+        if torch.compiler.is_compiling():
+            raise RuntimeError("torch.compile cannot read packed weights: call unpack_weights(model) first.")
         self.refuse_gradients(hidden_states)
         return torch.ops.mkldnn._linear_pointwise(hidden_states, self.weight, self.bias, "none", [], "")
 
@@ -75,7 +81,7 @@ class JointProduct:
         """
         last = self._last
         if index == 0 or last is None or last[0] is not hidden_states:
-            last = hidden_states, self.packed(hidden_states).split(self.sizes, dim=-1)
+            last = hidden_states, self.packed.forward(hidden_states).split(self.sizes, dim=-1)
         self._last = None if index == len(self.sizes) - 1 else last
         return last[1][index]
 
