@@ -1,4 +1,4 @@
-"""The pipeline, loaded once for all visitors, and the GPU that ZeroGPU lends to marked functions."""
+"""The pipeline, loaded once for all visitors, and the decorator for ZeroGPU."""
 
 import os
 
@@ -13,12 +13,12 @@ try:
 except ImportError:  # not on the Hub's ZeroGPU hardware
 
     def gpu(function=None, **settings):
-        """Stands for `spaces.GPU`, with or without arguments, and changes nothing."""
+        """Replaces `spaces.GPU`, with or without arguments, and changes nothing."""
         return gpu if function is None else function
 
 
 def load_pipeline(name_or_path: str) -> VFMTokPipeline:
-    """The pipeline, on the GPU if there is one."""
+    """Load the pipeline, on the GPU if there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = VFMTokPipeline.from_pretrained(name_or_path).to(device)
     if device == "cpu":
@@ -26,7 +26,9 @@ def load_pipeline(name_or_path: str) -> VFMTokPipeline:
     return pipe
 
 
-PIPE = load_pipeline(os.environ.get("VFMTOK_MODEL", DEFAULT_CHECKPOINT))
+MODEL = os.environ.get("VFMTOK_MODEL", DEFAULT_CHECKPOINT)
+IS_DEFAULT_CHECKPOINT = MODEL == DEFAULT_CHECKPOINT
+PIPE = load_pipeline(MODEL)
 NUM_TOKENS = PIPE.vq_model.config.num_anchors
 GRID_SIZE = PIPE.vq_model.config.anchor_grid_size
 CODEBOOK_SIZE = PIPE.vq_model.config.codebook_size

@@ -1,4 +1,4 @@
-"""Which of the example pictures are nearest to a picture, by its tokens and by its meaning."""
+"""Find the example images that are nearest to an image, by tokens and by embedding."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -20,7 +20,7 @@ BATCH_SIZE = 16
 
 @dataclass(frozen=True)
 class Encoded:
-    """Image tokens `(pictures, num_tokens)` and unit embeddings `(pictures, hidden_size)`."""
+    """Image tokens `(images, num_tokens)` and unit embeddings `(images, hidden_size)`."""
 
     image_tokens: torch.Tensor
     embeddings: torch.Tensor
@@ -28,7 +28,7 @@ class Encoded:
 
 @torch.no_grad()
 def encode(pixel_values: torch.Tensor) -> Encoded:
-    """Tokens, and the embedding that the model computes of these tokens alone."""
+    """Image tokens, and the embedding that the model computes from the tokens alone."""
     image_tokens = PIPE.vq_model.encode(pixel_values).image_tokens
     image_embeds = PIPE.vq_model.get_image_features(image_tokens=image_tokens)
     return Encoded(image_tokens, F.normalize(image_embeds, dim=-1))
@@ -36,7 +36,7 @@ def encode(pixel_values: torch.Tensor) -> Encoded:
 
 @cache
 def encoded_examples() -> Encoded:
-    """All examples, encoded when the first visitor asks."""
+    """All examples, encoded at the first request."""
     pixel_values = torch.cat([pixel_values_of(PIL.Image.open(path)) for path in EXAMPLES])
     parts = [encode(batch) for batch in pixel_values.split(BATCH_SIZE)]
     return Encoded(torch.cat([part.image_tokens for part in parts]), torch.cat([part.embeddings for part in parts]))
@@ -44,8 +44,8 @@ def encoded_examples() -> Encoded:
 
 def nearest(picture: PIL.Image.Image) -> dict:
     """
-    The nearest examples, JSON-serializable: `shared` by the tokens that are equal at the same place, not counting those
-    that are blank in the picture, `embedding` by the cosine of embeddings. The picture itself is left out.
+    The nearest examples, JSON-serializable: `shared` by the number of equal tokens in the same cell, without the image's
+    blank tokens, and `embedding` by the cosine similarity of embeddings. The image itself is excluded.
     """
     pixel_values = pixel_values_of(picture)
     query, examples = encode(pixel_values), encoded_examples()
@@ -70,11 +70,11 @@ def nearest(picture: PIL.Image.Image) -> dict:
 
 
 def ranking(scores: torch.Tensor, others: torch.Tensor) -> list[int]:
-    """Indices of the best scores among `others`, best first; the first of equals comes first."""
+    """Indices of the highest scores among `others`, in descending order; ties keep their order."""
     order = scores.float().masked_fill(~others, -torch.inf).argsort(descending=True, stable=True)
     return order[:NUM_NEIGHBORS].tolist()
 
 
 def shown(index: int) -> dict:
-    """An example's name and picture."""
-    return {"name": EXAMPLES[index].stem.split("_")[0], "picture": data_url(PIL.Image.open(EXAMPLES[index]))}
+    """Name and image of an example."""
+    return {"name": EXAMPLES[index].stem.split("_")[0], "image": data_url(PIL.Image.open(EXAMPLES[index]))}

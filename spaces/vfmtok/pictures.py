@@ -1,4 +1,4 @@
-"""Pictures that come in are checked; those that go out become text for a page."""
+"""Check uploaded images, and encode images as text for the page."""
 
 import base64
 import io
@@ -12,30 +12,30 @@ from model import PIPE
 
 
 MAX_PIXELS = 40_000_000
-# Readers that need no other program and are met in the wild.
+# Common formats whose readers need no other program.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 
 def open_upload(path: str | Path) -> PIL.Image.Image:
     """
-    The picture that a visitor sent; of an animation its first frame, with a word about that.
+    Open an uploaded image. An animation gives its first frame, with a warning.
 
     Raises:
-        gr.Error: it is no picture, is damaged, or is too large.
+        gr.Error: the file is not an image, is damaged, or is too large.
     """
     try:
         with PIL.Image.open(path, formats=FORMATS) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise PIL.Image.DecompressionBombError
-            # The further frames of an MPO, which some phones write, are no animation.
+            # The extra frames of an MPO, which some phones write, are not an animation.
             if getattr(picture, "is_animated", False) and picture.format != "MPO":
-                gr.Warning("This picture moves: only its first frame is used.")
+                gr.Warning("This image is animated: only its first frame is used.")
             picture.load()
             return picture
     except PIL.Image.DecompressionBombError:
-        message = f"This picture has more than {MAX_PIXELS // 1_000_000} million pixels: scale it down first."
-    except Exception:  # PIL's readers report damage as nearly anything
-        message = f"This file cannot be read as a picture. {', '.join(FORMATS)} files work."
+        message = f"This image has more than {MAX_PIXELS // 1_000_000} million pixels. Scale it down first."
+    except Exception:  # PIL's readers raise nearly anything for damaged files
+        message = f"This file cannot be read as an image. Supported formats: {', '.join(FORMATS)}."
     raise gr.Error(message, print_exception=False)
 
 
@@ -43,27 +43,27 @@ def picture_upload(**settings) -> gr.Image:
     """
     A `gr.Image` whose value is a checked PIL image.
 
-    The component's own reader fails on damaged files before anything of ours is called. It is replaced on the instance,
-    because gradio writes a stub file beside each module that derives a component.
+    The component's own reader fails on damaged files before our code is called. It is replaced on the instance, because
+    gradio writes a stub file next to each module that subclasses a component.
     """
 
     def read(payload) -> PIL.Image.Image | None:
         return None if payload is None or payload.path is None else open_upload(payload.path)
 
-    upload = gr.Image(label="Picture", show_label=False, sources=["upload", "clipboard"], buttons=[], **settings)
+    upload = gr.Image(label="Image", show_label=False, sources=["upload", "clipboard"], buttons=[], **settings)
     upload.preprocess = read
     return upload
 
 
 def pixel_values_of(picture: PIL.Image.Image | None) -> torch.Tensor:
     """
-    The picture as the model takes it, `(1, 3, image_size, image_size)` in [-1, 1].
+    The model's input for an image, `(1, 3, image_size, image_size)` in [-1, 1].
 
     Raises:
-        gr.Error: there is no picture, or next to nothing of it would be left.
+        gr.Error: there is no image, or cropping would leave almost nothing of it.
     """
     if picture is None:
-        raise gr.Error("There is no picture: upload one or choose an example.", print_exception=False)
+        raise gr.Error("There is no image. Upload one or choose an example.", print_exception=False)
     try:
         return PIPE.image_processor(picture, return_tensors="pt")["pixel_values"].to(PIPE.vq_model.device)
     except (TypeError, ValueError) as error:
@@ -71,7 +71,7 @@ def pixel_values_of(picture: PIL.Image.Image | None) -> torch.Tensor:
 
 
 def data_url(picture: PIL.Image.Image) -> str:
-    """The picture inside a URL, as PNG."""
+    """Encode an image as a PNG `data:` URL."""
     file = io.BytesIO()
     picture.save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

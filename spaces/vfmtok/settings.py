@@ -1,4 +1,4 @@
-"""What a visitor asks for, from the form, the API or a link: each value checked by the same rules."""
+"""The settings of a generation. The form, the API and links are checked by the same rules."""
 
 import difflib
 import html
@@ -6,25 +6,28 @@ import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 
 import gradio as gr
 
-from model import CODEBOOK_SIZE, PIPE
+from model import CODEBOOK_SIZE, IS_DEFAULT_CHECKPOINT, PIPE
 
 
-# Name -> smallest and largest value, step of the slider. Whole steps make whole numbers.
+# Name -> lowest value, highest value, step of the slider. Integer steps make integers.
 RANGES = {
     "images": (1, 8, 1),
     "seed": (0, 2**31 - 1, 1),
     "temperature": (0.1, 2.0, 0.05),
     "top_k": (0, CODEBOOK_SIZE, 1),
     "top_p": (0.05, 1.0, 0.05),
-    "guidance": (1.0, 5.0, 0.1),
+    # Above a scale of 2, the images of the emoji checkpoint fall apart.
+    "guidance": (1.0, 2.0 if IS_DEFAULT_CHECKPOINT else 4.0, 0.05),
 }
 
 
+@cache
 def class_choices() -> list[tuple[str, str]]:
-    """(all names, shortest text that means this class alone) of each class, for the picker."""
+    """(all names, shortest text that identifies this class) for each class."""
     choices = []
     for class_id, names in PIPE.id2label.items():
         short = names.split(",")[0].strip()
@@ -33,7 +36,7 @@ def class_choices() -> list[tuple[str, str]]:
 
 
 def means_class(name: str, class_id: int) -> bool:
-    """Whether a name stands for this class and no other."""
+    """Whether a name identifies this class and no other."""
     try:
         return PIPE.get_label_ids(name) == [class_id]
     except ValueError:
@@ -46,7 +49,7 @@ class Settings:
 
     label: str
     images: int = 4
-    seed: int = 0
+    seed: int = 1
     temperature: float = PIPE.transformer.generation_config.temperature or 1.0
     top_k: int = PIPE.transformer.generation_config.top_k or 0
     top_p: float = PIPE.transformer.generation_config.top_p or 1.0
@@ -55,10 +58,10 @@ class Settings:
     @classmethod
     def checked(cls, label: str, **numbers: float) -> "Settings":
         """
-        Settings of a form or of a call of the API.
+        Settings from the form or from an API call.
 
         Raises:
-            gr.Error: a value that the page's own controls cannot produce.
+            gr.Error: a value is invalid.
         """
         try:
             return cls(check_label(label), **{name: check_number(name, number) for name, number in numbers.items()})
@@ -67,7 +70,7 @@ class Settings:
 
     @classmethod
     def from_link(cls, parameters: Mapping[str, str]) -> "Settings":
-        """Settings of a page's query parameters. What is missing or unusable keeps its default, with a warning."""
+        """Settings from a page's query parameters. Missing values are defaults; invalid ones too, with a warning."""
         usable = {"label": DEFAULT_LABEL}
         for name in ("label", *RANGES):
             if name in parameters:
@@ -75,11 +78,11 @@ class Settings:
                     text = parameters[name]
                     usable[name] = check_label(text) if name == "label" else check_number(name, text)
                 except ValueError as error:
-                    gr.Warning(f"The link's {name} is left out. {error}")
+                    gr.Warning(f"The link's value of {name} is ignored. {error}")
         return cls(**usable)
 
     def values(self) -> list:
-        """The fields' values in their order, which is that of the form."""
+        """The values in the order of the form."""
         return list(asdict(self).values())
 
     @property
@@ -90,19 +93,19 @@ class Settings:
 
 def check_label(label: str) -> str:
     """
-    A name or number of a class.
+    The text in the class picker for a name or number of a class.
 
     Raises:
-        ValueError: there is no such class. Pages show the message as HTML, so what a visitor wrote is escaped.
+        ValueError: there is no such class. The page shows the message as HTML, so user input is escaped.
     """
     label = str(label or "")[:100]
     try:
-        PIPE.get_label_ids(label)
+        (class_id,) = PIPE.get_label_ids(label)
     except ValueError:
         closest = difflib.get_close_matches(label.casefold(), [short for _, short in class_choices()], n=1)
-        cure = f"Did you mean {closest[0]!r}?" if closest else "Choose one from the list."
+        cure = f"Did you mean {closest[0]!r}?" if closest else "Choose a class from the list."
         raise ValueError(html.escape(f"There is no class {label!r}. {cure}")) from None
-    return label
+    return dict(zip(PIPE.id2label, class_choices(), strict=True))[class_id][1]
 
 
 def check_number(name: str, value: float | str | None) -> float | int:
@@ -110,7 +113,7 @@ def check_number(name: str, value: float | str | None) -> float | int:
     A number within its range.
 
     Raises:
-        ValueError: it is none, or out of range. The message does not repeat what a visitor wrote.
+        ValueError: not a number, or out of range. The message does not contain user input.
     """
     low, high, step = RANGES[name]
     try:
@@ -123,8 +126,9 @@ def check_number(name: str, value: float | str | None) -> float | int:
 
 
 def random_seed() -> int:
-    """A throw of the dice, short enough to read out."""
+    """A random seed of at most six digits."""
     return secrets.randbelow(1_000_000)
 
 
-DEFAULT_LABEL = class_choices()[0][1]
+# The page opens with this class. For other checkpoints it is the first one.
+DEFAULT_LABEL = "heart" if IS_DEFAULT_CHECKPOINT else class_choices()[0][1]

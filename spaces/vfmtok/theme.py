@@ -51,11 +51,11 @@ THEME = gr.themes.Base(
     button_primary_background_fill="*primary_600",
     button_primary_background_fill_hover="*primary_700",
     button_primary_background_fill_dark="*primary_600",
-    button_primary_background_fill_hover_dark="*primary_500",
+    button_primary_background_fill_hover_dark="*primary_700",
     button_primary_text_color="white",
     input_background_fill="#faf8f5",
     input_background_fill_dark="#161411",
-    color_accent="*primary_600",
+    color_accent="*primary_700",
     slider_color="*primary_600",
 )
 

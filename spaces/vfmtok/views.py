@@ -1,33 +1,52 @@
-"""Results as the templates of the `page` folder want them, JSON-serializable."""
+"""Convert results to JSON-serializable objects for the templates of the `page` folder."""
+
+import PIL.Image
 
 from model import GRID_SIZE, NUM_TOKENS, PIPE
+from neighbors import EXAMPLES
 from pictures import data_url
 from sampling import Generation
-from settings import Settings
+from settings import Settings, class_choices
 
 
 def page_facts() -> dict:
-    """What the header says about the model."""
+    """The model's sizes, for the header."""
     config = PIPE.vq_model.config
     return {
         "facts": [
             f"{config.image_size} × {config.image_size} pixels",
-            f"{NUM_TOKENS} tokens a picture",
+            f"{NUM_TOKENS} tokens per image",
             f"codebook of {config.codebook_size:,}",
             f"{len(PIPE.id2label)} classes",
         ]
     }
 
 
+def class_thumbnails() -> list[dict]:
+    """Name, value and thumbnail of each class. A class without an example image has no thumbnail."""
+    thumbnails = {path.stem.split("_")[0]: path for path in reversed(EXAMPLES)}
+    return [
+        {
+            "value": value,
+            "name": names.split(",")[0],
+            "names": names.casefold(),
+            "thumbnail": data_url(PIL.Image.open(thumbnails[value])) if value in thumbnails else None,
+        }
+        for names, value in class_choices()
+    ]
+
+
 def generation_view(settings: Settings, generation: Generation) -> dict:
-    """Pictures with captions, and the numbers below them."""
-    captions = picture_captions(settings)
+    """Images with captions, a veil over tokens that are not generated yet, and the numbers below them."""
+    finished = generation.tokens_generated == NUM_TOKENS
     return {
-        "pictures": [
-            {"url": data_url(picture), "caption": caption, "file": f"{caption.replace(' ', '-')}.png"}
-            for picture, caption in zip(generation.pictures, captions, strict=True)
+        "images": [
+            {"url": data_url(image), "caption": caption, "file": f"{caption.replace(', ', '-').replace(' ', '-')}.png"}
+            for image, caption in zip(generation.images, image_captions(settings), strict=True)
         ],
-        "whole": generation.tokens_generated == NUM_TOKENS,
+        "columns": grid_columns(settings.images),
+        "whole": finished,
+        "veil": "" if finished else veil(set(range(generation.tokens_generated))),
         "percent": round(100 * generation.tokens_generated / NUM_TOKENS),
         "tokens": f"{generation.tokens_generated} / {NUM_TOKENS}",
         "rate": f"{generation.tokens_per_second:,.0f}",
@@ -36,43 +55,48 @@ def generation_view(settings: Settings, generation: Generation) -> dict:
     }
 
 
-def picture_captions(settings: Settings) -> list[str]:
-    """Class and seed of each picture; seeds of one generation follow each other."""
+def grid_columns(images: int) -> int:
+    """Columns of a grid of images that is about as wide as a page is."""
+    return images if images <= 3 else (images + 1) // 2
+
+
+def image_captions(settings: Settings) -> list[str]:
+    """Class and seed of each image. The seeds of one generation are consecutive."""
     name = PIPE.id2label[settings.class_id].split(",")[0]
-    return [f"{name} {settings.seed + picture}" for picture in range(settings.images)]
+    return [f"{name}, seed {settings.seed + image}" for image in range(settings.images)]
 
 
 def comparison_view(
     plain: Settings, plain_generation: Generation, guided: Settings, guided_generation: Generation
 ) -> dict:
-    """Two generations beside each other, and one sentence."""
-    longer = max(plain_generation.seconds, guided_generation.seconds)
+    """The same seeds without and with guidance, and their speed."""
+    fastest = max(plain_generation.tokens_per_second, guided_generation.tokens_per_second)
     sides = [
         {
             "title": title,
             "generation": generation_view(settings, generation),
-            "share": round(100 * generation.seconds / longer),
+            "share": round(100 * generation.tokens_per_second / fastest),
         }
         for title, settings, generation in (
             ("Without guidance", plain, plain_generation),
-            (f"Guidance {guided.guidance:g}", guided, guided_generation),
+            (f"Guidance scale {guided.guidance:g}", guided, guided_generation),
         )
     ]
-    factor = guided_generation.seconds / plain_generation.seconds
+    factor = plain_generation.tokens_per_second / guided_generation.tokens_per_second
     return {
         "sides": sides,
-        "summary": f"Guidance took {factor:.1f} times as long here. Same seeds, same sampling settings.",
+        "summary": f"Same class, seeds and sampling settings. Sampling without guidance was {factor:.1f} times as fast here.",
     }
 
 
 def neighbors_view(neighbors: dict) -> dict:
-    """The neighbors, with a veil over the cells that are not shared."""
+    """The neighbors, with a veil over the cells whose tokens differ."""
     shared = [{**neighbor, "mask": veil(set(neighbor["cells"]))} for neighbor in neighbors["shared"]]
     return {**neighbors, "shared": shared}
 
 
 def veil(open_cells: set[int]) -> str:
-    """An SVG that covers all cells of the token grid but some."""
+    """An SVG that covers all cells of the token grid except `open_cells`."""
     covers = "".join(
         f'<rect x="{cell % GRID_SIZE}" y="{cell // GRID_SIZE}" width="1" height="1"/>'
         for cell in range(NUM_TOKENS)

@@ -26,7 +26,7 @@ def new_client(space):
 
 def generate(client, label, seed, images=1, **changes):
     generation, _ = client.predict(label, images, seed, *{**SETTINGS, **changes}.values(), api_name="/generate")
-    return [picture["url"] for picture in generation["pictures"]]
+    return [image["url"] for image in generation["images"]]
 
 
 def upload(path):
@@ -37,7 +37,7 @@ def decoded(url: str) -> PIL.Image.Image:
     return PIL.Image.open(io.BytesIO(base64.b64decode(url.split(",")[1])))
 
 
-def test_pictures_stream_while_they_grow(client):
+def test_images_stream_while_they_grow(client):
     job = client.submit("heart", 2, 0, *SETTINGS.values(), api_name="/generate")
     job.result()
     generations = [generation for generation, _ in job.outputs()]
@@ -46,15 +46,22 @@ def test_pictures_stream_while_they_grow(client):
     assert shares == sorted(shares)
     assert [generation["whole"] for generation in generations[:-2]] == [False] * (len(generations) - 2)
     assert (generations[-1]["tokens"], generations[-1]["whole"], generations[-1]["passes"]) == ("144 / 144", True, 1)
-    assert [picture["caption"] for picture in generations[-1]["pictures"]] == ["heart 0", "heart 1"]
-    assert decoded(generations[-1]["pictures"][0]["url"]).size == (64, 64)
+    assert [image["caption"] for image in generations[-1]["images"]] == ["heart, seed 0", "heart, seed 1"]
+    assert decoded(generations[-1]["images"][0]["url"]).size == (64, 64)
 
 
-def test_the_gallery_keeps_what_a_session_drew_newest_first(space):
+def test_the_gallery_holds_the_earlier_images_of_a_session_newest_first(space):
     client = new_client(space)
-    for label in ("heart", "clock"):
+    for label in ("heart", "clock", "moon"):
         _, gallery = client.predict(label, 1, 5, *SETTINGS.values(), api_name="/generate")
-    assert [picture["caption"] for picture in gallery] == ["clock 5", "heart 5"]
+    assert [image["caption"] for image in gallery] == ["clock, seed 5", "heart, seed 5"]
+
+
+def test_results_are_documented_as_objects(client):
+    endpoints = client.view_api(return_format="dict")["named_endpoints"]
+    assert {"/generate", "/compare", "/look_inside", "/decode", "/find_nearest"} == set(endpoints)
+    for name in ("/generate", "/compare", "/look_inside", "/find_nearest"):
+        assert endpoints[name]["returns"][0]["type"]["type"] == "object"
 
 
 def test_two_visitors_at_once_get_what_each_gets_alone(space):
@@ -71,7 +78,7 @@ def test_both_sides_of_the_comparison_are_what_each_setting_generates(client):
     comparison = client.predict("smiley", 1, 3, 2.0, api_name="/compare")
     sides = [side["generation"] for side in comparison["sides"]]
     assert [side["passes"] for side in sides] == [1, 2]
-    assert [side["pictures"][0]["url"] for side in sides] == [
+    assert [side["images"][0]["url"] for side in sides] == [
         generate(client, "smiley", 3)[0],
         generate(client, "smiley", 3, guidance=2.0)[0],
     ]
@@ -122,7 +129,7 @@ def test_wrong_settings_get_a_friendly_word(client, changes, message):
 def test_wrong_uploads_get_a_friendly_word_and_the_space_lives_on(client, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nand then nothing")
     PIL.Image.new("1", (9000, 9000)).save(tmp_path / "huge.png")
-    for name, message in (("broken.png", "cannot be read as a picture"), ("huge.png", "40 million pixels")):
+    for name, message in (("broken.png", "cannot be read as an image"), ("huge.png", "40 million pixels")):
         for api_name in ("/look_inside", "/find_nearest"):
             with pytest.raises(Exception, match=message):
                 client.predict(upload(tmp_path / name), api_name=api_name)

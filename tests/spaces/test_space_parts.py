@@ -50,6 +50,13 @@ def test_a_link_restores_the_settings(warnings):
     assert warnings == []
 
 
+@pytest.mark.parametrize("label", ["moon", "Moon", "moon, moon phase", "9"])
+def test_a_class_of_a_link_is_that_of_the_picker(label, warnings):
+    from settings import Settings
+
+    assert Settings.from_link({"label": label}).label == "moon"
+
+
 def test_an_empty_link_is_the_default_without_guidance(warnings):
     from settings import DEFAULT_LABEL, Settings
 
@@ -149,7 +156,7 @@ def test_a_damaged_upload_gets_a_friendly_word(kind, tmp_path):
 
     path = tmp_path / "upload.png"
     path.write_bytes(damaged(picture_file(tmp_path).read_bytes())[kind])
-    with pytest.raises(gradio.Error, match="cannot be read as a picture"):
+    with pytest.raises(gradio.Error, match="cannot be read as an image"):
         open_upload(path)
 
 
@@ -186,7 +193,7 @@ def test_a_strip_of_a_picture_is_refused():
 # -- generation
 
 
-def test_pictures_grow_row_by_row_into_what_the_pipeline_generates():
+def test_images_grow_row_by_row_into_what_the_pipeline_generates():
     from model import GRID_SIZE, NUM_TOKENS, PIPE
     from sampling import generate_stepwise
     from settings import Settings
@@ -198,19 +205,19 @@ def test_pictures_grow_row_by_row_into_what_the_pipeline_generates():
     assert all(later.seconds > earlier.seconds for earlier, later in zip(generations, generations[1:], strict=False))
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
     expected = PIPE("clock", num_images_per_label=2, temperature=0.9, top_k=100, generator=generators).images
-    assert [picture.tobytes() for picture in generations[-1].pictures] == [picture.tobytes() for picture in expected]
+    assert [picture.tobytes() for picture in generations[-1].images] == [picture.tobytes() for picture in expected]
 
 
-def test_what_is_not_drawn_yet_is_blank_paper():
+def test_tokens_not_generated_yet_are_blank():
     from sampling import generate_stepwise
     from settings import Settings
 
     first = next(generate_stepwise(Settings("heart", images=1)))
-    lower_half = np.asarray(first.pictures[0])[32:]
+    lower_half = np.asarray(first.images[0])[32:]
     assert lower_half.mean() > 250
 
 
-def test_closing_a_drawing_stops_the_sampling(monkeypatch):
+def test_closing_a_generation_stops_the_sampling(monkeypatch):
     import sampling
     from settings import Settings
 
@@ -242,6 +249,29 @@ def test_a_failure_while_sampling_reaches_the_visitor(monkeypatch):
     monkeypatch.setattr(sampling, "sample", failing_sample)
     with pytest.raises(RuntimeError, match="out of memory"):
         list(sampling.generate_stepwise(Settings("heart")))
+
+
+def test_a_view_veils_the_tokens_that_are_missing():
+    from sampling import Generation
+    from settings import Settings
+    from views import generation_view
+
+    images = [PIL.Image.new("RGB", (64, 64))] * 2
+    growing = generation_view(Settings("heart", images=2, seed=3), Generation(images, 36, 0.5))
+    assert growing["veil"].count("<rect") == 144 - 36
+    assert [image["caption"] for image in growing["images"]] == ["heart, seed 3", "heart, seed 4"]
+    assert growing["images"][0]["file"] == "heart-seed-3.png"
+    assert growing["rate"] == "144"
+    assert generation_view(Settings("heart", images=2), Generation(images, 144, 0.5))["veil"] == ""
+
+
+def test_every_class_of_the_checkpoint_has_a_thumbnail():
+    from model import PIPE
+    from views import class_thumbnails
+
+    thumbnails = class_thumbnails()
+    assert [PIPE.get_label_ids(choice["value"]) for choice in thumbnails] == [[class_id] for class_id in PIPE.id2label]
+    assert all(choice["thumbnail"].startswith("data:image/png") for choice in thumbnails)
 
 
 # -- tokens
@@ -286,5 +316,5 @@ def test_wrong_tokens_get_a_friendly_word(tokens):
     gradio = pytest.importorskip("gradio")
     from inspection import decode_tokens
 
-    with pytest.raises(gradio.Error, match="144 tokens, whole numbers from 0 to 1023"):
+    with pytest.raises(gradio.Error, match="144 tokens, integers from 0 to 1023"):
         decode_tokens(tokens)

@@ -1,5 +1,5 @@
-// The tokens of one picture. `props.value` is what `inspect` of inspection.py returns, `props.edited` the decoded
-// picture of changed tokens. Tokens change here; the server only decodes them, on the event 'tokens_changed'.
+// The tokens of one image. `props.value` is the result of `inspect` in inspection.py, and `props.edited` is the decoded
+// image of changed tokens. Tokens change here; the event `input` asks the server to decode them.
 
 const root = element.querySelector(".vt-inspector");
 const find = (selector) => root.querySelector(selector);
@@ -7,12 +7,10 @@ const canvas = (name) => find(`canvas[data-panel="${name}"]`);
 const write = (name, text) => { find(`[data-text="${name}"]`).textContent = text; };
 
 const HINTS = {
-  look: "Point at a token to see what it looks at; click to hold on to it.",
-  erase: "Click or drag over tokens: they become those of blank paper.",
-  swap: "Click two tokens to exchange them.",
+  look: "Point at a token to see what it looks at; click to pin it.",
+  erase: "Click or drag over tokens to replace them with blank ones.",
+  swap: "Click two tokens to swap them.",
 };
-// One color per feature level, from fine to coarse; readable on emoji and in both themes.
-const LEVEL_COLORS = ["#2f6bff", "#d6249f", "#00997a", "#7a3cff"];
 
 let data = null;      // what is shown
 let tokens = [];      // the tokens as edited
@@ -20,7 +18,7 @@ let past = [];        // earlier versions of `tokens`
 let pictures = {};    // loaded images by name
 let mode = "look";
 let pointed = null;   // token under the pointer
-let held = null;      // token held by a click
+let held = null;      // token pinned by a click
 let dragging = false;
 
 const active = () => pointed ?? held;
@@ -77,7 +75,7 @@ function drawPoints(context, side, cell) {
   const heaviest = Math.max(...places.map((place) => place.weight), 1);
   for (const { x, y, weight, level } of places) {
     const share = weight / heaviest;
-    context.strokeStyle = context.fillStyle = LEVEL_COLORS[level % LEVEL_COLORS.length];
+    context.strokeStyle = context.fillStyle = data.colors[level % data.colors.length];
     context.globalAlpha = 0.5 * share;
     context.beginPath(); context.moveTo(...center); context.lineTo(x, y); context.lineWidth = 1; context.stroke();
     context.globalAlpha = share;
@@ -109,50 +107,77 @@ function drawDecoded() {
   if (pointed !== null) outline(context, side, pointed, "#111");
 }
 
-// Weights as heat: a Gaussian around each place, from violet over orange to yellow.
-function drawHeat(target, places) {
-  const bins = 96;
+// Locations of a token as [x, y, weight], with the image's side as unit.
+function locationsOf(cell) {
+  const flat = data.points[cell];
+  return Array.from({ length: flat.length / 3 }, (_, place) => [
+    flat[3 * place] / data.units, flat[3 * place + 1] / data.units, flat[3 * place + 2],
+  ]);
+}
+
+const centerOf = (cell) => [((cell % data.grid) + 0.5) / data.grid, (Math.floor(cell / data.grid) + 0.5) / data.grid];
+
+// From the center of each cell to the weighted mean of the token's locations.
+function drawArrows() {
+  const [context, side] = prepare(canvas("arrows"));
+  context.fillStyle = "#fff";
+  context.fillRect(0, 0, side, side);
+  context.globalAlpha = 0.35;
+  context.drawImage(pictures.original, 0, 0, side, side);
+  context.globalAlpha = 1;
+  context.strokeStyle = context.fillStyle = "#1d4ed8";
+  data.tokens.forEach((_, cell) => {
+    const places = locationsOf(cell);
+    const total = places.reduce((sum, [, , weight]) => sum + weight, 0) || 1;
+    const mean = [0, 1].map((axis) => places.reduce((sum, place) => sum + place[axis] * place[2], 0) / total);
+    const [from, to] = [centerOf(cell), mean].map(([x, y]) => [x * side, y * side]);
+    context.beginPath(); context.moveTo(...from); context.lineTo(...to); context.lineWidth = 1.5; context.stroke();
+    context.beginPath(); context.arc(...to, Math.max(side / 120, 2), 0, 2 * Math.PI); context.fill();
+  });
+}
+
+// All locations relative to the center of their token's cell, summed up as heat; 5 x 5 cells are shown.
+function drawOffsets() {
+  const bins = 100, cells = 5, reach = 6;  // reach: twice the variance of a Gaussian in bins, and its cut-off
   const heat = new Float32Array(bins * bins);
-  const reach = 5;  // twice the variance of the Gaussian, in bins; also where it is cut off
-  for (const [x, y, weight] of places) {
-    const column = x * bins - 0.5, row = y * bins - 0.5;
-    for (let r = Math.ceil(row - reach); r <= row + reach; r++) {
-      for (let c = Math.ceil(column - reach); c <= column + reach; c++) {
-        if (r < 0 || c < 0 || r >= bins || c >= bins) continue;
-        heat[r * bins + c] += weight * Math.exp(-((r - row) ** 2 + (c - column) ** 2) / reach);
+  data.tokens.forEach((_, cell) => {
+    const center = centerOf(cell);
+    for (const [x, y, weight] of locationsOf(cell)) {
+      const [column, row] = [x - center[0], y - center[1]].map((offset) => ((offset * data.grid) / cells + 0.5) * bins - 0.5);
+      for (let r = Math.max(Math.ceil(row - reach), 0); r <= Math.min(row + reach, bins - 1); r++) {
+        for (let c = Math.max(Math.ceil(column - reach), 0); c <= Math.min(column + reach, bins - 1); c++) {
+          heat[r * bins + c] += weight * Math.exp(-((r - row) ** 2 + (c - column) ** 2) / reach);
+        }
       }
     }
-  }
-  // The hottest percent saturates, so that a single spot does not darken the rest.
-  const hot = Float32Array.from(heat).sort()[Math.floor(heat.length * 0.99)];
+  });
+  const hottest = Math.max(...heat) || 1;
   const layer = document.createElement("canvas");
   layer.width = layer.height = bins;
   const pixels = new ImageData(bins, bins);
   heat.forEach((value, at) => {
-    const level = Math.min(value / hot, 1);
-    pixels.data.set([70 + 185 * Math.min(1, 1.7 * level), 10 + 215 * level ** 1.6, 140 * (1 - level) ** 1.5, 255 * Math.min(1, 1.6 * level)], 4 * at);
+    const level = Math.sqrt(value / hottest);  // the square root shows the tail
+    pixels.data.set([255 - 226 * level, 255 - 177 * level, 255 - 39 * level, 255], 4 * at);
   });
   layer.getContext("2d").putImageData(pixels, 0, 0);
-  const [context, side] = prepare(target);
-  context.fillStyle = "#fff";
-  context.fillRect(0, 0, side, side);
-  context.globalAlpha = 0.5;
-  context.filter = "grayscale(1)";
-  context.drawImage(pictures.original, 0, 0, side, side);
-  context.filter = "none";
-  context.globalAlpha = 1;
+  const [context, side] = prepare(canvas("offsets"));
   context.drawImage(layer, 0, 0, side, side);
+  context.strokeStyle = "rgba(120, 120, 120, .28)";
+  context.lineWidth = 0.5;
+  for (let line = 1; line < cells; line++) {
+    context.beginPath();
+    context.moveTo((line * side) / cells, 0); context.lineTo((line * side) / cells, side);
+    context.moveTo(0, (line * side) / cells); context.lineTo(side, (line * side) / cells);
+    context.stroke();
+  }
+  context.strokeStyle = "#111";
+  context.lineWidth = 2;
+  context.strokeRect((2 * side) / cells, (2 * side) / cells, side / cells, side / cells);
 }
 
-function drawHeatMaps() {
-  const learned = data.points.flatMap((flat) => {
-    const places = [];
-    for (let at = 0; at < flat.length; at += 3) places.push([flat[at] / data.units, flat[at + 1] / data.units, flat[at + 2]]);
-    return places;
-  });
-  const fixed = data.tokens.map((_, cell) => [((cell % data.grid) + 0.5) / data.grid, (Math.floor(cell / data.grid) + 0.5) / data.grid, 1]);
-  drawHeat(canvas("heat"), learned);
-  drawHeat(canvas("grid"), fixed);
+function drawOverviews() {
+  drawArrows();
+  drawOffsets();
 }
 
 function buildIds() {
@@ -182,8 +207,8 @@ function showTexts() {
   const cell = active();
   const count = changed().length;
   write("token", cell === null ? "" : `row ${Math.floor(cell / data.grid) + 1}, column ${(cell % data.grid) + 1}`);
-  write("ids", cell === null ? `${new Set(tokens).size} different` : `token ${tokens[cell]} of 0 to ${data.codebook - 1}`);
-  write("decoded", count ? "After your edit" : "Reconstruction");
+  write("ids", cell === null ? `${new Set(tokens).size} different tokens` : `token ${tokens[cell]} of 0 to ${data.codebook - 1}`);
+  write("decoded", count ? "Decoded after your edit" : "Reconstruction");
   write("quality", count ? `${count} of ${tokens.length} tokens changed` : `PSNR ${data.psnr.toFixed(1)} dB from ${tokens.length} tokens`);
   find(".vt-hint").textContent = HINTS[mode];
   find('[data-action="undo"]').disabled = !past.length;
@@ -245,7 +270,7 @@ function cellAt(event) {
   return inside ? row * data.grid + column : null;
 }
 
-// A fast pointer reports some of the cells on its way only.
+// A fast pointer skips cells on its way.
 function cellsBetween(from, to) {
   const [fromRow, toRow] = [from, to].map((cell) => Math.floor(cell / data.grid));
   const [fromColumn, toColumn] = [from, to].map((cell) => cell % data.grid);
@@ -272,7 +297,7 @@ root.addEventListener("pointerdown", (event) => {
   event.preventDefault();
   event.target.releasePointerCapture?.(event.pointerId);
   press(cell);
-  // A finger does not hover: what it left must not look pointed at.
+  // A finger does not hover, so nothing stays highlighted after a touch.
   if (event.pointerType === "touch") { pointed = null; show(); }
 });
 window.addEventListener("pointerup", () => {
@@ -306,7 +331,7 @@ find(".vt-tools").addEventListener("click", (event) => {
   else if (action === "reset") { commit(data.tokens); decode(); }
   show();
 });
-new ResizeObserver(() => { if (data && root.clientWidth) { drawHeatMaps(); show(); } }).observe(root);
+new ResizeObserver(() => { if (data && root.clientWidth) { drawOverviews(); show(); } }).observe(root);
 
 // -- what the server sends
 
@@ -322,11 +347,11 @@ async function load() {
   pictures = { original, reconstruction, edited: null };
   pointed = null;
   held = Math.floor(data.grid / 2) * data.grid + Math.floor(data.grid / 2);
-  const used = LEVEL_COLORS.slice(0, data.levels);
-  find('[data-text="legend"]').innerHTML = used.map((color) => `<i style="background:${color}"></i>`).join("") + " fine to coarse features; opacity is the weight";
-  write("spread", `${Math.round(100 * data.spread)} % of the weight lies outside of the token's own cell. On a fixed grid it would be none.`);
+  const used = Array.from({ length: data.levels }, (_, level) => data.colors[level % data.colors.length]);
+  find('[data-text="legend"]').innerHTML = used.map((color) => `<i style="background:${color}"></i>`).join("") + " fine to coarse features; opacity is the attention weight";
+  write("spread", `${Math.round(100 * data.spread)} % of the attention weight is outside of the token's own cell.`);
   buildIds();
-  drawHeatMaps();
+  drawOverviews();
   show();
 }
 
