@@ -1,9 +1,9 @@
 """
 VFMTok for the Hugging Face ecosystem: image tokens from frozen vision foundation models, and autoregressive generators
-that turn class labels into those tokens without classifier-free guidance (arXiv 2507.08441).
+that sample such tokens from class labels without classifier-free guidance (arXiv 2507.08441).
 
-Importing the package makes its models known to transformers' Auto classes and `image-tokens` to its `pipeline`.
-Names are imported when they are first used: torch, transformers and diffusers come with the first one that needs them.
+Importing the package registers its models with transformers' Auto classes and `image-tokens` with its `pipeline`.
+Names are imported on first use: torch, transformers and diffusers are imported with the first name that needs them.
 """
 
 from importlib import import_module
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 DEFAULT_CHECKPOINT = str(Path(__file__).parent / "checkpoints" / "emoji")
-"""Folder of the small pipeline that comes with the package: 64 x 64 emoji, fourteen classes."""
+"""Folder of the small pipeline that ships with the package: 64 x 64 emoji in fourteen classes."""
 
 _MODULES = {
     "VFMAEConfig": "modeling.configuration_vfmae",
@@ -55,8 +55,8 @@ _MODULES = {
     "enable_kernels": "hub_kernels",
 }
 
-# transformers takes seconds to import and knows no way to announce a class without its code. So ours are imported along
-# with it, whichever of the two is imported first.
+# transformers takes seconds to import, and its registries require the actual classes. So ours are registered when
+# transformers is imported, whichever of the two is imported first.
 when_imported("transformers")(lambda _: import_module("vfmtok_hf.modeling"))
 when_imported("transformers.pipelines")(lambda _: import_module("vfmtok_hf.modeling.image_tokens_vfmtok"))
 

@@ -1,4 +1,4 @@
-"""`python -m vfmtok_hf`: the `vfmtok` command, for launchers that want a module."""
+"""`python -m vfmtok_hf`: the `vfmtok` command, for launchers that need a module."""
 
 from vfmtok_hf.cli import app
 

@@ -100,7 +100,7 @@ def test_tokens(model, tmp_path):
         (("reconstruction", "images", "--features", "./missing"), "no model folder ./missing"),
         (("generation", "--reference", "images", "-o", "out", "-n", 3, "--features", "own"), "more than 3 images"),
         (("linear-probe", "--train", "images", "--test", "images"), "one folder of images per class"),
-        (("generation", "--reference", "images", "-o", "out", "-n", 8, "--features", "none"), "name a network"),
+        (("generation", "--reference", "images", "-o", "out", "-n", 8, "--features", "none"), "choose a network"),
         (
             ("generation", "--reference", "images", "-o", "out", "-n", 8, "--features", "own", "-g", 1, "-g", "inf"),
             "guidance_scale must be",

@@ -225,7 +225,9 @@ def test_a_link_restores_the_settings_in_another_browser(visit):
     page = visit("?label=moon&images=2&guidance=1.5&seed=1")
     before = settings_of(page)
     press(page, "Random")
-    expect(page.get_by_role("tabpanel").filter(visible=True).get_by_label("Seed", exact=True)).not_to_have_value(before["seed"])
+    expect(page.get_by_role("tabpanel").filter(visible=True).get_by_label("Seed", exact=True)).not_to_have_value(
+        before["seed"]
+    )
     drawn = settings_of(page)
     press(page, "Copy a link to these settings")
     expect(page.locator("#link textarea, #link input")).to_be_visible()

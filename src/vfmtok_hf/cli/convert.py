@@ -1,4 +1,4 @@
-"""`vfmtok convert`: one command for each kind of checkpoint."""
+"""`vfmtok convert`: one command per type of checkpoint."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,18 +25,21 @@ convert_app = typer.Typer(
 
 
 CheckpointOption = Annotated[
-    Path, typer.Option("--checkpoint", help="The original's file: `.pt`, `.bin` or `.safetensors`.")
+    Path, typer.Option("--checkpoint", help="Checkpoint of the original code: `.pt`, `.bin` or `.safetensors`.")
 ]
 FolderOption = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
-VisionCheckpointOption = Annotated[Path | None, typer.Option(help="Original DINOv2 file to include.")]
+VisionCheckpointOption = Annotated[Path | None, typer.Option(help="Original DINOv2 checkpoint to include.")]
 VisionModelOption = Annotated[
-    str | None, typer.Option(help="Instead: repository or folder of a transformers vision model.")
+    str | None, typer.Option(help="Repository or folder of a transformers vision model to include.")
 ]
-WeightsOption = Annotated[Literal["ema", "model"], typer.Option(help="Moving averages, or the last step's weights.")]
+WeightsOption = Annotated[
+    Literal["ema", "model"], typer.Option(help="Use the moving averages or the weights of the last step.")
+]
 ConfigOption = Annotated[
-    Path | None, typer.Option("--config", help="JSON object of configuration fields that shapes cannot tell.")
+    Path | None,
+    typer.Option("--config", help="JSON object of configuration fields that cannot be inferred from shapes."),
 ]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print what would happen, and write nothing.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print what would happen, without writing anything.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an existing model folder.")]
 
 
@@ -60,7 +63,7 @@ def convert_tokenizer(
     dry_run: DryRunOption = False,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """The image tokenizer. Without a vision model the result decodes, and encodes once it is given one."""
+    """Convert an image tokenizer. Without a vision model, the result can decode, and encode after you load one."""
     with one_line_errors():
         check_paths(checkpoint, output, dry_run, overwrite)
 
@@ -87,7 +90,7 @@ def convert_vfmae(
     dry_run: DryRunOption = False,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """The continuous autoencoder of VFMTok2. Without a vision model the result decodes, and encodes once it is given one."""
+    """Convert the continuous autoencoder of VFMTok2. Without a vision model, the result can decode, and encode after you load one."""
     with one_line_errors():
         from vfmtok_hf import conversion
 
@@ -115,7 +118,7 @@ def convert_ar(
     dry_run: DryRunOption = False,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """A next-token generator (GPT-B to GPT-3B)."""
+    """Convert a next-token generator (GPT-B to GPT-3B)."""
     convert_generator("ar", checkpoint, output, tokenizer, weights, config, dry_run, overwrite)
 
 
@@ -129,7 +132,7 @@ def convert_rar(
     dry_run: DryRunOption = False,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """A randomized-order generator (RAR-L to RAR-XXL)."""
+    """Convert a randomized-order generator (RAR-L to RAR-XXL)."""
     convert_generator("rar", checkpoint, output, tokenizer, weights, config, dry_run, overwrite)
 
 
@@ -143,7 +146,7 @@ def convert_generator(
     dry_run: bool,
     overwrite: bool,
 ) -> None:
-    """Convert a generator of either kind, alone or into a pipeline."""
+    """Convert a generator of either type, alone or to a pipeline."""
     with one_line_errors():
         check_paths(checkpoint, output, dry_run, overwrite)
 
@@ -185,7 +188,7 @@ def convert_dit(
     dry_run: DryRunOption = False,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """The diffusion transformer of VFMTok2 (DiTDH-XL)."""
+    """Convert the diffusion transformer of VFMTok2 (DiTDH-XL)."""
     with one_line_errors():
         from vfmtok_hf import conversion
 

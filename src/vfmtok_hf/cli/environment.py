@@ -1,4 +1,4 @@
-"""What is installed, what it runs on, and what a checkpoint is: facts for people and for bug reports."""
+"""Versions, device and checkpoint, for `vfmtok info` and bug reports."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -22,12 +22,12 @@ PACKAGES = (
 
 
 def default_device() -> torch.device:
-    """The accelerator if there is one, else the CPU."""
+    """The accelerator if available, otherwise the CPU."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def environment_facts() -> dict[str, str]:
-    """Versions of what takes part, the device that would be used, and its implementation of deformable attention."""
+    """Versions of the libraries, the default device, and its implementation of deformable attention."""
     device = default_device()
     facts = {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}}
     facts["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
@@ -58,7 +58,7 @@ def checkpoint_facts(name_or_path: str) -> dict[str, str]:
         OSError: there is none.
     """
     facts = {"path": str(name_or_path)}
-    if has_file(name_or_path, "config.json"):  # which the root of a pipeline does not have
+    if has_file(name_or_path, "config.json"):  # the root of a pipeline has none
         facts |= model_facts(AutoConfig.from_pretrained(name_or_path))
     else:
         for name, model_class in saved_components(DiffusionPipeline.load_config(name_or_path)).items():

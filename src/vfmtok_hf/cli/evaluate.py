@@ -1,4 +1,4 @@
-"""`vfmtok evaluate`: each command calls one function of `vfmtok_hf.evaluation` and shows what it returns."""
+"""`vfmtok evaluate`: each command calls one function of `vfmtok_hf.evaluation` and prints its result."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,40 +32,39 @@ if TYPE_CHECKING:
     from vfmtok_hf.pipelines import VFMTokPipeline
 
 
-evaluate_app = typer.Typer(help="Measure tokenizers and generators.", no_args_is_help=True)
+evaluate_app = typer.Typer(help="Evaluate tokenizers and generators.", no_args_is_help=True)
 
 
 ResizeMode = Literal["reconstruction", "generation"]
 PicturesArgument = Annotated[
     list[str],
     typer.Argument(
-        help="Image files, and folders of them; or what the `datasets` library reads: parquet, arrow, WebDataset `.tar`, "
-        "or with `--split` a repository.",
+        help="Image files and folders, or a data set: parquet, arrow, WebDataset `.tar`, or a repository with `--split`.",
         show_default=False,
     ),
 ]
-SplitOption = Annotated[str | None, typer.Option(help="Of a data set. *Default: `train`.*")]
-ImageColumnOption = Annotated[str | None, typer.Option(help="Of a data set. *Default: the one with images.*")]
-StreamingOption = Annotated[bool, typer.Option("--streaming", help="Read a data set without storing it.")]
+SplitOption = Annotated[str | None, typer.Option(help="Split of a data set. *Default: `train`.*")]
+ImageColumnOption = Annotated[str | None, typer.Option(help="Column of a data set. *Default: the one with images.*")]
+StreamingOption = Annotated[bool, typer.Option("--streaming", help="Read a data set without storing it on disk.")]
 FeaturesOption = Annotated[
     str,
     typer.Option(
-        help="Network for FID and its like: `inception`; a vision model's folder or repository; `own` for the tokenizer's "
-        "vision model; for reconstruction also `none`."
+        help="Network for FID and other distances: `inception`, a folder or repository of a vision model, `own` for the "
+        "tokenizer's vision model, or for reconstruction `none`."
     ),
 ]
 FeatureSizeOption = Annotated[
-    int | None, typer.Option(min=1, help="Side in pixels of a vision model's input. *Default: its own.*")
+    int | None, typer.Option(min=1, help="Input size in pixels of a vision model. *Default: its own.*")
 ]
 InceptionWeightsOption = Annotated[
-    Path | None, typer.Option(help="torch-fidelity's file of weights. *Default: downloaded.*")
+    Path | None, typer.Option(help="File with torch-fidelity's Inception weights. *Default: download.*")
 ]
-ResultOption = Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for the result.")]
-DatasetOption = Annotated[str | None, typer.Option(help="Name of the data in tables. *Default: the path given.*")]
+ResultOption = Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write the result to.")]
+DatasetOption = Annotated[str | None, typer.Option(help="Name of the data in tables. *Default: the path.*")]
 
 
 def print_values(values: dict[str, float], features: str = "", remarks: Sequence[str] = ()) -> None:
-    """A table; metrics on features name their network, as their values compare with those of the same network only."""
+    """Print a table. Metrics on features name their network, because values of different networks are not comparable."""
     from vfmtok_hf.evaluation.results import METRIC_NAMES, OF_FEATURES
 
     table = Table("metric", "value")
@@ -81,7 +80,7 @@ def print_values(values: dict[str, float], features: str = "", remarks: Sequence
 def open_features(
     features: str, pipe: "VFMTokPipeline", size: int | None, inception_weights: Path | None
 ) -> "FeatureExtractor":
-    """What `--features` and its options mean."""
+    """Create the feature network of `--features` and its options."""
     from vfmtok_hf.evaluation.features import load_feature_extractor
 
     source = features if features in ("inception", "own") else resolve_model(features)
@@ -97,14 +96,17 @@ def reconstruction(
     features: FeaturesOption = "inception",
     feature_size: FeatureSizeOption = None,
     inception_weights: InceptionWeightsOption = None,
-    lpips: Annotated[Literal["alex", "vgg", "squeeze"] | None, typer.Option(help="*Default: no LPIPS.*")] = None,
-    size: Annotated[
-        int | None, typer.Option(min=8, help="Side to measure at; the paper's is 256. *Default: the model's.*")
+    lpips: Annotated[
+        Literal["alex", "vgg", "squeeze"] | None, typer.Option(help="Network of LPIPS. *Default: no LPIPS.*")
     ] = None,
-    resize: Annotated[ResizeMode, typer.Option(help="How to get to that size.")] = "reconstruction",
+    size: Annotated[
+        int | None,
+        typer.Option(min=8, help="Image size for the comparison; the paper uses 256. *Default: the model's.*"),
+    ] = None,
+    resize: Annotated[ResizeMode, typer.Option(help="How images are resized to that size.")] = "reconstruction",
     ssim: Annotated[
         Literal["original", "standard"],
-        typer.Option(help="`original` as in the original's script, `standard` as published."),
+        typer.Option(help="`original`: as in the original's script; `standard`: as published."),
     ] = "original",
     output: ResultOption = None,
     dataset: DatasetOption = None,
@@ -113,7 +115,7 @@ def reconstruction(
     dtype: DtypeOption = Dtype.float32,
     batch_size: BatchSizeOption = 16,
 ) -> None:
-    """rFID, rIS, PSNR, SSIM, LPIPS and codebook usage of a tokenizer; all but the last also of a continuous autoencoder."""
+    """Measure rFID, rIS, PSNR, SSIM and LPIPS of a tokenizer or a continuous autoencoder, and the codebook usage of a tokenizer."""
     with one_line_errors("eval"):
         from vfmtok_hf.data.output_files import check_output_file
 
@@ -158,26 +160,36 @@ def reconstruction(
 @evaluate_app.command()
 def generation(
     reference: Annotated[
-        Path, typer.Option(help="Real images: a folder, or a `.npz` of ADM's, with statistics or without.")
+        Path, typer.Option(help="Real images: a folder, or one of ADM's `.npz` files, with or without statistics.")
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for samples and results. A run cut off goes on there.")
+        Path, typer.Option("--output", "-o", help="Folder for samples and results. An interrupted run resumes there.")
     ],
     num_samples: Annotated[int, typer.Option("--num-samples", "-n", min=2)] = 50_000,
     guidance_scale: Annotated[
-        list[float] | None, typer.Option("--guidance-scale", "-g", help="Repeat it for a sweep. *Default: 1, none.*")
+        list[float] | None,
+        typer.Option("--guidance-scale", "-g", help="Guidance scale; repeat it for a sweep. *Default: 1 (off).*"),
     ] = None,
-    guidance_scale_pow: Annotated[float | None, typer.Option(help="Of a RAR generator.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="*Default: the checkpoint's.*")] = None,
-    top_k: Annotated[int | None, typer.Option(help="0 is off. *Default: the checkpoint's.*")] = None,
-    top_p: Annotated[float | None, typer.Option(help="1 is off. *Default: the checkpoint's.*")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Sample i is generated from seed + i.")] = 0,
+    guidance_scale_pow: Annotated[
+        float | None, typer.Option(help="Power of the guidance schedule, for RAR generators.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Sampling temperature. *Default: the checkpoint's.*")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Keep the k most probable tokens; 0 is off. *Default: the checkpoint's.*")
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Keep the most probable tokens up to this sum; 1 is off. *Default: the checkpoint's.*"),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Sample i uses seed + i.")] = 0,
     size: Annotated[
         int | None,
-        typer.Option(min=8, help="Side of samples and reference; the paper's is 256. *Default: the model's.*"),
+        typer.Option(min=8, help="Size of samples and reference; the paper uses 256. *Default: the model's.*"),
     ] = None,
-    resize: Annotated[ResizeMode, typer.Option(help="How samples get to that size.")] = "generation",
-    npz: Annotated[bool, typer.Option("--npz", help="Also write the samples as ADM's suite reads them.")] = False,
+    resize: Annotated[ResizeMode, typer.Option(help="How samples are resized to that size.")] = "generation",
+    npz: Annotated[bool, typer.Option("--npz", help="Also write the samples in the format of ADM's suite.")] = False,
     features: FeaturesOption = "inception",
     feature_size: FeatureSizeOption = None,
     inception_weights: InceptionWeightsOption = None,
@@ -185,10 +197,12 @@ def generation(
     model: ModelOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = Dtype.float32,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples generated at once, and in one file.")] = 64,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Samples that are generated at once and stored in one file.")
+    ] = 64,
 ) -> None:
     """
-    FID, sFID, IS, precision and recall of a generator, on samples of all classes equally often.
+    Measure FID, sFID, IS, precision and recall of a generator, on class-balanced samples.
 
     Several processes share the work: `accelerate launch -m vfmtok_hf evaluate generation ...`
     """
@@ -196,7 +210,7 @@ def generation(
         from vfmtok_hf.data.output_files import check_output_folder
 
         if features == "none":
-            raise ValueError("Samples are compared by their features: name a network with --features.")
+            raise ValueError("Samples are compared by features: choose a network with --features.")
         check_output_folder(output)
         resolve_model(model)
         quiet_libraries()
@@ -214,7 +228,7 @@ def generation(
         )
         from vfmtok_hf.evaluation.metrics import check_enough_images
 
-        # Unless it is told so, accelerate takes each of several processes on CPUs for the only one.
+        # By default, accelerate does not connect CPU processes.
         state = PartialState(cpu=str(device or default_device()) == "cpu")
         pipe = load_pipeline(model, device or str(state.device), dtype, generates=True, encodes=features == "own")
         size = size or pipe.vq_model.config.image_size
@@ -234,7 +248,7 @@ def generation(
             )
             for scale in scales
         ]
-        # Whatever can be wrong with settings, reference and features is to show before hours of sampling.
+        # Check settings, reference and features before hours of sampling.
         for setting in settings:
             check_sampling(pipe, setting)
         fingerprint, num_classes = model_fingerprint(pipe), pipe.transformer.config.num_classes
@@ -264,7 +278,7 @@ def generation(
 
 
 def generate_missing(pipe: "VFMTokPipeline", samples: "SampleFolder", process_index: int, num_processes: int) -> None:
-    """Generate this process's share of the missing samples, with a bar for the first process."""
+    """Generate this process's share of the missing samples, with a progress bar on the first process."""
     from vfmtok_hf.evaluation.generation import generate_samples
 
     total = sum(len(samples.chunks[chunk]) for chunk in samples.missing(process_index, num_processes))
@@ -281,7 +295,7 @@ def generate_missing(pipe: "VFMTokPipeline", samples: "SampleFolder", process_in
 def measure_samples(
     samples: "SampleFolder", real, extractor, dataset: str, npz: bool, batch_size: int
 ) -> "GenerationResult":
-    """Measure one folder of samples, show and write the result."""
+    """Evaluate one folder of samples, print and write the result."""
     from vfmtok_hf.evaluation.generation import evaluate_generation, write_samples_npz
     from vfmtok_hf.evaluation.results import save_measurement
 
@@ -306,7 +320,7 @@ def measure_samples(
 
 
 def write_sweep(scales: list[float], results: list["GenerationResult"], output: Path) -> None:
-    """The curve over all scales as a figure, and its points as CSV."""
+    """Write the curve over all scales as a figure and as CSV."""
     import csv
 
     from vfmtok_hf.data.output_files import whole_file
@@ -325,17 +339,19 @@ def linear_probe(
     train: Annotated[
         str,
         typer.Option(
-            help="Folder of `class_name/image.png` to train the classifier on; or what the `datasets` library reads: "
-            "parquet, arrow, WebDataset `.tar`, or with `--train-split` a repository."
+            help="Training data: a folder of `class_name/image.png`, or a data set: parquet, arrow, WebDataset `.tar`, or a "
+            "repository with `--train-split`."
         ),
     ],
-    test: Annotated[str, typer.Option(help="The same, to test it on.")],
-    train_split: Annotated[str | None, typer.Option(help="Of a data set. *Default: `train`.*")] = None,
-    test_split: Annotated[str | None, typer.Option(help="Of a data set. *Default: `test`.*")] = None,
+    test: Annotated[str, typer.Option(help="Test data, as for --train.")],
+    train_split: Annotated[str | None, typer.Option(help="Split of a data set. *Default: `train`.*")] = None,
+    test_split: Annotated[str | None, typer.Option(help="Split of a data set. *Default: `test`.*")] = None,
     image_column: ImageColumnOption = None,
-    label_column: Annotated[str | None, typer.Option(help="Of a data set. *Default: the one with classes.*")] = None,
+    label_column: Annotated[
+        str | None, typer.Option(help="Column of a data set. *Default: the one with classes.*")
+    ] = None,
     epochs: Annotated[int, typer.Option(min=1)] = 90,
-    views: Annotated[int, typer.Option(min=1, help="Augmentations of each training image, in turn.")] = 8,
+    views: Annotated[int, typer.Option(min=1, help="Augmentations of each training image.")] = 8,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     output: ResultOption = None,
     dataset: DatasetOption = None,
@@ -344,7 +360,7 @@ def linear_probe(
     dtype: DtypeOption = Dtype.float32,
     batch_size: BatchSizeOption = 32,
 ) -> None:
-    """Linear classifiers on the tokenizer's embedding, its tokens, its vision model, and raw pixels."""
+    """Train linear probes on the tokenizer's embedding, its tokens, its vision model, and raw pixels."""
     with one_line_errors("eval"):
         from vfmtok_hf.data.output_files import check_output_file
 
@@ -397,7 +413,7 @@ def tokens(
     dtype: DtypeOption = Dtype.float32,
     batch_size: BatchSizeOption = 16,
 ) -> None:
-    """How the codebook is used, and where in the images the anchors look."""
+    """Measure codebook usage, and plot where in the images the anchors look."""
     with one_line_errors("eval"):
         import json
         from itertools import islice

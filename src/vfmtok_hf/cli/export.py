@@ -35,13 +35,15 @@ def export(
         ),
     ] = "onnx",
     parts: Annotated[
-        list[GraphPart] | None, typer.Option("--part", "-p", help="May be repeated. *Default: all there are.*")
+        list[GraphPart] | None, typer.Option("--part", "-p", help="Part to export; may be repeated. *Default: all.*")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="The graphs' only batch size. *Default: any.*")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Fixed batch size of the graphs. *Default: any.*")
+    ] = None,
     model: ModelOption = None,
 ) -> None:
     """
-    Models as graphs that run without this package, compared with the models before they appear.
+    Export models to graphs that run without this package. Each graph is compared with its model first.
 
     `vfmtok export --format onnx --output emoji-onnx`
     """

@@ -30,28 +30,30 @@ LABELS_HELP = "Classes by name or number; `vfmtok info --labels` lists them."
 GuidanceOption = Annotated[
     float,
     typer.Option(
-        help="Classifier-free guidance; 1 is none.",
+        help="Scale of classifier-free guidance; 1 is off.",
         callback=requires(lambda value: 0 <= value < math.inf, "must be 1 (none) or larger."),
     ),
 ]
 TemperatureOption = Annotated[
     float | None,
     typer.Option(
-        help="*Default: the checkpoint's.*",
+        help="Sampling temperature. *Default: the checkpoint's.*",
         callback=requires(
             lambda value: 0 < value < math.inf, "must be above 0; --top-k 1 takes the most probable token."
         ),
     ),
 ]
-TopKOption = Annotated[int | None, typer.Option(min=0, help="0 is off. *Default: the checkpoint's.*")]
+TopKOption = Annotated[
+    int | None, typer.Option(min=0, help="Keep the k most probable tokens; 0 is off. *Default: the checkpoint's.*")
+]
 TopPOption = Annotated[
     float | None,
     typer.Option(
-        help="1 is off. *Default: the checkpoint's.*",
+        help="Keep the most probable tokens up to this sum; 1 is off. *Default: the checkpoint's.*",
         callback=requires(lambda value: 0 < value <= 1, "must be above 0 and at most 1 (off)."),
     ),
 ]
-SeedOption = Annotated[int, typer.Option(min=0, help="Image i is generated from seed + i, whatever the batch size.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="Image i uses seed + i, for any batch size.")]
 
 
 class ManyLabelsCommand(typer.core.TyperCommand):
@@ -102,7 +104,7 @@ def generate(
     batch_size: BatchSizeOption = 16,
 ) -> None:
     """
-    Generate images of classes.
+    Generate images from class labels.
 
     `vfmtok generate smiley heart --seed 0 --output grid.png`
     """

@@ -9,7 +9,9 @@ from vfmtok_hf.cli.options import one_line_errors, output_console, quiet_librari
 
 
 def push(
-    source: Annotated[Path, typer.Argument(help="Folder of a saved model; with `--convert` a file of the original.")],
+    source: Annotated[
+        Path, typer.Argument(help="Folder of a saved model, or with `--convert` an original checkpoint.")
+    ],
     repo_id: Annotated[str, typer.Argument(metavar="REPOSITORY", help="Such as `you/vfmtok-ar-b`.")],
     convert: Annotated[
         Literal["tokenizer", "ar", "rar", "vfmae", "dit"] | None,
@@ -23,28 +25,29 @@ def push(
         str | None, typer.Option(help="With a generator: image tokenizer, or VFMAE, to publish along, as a pipeline.")
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="With `--convert`: JSON object of fields that shapes cannot tell.")
+        Path | None, typer.Option(help="With `--convert`: JSON object of fields that cannot be inferred from shapes.")
     ] = None,
     latent_statistics: Annotated[
         Path | None,
         typer.Option(help="With `--convert vfmae`: `released`, or a file of the statistics that denoisers need."),
     ] = None,
-    license: Annotated[str, typer.Option(help="Of the weights, as the Hub abbreviates it.")] = "apache-2.0",
-    base_model: Annotated[str | None, typer.Option(help="Repository that the weights come from.")] = None,
+    license: Annotated[str, typer.Option(help="License of the weights, in the Hub's notation.")] = "apache-2.0",
+    base_model: Annotated[str | None, typer.Option(help="Repository from which the weights are derived.")] = None,
     metrics: Annotated[
-        Path | None, typer.Option(help="JSON list of figures for the card, in the fields of the Hub's `model-index`.")
+        Path | None,
+        typer.Option(help="JSON list of metrics for the card, with the fields of the Hub's `model-index`."),
     ] = None,
     results: Annotated[
-        list[Path] | None, typer.Option(help="Result of `vfmtok evaluate` for the card. *May be repeated.*")
+        list[Path] | None, typer.Option(help="Result file of `vfmtok evaluate` for the card. *May be repeated.*")
     ] = None,
     samples: Annotated[int, typer.Option(min=0, help="Images to generate for the card of a pipeline.")] = 0,
-    private: Annotated[bool, typer.Option("--private", help="Make a private repository.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Do everything, show files and card, and send nothing.")
+        bool, typer.Option("--dry-run", help="Print files and card, without uploading anything.")
     ] = False,
 ) -> None:
     """
-    Publish a model with its card and code.
+    Upload a model with its card and code to the Hub.
 
     `vfmtok push runs/mine/model you/mine --dry-run`
     """
@@ -58,7 +61,7 @@ def push(
         from vfmtok_hf import hub
         from vfmtok_hf.evaluation.results import measured_results
 
-        # What is not given on the command line is left to what is known of the checkpoint.
+        # Options that are not set on the command line use what is known about the checkpoint.
         given = {"license": license, "base_model": base_model, "metrics": metrics and hub.read_metrics(metrics)}
         options = {name: value for name, value in given.items() if value is not None}
         options["results"] = [figure for file in results or [] for figure in measured_results(file)]

@@ -18,7 +18,7 @@ def info(
     model: ModelOption = None,
     labels: Annotated[bool, typer.Option("--labels", help="Print the numbers and names of the classes.")] = False,
 ) -> None:
-    """Versions, device, kernel, and what the checkpoint contains."""
+    """Print versions, device, kernel and checkpoint."""
     with one_line_errors():
         name_or_path = resolve_model(model)
         if labels:

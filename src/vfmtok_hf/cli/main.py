@@ -1,8 +1,8 @@
 """
-The `vfmtok` command: its table of commands.
+The `vfmtok` command and its subcommands.
 
-Exit codes: 0 done, 1 failed with one line on stderr, 2 wrong usage. Commands import what they need when they run, so
-that `--help` stays quick.
+Exit codes: 0 success, 1 failure with one line on stderr, 2 wrong usage. Commands import what they need when they run, so
+`--help` stays fast.
 """
 
 from typing import Annotated
@@ -23,7 +23,7 @@ from vfmtok_hf.cli.training import extract_tokens, plot, train_app
 
 app = typer.Typer(
     name="vfmtok",
-    help="VFMTok: images to image tokens and back, and images from class labels.",
+    help="VFMTok: generate images from class labels, and encode images to image tokens and back.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,

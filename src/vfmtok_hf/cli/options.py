@@ -1,4 +1,4 @@
-"""What the commands of `vfmtok` share: options, the two consoles, progress, errors in one line, and loading a pipeline."""
+"""Shared parts of the commands: options, consoles, progress, one-line errors, and loading a pipeline."""
 
 import json
 import logging
@@ -59,26 +59,30 @@ class Dtype(str, Enum):
 
 ModelOption = Annotated[
     str | None,
-    typer.Option("--model", "-m", help="Pipeline folder or repository. *Default: the checkpoint in this package.*"),
+    typer.Option(
+        "--model", "-m", help="Pipeline folder or repository. *Default: the emoji checkpoint of the package.*"
+    ),
 ]
 DeviceOption = Annotated[
-    str | None, typer.Option(help="Such as `cpu` or `cuda:1`. *Default: the accelerator, if there is one.*")
+    str | None, typer.Option(help="Such as `cpu` or `cuda:1`. *Default: the accelerator, if available.*")
 ]
 DtypeOption = Annotated[Dtype, typer.Option(help="Precision of the models.")]
-BatchSizeOption = Annotated[int, typer.Option(min=1, help="Images at once. It bounds memory and changes no result.")]
-PicturesOption = Annotated[
-    Path, typer.Option("--output", "-o", help="A picture for one grid, or a folder for single files.")
+BatchSizeOption = Annotated[
+    int, typer.Option(min=1, help="Images per batch. It limits memory and does not change results.")
 ]
-ImagesArgument = Annotated[list[Path], typer.Argument(help="Image files, and folders of them.", show_default=False)]
+PicturesOption = Annotated[
+    Path, typer.Option("--output", "-o", help="An image file for one grid, or a folder for single files.")
+]
+ImagesArgument = Annotated[list[Path], typer.Argument(help="Image files and folders.", show_default=False)]
 
 
 @contextmanager
 def one_line_errors(extra: str = "pipeline") -> Iterator[None]:
     """
-    Turn what can go wrong outside this program into one line on stderr and exit code 1.
+    Convert expected errors to one line on stderr and exit code 1.
 
     Args:
-        extra (`str`): of this package's extras the one that brings what the command imports.
+        extra (`str`): the extra that installs what the command imports.
     """
     try:
         yield
@@ -91,7 +95,7 @@ def one_line_errors(extra: str = "pipeline") -> Iterator[None]:
 
 
 def requires(is_good: Callable[[float], bool], message: str) -> Callable[[float | None], float | None]:
-    """A callback of an option, whose value has to be good or absent."""
+    """A callback that validates an option if it is set."""
 
     def check(value: float | None) -> float | None:
         if value is not None and not is_good(value):
@@ -138,8 +142,8 @@ class ProgressLines:
 
 def resolve_model(model: str | None) -> str:
     """
-    The folder or repository that a name means; without one the embedded checkpoint. A folder that is not there would be
-    taken for a repository.
+    The folder or repository of a name, by default the emoji checkpoint. A missing folder would otherwise be treated as a
+    repository.
     """
     import vfmtok_hf
 
@@ -175,9 +179,9 @@ def load_pipeline(
     reconstructs: bool = False,
 ) -> "VFMTokPipeline | VFMTokDiTPipeline":
     """
-    The pipeline on its device, with compiled kernels where there are any and the libraries' own progress bars off.
+    Load the pipeline on its device, with compiled kernels if available and without the libraries' progress bars.
 
-    Unless it `generates`, an image tokenizer alone will do; if it `encodes`, a light one gets its vision model. If it
+    Unless it `generates`, an image tokenizer alone is enough; if it `encodes`, the vision model of a light one is loaded. If it
     `reconstructs`, it may also be a continuous autoencoder, alone or in its pipeline.
     """
     name_or_path = resolve_model(model)
@@ -195,7 +199,7 @@ def load_pipeline(
     torch_dtype = getattr(torch, dtype.torch_name)
     if generates:
         pipe = VFMTokPipeline.from_pretrained(name_or_path, dtype=torch_dtype)
-    elif has_file(name_or_path, "config.json"):  # which the root of a pipeline does not have
+    elif has_file(name_or_path, "config.json"):  # the root of a pipeline has none
         if reconstructs and AutoConfig.from_pretrained(name_or_path).model_type == "vfmae":
             pipe = VFMTokDiTPipeline.from_autoencoder(name_or_path, dtype=torch_dtype)
         else:

@@ -33,16 +33,16 @@ def tokenize(
         typer.Option(
             "--output",
             "-o",
-            help="`.safetensors`, `.parquet` (a data set), or `.npy` with the names in a file beside it.",
+            help="`.safetensors`, `.parquet` (a data set), or `.npy` with the names in a file next to it.",
         ),
     ] = Path("tokens.safetensors"),
-    skip_errors: Annotated[bool, typer.Option(help="Report images that cannot be used, and go on.")] = False,
+    skip_errors: Annotated[bool, typer.Option(help="Report and skip images that cannot be used.")] = False,
     model: ModelOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = Dtype.float32,
     batch_size: BatchSizeOption = 16,
 ) -> None:
-    """Images to image tokens. Folders are read batch by batch."""
+    """Encode images to image tokens. Folders are read batch by batch."""
     with one_line_errors():
         from vfmtok_hf.data.files import find_images
         from vfmtok_hf.data.output_files import check_output_file, check_token_suffix
@@ -70,7 +70,9 @@ def tokenize(
 
 
 def detokenize(
-    tokens: Annotated[Path, typer.Argument(help="File of image tokens, as of `vfmtok tokenize`.", show_default=False)],
+    tokens: Annotated[
+        Path, typer.Argument(help="File of image tokens, such as from `vfmtok tokenize`.", show_default=False)
+    ],
     output: PicturesOption = Path("images"),
     size: Annotated[int | None, typer.Option(min=1, help="Side in pixels. *Default: the model's.*")] = None,
     model: ModelOption = None,
@@ -78,7 +80,7 @@ def detokenize(
     dtype: DtypeOption = Dtype.float32,
     batch_size: BatchSizeOption = 16,
 ) -> None:
-    """Image tokens to images."""
+    """Decode image tokens to images."""
     with one_line_errors():
         from vfmtok_hf.data.output_files import check_picture_output, check_token_suffix, picture_names
 
@@ -113,8 +115,8 @@ def reconstruct(
     batch_size: BatchSizeOption = 16,
 ) -> None:
     """
-    Images through their image tokens, or the latents of a continuous autoencoder, and back: originals beside
-    reconstructions, and the PSNR of each.
+    Encode images to image tokens, or to the latents of a continuous autoencoder, and decode them. Shows originals next to
+    reconstructions, with their PSNR.
     """
     with one_line_errors():
         from vfmtok_hf.data.files import find_images

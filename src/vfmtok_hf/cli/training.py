@@ -1,4 +1,4 @@
-"""`vfmtok train`, and `vfmtok extract-tokens` and `vfmtok plot` before and after it."""
+"""`vfmtok train`, `vfmtok extract-tokens` and `vfmtok plot`."""
 
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from vfmtok_hf.cli.options import (
 
 
 train_app = typer.Typer(help="Train image tokenizers and generators.", no_args_is_help=True)
-# The trainers have a parser of their own, which also knows --help.
+# The trainers have their own parser, which also handles --help.
 OWN_PARSER = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
@@ -28,31 +28,34 @@ def extract_tokens(
     data: Annotated[
         str,
         typer.Argument(
-            help="Folder of class folders, or what the `datasets` library reads: parquet, arrow, `.tar`, a repository.",
+            help="Folder of class folders, or a data set: parquet, arrow, `.tar`, or a repository.",
             show_default=False,
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the set. An unfinished one goes on.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder of the token set. An unfinished one is continued.")
+    ],
     crops: Annotated[Literal["random", "ten", "center"], typer.Option(help="Views of each image.")] = "random",
     num_crops: Annotated[int, typer.Option(min=1, help="Random crops per image.")] = 4,
     crop_scale: Annotated[
-        tuple[float, float], typer.Option(help="Range of their side, as a share of the image's shorter side.")
+        tuple[float, float], typer.Option(help="Range of their side, relative to the image's shorter side.")
     ] = (0.8, 1.0),
     horizontal_flip: Annotated[
-        bool, typer.Option(help="Mirror half of them, or add the central one's mirror image.")
+        bool, typer.Option(help="Mirror half of them, or with center crops add the mirror image.")
     ] = True,
     codebook_top_k: Annotated[
-        int, typer.Option(min=1, help="2 adds the second-nearest codebook rows (VFMTok-RAR).")
+        int,
+        typer.Option(min=1, help="Token sequences per view; 2 adds the second-nearest codebook rows (VFMTok-RAR)."),
     ] = 1,
-    split: Annotated[str, typer.Option(help="Of what the `datasets` library reads.")] = "train",
-    shard_size: Annotated[int, typer.Option(min=1, help="Images in a file.")] = 4096,
+    split: Annotated[str, typer.Option(help="Split of a data set.")] = "train",
+    shard_size: Annotated[int, typer.Option(min=1, help="Images per file.")] = 4096,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     model: ModelOption = None,
     device: DeviceOption = None,
     batch_size: BatchSizeOption = 32,
 ) -> None:
     """
-    Labeled images to a set of image tokens for the training of generators.
+    Encode labeled images to a token set for training generators.
 
     Several processes: `torchrun --nproc_per_node N -m vfmtok_hf.training.extract_tokens`.
     """
@@ -98,10 +101,10 @@ def extract_tokens(
 def plot(
     runs: Annotated[list[Path], typer.Argument(help="Folders of training runs.", show_default=False)],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Picture. *Default: `curves.png` in the first run.*")
+        Path | None, typer.Option("--output", "-o", help="Image file. *Default: `curves.png` in the first run.*")
     ] = None,
 ) -> None:
-    """Curves of losses and metrics over the steps of training runs, those of several runs in one picture."""
+    """Plot losses and metrics over the steps of one or several training runs."""
     with one_line_errors("plot"):
         from vfmtok_hf.data.output_files import check_output_file
         from vfmtok_hf.plotting import plot_training_curves, save_figure
