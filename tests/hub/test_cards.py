@@ -61,7 +61,7 @@ def test_card_counts_what_the_weights_hold(folder):
     total = sum(
         tensor.numel() for model in (pipe.vq_model, pipe.transformer) for tensor in model.state_dict().values()
     )
-    assert f"| weights | {total:,} |" in model_card(folder, "me/thing").text
+    assert f"| parameters | {total:,} |" in model_card(folder, "me/thing").text
 
 
 def test_card_shows_the_pictures_of_the_folder(folder, tmp_path):
