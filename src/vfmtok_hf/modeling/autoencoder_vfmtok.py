@@ -207,7 +207,7 @@ class VFMTokAutoencoder(CheckedModelMixin, PreTrainedModel):
         return loaded
 
     def unread_weights(self, names: list[str]) -> set[str]:
-        """Versions of timm differ in the weights that a vision model keeps after its last feature level."""
+        """Those of `names` that nothing reads: versions of timm differ in the weights after the last feature level."""
         if self.vision_model is None or self.config.vision_config.model_type != "timm_wrapper":
             return set()
         read = read_weights(self.vision_model, self.config)

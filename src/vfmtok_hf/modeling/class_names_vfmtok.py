@@ -105,7 +105,7 @@ def match_class_names(new_names: Sequence[str], old_names: Sequence[str]) -> lis
 
 
 def short_class_name(id2label: dict[int, str], class_id: int) -> str:
-    """The first synonym of a class's name in `id2label`, or its number if it has no name."""
+    """The first synonym of the name of `class_id` in `id2label`, or its number if it has no name."""
     return id2label.get(class_id, str(class_id)).partition(",")[0].strip()
 
 

@@ -345,7 +345,7 @@ class VFMTokGenerationMixin(GenerationMixin):
         return DecodeCache(self.config.num_hidden_layers, max_length, num_lengths)
 
     def prepare_step(self, position: int, cache: DecodeCache) -> None:
-        """Hook before the decode step at `position`, for models that precompute parts of several steps."""
+        """Called before the decode step at `position`, for models that precompute parts of several steps in `cache`."""
 
     def compile_decoding(self, **options) -> None:
         """

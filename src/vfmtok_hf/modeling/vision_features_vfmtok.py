@@ -262,7 +262,7 @@ def transformer_tokens(
 
 
 def read_weights(vision_model: nn.Module, config: AutoencoderConfigMixin) -> set[str]:
-    """Names of the parameters that the feature levels depend on, and of the buffers in the same modules."""
+    """Names of the parameters of `vision_model` that the feature levels in `config` depend on, and of buffers in their modules."""
     parameters = dict(vision_model.named_parameters())
     example = next(iter(parameters.values()))
     images = example.new_zeros(1, 3, config.vision_image_size, config.vision_image_size)
