@@ -100,7 +100,7 @@ def test_long_names_stay_different_and_can_be_written(letter, tmp_path):
 
 
 def test_names_that_are_no_utf8_can_be_written(tmp_path):
-    name = os.fsdecode(b"caf\xe9")
+    name = os.fsdecode(b"M\xfcnchen")
     (file,) = picture_names([name])
     save_picture(picture("red"), tmp_path / file)
     assert os.listdir(tmp_path) == [f"{name}.png"]

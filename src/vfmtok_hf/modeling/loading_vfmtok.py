@@ -159,7 +159,7 @@ class CheckedConfigMixin:
         """Validate relations between fields."""
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """
         As in transformers.
 
@@ -172,7 +172,7 @@ class CheckedConfigMixin:
             errors_naming(source),
             subfolder_named(source, cls.__name__, "config.json", "model_type", cls.model_type, kwargs),
         ):
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
