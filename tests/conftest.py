@@ -49,6 +49,7 @@ MARKS = {
         "tests/hub/test_loading.py",
         "tests/hub/test_portable.py",
         "tests/hub/test_pushes.py",
+        "tests/serving/test_process.py",
         "tests/test_registration.py",
     ),
 }

@@ -211,7 +211,7 @@ def decode_all(model, cache, tokens, first=0):
     steps = []
     for position in range(first, cache.max_length):
         cache.show(position + 1)
-        model.prepare_step(position, cache)
+        model.prepare_step(torch.tensor(position), cache)
         steps.append(model.decode_step(tokens[:, max(position - count, 0)], torch.tensor(position), cache))
     return torch.stack(steps, dim=1)
 
@@ -231,6 +231,24 @@ def test_a_prefix_enters_the_cache_in_one_call_or_position_by_position(model, le
     rest = decode_all(model, at_once, tokens, first=count + length)
     torch.testing.assert_close(rest, stepwise[:, length + 1 :], atol=1e-5, rtol=0)
     torch.testing.assert_close(stepwise, model(LABELS, tokens).logits, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_rows_of_a_step_may_be_at_different_positions(model):
+    tokens, count = torch.randint(model.config.codebook_size, (4, 9)), model.num_condition_tokens
+    together, apart = model.new_cache(), model.new_cache()
+    model(LABELS, tokens[:, :0], cache=together)
+    model(LABELS, tokens[:, :0], cache=apart)
+    expected = decode_all(model, together, tokens)
+    delays = torch.arange(4)
+    for step in range(apart.max_length):
+        positions = (step - delays).clamp(min=0)
+        if step <= delays[-1]:  # a row that has not begun begins again
+            model.begin(apart, LABELS)
+        model.prepare_step(positions, apart)
+        read = tokens.gather(1, (positions - count).clamp(min=0)[:, None])[:, 0]
+        logits = model.decode_step(read, positions, apart)
+        torch.testing.assert_close(logits, expected[torch.arange(4), positions], atol=1e-5, rtol=0)
 
 
 @torch.no_grad()

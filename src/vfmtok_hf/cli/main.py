@@ -17,6 +17,7 @@ from vfmtok_hf.cli.generate import ManyLabelsCommand, generate, inpaint
 from vfmtok_hf.cli.hub import push
 from vfmtok_hf.cli.info import info
 from vfmtok_hf.cli.options import output_console
+from vfmtok_hf.cli.serve import serve
 from vfmtok_hf.cli.tokenize import detokenize, reconstruct, tokenize
 from vfmtok_hf.cli.training import extract_tokens, plot, train_app
 
@@ -55,6 +56,7 @@ app.command()(export)
 app.command()(info)
 app.command()(plot)
 app.command()(push)
+app.command()(serve)
 app.add_typer(convert_app, name="convert")
 app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(train_app, name="train")

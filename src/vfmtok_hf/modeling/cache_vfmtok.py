@@ -9,6 +9,13 @@ def kind_of(tensor: torch.Tensor) -> tuple:
     return tensor.shape, tensor.dtype, tensor.device, tensor.is_inference()
 
 
+def at_position(states: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """Select `(rows, 1, size)` from `(rows, length, size)` states: `position` is `()` for all rows, or `(rows,)`."""
+    if position.ndim == 0:
+        return states.index_select(1, position[None])
+    return states.take_along_dim(position[:, None, None], dim=1)
+
+
 class FixedTensors(nn.Module):
     """A module with buffers, which torch.compile treats as tensors with fixed addresses, as CUDA graphs require."""
 
@@ -54,8 +61,8 @@ class LayerCache(FixedTensors):
         Args:
             keys, values (`torch.Tensor` of shape `(rows, heads, length, head_dim)`):
                 Keys and values of the first positions of a sequence, or of the single one at `position`, for the first rows.
-            position (`torch.LongTensor` of shape `()`, *optional*).
-            attention_mask (`torch.Tensor` of shape `(1, 1, 1, visible_length)`, *optional*): for a single position.
+            position (`torch.LongTensor` of shape `()` or `(rows,)`, *optional*): one for all rows, or one per row.
+            attention_mask (`torch.Tensor` of shape `(1 or rows, 1, 1, visible_length)`, *optional*): for a single position.
 
         Returns:
             `tuple(torch.Tensor)`: the arguments if they start the sequence, otherwise the cached ones of these rows, `(rows,
@@ -69,8 +76,11 @@ class LayerCache(FixedTensors):
             self.store("values", nn.functional.pad(values.to(dtype), padding))
             return keys, values
         own_keys, own_values = self.keys[: keys.shape[0]], self.values[: keys.shape[0]]
-        own_keys[:, :, position[None]] = keys.to(own_keys.dtype)
-        own_values[:, :, position[None]] = values.to(own_values.dtype)
+        for cached, new in ((own_keys, keys), (own_values, values)):
+            if position.ndim == 0:
+                cached[:, :, position[None]] = new.to(cached.dtype)
+            else:
+                cached[torch.arange(len(new), device=new.device), :, position] = new[:, :, 0].to(cached.dtype)
         length = attention_mask.shape[-1]
         return own_keys[:, :, :length], own_values[:, :, :length]
 
@@ -101,26 +111,31 @@ class DecodeCache(FixedTensors):
         self.max_length = max_length
         self.visible_length = max_length
         self.length_step = 1 if num_lengths is None else -(-max_length // num_lengths)
-        self.modulated = range(0)  # positions with precomputed modulations (RAR)
+        self.modulated_steps = 0  # following steps with precomputed modulations (RAR)
 
     def show(self, length: int) -> None:
         """Limit steps to the first `length` positions, rounded up to one of `num_lengths` lengths."""
         self.visible_length = min(-(-length // self.length_step) * self.length_step, self.max_length)
 
     def mask(self, position: torch.Tensor) -> torch.Tensor:
-        """Mask `(1, 1, 1, visible_length)` for attention scores: the lowest number after `position` `()`."""
+        """
+        Mask `(1 or rows, 1, 1, visible_length)` for attention scores: the lowest number after `position` `()` or `(rows,)`.
+        """
         dtype = self.layers[0].keys.dtype
-        mask = torch.zeros(1, 1, 1, self.visible_length, dtype=dtype, device=position.device)
-        hidden = torch.arange(self.visible_length, device=position.device) > position
+        hidden = torch.arange(self.visible_length, device=position.device) > position.reshape(-1, 1, 1, 1)
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=position.device)
         # Not -inf: compiled softmax on CPUs subtracts the maximum of each lane, which may contain only masked positions.
         return mask.masked_fill(hidden, torch.finfo(dtype).min)
 
     def embeds_at(self, position: torch.Tensor, token_embeds: torch.Tensor) -> torch.Tensor:
-        """`(rows, hidden_size)`: the condition's embeddings if `position` `()` belongs to it, otherwise `token_embeds`."""
+        """
+        `(rows, hidden_size)`: the condition's embeddings where `position` `()` or `(rows,)` belongs to it, otherwise
+        `token_embeds`.
+        """
         num_conditions = self.condition_embeds.shape[1]
-        index = position.clamp(max=num_conditions - 1)[None]
-        condition_embeds = self.condition_embeds[: token_embeds.shape[0]].index_select(1, index)[:, 0]
-        return torch.where(position < num_conditions, condition_embeds, token_embeds)
+        index = position.clamp(max=num_conditions - 1)
+        condition_embeds = at_position(self.condition_embeds[: token_embeds.shape[0]], index)[:, 0]
+        return torch.where(position[..., None] < num_conditions, condition_embeds, token_embeds)
 
 
-__all__ = ["DecodeCache", "LayerCache"]
+__all__ = ["DecodeCache", "LayerCache", "at_position"]

@@ -328,7 +328,8 @@ class VFMTokGenerationMixin(GenerationMixin):
         Args:
             tokens (`torch.LongTensor` of shape `(batch_size,)`):
                 The token at `position`; positions of the condition ignore it.
-            position (`torch.LongTensor` of shape `()`): position in [condition, image tokens in sampling order].
+            position (`torch.LongTensor` of shape `()` or `(batch_size,)`):
+                Position in [condition, image tokens in sampling order], one for all rows or one per row.
             cache (`DecodeCache`): cache of a started generation, as by `forward(..., cache=cache)`.
 
         Returns:
@@ -344,8 +345,8 @@ class VFMTokGenerationMixin(GenerationMixin):
         max_length = self.num_condition_tokens + self.config.num_image_tokens - 1
         return DecodeCache(self.config.num_hidden_layers, max_length, num_lengths)
 
-    def prepare_step(self, position: int, cache: DecodeCache) -> None:
-        """Called before the decode step at `position`, for models that precompute parts of several steps in `cache`."""
+    def prepare_step(self, position: torch.Tensor, cache: DecodeCache) -> None:
+        """Called before each decode step at `position`, for models that precompute parts of several steps in `cache`."""
 
     def compile_decoding(self, **options) -> None:
         """
@@ -463,7 +464,7 @@ class VFMTokGenerationMixin(GenerationMixin):
                 passes = 1
             if step > first_step:
                 position += 1
-                self.prepare_step(self.num_condition_tokens - 1 + step, cache)
+                self.prepare_step(position, cache)
                 cache.show(self.num_condition_tokens + step)
                 inputs = self, tokens[:, step - 1].repeat(passes).to(position.device), position, cache
             if step > first_step and logits_processor is None:

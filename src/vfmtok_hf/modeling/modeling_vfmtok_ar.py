@@ -184,7 +184,7 @@ class VFMTokARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGener
     def decode_step(self, tokens: torch.Tensor, position: torch.Tensor, cache: DecodeCache) -> torch.Tensor:
         """Arguments as in [`VFMTokGenerationMixin.decode_step`]. Position 0 is the class."""
         hidden_states = cache.embeds_at(position, self.embed_tokens(tokens))[:, None]
-        hidden_states = self._run_layers(hidden_states, position[None], cache.mask(position), cache, position)
+        hidden_states = self._run_layers(hidden_states, position.reshape(-1), cache.mask(position), cache, position)
         return self.lm_head(hidden_states)[:, 0].float()
 
     def _run_layers(
@@ -198,6 +198,8 @@ class VFMTokARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGener
         """`(batch_size, length, hidden_size)` embeddings to states after the final norm."""
         config = self.config
         position_embeddings = rotary_table(positions, config.grid_size, config.head_dim, config.rope_theta)
+        if position is not None:  # positions of rows, not of a sequence
+            position_embeddings = position_embeddings[:, :, None, None]
         caches = [None] * len(self.layers) if cache is None else cache.layers
         for layer, layer_cache in zip(self.layers, caches, strict=True):
             hidden_states = layer(hidden_states, position_embeddings, attention_mask, layer_cache, position)

@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple
 
 from .attention_vfmtok import causal_mask, eager_attention_forward
-from .cache_vfmtok import DecodeCache, LayerCache
+from .cache_vfmtok import DecodeCache, LayerCache, at_position
 from .class_embeddings_vfmtok import ClassEmbeddingsMixin, drop_labels
 from .class_names_vfmtok import ClassNames  # noqa: F401 - for the Hub, as CONTRIBUTING.md says
 from .configuration_vfmtok_rar import VFMTokRARConfig
@@ -255,26 +255,30 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
         cache.store("position_embeds", self.embed_positions(orders, cache.max_length))
         timesteps = self.timestep_embeddings[0, : cache.max_length, None]
         cache.store("conditions", F.silu(condition_embeds[:, 1] + timesteps))
-        cache.modulated = range(0)
+        cache.modulated_steps = 0
 
-    def prepare_step(self, position: int, cache: DecodeCache) -> None:
-        """Refill the precomputed modulations in `cache` if they end before `position`."""
-        if position not in cache.modulated:
+    def prepare_step(self, position: torch.Tensor, cache: DecodeCache) -> None:
+        """Refill the precomputed modulations in `cache` from `position` on, if they are used up."""
+        if cache.modulated_steps == 0:
             num_positions, num_rows = cache.conditions.shape[:2]
             size = min(max(ROWS_OF_MODULATIONS // num_rows, 1), num_positions - self.num_condition_tokens)
-            cache.modulated = range(position, position + size)
-            # Fill instead of copying from Python, which would synchronize with the device.
-            start = torch.full((), position, dtype=torch.int64, device=cache.conditions.device)
-            self.modulate_positions(cache, start, size)
+            self.modulate_positions(cache, position.to(cache.conditions.device), size)
+            cache.modulated_steps = size
+        cache.modulated_steps -= 1
 
     def modulate_positions(self, cache: DecodeCache, start: torch.Tensor, size: int) -> None:
         """
-        Precompute the modulations of `size` positions from `start` `()` in `cache`. They depend only on class and position, so
-        one matmul computes many steps. Positions come first, so those of a step are contiguous.
+        Precompute the modulations of `size` positions from `start` `()` or `(rows,)` in `cache`. They depend only on class
+        and position, so one matmul computes many steps. Positions come first, so those of a step are contiguous.
         """
-        positions = (start + torch.arange(size, device=start.device)).clamp(max=len(cache.conditions) - 1)
-        conditions = cache.conditions.index_select(0, positions)
-        cache.store("first_modulated", start)
+        last = len(cache.conditions) - 1
+        if start.ndim == 0:
+            positions = start + torch.arange(size, device=start.device)
+            conditions = cache.conditions.index_select(0, positions.clamp(max=last))
+        else:
+            positions = start + torch.arange(size, device=start.device)[:, None]
+            conditions = cache.conditions.take_along_dim(positions.clamp(max=last)[..., None], dim=0)
+        cache.store("first_modulated", start.clone())
         cache.store("norm_modulations", self.norm_modulation(conditions))
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
             # A device map may place a layer on another device, which is that of its keys.
@@ -317,9 +321,10 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
 
     def decode_step(self, tokens: torch.Tensor, position: torch.Tensor, cache: DecodeCache) -> torch.Tensor:
         """Arguments as in [`VFMTokGenerationMixin.decode_step`]. Position 0 is the start token, 1 the class."""
-        num_rows, index = tokens.shape[0], (position - cache.first_modulated)[None]
+        # Rows at different positions started their modulations equally many steps ago.
+        num_rows, index = tokens.shape[0], (position - cache.first_modulated).reshape(-1)[:1]
         hidden_states = cache.embeds_at(position, self.embed_tokens(tokens))[:, None]
-        hidden_states = hidden_states + cache.position_embeds[:num_rows].index_select(1, position[None])
+        hidden_states = hidden_states + at_position(cache.position_embeds[:num_rows], position)
         attention_mask = cache.mask(position)
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
             modulation = modulation_at(index, layer_cache.modulations, num_rows)  # type: ignore[arg-type]
