@@ -20,7 +20,9 @@ from tests.testing import sequences_of, tiny_model
 from vfmtok_hf.data.sources import open_records
 from vfmtok_hf.data.token_sets import TokenSet, check_tokenizer, encode_sequences, tokenizer_identity
 from vfmtok_hf.data.transforms import ImageViews
+from vfmtok_hf.modeling.image_processing_vfmtok import VFMTokImageProcessor
 from vfmtok_hf.modeling.image_reading_vfmtok import read_image
+from vfmtok_hf.pipelines import VFMTokPipeline
 from vfmtok_hf.training import train_generator
 from vfmtok_hf.training.arguments import ExtractionArguments
 from vfmtok_hf.training.extract_tokens import extract_tokens
@@ -254,3 +256,26 @@ def test_generators_train_on_shards(tokenizer_folder, shards, tmp_path):
     train_generator.main([item for name, value in options.items() for item in (f"--{name}", str(value))])
     assert not (tmp_path / "run" / "tokens").exists()
     assert (tmp_path / "run" / "pipeline" / "model_index.json").is_file()
+
+
+@pytest.mark.parametrize("size", [(96, 80), (33, 150), (64, 64), (40, 32)])
+def test_central_crops_have_the_tokens_of_the_pipeline(tokenizer, tmp_path, size):
+    for number in range(4):
+        pixels = np.random.default_rng(number).integers(0, 256, (*size[::-1], 3), np.uint8)
+        (tmp_path / "images" / "class").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "images" / "class" / f"{number}.jpg")
+    views = ImageViews(32, crops="center", horizontal_flip=False)
+    extract_tokens(tokenizer, open_records(tmp_path / "images"), tmp_path / "tokens", views)
+    pipe = VFMTokPipeline(tokenizer, None, VFMTokImageProcessor(size=32))
+    expected = pipe.tokenize(sorted((tmp_path / "images" / "class").iterdir()))
+    tokens = TokenSet(tmp_path / "tokens")
+    assert all(torch.equal(sequences_of(tokens, index)[0], row) for index, row in enumerate(expected))
+
+
+def test_an_image_far_longer_than_wide_is_left_out(tokenizer, tmp_path):
+    (tmp_path / "images" / "class").mkdir(parents=True)
+    for name, size in (("a", (32, 32)), ("b", (3300, 32))):
+        Image.new("RGB", size).save(tmp_path / "images" / "class" / f"{name}.png")
+    views = ImageViews(32, crops="center", horizontal_flip=False)
+    index = extract_tokens(tokenizer, open_records(tmp_path / "images"), tmp_path / "tokens", views)
+    assert (index["num_images"], [name.rpartition("/")[2] for name in index["unreadable"]]) == (1, ["b.png"])

@@ -53,12 +53,49 @@ def extract_tokens(
     model: ModelOption = None,
     device: DeviceOption = None,
     batch_size: BatchSizeOption = 32,
+    executor: Annotated[
+        Literal["accelerate", "local", "slurm", "ray"],
+        typer.Option(help="This process (or those of `accelerate launch`), or tasks of datatrove."),
+    ] = "accelerate",
+    tasks: Annotated[int, typer.Option(min=1, help="With datatrove: tasks, which share the files.")] = 1,
+    workers: Annotated[int, typer.Option(help="With datatrove: tasks at a time. -1 is all.")] = -1,
+    partition: Annotated[str | None, typer.Option(help="With `slurm`.")] = None,
+    gpus_per_task: Annotated[int, typer.Option(min=0, help="With `slurm` and `ray`.")] = 1,
+    time: Annotated[str, typer.Option(help="With `slurm`: limit of a task.")] = "8:00:00",
 ) -> None:
     """
     Encode labeled images to a token set for training generators.
 
-    Several processes: `torchrun --nproc_per_node N -m vfmtok_hf.training.extract_tokens`.
+    Several processes: `torchrun --nproc_per_node N -m vfmtok_hf.training.extract_tokens`, or `--executor local --tasks N`.
     """
+    if executor != "accelerate":
+        with one_line_errors("datatrove"):
+            from vfmtok_hf.training.arguments import ExtractionArguments
+            from vfmtok_hf.training.bulk_extraction import extract_with_datatrove
+
+            arguments = ExtractionArguments(
+                data=data,
+                tokenizer=resolve_model(model),
+                output=str(output),
+                crops=crops,
+                num_crops=num_crops,
+                crop_scale=list(crop_scale),
+                horizontal_flip=horizontal_flip,
+                codebook_top_k=codebook_top_k,
+                split=split,
+                shard_size=shard_size,
+                seed=seed,
+                batch_size=batch_size,
+            )
+            if executor == "slurm" and partition is None:
+                raise ValueError("Slurm wants a --partition.")
+            options = {
+                "local": {},
+                "ray": {"gpus_per_task": gpus_per_task},
+                "slurm": {"gpus_per_task": gpus_per_task, "partition": partition, "time": time},
+            }[executor]
+            extract_with_datatrove(arguments, executor, tasks, workers, device, **options)
+        return
     with one_line_errors("train"):
         from vfmtok_hf.data.output_files import check_output_folder
 

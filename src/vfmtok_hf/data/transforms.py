@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from vfmtok_hf.modeling.image_processing_vfmtok import VFMTokImageProcessor
 from vfmtok_hf.modeling.image_reading_vfmtok import WHITE
 
 
@@ -80,7 +81,8 @@ class ImageViews:
         image_size (`int`): side of each view in pixels.
         crops (`str`): "random": `count` views by [`Augmentation`] with `crop_scale`, as in VFMTok's training;
             "ten": center and corners of the central square, each with its mirror image, for each of `ten_crop_ranges`,
-            as LlamaGen extracts codes; "center": the central square.
+            as LlamaGen extracts codes; "center": the central square, as [`VFMTokImageProcessor`]
+            resizes it for `tokenize`.
         count (`int`), crop_scale (`tuple[float, float]`), horizontal_flip (`bool`), seed (`int`): options of random crops.
             `horizontal_flip` also adds the mirror image of the central square.
         ten_crop_ranges (`tuple[float, ...]`): side of the central square as a multiple of the crop's side, at least 1.
@@ -101,9 +103,11 @@ class ImageViews:
         return 10 * len(self.ten_crop_ranges) if self.crops == "ten" else 1 + self.horizontal_flip
 
     @property
-    def min_side(self) -> int:
-        """As in [`Augmentation`]."""
-        tightest = {"random": self.crop_scale[0], "ten": 1 / max(self.ten_crop_ranges), "center": 1.0}[self.crops]
+    def min_side(self) -> int | None:
+        """As in [`Augmentation`]. None for "center", whose views are those of whole images."""
+        if self.crops == "center":
+            return None
+        tightest = self.crop_scale[0] if self.crops == "random" else 1 / max(self.ten_crop_ranges)
         return math.ceil(self.image_size / tightest)
 
     def __call__(self, image: Image.Image, index: int) -> torch.Tensor:
@@ -112,12 +116,12 @@ class ImageViews:
             augment = Augmentation(self.image_size, self.crop_scale, self.horizontal_flip)
             views = [augment(image, np.random.default_rng((self.seed, view, index))) for view in range(self.count)]
             return torch.stack(views)
-        ranges = self.ten_crop_ranges if self.crops == "ten" else (1.0,)
-        corners = [(0.5, 0.5), (0, 0), (1, 0), (0, 1), (1, 1)] if self.crops == "ten" else [(0.5, 0.5)]
-        squares = [self._cut(image, crop_range, *corner) for crop_range in ranges for corner in corners]
-        if self.crops == "ten" or self.horizontal_flip:
-            squares = [view for square in squares for view in (square, ImageOps.mirror(square))]
-        return torch.stack([as_pixel_values(square) for square in squares])
+        if self.crops == "center":
+            view = VFMTokImageProcessor(self.image_size)(image, return_tensors="pt")["pixel_values"]
+            return torch.cat([view, view.flip(-1)]) if self.horizontal_flip else view
+        corners = [(0.5, 0.5), (0, 0), (1, 0), (0, 1), (1, 1)]
+        squares = [self._cut(image, crop_range, *corner) for crop_range in self.ten_crop_ranges for corner in corners]
+        return torch.stack([as_pixel_values(view) for square in squares for view in (square, ImageOps.mirror(square))])
 
     def _cut(self, image: Image.Image, crop_range: float, across: float, down: float) -> Image.Image:
         """A crop of the central square; the shares are its position between the two ends of each axis."""

@@ -10,7 +10,8 @@ After an interruption, the same command continues with the missing shards.
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,122 @@ from vfmtok_hf.data.token_sets import (
     write_token_table,
 )
 from vfmtok_hf.data.transforms import ImageViews
-from vfmtok_hf.modeling.image_reading_vfmtok import UnreadableImage, read_image
+from vfmtok_hf.modeling.image_reading_vfmtok import read_image
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 from vfmtok_hf.training.arguments import ExtractionArguments, parse_arguments
 from vfmtok_hf.training.finetuning import load_tokenizer
 from vfmtok_hf.training.logs import configure_logging, logger, run_script
+
+
+@dataclass(frozen=True, eq=False)
+class TokenExtraction:
+    """
+    A token set in the making. Its shards are numbered, and any process can write any of them: the result is the same.
+
+    Args:
+        tokenizer ([`VFMTokModel`]): on the device to use.
+        records ([`ImageRecords`]): the images.
+        output (`Path`): folder of the token set.
+        views ([`ImageViews`]): the views of an image.
+        codebook_top_k, shard_size, batch_size, num_workers: as in [`extract_tokens`].
+    """
+
+    tokenizer: VFMTokModel
+    records: ImageRecords
+    output: Path
+    views: ImageViews
+    codebook_top_k: int = 1
+    shard_size: int = 4096
+    batch_size: int = 32
+    num_workers: int = 0
+
+    @cached_property
+    def identity(self) -> str:
+        """Digest of the tokenizer."""
+        return tokenizer_identity(self.tokenizer)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What else decides about the tokens."""
+        return {**asdict(self.views), "codebook_top_k": self.codebook_top_k, "shard_size": self.shard_size}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of everything that decides about the tokens."""
+        return json_sha256([FORMAT, self.identity, self.records.fingerprint, self.settings])
+
+    @property
+    def num_shards(self) -> int:
+        """Number of files."""
+        return -(-len(self.records) // self.shard_size)
+
+    def finished(self) -> dict[str, Any] | None:
+        """The index, if the token set is complete."""
+        return finished_index(self.output, self.fingerprint)
+
+    def prepare(self, overwrite: bool = False) -> None:
+        """
+        Make the folder ready for shards, before any process writes one.
+
+        Raises:
+            ValueError: it contains other tokens.
+        """
+        _prepare(self.output, self.fingerprint, overwrite)
+
+    def is_missing(self, number: int) -> bool:
+        """Whether a shard is yet to be written."""
+        return not (self.output / shard_name(number)).is_file()
+
+    def write_shard(self, number: int, progress_callback: Callable[[int], None] | None = None) -> None:
+        """Encode the images of a shard and write its file, as a whole."""
+        records = self.records
+        indices = range(number * self.shard_size, min((number + 1) * self.shard_size, len(records)))
+        images, image_tokens = _encode_shard(
+            self.tokenizer,
+            _ViewedImages(records, self.views, indices),
+            self.codebook_top_k,
+            self.batch_size,
+            self.num_workers,
+            progress_callback,
+        )
+        unreadable = sorted({*indices} - {image["index"] for image in images})
+        facts = {"fingerprint": self.fingerprint, "unreadable": [records.name(index) for index in unreadable]}
+        rows = [image for image in images for _ in range(self.views.num_views * self.codebook_top_k)]
+        with whole_file(self.output / shard_name(number)) as temporary:
+            write_token_table(
+                temporary,
+                image_tokens,
+                [records.name(image["index"]) for image in rows],
+                [image["sha256"] for image in rows],
+                self.identity,
+                self.tokenizer.config.codebook_size,
+                [image["label"] for image in rows],
+                records.class_names,
+                facts,
+            )
+        logger.info("shard %d of %d: %d images", number + 1, self.num_shards, len(images))
+
+    def write_index(self) -> None:
+        """
+        Write the index, once all shards are there.
+
+        Raises:
+            ValueError: no image can be decoded.
+        """
+        index = {
+            "format": FORMAT,
+            "fingerprint": self.fingerprint,
+            "tokenizer": self.identity,
+            "codebook_size": self.tokenizer.config.codebook_size,
+            "num_image_tokens": self.tokenizer.config.num_anchors,
+            "settings": self.settings,
+            "num_sequences": self.views.num_views * self.codebook_top_k,
+            **_summary(self.records, [self.output / shard_name(number) for number in range(self.num_shards)]),
+        }
+        if index["num_images"] == 0:
+            raise ValueError(f"None of the {len(self.records)} images of {self.records.source} can be decoded.")
+        with whole_file(self.output / INDEX_FILE) as temporary:
+            temporary.write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 
 def extract_tokens(
@@ -74,61 +186,26 @@ def extract_tokens(
     Raises:
         ValueError: `output` contains other tokens, or no image can be decoded.
     """
-    state, output = PartialState(), Path(output)
-    tokenizer.eval()
-    identity = tokenizer_identity(tokenizer)
-    settings = {**asdict(views), "codebook_top_k": codebook_top_k, "shard_size": shard_size}
-    fingerprint = json_sha256([FORMAT, identity, records.fingerprint, settings])
-    num_shards = -(-len(records) // shard_size)
-    finished = finished_index(output, fingerprint)
+    state, tokenizer = PartialState(), tokenizer.eval()
+    extraction = TokenExtraction(
+        tokenizer, records, Path(output), views, codebook_top_k, shard_size, batch_size, num_workers
+    )
+    finished = extraction.finished()
     state.wait_for_everyone()
     if finished is not None:
         return finished
     if state.is_main_process:
-        _prepare(output, fingerprint, overwrite)
+        extraction.prepare(overwrite)
     state.wait_for_everyone()
-    missing = [number for number in range(num_shards) if not (output / shard_name(number)).is_file()]
+    missing = [number for number in range(extraction.num_shards) if extraction.is_missing(number)]
     state.wait_for_everyone()  # before the first new shard appears, so that all processes see the same missing ones
     for number in missing[state.process_index :: state.num_processes]:
-        indices = range(number * shard_size, min((number + 1) * shard_size, len(records)))
-        shard = _ViewedImages(records, views, indices)
-        images, image_tokens = _encode_shard(
-            tokenizer, shard, codebook_top_k, batch_size, num_workers, progress_callback
-        )
-        unreadable = sorted({*indices} - {image["index"] for image in images})
-        facts = {"fingerprint": fingerprint, "unreadable": [records.name(index) for index in unreadable]}
-        rows = [image for image in images for _ in range(views.num_views * codebook_top_k)]
-        with whole_file(output / shard_name(number)) as temporary:
-            write_token_table(
-                temporary,
-                image_tokens,
-                [records.name(image["index"]) for image in rows],
-                [image["sha256"] for image in rows],
-                identity,
-                tokenizer.config.codebook_size,
-                [image["label"] for image in rows],
-                records.class_names,
-                facts,
-            )
-        logger.info("shard %d of %d: %d images", number + 1, num_shards, len(images))
+        extraction.write_shard(number, progress_callback)
     state.wait_for_everyone()
     if state.is_main_process:
-        index = {
-            "format": FORMAT,
-            "fingerprint": fingerprint,
-            "tokenizer": identity,
-            "codebook_size": tokenizer.config.codebook_size,
-            "num_image_tokens": tokenizer.config.num_anchors,
-            "settings": settings,
-            "num_sequences": views.num_views * codebook_top_k,
-            **_summary(records, [output / shard_name(number) for number in range(num_shards)]),
-        }
-        if index["num_images"] == 0:
-            raise ValueError(f"None of the {len(records)} images of {records.source} can be decoded.")
-        with whole_file(output / INDEX_FILE) as temporary:
-            temporary.write_text(json.dumps(index, indent=1), encoding="utf-8")
+        extraction.write_index()
     state.wait_for_everyone()
-    return json.loads((output / INDEX_FILE).read_text(encoding="utf-8"))
+    return read_index(extraction.output)
 
 
 def finished_index(output: Path, fingerprint: str) -> dict[str, Any] | None:
@@ -184,7 +261,7 @@ class _ViewedImages(Dataset):
         try:
             encoded = self.records.encoded(index)
             views = self.views(read_image(encoded, self.records.name(index), self.views.min_side), index)
-        except UnreadableImage as error:
+        except ValueError as error:  # damaged, or far longer than wide
             logger.warning("skipping an image: %s", error)
             return {"views": None, "index": index}
         sha256 = hashlib.sha256(encoded).hexdigest()
@@ -239,20 +316,16 @@ def _summary(records: ImageRecords, files: list[Path]) -> dict[str, Any]:
     }
 
 
-def main(argv: list[str] | None = None) -> None:
-    arguments = parse_arguments(ExtractionArguments, argv, "python -m vfmtok_hf.training.extract_tokens")
-    configure_logging()
-    # By default, Accelerate does not connect CPU processes.
-    state = Accelerator(cpu=not torch.accelerator.is_available())
-    tokenizer = load_tokenizer(arguments.tokenizer).to(state.device)
-    with state.main_process_first():  # the datasets library prepares its cache
-        records = open_records(
-            arguments.data,
-            arguments.split,
-            arguments.image_column,
-            arguments.label_column,
-            read_class_names(arguments.class_names),
-        )
+def open_extraction(arguments: ExtractionArguments, device: torch.device) -> TokenExtraction:
+    """Load the tokenizer and find the images that the arguments name."""
+    tokenizer = load_tokenizer(arguments.tokenizer).to(device)
+    records = open_records(
+        arguments.data,
+        arguments.split,
+        arguments.image_column,
+        arguments.label_column,
+        read_class_names(arguments.class_names),
+    )
     views = ImageViews(
         tokenizer.config.image_size,
         arguments.crops,
@@ -262,16 +335,26 @@ def main(argv: list[str] | None = None) -> None:
         arguments.horizontal_flip,
         arguments.seed,
     )
-    index = extract_tokens(
+    return TokenExtraction(
         tokenizer,
         records,
-        arguments.output,
+        Path(arguments.output),
         views,
         arguments.codebook_top_k,
         arguments.shard_size,
         arguments.batch_size,
         arguments.num_workers,
     )
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(ExtractionArguments, argv, "python -m vfmtok_hf.training.extract_tokens")
+    configure_logging()
+    # By default, Accelerate does not connect CPU processes.
+    state = Accelerator(cpu=not torch.accelerator.is_available())
+    with state.main_process_first():  # the datasets library prepares its cache
+        extraction = open_extraction(arguments, state.device)
+    index = extract_tokens(**{field.name: getattr(extraction, field.name) for field in fields(extraction)})
     if state.is_main_process:
         logger.info(
             "%d images with %d sequences each in %s; %d unreadable, %d duplicates left out",

@@ -1,0 +1,107 @@
+"""Tokens that datatrove's tasks extract are those of the command that needs no datatrove."""
+
+import os
+import re
+import stat
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from tests.testing import tiny_model
+from vfmtok_hf.cli import app
+from vfmtok_hf.training import extract_tokens
+
+
+pytest.importorskip("datatrove", reason="vfmtok-hf[datatrove] brings it")
+OPTIONS = ["--num-crops", "2", "--shard-size", "3"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tiny_model().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    for number in range(11):
+        file = root / f"class{number % 2}" / f"{number}.png"
+        file.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.random.default_rng(number).integers(0, 256, (36, 40, 3), np.uint8)).save(file)
+    (root / "class0" / "damaged.png").write_bytes(b"no picture")
+    return root
+
+
+@pytest.fixture(scope="module")
+def expected(tokenizer, images, tmp_path_factory):
+    output = tmp_path_factory.mktemp("tokens") / "expected"
+    run(tokenizer, images, output)
+    return contents(output)
+
+
+def run(tokenizer, images, output, *options):
+    arguments = ["extract-tokens", str(images), "--output", str(output), "--model", str(tokenizer)]
+    result = CliRunner().invoke(app, [*arguments, "--device", "cpu", *OPTIONS, *options])
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+
+
+def test_tasks_write_the_same_bytes(tokenizer, images, expected, tmp_path):
+    assert len(expected) == 5
+    run(tokenizer, images, tmp_path / "tokens", "--executor", "local", "--tasks", "3", "--workers", "1")
+    assert contents(tmp_path / "tokens") == expected
+    modes = {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "tokens").iterdir() if file.is_file()}
+    (tmp_path / "mine").touch()
+    assert modes == {stat.S_IMODE((tmp_path / "mine").stat().st_mode)}
+
+
+def test_only_what_is_missing_is_made_again(tokenizer, images, expected, tmp_path, monkeypatch):
+    options = ["--executor", "local", "--tasks", "2", "--workers", "1"]
+    run(tokenizer, images, tmp_path, *options)
+    shards = sorted(name for name in expected if name.endswith(".parquet"))
+    (tmp_path / shards[2]).unlink()
+    written, write_shard = [], extract_tokens.TokenExtraction.write_shard
+    monkeypatch.setattr(
+        extract_tokens.TokenExtraction,
+        "write_shard",
+        lambda self, number, *others: written.append(number) or write_shard(self, number, *others),
+    )
+    run(tokenizer, images, tmp_path, *options)
+    assert written == [2]
+    assert contents(tmp_path) == expected
+    run(tokenizer, images, tmp_path, *options)
+    assert written == [2]
+
+
+def test_slurm_gets_an_array_and_the_index_after_it(tokenizer, images, tmp_path, monkeypatch):
+    """`sbatch` here keeps the scripts that it is given, and runs none."""
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text(
+        f'#!/bin/sh\ncat "$(printf "%s\\n" "$@" | tail -n 1)" >> {tmp_path}/scripts\necho "Submitted batch job 7"\n'
+    )
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{sbatch.parent}{os.pathsep}{os.environ['PATH']}")
+    options = ["--executor", "slurm", "--tasks", "4", "--workers", "2", "--partition", "gpu", "--time", "1:00:00"]
+    run(tokenizer, images, tmp_path / "tokens", *options)
+    scripts = (tmp_path / "scripts").read_text()
+    assert re.search(r"#SBATCH --array=0-3%2", scripts)
+    assert re.search(r"#SBATCH --dependency=after\w+:7", scripts)
+    assert scripts.count("#SBATCH --partition=gpu") == 2
+
+
+def test_slurm_needs_a_partition(tokenizer, images, tmp_path):
+    arguments = ["extract-tokens", str(images), "--output", str(tmp_path), "--model", str(tokenizer)]
+    result = CliRunner().invoke(app, [*arguments, "--executor", "slurm"])
+    assert result.exit_code == 1
+    assert "--partition" in result.output
