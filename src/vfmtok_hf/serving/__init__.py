@@ -1,1 +1,1 @@
-"""An HTTP server for a pipeline: requests, the batch that they share, and the routes."""
+"""An HTTP server for a pipeline."""

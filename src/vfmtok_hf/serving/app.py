@@ -1,11 +1,11 @@
-"""The routes of the server, as a FastAPI application."""
+"""The HTTP routes, as a FastAPI application."""
 
 import asyncio
 import json
 import random
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -37,24 +37,24 @@ T = TypeVar("T")
 
 MAX_BODY_BYTES = 32 * 2**20
 RETRY_AFTER = {"Retry-After": "1"}
-# OpenAI's words for what went wrong, which its clients turn into exceptions by the status.
+# Error types of OpenAI's API.
 ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
 
 
 class BodyLimit:
     """
-    Refuse bodies of more than `max_bytes` before they are read into memory.
+    ASGI middleware that refuses large bodies before they are read into memory.
 
     Args:
-        app: the application behind it.
-        max_bytes (`int`).
+        app (`ASGIApp`): the wrapped application.
+        max_bytes (`int`): size limit of a body.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int):
         self.app, self.max_bytes = app, max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, counting the bytes that arrive."""
+        """Forward a request and count the bytes of its body."""
         num_bytes = 0
 
         async def counted() -> Message:
@@ -62,18 +62,44 @@ class BodyLimit:
             message = await receive()
             num_bytes += len(message.get("body", b""))
             if num_bytes > self.max_bytes:
-                raise HTTPException(413, f"The body has more than {self.max_bytes} bytes.")
+                # Otherwise the rest of the body would still be received.
+                close = {"Connection": "close"}
+                raise HTTPException(413, f"The body has more than {self.max_bytes} bytes.", close)
             return message
 
         await self.app(scope, counted if scope["type"] == "http" else receive, send)
 
 
-class Metrics:
+class RequestCount:
     """
-    What `/metrics` shows.
+    ASGI middleware that counts requests by route and status.
 
     Args:
-        batcher (`Batcher`).
+        app (`ASGIApp`): the wrapped application.
+        counter (`Counter`): a counter with these two labels.
+    """
+
+    def __init__(self, app: ASGIApp, counter: Counter):
+        self.app, self.counter = app, counter
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Forward a request and count its status."""
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                route = getattr(scope.get("route"), "path", "unknown")
+                self.counter.labels(route, str(message["status"])).inc()
+            await send(message)
+
+        await self.app(scope, receive, counted)
+
+
+class Metrics:
+    """
+    Prometheus metrics of a server.
+
+    Args:
+        batcher (`Batcher`): its batcher.
     """
 
     def __init__(self, batcher: Batcher):
@@ -92,11 +118,11 @@ class Metrics:
 
 class Service:
     """
-    What the routes do, apart from HTTP's forms.
+    The work behind the routes, independent of HTTP.
 
     Args:
-        pipe (`VFMTokPipeline`): on its device.
-        batcher (`Batcher`): of that pipeline.
+        pipe ([`VFMTokPipeline`]): the pipeline, on its device.
+        batcher (`Batcher`): the batcher of that pipeline.
     """
 
     def __init__(self, pipe: VFMTokPipeline, batcher: Batcher):
@@ -106,7 +132,7 @@ class Service:
         self, labels: Sequence[str | int], parameters: SamplingParameters, num_images_per_label: int = 1
     ) -> list[Drawing]:
         """
-        The images that a request asks for, image i from the request's seed + i.
+        The images of a request. Image i uses the request's seed + i.
 
         Raises:
             ValueError: an unknown class, a setting out of range, or too many images.
@@ -119,16 +145,22 @@ class Service:
         return [Drawing(class_id, seed + number, settings) for number, class_id in enumerate(class_ids)]
 
     async def draw(self, drawings: list[Drawing]) -> list[PIL.Image.Image]:
-        """The images. If the caller is cancelled, they are given up."""
+        """Generate images. They are dropped if the calling task is cancelled."""
         started = time.perf_counter()
         self.batcher.draw(drawings)
-        images = await asyncio.gather(*(asyncio.wrap_future(drawing.future) for drawing in drawings))
+        try:
+            images = await asyncio.gather(*(asyncio.wrap_future(drawing.future) for drawing in drawings))
+        finally:
+            for drawing in drawings:
+                drawing.future.cancel()  # if another one failed
         self.metrics.images.inc(len(images))
         self.metrics.seconds.observe(time.perf_counter() - started)
         return images
 
-    async def stream(self, drawing: Drawing, partial_images: int) -> AsyncIterator[tuple[int | None, PIL.Image.Image]]:
-        """The image as it grows, with its number, and at last the whole one, with None."""
+    async def stream(
+        self, drawing: Drawing, partial_images: int
+    ) -> AsyncGenerator[tuple[int | None, PIL.Image.Image], None]:
+        """Yield numbered partial images, and at the end None with the finished image."""
         loop, arrived = asyncio.get_running_loop(), asyncio.Queue()  # type: ignore[var-annotated]
         num_tokens = self.pipe.transformer.config.num_image_tokens
         parts = partial_images + 1
@@ -145,12 +177,12 @@ class Service:
             task.cancel()
 
     async def call(self, function: Callable[[], T]) -> T:
-        """What `function` returns, called by the thread that owns the model."""
+        """Call `function` in the thread that runs the model, and return its result."""
         return await asyncio.wrap_future(self.batcher.call(function))
 
 
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """The result of `work`, which is cancelled when the client closes the connection."""
+    """Await `work`, and cancel it if the client disconnects."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -160,7 +192,7 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
     try:
         await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise HTTPException(499, "The client has gone.")
+            raise HTTPException(499, "The client has disconnected.")
         return task.result()
     finally:
         task.cancel()
@@ -168,7 +200,7 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
 
 
 def error_reply(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    """An error in OpenAI's form."""
+    """An error reply in the format of OpenAI's API."""
     error = {"message": message, "type": ERROR_TYPES.get(status, "invalid_request_error"), "param": None, "code": None}
     return JSONResponse({"error": error}, status, headers)
 
@@ -182,19 +214,20 @@ def create_app(
     max_body_bytes: int = MAX_BODY_BYTES,
 ) -> FastAPI:
     """
-    The server of a pipeline. It owns the pipeline from then on.
+    Create the HTTP server of a pipeline. Do not use the pipeline elsewhere while the server runs.
 
     Args:
-        pipe (`VFMTokPipeline`): on its device.
-        model_name (`str`): what `/v1/models` calls it.
-        max_batch_size (`int`): images that are generated at once; an image with guidance counts twice.
-        max_queue_size (`int`): images that may wait; further ones are answered with status 429.
-        api_key (`str`, *optional*): what clients have to send as bearer token.
-        max_body_bytes (`int`): larger requests are answered with status 413.
+        pipe ([`VFMTokPipeline`]): the pipeline, on its device.
+        model_name (`str`): name of the model in `/v1/models`.
+        max_batch_size (`int`): images generated at once. An image with guidance counts twice.
+        max_queue_size (`int`): images that can wait. Further ones get status 429.
+        api_key (`str`, *optional*): bearer token that clients must send.
+        max_body_bytes (`int`): size limit of a request body. Larger ones get status 413.
 
     Raises:
-        ValueError: the pipeline has no generator.
+        ValueError: the pipeline has no generator, or `max_batch_size` is below 2.
     """
+    pipe.get_label_ids(0)  # raises without a generator
     service = Service(pipe, Batcher(pipe, max_batch_size, max_queue_size))
 
     @asynccontextmanager
@@ -203,17 +236,11 @@ def create_app(
         yield
         await asyncio.to_thread(service.batcher.stop)
 
-    app = FastAPI(title="vfmtok serve", lifespan=lifespan)
+    # The documentation pages would load scripts from other sites.
+    app = FastAPI(title="vfmtok serve", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
+    app.add_middleware(RequestCount, counter=service.metrics.requests)
     add_errors(app)
-
-    @app.middleware("http")
-    async def count(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        response = await call_next(request)
-        route = request.scope.get("route")
-        labels = getattr(route, "path", "unknown"), str(response.status_code)
-        service.metrics.requests.labels(*labels).inc()
-        return response
 
     def authorize(request: Request) -> None:
         scheme, _, given = request.headers.get("Authorization", "").partition(" ")
@@ -230,7 +257,7 @@ def create_app(
 
 
 def add_errors(app: FastAPI) -> None:
-    """Answer errors in OpenAI's form."""
+    """Reply to errors in the format of OpenAI's API."""
 
     @app.exception_handler(StarletteHTTPException)
     async def refused(request: Request, error: StarletteHTTPException) -> Response:
@@ -257,12 +284,12 @@ def add_errors(app: FastAPI) -> None:
 
 
 def add_monitoring(app: FastAPI, service: Service) -> None:
-    """`/health` and `/metrics`, which need no key."""
+    """Add `/health` and `/metrics`, which need no key."""
 
     @app.get("/health")
     async def health() -> dict[str, str]:
         if not service.batcher.is_running:
-            raise HTTPException(503, "The server shuts down.", RETRY_AFTER)
+            raise HTTPException(503, "The server is shutting down.", RETRY_AFTER)
         return {"status": "ok"}
 
     @app.get("/metrics")
@@ -271,7 +298,7 @@ def add_monitoring(app: FastAPI, service: Service) -> None:
 
 
 def add_generation(app: FastAPI, service: Service, model_name: str, dependencies: list[Any]) -> None:
-    """The routes that use the model."""
+    """Add the routes that use the model."""
     config, started = service.pipe.vq_model.config, int(time.time())
 
     @app.get("/v1/models", dependencies=dependencies)
@@ -292,7 +319,9 @@ def add_generation(app: FastAPI, service: Service, model_name: str, dependencies
         if body.stream:
             if body.n > 1:
                 raise ValueError("A stream has one image: leave n out, or stream.")
-            return await streamed(service, drawings[0], body, reply)
+            return await streamed(
+                request, service.stream(drawings[0], body.partial_images), drawings[0].seed, body, reply
+            )
         images = await unless_gone(request, service.draw(drawings))
         files = await asyncio.to_thread(lambda: [to_base64(image, body.output_format) for image in images])
         data = [{"b64_json": file, "seed": drawing.seed} for file, drawing in zip(files, drawings, strict=True)]
@@ -320,7 +349,7 @@ def add_generation(app: FastAPI, service: Service, model_name: str, dependencies
             raise ValueError("Send images or image_tokens.")
         if body.images is not None:
             contents = [from_base64(image) for image in body.images]
-            # One at a time, as for images that are generated.
+            # One at a time, so the result does not depend on the other images.
             tokenize = service.pipe.tokenize
             found = await unless_gone(
                 request, service.call(lambda: [tokenize(image)[0].tolist() for image in contents])
@@ -332,10 +361,15 @@ def add_generation(app: FastAPI, service: Service, model_name: str, dependencies
         return JSONResponse({"data": [{"b64_json": file} for file in files]})
 
 
-async def streamed(service: Service, drawing: Drawing, body: ImagesRequest, reply: ImageReply) -> Response:
-    """Server-sent events: partial images, then the whole one. Errors that occur before the first event have a status."""
-    growing = service.stream(drawing, body.partial_images)
-    first = await anext(growing)
+async def streamed(
+    request: Request,
+    growing: AsyncGenerator[tuple[int | None, PIL.Image.Image], None],
+    seed: int,
+    body: ImagesRequest,
+    reply: ImageReply,
+) -> Response:
+    """Send partial images and the finished image as server-sent events. Errors before the first event set the status."""
+    first = await unless_gone(request, anext(growing))
 
     async def events() -> AsyncIterator[str]:
         pending: tuple[int | None, PIL.Image.Image] | None = first
@@ -344,7 +378,7 @@ async def streamed(service: Service, drawing: Drawing, body: ImagesRequest, repl
                 index, image = pending
                 fields: dict[str, Any] = {"b64_json": await asyncio.to_thread(to_base64, image, body.output_format)}
                 if index is None:
-                    event = reply.event("completed", usage=reply.usage, seed=drawing.seed, **fields)
+                    event = reply.event("completed", usage=reply.usage, seed=seed, **fields)
                 else:
                     event = reply.event("partial_image", partial_image_index=index, **fields)
                 yield f"event: {event['type']}\ndata: {json.dumps(event)}\n\n"

@@ -1,12 +1,14 @@
-"""The thread that owns the model: it takes images from a queue into the running batch, and does other work between steps."""
+"""The thread that runs the model. It moves images from a bounded queue to the running batch."""
 
 import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
+import PIL.Image
 import torch
 
 from vfmtok_hf.pipelines import VFMTokPipeline
@@ -15,28 +17,32 @@ from vfmtok_hf.serving.decoding import DecodeBatch, Drawing
 
 logger = logging.getLogger(__name__)
 
-# New images join at least every so many steps, and at once if the batch is empty. A RAR computes modulations anew then.
+# Images join the running batch at multiples of this many steps, and an empty batch immediately. Each time, RAR recomputes
+# modulations.
 JOIN_INTERVAL = 16
 
 
 class QueueFull(RuntimeError):
-    """There is no room for another request: it may come again later."""
+    """The queue is full. The request can be sent again later."""
 
 
 class Unavailable(RuntimeError):
-    """The server shuts down, or a step of the model failed: a request may be repeated, here or elsewhere."""
+    """The server is shutting down, or generation failed. The request can be sent again, here or to another server."""
 
 
 class Batcher:
     """
     Generates images for any number of threads.
 
-    Images are decoded to pixels one by one, since a batch of another size would round otherwise.
+    Tokens are decoded to pixels one image at a time, because rounding differs between batch sizes.
 
     Args:
-        pipe (`VFMTokPipeline`): on its device.
-        max_batch_size (`int`): images at once; an image with guidance counts twice.
-        max_queue_size (`int`): images and other work that may wait.
+        pipe ([`VFMTokPipeline`]): the pipeline, on its device.
+        max_batch_size (`int`): images generated at once. An image with guidance counts twice.
+        max_queue_size (`int`): images and calls that can wait.
+
+    Raises:
+        ValueError: `max_batch_size` is below 2, so a guided image would not fit.
     """
 
     def __init__(self, pipe: VFMTokPipeline, max_batch_size: int = 32, max_queue_size: int = 256):
@@ -56,7 +62,7 @@ class Batcher:
         self._thread.start()
 
     def stop(self) -> None:
-        """Finish what was accepted, accept nothing else, and end the thread."""
+        """Finish the accepted work and end the thread. New work is refused."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -64,12 +70,12 @@ class Batcher:
 
     @property
     def is_running(self) -> bool:
-        """Whether it accepts requests."""
+        """Whether new work is accepted."""
         return self._thread.is_alive() and not self._stopping
 
     def draw(self, drawings: Sequence[Drawing]) -> None:
         """
-        Queue images, all or none. Their futures get the result.
+        Queue all `drawings`, or none. Their futures receive the results.
 
         Raises:
             QueueFull, Unavailable: the images are not accepted.
@@ -78,10 +84,10 @@ class Batcher:
 
     def call(self, function: Callable[[], Any]) -> Future:
         """
-        Have `function` called between two decode steps, by the thread that owns the model.
+        Call `function` between two decode steps, in the thread that runs the model. The future receives its result.
 
         Raises:
-            QueueFull, Unavailable: it is not accepted.
+            QueueFull, Unavailable: the call is not accepted.
         """
         future: Future = Future()
         self._accept(1, lambda: self.calls.append((function, future)))
@@ -90,9 +96,9 @@ class Batcher:
     def _accept(self, count: int, enqueue: Callable[[], None]) -> None:
         with self._changed:
             if self._stopping or not self._thread.is_alive():
-                raise Unavailable("The server shuts down.")
+                raise Unavailable("The server is shutting down.")
             if len(self.waiting) + len(self.calls) + count > self.max_queue_size:
-                raise QueueFull(f"{self.max_queue_size} images wait already.")
+                raise QueueFull(f"The queue is full: {self.max_queue_size} images are waiting.")
             enqueue()
             self._changed.notify()
 
@@ -111,9 +117,10 @@ class Batcher:
                     self._advance(batch)
                 step += 1
             except Exception as error:
-                logger.exception("A decode step failed; its images are given up.")
+                logger.exception("A decode step failed. Its images are dropped.")
                 for drawing in batch.drawings:
-                    fail(drawing.future, Unavailable(f"Generation failed: {error}"))
+                    if drawing.future.set_running_or_notify_cancel():
+                        drawing.future.set_exception(Unavailable(f"Generation failed: {error}"))
                 batch = self._new_batch()
             self.num_running = len(batch.drawings)
 
@@ -121,20 +128,20 @@ class Batcher:
         return DecodeBatch(self.pipe.transformer, self.max_batch_size)
 
     def _wait_for_work(self, batch: DecodeBatch) -> bool:
-        """Wait until there is work. False if there never will be."""
+        """Wait for work. Returns False when the thread should end."""
         with self._changed:
             self._changed.wait_for(lambda: batch.drawings or self.waiting or self.calls or self._stopping)
             return bool(batch.drawings or self.waiting or self.calls)
 
     def _drop_cancelled(self, batch: DecodeBatch) -> None:
-        """Give up the images whose clients have gone."""
+        """Drop images whose clients have disconnected."""
         if dropped := [drawing for drawing in batch.drawings if drawing.future.cancelled()]:
             batch.remove(dropped)
         with self._changed:
             self.waiting = deque(drawing for drawing in self.waiting if not drawing.future.cancelled())
 
     def _join(self, batch: DecodeBatch) -> None:
-        """Take the images that have waited longest into the batch."""
+        """Move the images that have waited longest to the batch."""
         joining: list[Drawing] = []
         num_free = batch.max_rows - len(batch.rows)
         with self._changed:
@@ -145,36 +152,38 @@ class Batcher:
             batch.add(joining)
 
     def _do_call(self) -> None:
-        """Do one piece of other work."""
+        """Run one queued call."""
         with self._changed:
-            function, future = self.calls.popleft() if self.calls else (None, None)
-        if function is not None and future.set_running_or_notify_cancel():
-            try:
-                future.set_result(function())
-            except Exception as error:
-                future.set_exception(error)
+            if not self.calls:
+                return
+            function, future = self.calls.popleft()
+        self._finish(future, function)
 
     def _advance(self, batch: DecodeBatch) -> None:
-        """One decode step, and what it completes."""
+        """Run one decode step and deliver partial and finished images."""
         complete = batch.step()
         first = self.pipe.transformer.num_condition_tokens - 1
         for drawing in batch.drawings:
             if drawing.on_partial is not None and drawing.num_drawn - first in drawing.partial_steps:
                 index = drawing.partial_steps.index(drawing.num_drawn - first)
-                drawing.on_partial(index, self.pipe.detokenize(batch.image_tokens(drawing))[0])
+                drawing.on_partial(index, self._image(batch.image_tokens(drawing)))
         tokens = {drawing: batch.image_tokens(drawing) for drawing in complete}
         if complete:
             batch.remove(complete)
         for drawing, image_tokens in tokens.items():
-            image = self.pipe.detokenize(image_tokens)[0]
-            if drawing.future.set_running_or_notify_cancel():
-                drawing.future.set_result(image)
+            self._finish(drawing.future, partial(self._image, image_tokens))
 
+    def _image(self, image_tokens: torch.Tensor) -> PIL.Image.Image:
+        return self.pipe.detokenize(image_tokens)[0]
 
-def fail(future: Future, error: Exception) -> None:
-    """Pass an error on, unless nobody waits any more."""
-    if future.set_running_or_notify_cancel():
-        future.set_exception(error)
+    @staticmethod
+    def _finish(future: Future, function: Callable[[], Any]) -> None:
+        """Set the result of `function` on a future that is not cancelled."""
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(function())
+            except Exception as error:
+                future.set_exception(error)
 
 
 __all__ = ["Batcher", "QueueFull", "Unavailable"]

@@ -1,8 +1,8 @@
 """
-A batch of images that are generated together, each at its own position.
+Continuous batching: images that share decode steps, each at its own position.
 
-Images enter and leave between decode steps. Every operation works row by row, so that an image depends on its class, seed
-and settings alone; settings may differ within a batch.
+Images join and leave between two steps. Each operation computes rows independently, so an image depends only on its class,
+seed and sampling settings. Settings may differ within a batch.
 """
 
 from collections.abc import Callable
@@ -23,11 +23,13 @@ class Drawing:
     An image to generate.
 
     Args:
-        label (`int`): its class.
-        seed (`int`): of the generator that draws its tokens.
-        settings (`SamplingSettings`).
-        partial_steps (`tuple[int]`): numbers of tokens after which `on_partial(index, image)` shows the image so far.
-        future (`Future`): gets the `PIL.Image.Image`. Cancel it to drop the image.
+        label (`int`): class of the image.
+        seed (`int`): seed of its random numbers.
+        settings (`SamplingSettings`): sampling settings.
+        partial_steps (`tuple[int]`): numbers of drawn tokens after which `on_partial` is called.
+        on_partial (`Callable`, *optional*): called as `on_partial(index, image)` with the unfinished image.
+        future (`Future`): receives the finished `PIL.Image.Image`. Cancel it to drop the image.
+        num_drawn (`int`): decode steps so far.
     """
 
     label: int
@@ -40,7 +42,7 @@ class Drawing:
 
     @property
     def num_rows(self) -> int:
-        """Rows of the batch that it takes: guidance needs a second one, without the class."""
+        """Rows that the image occupies. Guidance needs a second one, without the class."""
         return 2 if self.settings.effective_guidance_scale > 1 else 1
 
 
@@ -48,12 +50,12 @@ class DecodeBatch:
     """
     Images that share decode steps.
 
-    On accelerators every step computes all `max_rows` rows, so that its shapes are fixed; on CPUs, which would take longer
-    for it, those that are occupied.
+    On accelerators, each step computes all `max_rows` rows, so shapes are fixed. On CPUs, where that would take longer, it
+    computes the occupied rows.
 
     Args:
-        model (`VFMTokARForImageGeneration` or `VFMTokRARForImageGeneration`).
-        max_rows (`int`): rows that the key/value cache has room for.
+        model ([`VFMTokARForImageGeneration`] or [`VFMTokRARForImageGeneration`]): the generator.
+        max_rows (`int`): rows of the key/value cache.
     """
 
     def __init__(self, model: VFMTokARForImageGeneration | VFMTokRARForImageGeneration, max_rows: int):
@@ -71,11 +73,11 @@ class DecodeBatch:
         self.groups: list[Group] = []
 
     def fits(self, drawing: Drawing) -> bool:
-        """Whether there is room for another image."""
+        """Whether there is room for `drawing`."""
         return len(self.rows) + drawing.num_rows <= self.max_rows
 
     def add(self, drawings: list[Drawing]) -> None:
-        """Let images that fit join."""
+        """Start generating `drawings`, which must fit."""
         for drawing in drawings:
             generator = torch.Generator().manual_seed(drawing.seed)
             numbers = uniform_numbers(self.tokens.shape[1], 1, generator, self.tokens.device)[:, 0]
@@ -88,7 +90,7 @@ class DecodeBatch:
         self._begin()
 
     def remove(self, drawings: list[Drawing]) -> None:
-        """Let images leave. The last rows move into the places that become free."""
+        """Remove `drawings`. The last rows move to the rows that become free."""
         stays = [drawing not in drawings for drawing, _ in self.rows]
         num_left = sum(stays)
         free = [row for row in range(num_left) if not stays[row]]
@@ -104,7 +106,7 @@ class DecodeBatch:
         self._begin()
 
     def _begin(self) -> None:
-        """Have the model read the classes of the rows as they are now."""
+        """Recompute what depends on which images are in which rows."""
         classes = [drawing.label if has_class else self.model.config.num_classes for drawing, has_class in self.rows]
         if self.positions.device.type != "cpu":
             classes += [0] * (self.max_rows - len(classes))
@@ -119,13 +121,13 @@ class DecodeBatch:
         self.groups = [Group(settings, rows, self.tokens) for settings, rows in members.items()]
 
     def step(self) -> list[Drawing]:
-        """Draw the next token of every image. Returns the images that are complete."""
+        """Draw the next token of every image and return the finished images."""
         model, num_rows = self.model, len(self.cache.condition_embeds)
         positions, tokens = self.positions[:num_rows], self.tokens[:num_rows]
         model.prepare_step(positions, self.cache)
         last_read = (positions - model.num_condition_tokens).clamp(min=0)
         logits = decode_step(model, tokens.take_along_dim(last_read[:, None], dim=1)[:, 0], positions, self.cache)
-        # The first position of a RAR predicts nothing: what is drawn there, the next step draws again.
+        # The first position of a RAR predicts nothing. The token drawn there is overwritten in the next step.
         steps = (positions - (model.num_condition_tokens - 1)).clamp(min=0)
         for group in self.groups:
             group.draw(logits, steps, self.numbers, self.tokens, self.largest_logits)
@@ -137,7 +139,7 @@ class DecodeBatch:
 
     def image_tokens(self, drawing: Drawing) -> torch.Tensor:
         """
-        The tokens `(1, num_image_tokens)` of an image, 0 where none is drawn yet.
+        Tokens `(1, num_image_tokens)` of `drawing`, 0 where none is drawn yet.
 
         Raises:
             ValueError: its logits were not finite.
@@ -152,7 +154,14 @@ class DecodeBatch:
 
 
 class Group:
-    """Rows of a batch whose tokens are drawn with equal settings."""
+    """
+    Images of a batch with equal sampling settings.
+
+    Args:
+        settings (`SamplingSettings`): their settings.
+        rows (`list[list[int]]`): rows of each image: with the class, and for guidance without.
+        tokens (`torch.Tensor` of shape `(max_rows, num_image_tokens)`): the batch's tokens.
+    """
 
     def __init__(self, settings: SamplingSettings, rows: list[list[int]], tokens: torch.Tensor):
         device = tokens.device
@@ -169,7 +178,7 @@ class Group:
         tokens: torch.Tensor,
         largest_logits: torch.Tensor,
     ) -> None:
-        """Guidance, filters and the draw of one step, written into `tokens` and `largest_logits` at `steps` `(rows,)`."""
+        """Draw one token per image with guidance and filters, and store it in `tokens` at `steps` `(rows,)`."""
         rows = self.rows[0]
         own, step = logits[rows], steps[rows]
         if len(self.rows) > 1:

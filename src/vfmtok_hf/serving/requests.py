@@ -1,4 +1,4 @@
-"""What clients send and get: OpenAI's images API, the Hub's `{"inputs": ...}`, and image tokens."""
+"""Bodies of requests and replies: OpenAI's images API, the Hub's `{"inputs": ...}`, and image tokens."""
 
 import base64
 import binascii
@@ -15,23 +15,23 @@ from vfmtok_hf.modeling.generation_vfmtok import SamplingSettings
 ImageFormat = Literal["png", "jpeg", "webp"]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
-MAX_IMAGES = 10  # of a request, as OpenAI has it
-# Larger pictures fill the memory before they are cropped.
+MAX_IMAGES = 10  # per request, the limit of OpenAI's API
+# Larger images would fill the memory before they are cropped.
 MAX_PIXELS = 2**25
 
 
 class Body(BaseModel):
-    """A request's JSON. Unknown names are errors, as a misspelled setting would have no effect."""
+    """JSON body of a request. Unknown fields are errors, because a misspelled setting would have no effect."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class SamplingParameters(Body):
     """
-    Settings of sampling, by the names that `generate` gives them; those that are not given are the checkpoint's.
+    Sampling settings, with the names of `generate`'s arguments. Unset ones default to the checkpoint's.
 
     Args:
-        seed (`int`, *optional*): image i is generated from `seed + i`. Drawn by the server if unset.
+        seed (`int`, *optional*): image i uses `seed + i`. The server draws a seed if it is unset.
     """
 
     seed: Seed | None = None
@@ -42,10 +42,10 @@ class SamplingParameters(Body):
 
     def settings(self, model: Any) -> SamplingSettings:
         """
-        The settings for a generator.
+        The settings for the generator `model`.
 
         Raises:
-            ValueError: one is out of range.
+            ValueError: a setting is out of range.
         """
         requested = {name: getattr(self, name) for name in ("guidance_scale", "temperature", "top_k", "top_p")}
         return model.sampling_settings.resolve(requested, model.generation_config)
@@ -53,10 +53,10 @@ class SamplingParameters(Body):
 
 class ImagesRequest(SamplingParameters):
     """
-    Body of `/v1/images/generations`: OpenAI's fields, as far as they mean something here, and settings of sampling.
+    Body of `/v1/images/generations`: fields of OpenAI's API, and sampling settings.
 
     Args:
-        prompt (`str`): a class, by name or number.
+        prompt (`str`): name or number of a class.
     """
 
     prompt: str
@@ -80,9 +80,7 @@ class HubParameters(SamplingParameters):
 
 
 class HubRequest(Body):
-    """
-    Body of the Hub's inference: classes by name or number.
-    """
+    """Body of the Hub's inference API. `inputs` are names or numbers of classes."""
 
     inputs: str | int | list[str | int]
     parameters: HubParameters = HubParameters()
@@ -90,9 +88,7 @@ class HubRequest(Body):
 
 
 class TokensRequest(Body):
-    """
-    Body of `/v1/tokens`: base64 images to encode, or tokens to decode.
-    """
+    """Body of `/v1/tokens`: base64 images to encode, or tokens to decode."""
 
     images: list[str] | None = Field(None, min_length=1, max_length=MAX_IMAGES)
     image_tokens: list[list[int]] | None = Field(None, min_length=1, max_length=MAX_IMAGES)
@@ -100,22 +96,22 @@ class TokensRequest(Body):
 
 
 def encode_image(image: PIL.Image.Image, output_format: str) -> bytes:
-    """The file of an image."""
+    """Encode an image to a file's bytes."""
     image.save(buffer := io.BytesIO(), output_format)
     return buffer.getvalue()
 
 
 def to_base64(image: PIL.Image.Image, output_format: str) -> str:
-    """The file of an image in base64."""
+    """Encode an image to a base64 file."""
     return base64.b64encode(encode_image(image, output_format)).decode()
 
 
 def from_base64(text: str) -> bytes:
     """
-    The file of an image.
+    Decode a base64 image file to its bytes.
 
     Raises:
-        ValueError: it is not base64, or the image is too large.
+        ValueError: the text is not base64, or the image is unreadable or too large.
     """
     try:
         content = base64.b64decode(text.removeprefix("data:").rpartition(",")[2], validate=True)
@@ -132,12 +128,12 @@ def from_base64(text: str) -> bytes:
 
 class ImageReply:
     """
-    The parts of OpenAI's answers.
+    Replies in the format of OpenAI's images API.
 
     Args:
-        request (`ImagesRequest`).
-        image_size (`int`): side in pixels.
-        num_image_tokens (`int`): of an image.
+        request (`ImagesRequest`): the request.
+        image_size (`int`): image height and width in pixels.
+        num_image_tokens (`int`): tokens per image.
     """
 
     def __init__(self, request: ImagesRequest, image_size: int, num_image_tokens: int):
@@ -152,7 +148,7 @@ class ImageReply:
 
     @property
     def usage(self) -> dict[str, Any]:
-        """A class counts as one token."""
+        """Number of tokens. A class counts as one."""
         return {
             "input_tokens": 1,
             "input_tokens_details": {"image_tokens": 0, "text_tokens": 1},
@@ -161,11 +157,11 @@ class ImageReply:
         }
 
     def whole(self, images: list[dict[str, Any]]) -> dict[str, Any]:
-        """The answer that is not streamed."""
+        """The reply with all `images`, without streaming."""
         return {"created": self.created, "data": images, **self.facts, "usage": self.usage}
 
     def event(self, kind: str, **fields: Any) -> dict[str, Any]:
-        """An event of a stream, `"partial_image"` or `"completed"`."""
+        """A stream event of type `kind`, `"partial_image"` or `"completed"`, with additional `fields`."""
         return {"type": f"image_generation.{kind}", "created_at": self.created, **self.facts, **fields}
 
 

@@ -1,8 +1,8 @@
 """
-Extract tokens by the tasks of [datatrove](https://github.com/huggingface/datatrove): on this machine, Slurm or Ray.
+Token extraction with [datatrove](https://github.com/huggingface/datatrove), on one machine, Slurm or Ray.
 
-A task writes the shards `rank`, `rank + tasks`, ... Shards depend on nothing but their number and appear whole, so that a
-task that is repeated, or an extraction that is started again, goes on with what is missing.
+A task writes the shards `rank`, `rank + tasks`, ... The content of a shard depends only on its number, and its file appears
+when it is complete. A repeated task, or a repeated extraction, therefore writes only the missing shards.
 """
 
 from pathlib import Path
@@ -18,17 +18,17 @@ from vfmtok_hf.training.logs import logger
 
 
 EXECUTORS = {"local": LocalPipelineExecutor, "slurm": SlurmPipelineExecutor, "ray": RayPipelineExecutor}
-# Beside the shards, where every node sees it.
+# Next to the shards, on a file system that all nodes see.
 LOGS = ".datatrove"
 
 
 class ExtractionStep(PipelineStep):
     """
-    A step that opens the extraction where it runs.
+    A datatrove step that loads the tokenizer and opens the images in its own process.
 
     Args:
-        arguments (`ExtractionArguments`).
-        device (`str`, *optional*): the accelerator, if there is one.
+        arguments (`ExtractionArguments`): tokenizer, images, output and settings.
+        device (`str`, *optional*): device of the tokenizer. Defaults to the accelerator, if available.
     """
 
     type = "VFMTok"
@@ -38,7 +38,7 @@ class ExtractionStep(PipelineStep):
         self.arguments, self.device = arguments, device
 
     def open(self) -> TokenExtraction:
-        """The extraction, with its tokenizer on the device."""
+        """Open the extraction, with its tokenizer on the device."""
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         extraction = open_extraction(self.arguments, torch.device(self.device or accelerator or "cpu"))
         extraction.tokenizer.eval()
@@ -46,12 +46,12 @@ class ExtractionStep(PipelineStep):
 
 
 class WriteShards(ExtractionStep):
-    """Writes the missing ones of this task's shards."""
+    """Write the missing shards of a task."""
 
     name = "write token shards"
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Any:
-        """Called by datatrove in each task."""
+        """Called by datatrove for task `rank` of `world_size`, with `data` of the step before."""
         extraction = self.open()
         for number in range(rank, extraction.num_shards, world_size):
             if extraction.is_missing(number):
@@ -61,12 +61,12 @@ class WriteShards(ExtractionStep):
 
 
 class WriteIndex(ExtractionStep):
-    """Writes the index of a token set whose shards are complete."""
+    """Write the index after all shards."""
 
     name = "write token index"
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Any:
-        """Called by datatrove once all tasks have ended."""
+        """Called by datatrove for task `rank` of `world_size`, with `data` of the step before."""
         self.open().write_index()
         return data
 
@@ -80,15 +80,15 @@ def extract_with_datatrove(
     **options: Any,
 ) -> None:
     """
-    Extract tokens, or with Slurm submit the jobs that do. The files equal those of [`extract_tokens`].
+    Extract tokens, or submit the Slurm jobs that do. The files are byte-identical to those of [`extract_tokens`].
 
     Args:
-        arguments (`ExtractionArguments`).
-        executor (`str`): whose tasks.
+        arguments (`ExtractionArguments`): tokenizer, images, output and settings.
+        executor (`str`): `"local"`, `"slurm"` or `"ray"`.
         tasks (`int`): number of tasks that share the shards.
-        workers (`int`): tasks that run at the same time; -1 is all.
-        device (`str`, *optional*): where tokenizers run; the accelerator, if there is one.
-        options: more arguments of the executor, such as `partition` and `time` of Slurm.
+        workers (`int`): tasks that run at the same time. -1 means all.
+        device (`str`, *optional*): device of the tokenizers. Defaults to the accelerator, if available.
+        options: more arguments of datatrove's executor, such as `partition` and `time` for Slurm.
 
     Raises:
         ValueError: `output` contains other tokens, or no image can be decoded.
@@ -100,7 +100,7 @@ def extract_with_datatrove(
         return
     extraction.prepare()
     logs = Path(arguments.output).absolute() / LOGS
-    # Whether a shard is there, its file says; what datatrove noted of an earlier run does not.
+    # Files show which shards exist. datatrove's notes of an earlier run may be out of date.
     options = {**options, "workers": workers, "skip_completed": False}
     if executor == "slurm":
         options |= {"job_name": "vfmtok-tokens", "cpus_per_task": 8, "slurm_logs_folder": str(logs / "slurm")}

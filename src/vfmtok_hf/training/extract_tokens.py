@@ -47,7 +47,7 @@ from vfmtok_hf.training.logs import configure_logging, logger, run_script
 @dataclass(frozen=True, eq=False)
 class TokenExtraction:
     """
-    A token set in the making. Its shards are numbered, and any process can write any of them: the result is the same.
+    The parts of an extraction. Shards are numbered; any process can write any of them, with the same result.
 
     Args:
         tokenizer ([`VFMTokModel`]): on the device to use.
@@ -68,31 +68,31 @@ class TokenExtraction:
 
     @cached_property
     def identity(self) -> str:
-        """Digest of the tokenizer."""
+        """Digest of the tokenizer's weights."""
         return tokenizer_identity(self.tokenizer)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What else decides about the tokens."""
+        """Settings that the tokens depend on."""
         return {**asdict(self.views), "codebook_top_k": self.codebook_top_k, "shard_size": self.shard_size}
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of everything that decides about the tokens."""
+        """Digest of everything that the tokens depend on."""
         return json_sha256([FORMAT, self.identity, self.records.fingerprint, self.settings])
 
     @property
     def num_shards(self) -> int:
-        """Number of files."""
+        """Number of shards."""
         return -(-len(self.records) // self.shard_size)
 
     def finished(self) -> dict[str, Any] | None:
-        """The index, if the token set is complete."""
+        """The index if the token set is complete, else None."""
         return finished_index(self.output, self.fingerprint)
 
     def prepare(self, overwrite: bool = False) -> None:
         """
-        Make the folder ready for shards, before any process writes one.
+        Prepare the folder before any process writes a shard. `overwrite` is as in [`extract_tokens`].
 
         Raises:
             ValueError: it contains other tokens.
@@ -100,11 +100,11 @@ class TokenExtraction:
         _prepare(self.output, self.fingerprint, overwrite)
 
     def is_missing(self, number: int) -> bool:
-        """Whether a shard is yet to be written."""
+        """Whether shard `number` does not exist yet."""
         return not (self.output / shard_name(number)).is_file()
 
     def write_shard(self, number: int, progress_callback: Callable[[int], None] | None = None) -> None:
-        """Encode the images of a shard and write its file, as a whole."""
+        """Encode the images of shard `number` and write its file. `progress_callback` is as in [`extract_tokens`]."""
         records = self.records
         indices = range(number * self.shard_size, min((number + 1) * self.shard_size, len(records)))
         images, image_tokens = _encode_shard(
@@ -134,7 +134,7 @@ class TokenExtraction:
 
     def write_index(self) -> None:
         """
-        Write the index, once all shards are there.
+        Write the index after all shards.
 
         Raises:
             ValueError: no image can be decoded.
@@ -317,7 +317,7 @@ def _summary(records: ImageRecords, files: list[Path]) -> dict[str, Any]:
 
 
 def open_extraction(arguments: ExtractionArguments, device: torch.device) -> TokenExtraction:
-    """Load the tokenizer and find the images that the arguments name."""
+    """Load the tokenizer to `device` and open the images, as `arguments` say."""
     tokenizer = load_tokenizer(arguments.tokenizer).to(device)
     records = open_records(
         arguments.data,
