@@ -84,7 +84,6 @@ class HubRequest(Body):
 
     inputs: str | int | list[str | int]
     parameters: HubParameters = HubParameters()
-    options: dict[str, Any] | None = None  # of the serverless API, such as `wait_for_model`
 
 
 class TokensRequest(Body):
