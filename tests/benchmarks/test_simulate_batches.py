@@ -19,7 +19,7 @@ def test_joining_is_never_later_than_whole_batches(load):
     whole, joined = whole_batches(times), joined_batches(times, 16)
     assert len(whole) == len(joined) == 600
     for share in (0.5, 0.95):
-        assert percentile(joined, share) <= percentile(whole, share)
+        assert percentile(joined, share) <= percentile(whole, share) + 1e-9
 
 
 def test_an_image_alone_takes_its_steps():

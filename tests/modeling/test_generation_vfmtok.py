@@ -244,7 +244,7 @@ def test_rows_of_a_step_may_be_at_different_positions(model):
     for step in range(apart.max_length):
         positions = (step - delays).clamp(min=0)
         if step <= delays[-1]:  # a row that has not begun begins again
-            model.begin(apart, LABELS)
+            model.begin(apart, model.embed_condition(LABELS))
         model.prepare_step(positions, apart)
         read = tokens.gather(1, (positions - count).clamp(min=0)[:, None])[:, 0]
         logits = model.decode_step(read, positions, apart)

@@ -48,4 +48,4 @@ def test_a_taken_port_is_one_line():
         process = subprocess.run(command, capture_output=True, text=True, check=False)
     assert process.returncode == 1
     assert "Traceback" not in process.stderr
-    assert "address already in use" in process.stderr
+    assert "Address already in use" in process.stderr

@@ -1,5 +1,6 @@
 """`vfmtok serve`."""
 
+import socket
 from pathlib import Path
 from typing import Annotated
 
@@ -47,7 +48,15 @@ def serve(
 
         name_or_path = resolve_model(model)
         model_name = Path(name_or_path).name if Path(name_or_path).is_dir() else name_or_path
-        app = create_app(
-            load_pipeline(model, device, dtype, generates=True), model_name, max_batch_size, max_queue_size, api_key
-        )
-        uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=DRAIN_SECONDS)
+        with bound_socket(host, port) as listener:
+            pipe = load_pipeline(model, device, dtype, generates=True)
+            app = create_app(pipe, model_name, max_batch_size, max_queue_size, api_key)
+            uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=DRAIN_SECONDS)).run(sockets=[listener])
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """Reserve the port before the model is loaded. Connections are refused until the server runs."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((host, port))
+    return listener

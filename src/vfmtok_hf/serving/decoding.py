@@ -111,7 +111,8 @@ class DecodeBatch:
         if self.positions.device.type != "cpu":
             classes += [0] * (self.max_rows - len(classes))
         if classes:
-            self.model.begin(self.cache, torch.tensor(classes).to(self.positions.device))
+            labels = torch.tensor(classes).to(self.positions.device)
+            self.model.begin(self.cache, self.model.embed_condition(labels))
         rows_of: dict[Drawing, list[int]] = {}
         for row, (drawing, _) in enumerate(self.rows):
             rows_of.setdefault(drawing, []).append(row)
