@@ -124,6 +124,18 @@ async def watch_memory(process: psutil.Process, tally: Tally) -> None:
         await asyncio.sleep(1)
 
 
+async def images_left(client: httpx.AsyncClient) -> list[float]:
+    """Images that wait and run after the clients have left: none, once the server has noticed the last disconnects."""
+    for _ in range(50):
+        metrics = (await client.get("/metrics")).text
+        found = re.findall(r"^vfmtok_images_(?:waiting|running) (\S+)", metrics, re.MULTILINE)
+        left = [float(value) for value in found]
+        if not any(left):
+            break
+        await asyncio.sleep(0.2)
+    return left
+
+
 async def load(url: str, clients: int, seconds: float, num_images: int, pid: int | None = None) -> dict:
     """
     Put a server under load.
@@ -148,11 +160,7 @@ async def load(url: str, clients: int, seconds: float, num_images: int, pid: int
         elapsed = time.monotonic() - started
         if watch:
             watch.cancel()
-        # Everything that was accepted is finished or dropped.
-        metrics = (await client.get("/metrics")).text
-        left = [
-            float(value) for value in re.findall(r"^vfmtok_images_(?:waiting|running) (\S+)", metrics, re.MULTILINE)
-        ]
+        left = await images_left(client)
     latencies = sorted(tally.seconds)
     figures = {
         "clients": clients,
