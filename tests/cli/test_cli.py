@@ -409,6 +409,16 @@ def test_convert_reports_a_missing_checkpoint(tmp_path):
     vfmtok("convert", "ar", "--output", tmp_path / "out", code=2)
 
 
+@pytest.mark.parametrize("kind", ["tokenizer", "vfmae", "ar", "rar", "dit"])
+def test_a_conversion_does_not_replace_its_checkpoint(kind, tmp_path):
+    checkpoint = tmp_path / "out" / "original.pt"
+    checkpoint.parent.mkdir()
+    checkpoint.touch()
+    options = ["--checkpoint", checkpoint, "--output", checkpoint.parent, "--overwrite"]
+    assert "contains the checkpoint" in vfmtok("convert", kind, *options, code=1)[1]
+    assert checkpoint.exists()
+
+
 def test_info(model, monkeypatch):
     monkeypatch.setattr(environment, "is_bfloat16_faster", lambda rows: rows == 1)
     monkeypatch.setattr(environment, "default_device", lambda: torch.device("cpu"))

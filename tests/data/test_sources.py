@@ -246,11 +246,21 @@ def test_metadata_that_name_no_images_are_named_themselves(content, tmp_path):
         open_records(tmp_path)
 
 
+@pytest.mark.parametrize("text", ["plain", "a line\u2028and another"])
+def test_metadata_may_hold_any_text(text, tmp_path):
+    (tmp_path / "a").mkdir()
+    picture(0).save(tmp_path / "a" / "0.png")
+    row = {"file_name": "a/0.png", "text": text, "label": "first"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
+    assert len(open_records(tmp_path)) == 1
+
+
 def test_a_misspelled_folder_is_not_asked_for_again_and_again(monkeypatch):
     asked = []
     unreachable = functools.partial(HfApi, endpoint="http://127.0.0.1:9")
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: asked.append(1) or unreachable())
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     with pytest.raises(FileNotFoundError, match="no folder phtos, and the Hub cannot be reached"):
         open_records("phtos")
     assert asked == [1]

@@ -193,7 +193,8 @@ def test_a_stream_is_of_its_tokenizer(streamed, tokenizer):
 
 
 def test_an_extraction_is_streamed_when_it_is_whole(folder, tmp_path):
-    stream = TokenStream(folder, epoch_sequences=2 * (NUM_IMAGES - len(DAMAGED)))
+    stream = TokenStream(folder)
+    assert stream.epoch_items == 2 * (NUM_IMAGES - len(DAMAGED))
     assert labeled_sequences([next(TrainingLoader(stream, stream.epoch_items).batches(Progress()))]) == rows_of(folder)
     copied = shutil.copytree(folder, tmp_path / "copied")
     file = copied / "tokens-00001.parquet"

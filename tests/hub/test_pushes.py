@@ -235,6 +235,7 @@ def test_converted_generator_and_tokenizer_make_a_pipeline(published, tmp_path):
     arguments = ["--config", config, "--tokenizer", tmp_path / "tokenizer", "--output", tmp_path / "pipeline"]
     result = CliRunner().invoke(app, ["convert", "ar", "--checkpoint", str(AR), *map(str, arguments)])
     assert result.exit_code == 0, result.output
+    assert str(tmp_path / "pipeline") in result.output.replace("\n", "")
     assert VFMTokPipeline.from_pretrained(tmp_path / "pipeline")(0, output_type="tokens").images.shape == (1, 16)
     assert (tmp_path / "pipeline" / "provenance.json").is_file()
 

@@ -48,8 +48,8 @@ def golden():
 HEAD_PARTS = {
     "0.0": "conv_in",
     "0.1": "norm_in",
-    "1.fn.0": "conv_neighbors",
-    "1.fn.1": "norm_neighbors",
+    "1.fn.0": "conv_neighbours",
+    "1.fn.1": "norm_neighbours",
     "2": "conv_out",
 }
 SPECTRAL = {"weight_orig": "parametrizations.weight.original"}

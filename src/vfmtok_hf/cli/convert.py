@@ -1,5 +1,6 @@
 """`vfmtok convert`: one command per type of checkpoint."""
 
+import dataclasses
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -92,6 +93,8 @@ def convert_vfmae(
 ) -> None:
     """Convert the continuous autoencoder of VFMTok2. Without a vision model, the result can decode, and encode after you load one."""
     with one_line_errors():
+        check_paths(checkpoint, output, dry_run, overwrite)
+
         from vfmtok_hf import conversion
 
         report = conversion.convert_vfmae(
@@ -164,7 +167,7 @@ def convert_generator(
             generator = Path(temporary) / "generator"
             report = convert(checkpoint, generator, weights, config, False, False)
             join_pipeline(generator, resolve_model(tokenizer), folder)
-        print_report(report)
+        print_report(dataclasses.replace(report, output=output))
         report_written(1, "pipeline", output)
 
 
@@ -175,6 +178,8 @@ def check_paths(checkpoint: Path, output: Path, dry_run: bool, overwrite: bool) 
     if not checkpoint.is_file():
         raise FileNotFoundError(f"There is no checkpoint file {checkpoint}.")
     if not dry_run:
+        if output.resolve() in checkpoint.resolve().parents:
+            raise FileExistsError(f"{output} contains the checkpoint itself: choose another output.")
         check_model_folder(output, overwrite)
     quiet_libraries()
 
@@ -190,6 +195,8 @@ def convert_dit(
 ) -> None:
     """Convert the diffusion transformer of VFMTok2 (DiTDH-XL)."""
     with one_line_errors():
+        check_paths(checkpoint, output, dry_run, overwrite)
+
         from vfmtok_hf import conversion
 
         print_report(conversion.convert_dit(checkpoint, output, weights, config, dry_run, overwrite))

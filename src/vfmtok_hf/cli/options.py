@@ -1,5 +1,6 @@
 """Shared parts of the commands: options, consoles, progress, one-line errors, and loading a pipeline."""
 
+import glob
 import json
 import logging
 import os
@@ -157,7 +158,7 @@ def resolve_model(model: str | None) -> str:
 def check_sources(sources: Sequence[str], split: str | None) -> None:
     """Raise if images are neither files nor folders. With a split, and by a pattern, the `datasets` library looks for them."""
     for source in sources:
-        if split is None and "*" not in source and not Path(source).exists():
+        if split is None and not glob.has_magic(source) and not Path(source).exists():
             raise FileNotFoundError(f"There is no file or folder {source}.")
 
 

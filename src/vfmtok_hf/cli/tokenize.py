@@ -144,7 +144,7 @@ def reconstruct(
                     do_normalize=False,
                     return_tensors="pt",
                 )["pixel_values"]
-                reconstructions = pipe.reconstruct(paths, "uint8").images.cpu()
+                reconstructions = pipe.reconstruct(paths, "uint8", batch_size=batch_size).images.cpu()
                 for name, value, crop, reconstruction in zip(
                     names, psnr(crops, reconstructions).tolist(), crops, reconstructions, strict=True
                 ):

@@ -301,20 +301,23 @@ def features_of(dataset: Any) -> Any:
 
 def _check_repository(name: str) -> None:
     """
-    Raise unless the Hub has a data set of this name, which is rather a misspelled folder: nearly all of the Hub's have a
-    namespace. The `datasets` library would try five times to reach it.
+    Raise unless the Hub has a data set of this name. Without a namespace it is probably a misspelled folder, for which the
+    `datasets` library would ask five times.
     """
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HTTPError
+    import datasets
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
 
-    if constants.HF_HUB_OFFLINE:
+    if datasets.config.HF_HUB_OFFLINE:
         return
     try:
         HfApi().dataset_info(name, timeout=10)
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(f"There is no folder {name}, and the Hub has no data set of that name.") from error
     except (HTTPError, OSError) as error:
-        is_answer = getattr(error, "response", None) is not None
-        hub = "the Hub has no data set of that name" if is_answer else "the Hub cannot be reached"
-        raise FileNotFoundError(f"There is no folder {name}, and {hub}.") from error
+        raise FileNotFoundError(
+            f"There is no folder {name}, and the Hub cannot be reached. HF_HUB_OFFLINE=1 looks for a data set in the cache."
+        ) from error
 
 
 def data_files_of(source: str | Path) -> list[Path]:
@@ -365,11 +368,16 @@ def _check_metadata(folder: Path) -> None:
     """Raise unless the rows of each `metadata.jsonl` of an `imagefolder` name their files. The library's errors name none."""
     for file in [*folder.glob("metadata.jsonl"), *folder.glob("*/metadata.jsonl")]:
         try:
-            rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+            rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
         except ValueError as error:
             raise ValueError(f"{file} is not JSON, one object a line: {error}") from error
-        if not rows or not all(isinstance(row, dict) and "file_name" in row for row in rows):
+        if not rows or not all(isinstance(row, dict) and any(map(names_files, row)) for row in rows):
             raise ValueError(f"{file} must name an image in the `file_name` of each line.")
+
+
+def names_files(column: str) -> bool:
+    """Whether `imagefolder` takes a column of `metadata.jsonl` for names of files."""
+    return column in ("file_name", "file_names") or column.endswith(("_file_name", "_file_names"))
 
 
 def _check_end_of_tar(file: Path) -> None:

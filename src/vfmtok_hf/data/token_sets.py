@@ -314,7 +314,9 @@ class TokenStream(Stream):
         seed: int = 0,
         verify: bool = True,
     ):
-        source, _ = open_extraction(source, verify)
+        source, index = open_extraction(source, verify)
+        if epoch_sequences is None and "shards" in index:
+            epoch_sequences = index["num_sequences"] * sum(shard["images"] for shard in index["shards"])
         super().__init__(source, split, None, None, epoch_sequences, shuffle_buffer, seed)
 
     def read(self, row: dict[str, Any], name: str) -> torch.Tensor:

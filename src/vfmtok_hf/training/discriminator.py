@@ -92,13 +92,14 @@ class DinoDiscriminatorHead(nn.Module):
         around = {"padding": kernel_size // 2, "padding_mode": "circular"}
         self.conv_in = spectral_norm(nn.Conv1d(channels, channels, 1))
         self.norm_in = LocalBatchNorm(channels)
-        self.conv_neighbors = spectral_norm(nn.Conv1d(channels, channels, kernel_size, **around))
-        self.norm_neighbors = LocalBatchNorm(channels)
+        # Spelled as in the checkpoints of earlier runs.
+        self.conv_neighbours = spectral_norm(nn.Conv1d(channels, channels, kernel_size, **around))
+        self.norm_neighbours = LocalBatchNorm(channels)
         self.conv_out = spectral_norm(nn.Conv1d(channels, 1, 1))
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         states = F.leaky_relu(self.norm_in(self.conv_in(states)), 0.2)
-        neighbors = F.leaky_relu(self.norm_neighbors(self.conv_neighbors(states)), 0.2)
+        neighbors = F.leaky_relu(self.norm_neighbours(self.conv_neighbours(states)), 0.2)
         return self.conv_out((states + neighbors) * 0.5**0.5).squeeze(1)
 
 
