@@ -96,7 +96,7 @@ docs-serve: install  ## the same, shown and rebuilt while you write
 notebooks: install  ## run the notebooks again and keep their outputs
 	$(BIN)/python examples/notebooks/execute.py
 
-gpu: install  ## test and measure everything on a GPU, in 9 minutes, into outputs/gpu
+gpu: install  ## test the kernel and the models, and run the benchmarks, on a GPU, in 9 minutes, into outputs/gpu
 	$(BIN)/python benchmarks/run_on_gpu outputs/gpu
 
 quality: install  ## lint, format, spelling, type and import checks

@@ -71,7 +71,7 @@ def checkpoint_facts(name_or_path: str) -> dict[str, str]:
 
 
 def model_facts(config: Any) -> dict[str, str]:
-    """What the configuration of a model of this package says to people."""
+    """The facts in a model's configuration, for display."""
     if config.model_type not in ("vfmtok", "vfmae"):
         model_class: Any = MODEL_MAPPING[type(config)]
         depth = f"{config.num_hidden_layers} layers of width {config.hidden_size}"

@@ -55,7 +55,7 @@ def push(
         if not source.exists():
             raise FileNotFoundError(f"There is no file or folder {source}: pass the folder of a saved model.")
         if "/" not in repo_id:
-            raise ValueError(f"REPOSITORY has a namespace, your user name or an organization: you/{repo_id}.")
+            raise ValueError(f"REPOSITORY needs a namespace, your user name or an organization: you/{repo_id}.")
         quiet_libraries()
 
         from vfmtok_hf import hub

@@ -109,7 +109,7 @@ def requires(is_good: Callable[[float], bool], message: str) -> Callable[[float 
 @contextmanager
 def progress(description: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """
-    Progress on stderr: on a terminal a bar that disappears when done, elsewhere a line every half a minute. Yields the
+    Progress on stderr: on a terminal a bar that disappears when done, elsewhere a line every 30 seconds. Yields the
     function that advances it.
     """
     if not error_console.is_terminal:

@@ -250,7 +250,7 @@ def tokenizer_config(shapes: Shapes, vision_config: PreTrainedConfig, overrides:
 def vfmae_config(shapes: Shapes, vision_config: PreTrainedConfig, overrides: Mapping[str, Any]) -> VFMAEConfig:
     """Arguments as of `tokenizer_config`; `overrides` are `VFMAEConfig` fields."""
     inferred = vfmae_fields(shapes)
-    # Configurations of timm models, which `VFMAEConfig` refuses, know no patches.
+    # Configurations of timm models, which `VFMAEConfig` refuses, have no `patch_size`.
     inferred["vision_image_size"] = _position_grid_size(shapes) * getattr(vision_config, "patch_size", 1)
     return _autoencoder_config(VFMAEConfig, inferred, shapes, vision_config, overrides)
 

@@ -229,7 +229,7 @@ def _vfmae_vit_decoder(num_layers: int, feature_num_layers: int) -> Iterator[Row
 
 
 def _dinov2_projections() -> list[str]:
-    """Names in an attention of its queries', keys', values' and output's layer, which transformers has renamed."""
+    """Names of an attention's query, key, value and output layers, which differ between transformers' versions."""
     with torch.device("meta"):
         model = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(num_hidden_layers=1))
     attention = model.encoder.layer[0].attention

@@ -15,7 +15,7 @@ from vfmtok_hf.cpu.packed_layer import PackedLayer
 
 class PackedQuantizedLinear(PackedLayer):
     """
-    A linear layer with a quantized weight: what the 8 and the 4 bit layer share.
+    Base class of the 8 bit and 4 bit layers.
 
     It takes and returns activations of the dtype that the quantized layer had, and computes in bfloat16 with float32 sums.
 

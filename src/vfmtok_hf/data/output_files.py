@@ -117,7 +117,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 def whole_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """
     The same for a model folder, whose files are written to a temporary sibling. Raises the errors of
-    [`check_model_folder`] raises.
+    [`check_model_folder`].
     """
     check_model_folder(path, overwrite)
     path = path.absolute()

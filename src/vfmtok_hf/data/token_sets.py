@@ -192,7 +192,7 @@ def is_extraction(folder: Path) -> bool:
 
 def open_extraction(source: str | Path, verify: bool) -> tuple[str | Path, dict[str, Any]]:
     """
-    What `load_dataset` is to read of a source, and the index that a folder by `extract_tokens.py` has beside it.
+    The path that `load_dataset` reads, and the index of a folder by `extract_tokens.py`.
 
     Args:
         verify (`bool`): compare the sha256 of each file with the index. Sizes are compared in any case.

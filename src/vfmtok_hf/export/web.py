@@ -86,7 +86,7 @@ def export_web_page(pipe: VFMTokPipeline, output: str | Path) -> list[ExportedPa
 
 def check_web_export(output: Path) -> None:
     """
-    Whether a page can be written, asked before a model is loaded.
+    Check whether a page can be written, before a model is loaded.
 
     Raises:
         ImportError: ONNX packages are missing.
@@ -115,12 +115,12 @@ def page_folder() -> Path:
 
 
 def fetch_runtime(folder: Path) -> None:
-    """Write what the page needs of onnxruntime-web, in the version that the page names, into a new folder."""
+    """Write the files of onnxruntime-web that the page uses, in the version in its package.json, into a new folder."""
     package = json.loads((page_folder() / "package.json").read_text(encoding="utf-8"))
     name = f"{RUNTIME}@{package['dependencies'][RUNTIME]}"
     with tempfile.TemporaryDirectory() as download:
         options = ["--loglevel=error", "--prefer-offline", "--pack-destination", download]
-        # By its whole path: on Windows npm is a script, which its name does not start.
+        # The full path, because on Windows npm is a script, which cannot be started by name.
         result = subprocess.run([str(shutil.which("npm")), "pack", *options, name], capture_output=True, text=True)
         if result.returncode != 0:
             raise RuntimeError(f"npm could not fetch {name}: {result.stderr.strip() or 'is there a connection?'}")
@@ -156,7 +156,7 @@ def store_in_half(exported: ExportedPart, part: ExportPart) -> ExportedPart:
 
 
 def page_info(pipe: VFMTokPipeline, blank_tokens: list[int]) -> dict[str, Any]:
-    """What the page shows and starts from. `blank_tokens` stand where no token has been drawn."""
+    """Metadata for the page. `blank_tokens` fill positions that are not sampled yet."""
     name = Path(pipe.config.get("_name_or_path") or "").name
     info: dict[str, Any] = {"name": name, "blank_tokens": blank_tokens}
     generator = pipe.transformer

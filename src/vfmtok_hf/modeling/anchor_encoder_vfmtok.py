@@ -19,7 +19,7 @@ from .autoencoder_config_vfmtok import AutoencoderConfigMixin
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """Disable autocast if it is enabled. Some devices do not support it, and exported graphs should not contain it."""
-    # A device that is compiled for has autocast, and torch 2.9 cannot compile the question.
+    # torch 2.9 cannot compile `is_autocast_available`; devices that it compiles for support autocast.
     is_available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device.type)
     if is_available and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)

@@ -98,7 +98,7 @@ class AutoencoderConfigMixin(CheckedConfigMixin):
                 raise ValueError(f"hidden_size {self.hidden_size} must be divisible by {name} {getattr(self, name)}.")
         if self.image_size % self.upsampling_factor:
             raise ValueError(
-                f"image_size {self.image_size} must be divisible by {self.upsampling_factor}, the enlargement of "
+                f"image_size {self.image_size} must be divisible by {self.upsampling_factor}, the upsampling factor of "
                 f"{len(self.pixel_decoder_channel_multipliers)} pixel_decoder_channel_multipliers."
             )
         if self.pixel_decoder_base_channels % self.pixel_decoder_num_groups:

@@ -106,7 +106,7 @@ class VFMAEConfig(AutoencoderConfigMixin, PreTrainedConfig):
         return self.latent_channels, self.anchor_grid_size, self.anchor_grid_size
 
     def validate_architecture(self):
-        """Rules between fields."""
+        """Validate relations between fields."""
         super().validate_architecture()
         vision_config = self.vision_config
         if vision_config.model_type not in VISION_MODEL_TYPES_WITH_CLASS_TOKEN:

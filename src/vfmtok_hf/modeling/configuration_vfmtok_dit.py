@@ -57,7 +57,7 @@ class VFMTokDiTConfig(CheckedConfigMixin, PreTrainedConfig):
         super().__init__(**kwargs)
 
     def complete(self):
-        """Make numbers of the keys of `id2label`, of which JSON has made strings."""
+        """Convert the keys of `id2label` to integers, because JSON stores them as strings."""
         if self.id2label is not None:
             self.id2label = {int(label): name for label, name in self.id2label.items()}
 
@@ -67,7 +67,7 @@ class VFMTokDiTConfig(CheckedConfigMixin, PreTrainedConfig):
         return self.latent_channels, self.sample_size, self.sample_size
 
     def validate_architecture(self):
-        """Rules between fields."""
+        """Validate relations between fields."""
         for prefix in ("", "head_"):
             width, heads = getattr(self, f"{prefix}hidden_size"), getattr(self, f"{prefix}num_attention_heads")
             if width % (4 * heads):

@@ -5,8 +5,8 @@ image -> frozen vision model, several feature levels -> anchor encoder (deformab
 -> latents -> ViT decoder -> pixel decoder -> image.
 
 The computation follows https://github.com/CVMI-Lab/VFMTok2 (`tokenizer/vfmae`, Apache-2.0). It differs from VFMTok's in
-that there is no codebook, that attention goes in both directions, and that the two branches of the ViT decoder have layers
-of their own.
+that there is no codebook, that attention is bidirectional, and that the two branches of the ViT decoder have layers of
+their own.
 """
 
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class VFMAEEncoderOutput(ModelOutput):
     """
     Args:
         latents (`torch.FloatTensor` of shape `(batch_size, latent_channels, grid, grid)`):
-            The latents as the encoder gives them; `normalize_latents` makes of them what denoisers work on.
+            The encoder's output, not normalized. Denoisers work on the output of `normalize_latents`.
         sampling_locations (`tuple[torch.Tensor]`, one per encoder layer, with `output_sampling_locations=True`):
             Where each head looks, `(batch_size, num_anchors, heads, levels, points, 2)` as (x, y); the image is
             [0, 1]^2 and points outside it read zeros.
@@ -159,7 +159,7 @@ class VFMAEModel(VFMTokAutoencoder):
     The continuous autoencoder: `encode` turns images into latents, `decode` turns latents into images. It is
     deterministic: there is no sampling of latents.
 
-    The vision model is frozen: its parameters take no gradient and it stays in evaluation mode. The buffers `latents_mean`
+    The vision model is frozen: its parameters have no gradient and it stays in evaluation mode. The buffers `latents_mean`
     and `latents_std` `(latent_channels, grid, grid)` are statistics of the training images' latents, 0 and 1 until they
     are known.
     """
@@ -192,8 +192,8 @@ class VFMAEModel(VFMTokAutoencoder):
 
     def extract_vision_features(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
         """
-        The frozen vision model's feature levels. No gradient reaches its parameters; one does reach `pixel_values` if
-        they ask for it, which perceptual losses use.
+        Compute the frozen vision model's feature levels. Its parameters get no gradient, but `pixel_values` can, for
+        perceptual losses.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(batch_size, 3, height, width)`): in [-1, 1], any size.
@@ -210,7 +210,7 @@ class VFMAEModel(VFMTokAutoencoder):
         return class_and_patch_tokens(self.vision_model, self.config, self._vision_input(pixel_values))
 
     def _feature_maps(self, vision_features: list[torch.Tensor]) -> list[torch.Tensor]:
-        """What the anchors look at: each patch with its level's class token added, `(batch_size, channels, side, side)`."""
+        """Input of the anchor encoder: each patch plus its level's class token, `(batch_size, channels, side, side)`."""
         side = self.config.feature_grid_size
         return [
             (tokens[:, 1:] + tokens[:, :1]).transpose(1, 2).unflatten(2, (side, side)) for tokens in vision_features

@@ -60,7 +60,7 @@ def position_table(grid_size: int, width: int, theta: float) -> torch.Tensor:
 
 
 class VFMTokDiTTimeEmbedding(nn.Module):
-    """Random Fourier features of the time and an MLP. It stays in float32: half precision would move the time."""
+    """Random Fourier features of the time and an MLP. It stays in float32: half precision would round the time."""
 
     def __init__(self, config: VFMTokDiTConfig):
         super().__init__()
@@ -81,7 +81,7 @@ class VFMTokDiTTimeEmbedding(nn.Module):
 
 
 class VFMTokDiTAttention(nn.Module):
-    """Self-attention in both directions with rotary embedding."""
+    """Bidirectional self-attention with rotary embedding."""
 
     is_causal = False
 
@@ -101,7 +101,7 @@ class VFMTokDiTAttention(nn.Module):
             projection(hidden_states).view(head_shape).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        # The table's position 0 is a class token, which there is none of here.
+        # Position 0 of the table is a class token, which these sequences do not have.
         positions = 1 + torch.arange(hidden_states.shape[1], device=hidden_states.device)
         table = rotary_table(positions, self.config.sample_size, self.head_dim, self.config.rope_theta)
         attention = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation, eager_attention_forward)
@@ -233,13 +233,13 @@ class VFMTokDiTForImageGeneration(CheckedModelMixin, PreTrainedModel, ClassEmbed
             latents (`torch.FloatTensor` of shape `(batch_size, latent_channels, sample_size, sample_size)`):
                 Normalized latents with noise.
             timesteps (`torch.FloatTensor` of shape `(batch_size,)`):
-                Share of the noise, from 0 (data) to 1 (noise).
+                Fraction of noise, from 0 (data) to 1 (noise).
             class_labels (`torch.LongTensor` of shape `(batch_size,)`):
                 Labels in 0 to `num_classes - 1`, or `num_classes` for no condition. In training mode each is replaced
                 by the latter with probability `class_dropout`.
 
         Raises:
-            TypeError, ValueError: one of them is of another shape, or labels are no int64 or out of range.
+            TypeError, ValueError: the shape of an input is wrong, or labels are not int64 or out of range.
         """
         self._check_inputs(latents, timesteps, class_labels)
         if self.training:

@@ -1,9 +1,9 @@
 """
-Where diffusers finds the classes of a saved pipeline's components.
+The classes of a saved pipeline's components.
 
-It fetches one file per component and none that this would import. So this file lies in every component's folder and
-finds the classes by the registries of transformers, where the pipeline's code, which diffusers loads before any
-component, has entered them.
+diffusers imports them from this file, of which each component's folder has a copy, and does not fetch siblings that the
+file would import. So it looks the classes up in transformers' registries, where the pipeline's code, which diffusers loads
+first, has registered them.
 """
 
 from importlib import import_module

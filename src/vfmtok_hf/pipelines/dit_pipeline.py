@@ -1,7 +1,4 @@
-"""
-Where diffusers enters the own code of a saved `VFMTokDiTPipeline`, as `pipeline.py` is for `VFMTokPipeline`; what is said
-there holds here.
-"""
+"""Entry point of a saved `VFMTokDiTPipeline`'s own code; see `pipeline.py`."""
 
 import importlib
 import importlib.util

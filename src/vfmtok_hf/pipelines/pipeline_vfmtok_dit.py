@@ -25,7 +25,7 @@ from .pipeline_base_vfmtok import (
 )
 
 
-# Of the original's sampler: its grid ends before the scheduler shifts it, and it never goes on to 0.
+# The last time of the original's sampler, before the scheduler's shift. Sampling does not continue to 0.
 LAST_TIME = 0.001
 
 
@@ -36,12 +36,12 @@ def released_scheduler() -> FlowMatchEulerDiscreteScheduler:
 
 class VFMTokDiTPipeline(VFMTokPipelineBase):
     r"""
-    Class-conditional image generation with VFMTok2, without guidance unless asked for.
+    Class-conditional image generation with VFMTok2, by default without guidance.
 
     Args:
         vae ([`VFMAEModel`]): the autoencoder, with the statistics of its latents.
         transformer ([`VFMTokDiTForImageGeneration`], *optional*):
-            The denoiser. `encode`, `decode` and `reconstruct` need none.
+            The denoiser. `encode`, `decode` and `reconstruct` do not need it.
         scheduler (`FlowMatchEulerDiscreteScheduler`):
             The released denoisers want a `shift` of 4; [`released_scheduler`] makes it.
         image_processor ([`VFMTokImageProcessor`]): images to `pixel_values` and back.
@@ -69,7 +69,7 @@ class VFMTokDiTPipeline(VFMTokPipelineBase):
     _optional_components = ["transformer", "guidance_transformer"]
     _callback_tensor_inputs = ["latents"]
 
-    # diffusers 0.36 reads these annotations, and no unions by an operator.
+    # diffusers 0.36 reads these annotations and does not support `X | Y`.
     def __init__(
         self,
         vae: VFMAEModel,
@@ -157,11 +157,11 @@ class VFMTokDiTPipeline(VFMTokPipelineBase):
             num_images_per_label (`int`, defaults to 1):
                 The images of one label follow each other.
             num_inference_steps (`int`, defaults to 99):
-                Evaluations of the denoiser, by Euler's method. 99 are the 100 points of the original's grid.
+                Evaluations of the denoiser by Euler's method. 99 steps connect the 100 points of the original's grid.
             guidance_scale (`float`, defaults to 1.0):
-                How far to go from the weaker prediction to the class's own, and past it. 1 is no guidance, which runs the
-                denoiser once a step. The weaker prediction is `guidance_transformer`'s, or without one the denoiser's own
-                without a class (classifier-free guidance).
+                Guidance scale: `weak + scale * (own - weak)`. 1 turns guidance off and runs the denoiser once per step. The
+                weak prediction is that of `guidance_transformer`, otherwise the denoiser's own without a class
+                (classifier-free guidance).
             guidance_interval (`tuple[float, float]`, defaults to `(0.0, 1.0)`):
                 Smallest and largest time at which to guide; 1 is noise, 0 data.
             generator (`torch.Generator` or a list of one per image, *optional*):
@@ -178,7 +178,7 @@ class VFMTokDiTPipeline(VFMTokPipelineBase):
                 stops sampling.
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
                 What the callback's dictionary holds: `latents` or nothing.
-            decode_batch_size (`int`, defaults to 16): images decoded at once, which bounds memory.
+            decode_batch_size (`int`, defaults to 16): images decoded at once, which limits memory.
 
         Returns:
             `VFMTokPipelineOutput` with `images`, or a tuple of them.
@@ -279,7 +279,7 @@ class VFMTokDiTPipeline(VFMTokPipelineBase):
         Args:
             images: one image of any kind that [`~vfmtok_hf.modeling.image_reading_vfmtok.read_image`] takes, a batch as
                 an array or tensor, or several: a list, a generator, a column of a data set.
-            batch_size (`int`, defaults to 16): images read and encoded at once, which bounds memory.
+            batch_size (`int`, defaults to 16): images read and encoded at once, which limits memory.
 
         Raises:
             ValueError, TypeError, FileNotFoundError: no images, or unusable ones; a checkpoint without vision weights.
@@ -308,7 +308,7 @@ class VFMTokDiTPipeline(VFMTokPipelineBase):
         Args:
             latents (`torch.FloatTensor` of shape `(number of images, latent_channels, grid, grid)`): not normalized.
             output_type, size, resize_mode: as in [`VFMTokImageProcessor.postprocess`].
-            batch_size (`int`, defaults to 16): images decoded at once, which bounds memory.
+            batch_size (`int`, defaults to 16): images decoded at once, which limits memory.
 
         Raises:
             ValueError: no latents, or those of another model.
@@ -331,7 +331,7 @@ class VFMTokDiTPipeline(VFMTokPipelineBase):
         Args:
             images: as in `encode`.
             output_type (`str`), return_dict (`bool`): as in `__call__`.
-            batch_size (`int`, defaults to 16): images at once, which bounds memory.
+            batch_size (`int`, defaults to 16): images at once, which limits memory.
         """
         self._check_output_type(output_type)
         return self._output(self.encode(images, batch_size), output_type, return_dict, batch_size)

@@ -243,9 +243,8 @@ def main(argv: list[str] | None = None) -> None:
                     else:
                         save_adapted(adapted, output / "model", output / "adapter")
             window.restart()
-        samples_here = (
-            accelerator.is_main_process or accelerator.is_fsdp2
-        )  # A sharded model must run on all processes.
+        # A sharded model must run on all processes.
+        samples_here = accelerator.is_main_process or accelerator.is_fsdp2
         if (progress.step % arguments.sample_every == 0 or done) and samples_here:
             with ema.applied():
                 samples = sample_images(model, tokenizer, arguments)
