@@ -111,7 +111,7 @@ PIPELINE_DAMAGES = {
     "foreign pipeline": (
         lambda folder: change_config(folder, "model_index.json", _class_name="DiTPipeline"),
         ValueError,
-        "This is a DiTPipeline, not a VFMTokPipeline",
+        "This is a DiTPipeline, not a VFMTokPipeline: load it with from_pretrained of its own class",
     ),
     "foreign generator": (
         lambda folder: change_config(folder / "transformer", model_type="gpt2"),
@@ -143,6 +143,27 @@ def test_a_missing_variant_is_refused(published, tmp_path):
         shard.unlink()
     with pytest.raises(OSError, match="model.safetensors|model-"):
         VFMTokPipeline.from_pretrained(folder, variant="fp16")
+
+
+def test_code_of_a_component_runs_only_with_trust_remote_code(published, hub, client, tmp_path):
+    folder = shutil.copytree(published / "pipe", tmp_path / "coded")
+    change_config(folder, "model_index.json", image_processor=["coded", "Coded"])
+    (folder / "image_processor" / "coded.py").write_text("raise RuntimeError('it runs')")
+    hub.put("coded", folder)
+    client(
+        f"""
+        from vfmtok_hf import VFMTokPipeline
+
+        for path in ("tester/coded", {str(folder)!r}):
+            for trust, expected, message in ((False, ValueError, "trust_remote_code=True"), (True, RuntimeError, "it runs")):
+                try:
+                    VFMTokPipeline.from_pretrained(path, trust_remote_code=trust)
+                except expected as error:
+                    assert message in str(error), str(error)
+                else:
+                    raise AssertionError((path, trust))
+        """
+    )
 
 
 def test_a_missing_processor_is_refused(tmp_path):

@@ -237,6 +237,19 @@ def test_pipelines_saved_by_diffusers_alone_load_too():
     assert type(VFMTokPipeline.from_pretrained(DEFAULT_CHECKPOINT, transformer=None).vq_model) is VFMTokModel
 
 
+def test_a_subclass_loads_what_its_base_has_saved(pipe, tmp_path):
+    class Mine(VFMTokPipeline):
+        pass
+
+    pipe.save_pretrained(tmp_path / "base")
+    mine = Mine.from_pretrained(tmp_path / "base")
+    assert type(mine) is Mine
+    mine.save_pretrained(tmp_path / "mine")
+    assert type(Mine.from_pretrained(tmp_path / "mine")) is Mine
+    with pytest.raises(ValueError, match="This is a Mine, not a VFMTokPipeline"):
+        VFMTokPipeline.from_pretrained(tmp_path / "mine")
+
+
 def test_device_map(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     images = torch.rand(1, 3, 32, 32)

@@ -179,6 +179,7 @@ def test_a_seed_gives_the_same_image_in_any_batch(pipe):
     together = pipe([0, 1], num_images_per_label=2, generator=seeds(*range(4)), **arguments).images
     alone = [pipe(label, generator=seeds(i), **arguments).images for i, label in enumerate([0, 0, 1, 1])]
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=1e-4)
+    assert torch.equal(pipe([0, 1], 2, generator=tuple(seeds(*range(4))), **arguments).images, together)
 
 
 @pytest.mark.parametrize(("guidance", "evaluations"), [(False, [2, 2]), (True, [1, 1])])
@@ -221,6 +222,8 @@ def test_callbacks(pipe):
     )
     assert seen == [{}, {}]
     assert not pipe.interrupt
+    with pytest.raises(TypeError, match="returns a dictionary or None, got Tensor"):
+        pipe(0, num_inference_steps=2, callback_on_step_end=lambda *arguments: arguments[3]["latents"])
 
 
 @pytest.mark.parametrize(

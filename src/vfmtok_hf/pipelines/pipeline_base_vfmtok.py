@@ -4,6 +4,7 @@ import base64
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any, TypeVar
 
 import diffusers
@@ -11,6 +12,7 @@ import numpy as np
 import PIL.Image
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils.dynamic_modules_utils import resolve_trust_remote_code
 from huggingface_hub import snapshot_download
 from packaging.version import Version
 from transformers import PreTrainedModel
@@ -134,7 +136,8 @@ class VFMTokPipelineBase(DiffusionPipeline):
 
         Raises:
             OSError: the folder, repository, revision or file does not exist or is not accessible.
-            ValueError: a file is damaged, or belongs to another pipeline.
+            ValueError: a file is damaged or belongs to another pipeline, or a component has its own code, which needs
+                `trust_remote_code=True`.
         """
         if "torch_dtype" not in kwargs:  # the older name, which diffusers also accepts
             dtype = kwargs.pop("dtype", torch.float32)
@@ -144,6 +147,8 @@ class VFMTokPipelineBase(DiffusionPipeline):
         if passed is not None and passed.config.id2label is not None:
             kwargs.setdefault("id2label", None)  # those of the saved generator
         with errors_naming(str(pretrained_model_name_or_path)):
+            if os.path.isdir(pretrained_model_name_or_path):  # `download` checks repositories
+                cls._check_code(pretrained_model_name_or_path, kwargs)
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
@@ -157,9 +162,9 @@ class VFMTokPipelineBase(DiffusionPipeline):
         loaded = super().load_config(*args, **kwargs)
         index = loaded[0] if isinstance(loaded, tuple) else loaded
         use_this_code(index)
-        if index["_class_name"] != cls.__name__:
+        if index["_class_name"] not in {base.__name__ for base in cls.__mro__}:
             raise ValueError(
-                f"This is a {index['_class_name']}, not a {cls.__name__}: load it with DiffusionPipeline."
+                f"This is a {index['_class_name']}, not a {cls.__name__}: load it with from_pretrained of its own class."
             )
         return loaded
 
@@ -193,10 +198,13 @@ class VFMTokPipelineBase(DiffusionPipeline):
         Args:
             variant (`str`, *optional*): such as `"fp16"`; every model of the repository must have it.
             cache_dir, revision, token, force_download, local_files_only: as in `huggingface_hub.snapshot_download`.
+
+        Raises:
+            ValueError: it is another pipeline, or a component has its own code, which needs `trust_remote_code=True`.
         """
         other_weights = VARIANT_WEIGHTS if variant is None else DEFAULT_WEIGHTS
         passed_components = [f"{name}/*" for name in cls._get_signature_keys(cls)[0] if name in kwargs]
-        return snapshot_download(
+        folder = snapshot_download(
             pretrained_model_name,
             cache_dir=cache_dir,
             revision=revision,
@@ -205,6 +213,18 @@ class VFMTokPipelineBase(DiffusionPipeline):
             local_files_only=bool(local_files_only),
             ignore_patterns=[*other_weights, *passed_components],
         )
+        cls._check_code(folder, kwargs)
+        return folder
+
+    @classmethod
+    def _check_code(cls, folder: str | os.PathLike, kwargs: dict[str, Any]) -> None:
+        """Require `trust_remote_code` for components that are not passed and have their own code."""
+        # diffusers before 0.38 checks this only in its own `download`. These are the files that it would run.
+        has_code = any(
+            isinstance(entry, list) and name not in kwargs and Path(folder, name, f"{entry[0]}.py").is_file()
+            for name, entry in cls.load_config(folder).items()
+        )
+        resolve_trust_remote_code(kwargs.get("trust_remote_code", False), folder, has_code)
 
     @property
     def id2label(self) -> dict[int, str]:
@@ -232,6 +252,13 @@ class VFMTokPipelineBase(DiffusionPipeline):
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs may contain {self._callback_tensor_inputs}, got {sorted(unknown)}."
             )
+
+    @staticmethod
+    def _check_callback_result(result: Any) -> dict[str, Any]:
+        """What `callback_on_step_end` replaces: nothing if it returns None."""
+        if result is not None and not isinstance(result, dict):
+            raise TypeError(f"callback_on_step_end returns a dictionary or None, got {type(result).__name__}.")
+        return result or {}
 
 
 __all__ = ["VFMTokPipelineBase"]

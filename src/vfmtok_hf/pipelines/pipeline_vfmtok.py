@@ -229,11 +229,7 @@ class VFMTokPipeline(VFMTokPipelineBase):
                     returned = callback_on_step_end(self, step, step, tensors)
                 if self._interrupt:
                     return False
-                if returned is not None and not isinstance(returned, dict):
-                    raise TypeError(
-                        f"callback_on_step_end returns a dictionary or None, got {type(returned).__name__}."
-                    )
-                return None if returned is None else returned.get("image_tokens")
+                return self._check_callback_result(returned).get("image_tokens")
 
             labels = torch.tensor(class_ids).to(self._execution_device)
             return transformer.generate(labels, callback=callback, **generate_kwargs)

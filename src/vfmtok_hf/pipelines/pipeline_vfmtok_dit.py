@@ -215,8 +215,8 @@ class VFMTokDiTPipeline(VFMTokPipelineBase):
                 progress_bar.update()
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents} if callback_on_step_end_tensor_inputs else {}
-                    returned = callback_on_step_end(self, step, timestep, tensors) or {}
-                    latents = returned.get("latents", latents)
+                    returned = callback_on_step_end(self, step, timestep, tensors)
+                    latents = self._check_callback_result(returned).get("latents", latents)
                 if self._interrupt:
                     break
         return self._output(self.vae.denormalize_latents(latents), output_type, return_dict, decode_batch_size)
@@ -234,7 +234,8 @@ class VFMTokDiTPipeline(VFMTokPipelineBase):
                 raise ValueError(
                     f"There are {len(generator)} generators for {num_images} images: pass one, or one each."
                 )
-            return randn_tensor(shape, generator, device, torch.float32)
+            generators = list(generator) if isinstance(generator, Sequence) else generator
+            return randn_tensor(shape, generators, device, torch.float32)
         if latents.shape != shape:
             raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}.")
         return latents.to(device, torch.float32)
