@@ -55,7 +55,7 @@ MODEL_DAMAGES = {
     "other shapes": (
         lambda folder: change_config(folder, codebook_size=32),
         ValueError,
-        r"'quantizer.* has shape \(64, 4\) and not \(32, 4\)",
+        r"'quantizer.* has shape \(64, 4\) instead of \(32, 4\)",
     ),
 }
 
