@@ -31,7 +31,7 @@ function showFacts({ image_size, num_image_tokens, codebook_size, generator, nam
   element("facts").replaceChildren(...items);
 }
 
-/** What computes, and how it could be another way. */
+/** Show the device, and a link to the other one. */
 function showMachine(provider, threads) {
   const onGpu = provider === "webgpu";
   const place = onGpu ? "GPU (WebGPU)" : `CPU (WebAssembly, ${threads} ${threads === 1 ? "thread" : "threads"})`;
@@ -40,25 +40,31 @@ function showMachine(provider, threads) {
     const [href, textContent] = onGpu ? ["?compute=cpu", "Run on the CPU instead"] : ["?", "Run on the GPU instead"];
     element("machine").append(Object.assign(document.createElement("a"), { href, textContent }));
   } else if (!crossOriginIsolated) {
-    element("machine").append("The page came without the headers by which browsers allow several threads.");
+    element("machine").append("The server did not send the headers that multithreading needs.");
   }
 }
 
-function showDownload({ name, received, size }) {
-  element("download").value = received / size;
+function downloadText({ name, received, size }) {
   const megabytes = (bytes) => (bytes / 1e6).toFixed(1);
-  element("loading").textContent = `Fetching ${name.replace("_", " ")}: ${megabytes(received)} of ${megabytes(size)} MB`;
+  return `Fetching ${name.replace("_", " ")}: ${megabytes(received)} of ${megabytes(size)} MB`;
+}
+
+function showDownload(news) {
+  element("download").value = news.received / news.size;
+  element("loading").textContent = downloadText(news);
 }
 
 async function start() {
   setUpTabs();
   if (typeof WebAssembly !== "object") {
-    throw new Error("This browser has no WebAssembly, by which the page computes: use a current one.");
+    throw new Error("This page needs WebAssembly, which this browser does not have. Use a current browser.");
   }
   const link = new URLSearchParams(location.search);
   const computer = new Computer(showDownload);
   const provider = link.get("compute") === "cpu" ? "wasm" : undefined;
   const started = await computer.request("start", { provider });
+  // What is fetched later is the encoder, for the other tab.
+  computer.onDownload = (news) => (element("token-word").textContent = downloadText(news));
   showFacts(started.info);
   showMachine(started.provider, started.threads);
   const edit = setUpEdit(computer, started.info);

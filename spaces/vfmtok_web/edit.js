@@ -24,6 +24,7 @@ async function readPixels(file) {
 export function setUpEdit(computer, info) {
   const columns = Math.ceil(Math.sqrt(info.num_image_tokens));
   const cells = element("cells");
+  const caption = element("token-word").textContent;
   let image = null; // its RGBA data, its name, and its own tokens
   let tokens = [];
   let earlier = []; // tokens before each change, for undo
@@ -88,7 +89,12 @@ export function setUpEdit(computer, info) {
       decoded = tokens;
       const { rgba } = await computer.request("decode", { tokens });
       paint(element("edited"), rgba, `Reconstruction of ${image.name}`);
+      if (decoded === image.tokens) showQuality(psnr(image.rgba, rgba));
     } while (decoded !== tokens);
+  }
+
+  function showQuality(decibels) {
+    element("quality").textContent = Number.isFinite(decibels) ? `${decibels.toFixed(1)} dB` : "equal";
   }
 
   function change(newTokens) {
@@ -121,12 +127,9 @@ export function setUpEdit(computer, info) {
     element("edit-veil").hidden = true;
     cells.hidden = false;
     paint(element("original"), rgba, name);
+    element("quality").textContent = "–";
     show();
     await decode();
-    const side = element("edited").width;
-    const { data } = element("edited").getContext("2d").getImageData(0, 0, side, side);
-    const decibels = psnr(rgba, data);
-    element("quality").textContent = Number.isFinite(decibels) ? `${decibels.toFixed(1)} dB` : "equal";
   }
 
   function openFile(file) {
@@ -135,7 +138,9 @@ export function setUpEdit(computer, info) {
     attempt(async () => {
       announce("Encoding the image.");
       const { data } = centerSquare(await readPixels(file), info.image_size);
-      const { tokens: own } = await computer.request("encode", { data });
+      const encoding = computer.request("encode", { data });
+      // Until then the caption may show the encoder's download.
+      const { tokens: own } = await encoding.finally(() => (element("token-word").textContent = caption));
       await open(data, own, file.name || "pasted image");
       announce(`${image.name} has ${tokens.length} tokens.`);
     });
@@ -166,7 +171,10 @@ export function setUpEdit(computer, info) {
   });
   element("restore").addEventListener("click", () => change(image.tokens));
   element("save-edited").addEventListener("click", () => download(element("edited"), "reconstruction.png"));
-  element("file").addEventListener("change", ({ target }) => openFile(target.files[0]));
+  element("file").addEventListener("change", ({ target }) => {
+    openFile(target.files[0]);
+    target.value = ""; // so that choosing the same file again is a change
+  });
   addEventListener("paste", ({ clipboardData }) => {
     openFile([...clipboardData.files].find((file) => file.type.startsWith("image/")));
   });

@@ -33,8 +33,9 @@ export function setUpGenerate(computer, info, link, edit) {
     for (const [name, value] of Object.entries(values)) field(name).value = link.get(name) ?? value;
     if (/^\d+$/.test(link.get("seed"))) field("seed").value = Math.min(Number(link.get("seed")), MAX_SEED);
     const wanted = link.get("label");
-    const label = options.findIndex((option) => option.value === wanted || option.text === wanted);
-    if (label >= 0) field("label").selectedIndex = label;
+    // A class may be named by another's number.
+    const label = options.find((option) => option.value === wanted) ?? options.find((option) => option.text === wanted);
+    if (label) label.selected = true;
     else if (wanted) alertVisitor(`The link asks for the class “${wanted}”, which this model does not have.`);
     showValues();
   }

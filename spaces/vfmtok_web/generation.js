@@ -17,7 +17,7 @@ export async function* generateTokens(newSequence, { numClasses, conditionPositi
   const generator = new TorchGenerator(settings.seed);
   // The second sequence has the null class, which is one past the last.
   const labels = guidedSteps > 0 ? [settings.label, numClasses] : [settings.label];
-  let sequences = labels.map(newSequence);
+  const sequences = labels.map(newSequence);
   try {
     let token = 0; // read where the condition is, and ignored there
     for (let position = 0; position < conditionPositions - 1; position++) {

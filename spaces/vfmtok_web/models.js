@@ -14,7 +14,7 @@ const openCache = () => globalThis.caches?.open(CACHE).catch(() => null) ?? null
 /** The address of a part's file. Its digest is part of it, so that a new export is fetched anew. */
 const addressOf = (base, { file, sha256 }) => new URL(`${file}?sha256=${sha256}`, base).href;
 
-/** The body of a response, with a word after each piece about how much of it has come. */
+/** Read a response's body and report progress after each chunk. */
 async function readBody(response, onProgress) {
   const pieces = [];
   let received = 0;
@@ -27,7 +27,7 @@ async function readBody(response, onProgress) {
   }
 }
 
-/** A part's file, out of the browser's cache if it is there. Only secure pages have digests to check it by. */
+/** A part's file, out of the browser's cache if it is there. Only secure pages can compute its digest. */
 async function fetchFile(base, part, onProgress) {
   const { file, sha256 } = part;
   const cache = await openCache();

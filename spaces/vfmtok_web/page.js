@@ -2,12 +2,13 @@
 
 export const element = (id) => document.getElementById(id);
 
-/** A sentence for everybody: shown above the page if it is an error, read aloud if it is news. */
+/** Show an error above the page; an empty text hides it. */
 export function alertVisitor(text) {
   element("alert").textContent = text;
   element("alert").hidden = !text;
 }
 
+/** Have screen readers read a text. */
 export function announce(text) {
   element("news").textContent = text;
 }

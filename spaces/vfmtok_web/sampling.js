@@ -1,6 +1,7 @@
 /**
  * Drawing image tokens as vfmtok_hf.modeling.generation_vfmtok does: guidance, temperature, top-k, top-p, then one draw
- * from one uniform number. Logits are Float32Array, so that every operation is rounded as it is there.
+ * from one uniform number. Logits are Float32Array, so the result of each stage is float32; the
+ * arithmetic inside is float64.
  */
 
 /**

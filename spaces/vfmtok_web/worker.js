@@ -1,5 +1,5 @@
 /**
- * All computation, beside the page's own thread. Requests are `{ id, type, ... }`; each is answered by any number of
+ * All computation, outside the page's main thread. Requests are `{ id, type, ... }`; each is answered by any number of
  * `{ id, event, ... }` and a last one, `{ id, done: true, ... }` or `{ id, error }`.
  */
 
@@ -49,7 +49,6 @@ function takeBreak() {
 }
 
 async function generate({ settings, pictureEvery }, send) {
-  stopped = false;
   const { info } = models;
   const sizes = {
     numClasses: info.generator.num_classes,
@@ -92,8 +91,7 @@ async function decodeOnPaper(tokens) {
 }
 
 async function encode({ data }) {
-  const tokens = await models.encode(toPixelValues(data));
-  return { tokens, rgba: await decodeOnPaper(tokens) };
+  return { tokens: await models.encode(toPixelValues(data)) };
 }
 
 async function decode({ tokens }) {
@@ -108,6 +106,7 @@ self.onmessage = ({ data: { id, type, ...request } }) => {
     stopped = true;
     return;
   }
+  if (type === "generate") stopped = false; // here, as it may be stopped while it waits for its turn
   const send = (event, content) => self.postMessage({ id, event, ...content });
   last = last
     .then(() => HANDLERS[type](request, send))

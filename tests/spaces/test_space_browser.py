@@ -159,6 +159,30 @@ def test_a_class_is_chosen_by_click_or_by_keyboard(visit):
     expect(page.locator(".vt-generation img").first).to_have_attribute("alt", "cat, seed 1", timeout=PATIENCE)
 
 
+def test_the_keyboard_reaches_what_a_search_for_classes_finds(browser):
+    page = browser.new_page()
+    classes = "".join(
+        f'<button role="radio" data-value="{name}" data-names="{name}">{name}</button>'
+        for name in ("car", "cat", "sun")
+    )
+    page.set_content(f'<div><input type="search"><div role="radiogroup">{classes}</div></div>')
+    script = (SPACE / "page" / "classes.js").read_text()
+    page.evaluate(
+        "(script) => new Function('element', 'props', 'watch', script)(document.querySelector('div'), { value: 'car' }, () => {})",
+        script,
+    )
+
+    def reached() -> list[str]:
+        return page.locator("[role=radio][tabindex='0']").all_inner_texts()
+
+    assert reached() == ["car"]
+    page.get_by_role("searchbox").fill("cat")
+    assert reached() == ["cat"]
+    page.get_by_role("searchbox").fill("")
+    assert reached() == ["car"]
+    page.close()
+
+
 def test_images_grow_and_can_be_stopped(visit):
     page = visit("?images=8&seed=1")
     press(page, "Generate")

@@ -180,6 +180,7 @@ def test_an_image_becomes_the_packages_tokens(context, url, pipe):
     page.get_by_role("tab", name="Encode and edit").click()
     page.set_input_files("#file", SMILEY)
     expect(page.locator("#quality")).to_contain_text("dB")
+    expect(page.locator("#file")).to_have_value("")  # the same file can be chosen again
     tokens = pipe.tokenize(SMILEY)[0].tolist()
     assert tokens_in_cells(page) == tokens
     whole = pixels_of(page, "#edited")
@@ -194,7 +195,7 @@ def test_an_image_becomes_the_packages_tokens(context, url, pipe):
     press(page, "Undo")
     expect(page.locator("#changed")).to_have_text("0")
 
-    page.get_by_label("swaps it with").check()
+    page.get_by_label("swap it with").check()
     page.locator("#cells button").nth(0).click()
     page.keyboard.press("ArrowDown")
     page.keyboard.press("ArrowRight")
@@ -210,6 +211,41 @@ def test_an_image_becomes_the_packages_tokens(context, url, pipe):
     page.set_input_files("#file", {"name": "broken.png", "mimeType": "image/png", "buffer": b"\x89PNG and nothing"})
     expect(page.get_by_role("alert")).to_have_text("broken.png cannot be read as an image.")
     page.close()
+
+
+def open_smiley(page):
+    page.set_input_files("#file", SMILEY)
+    expect(page.get_by_role("status")).to_have_text("smiley.png has 144 tokens.", timeout=PATIENCE)
+
+
+def test_the_quality_is_that_of_the_own_tokens_whenever_they_are_edited(context, url):
+    page, edited = open_page(context, url), open_page(context, url)
+    open_smiley(page)
+    # A token is erased while the image is decoded for the first time.
+    edited.evaluate("""() => {
+        const cells = document.querySelector("#cells");
+        new MutationObserver(() => cells.querySelectorAll("button")[40].click()).observe(cells, { attributeFilter: ["hidden"] });
+    }""")
+    open_smiley(edited)
+    expect(edited.locator("#changed")).to_have_text("1")
+    expect(edited.locator("#quality")).to_have_text(page.locator("#quality").inner_text())
+    page.close()
+    edited.close()
+
+
+def test_the_encoders_download_is_shown_where_it_is_needed(new_context, url):
+    page = open_page(new_context(), url)
+    caption = page.locator("#token-word").text_content()
+    page.evaluate("""() => {
+        const word = document.querySelector("#token-word");
+        window.captions = [];
+        new MutationObserver(() => captions.push(word.textContent)).observe(word, { childList: true });
+    }""")
+    open_smiley(page)
+    captions = page.evaluate("captions")
+    assert captions[0].startswith("Fetching encoder: ")
+    assert captions[-1] == caption
+    expect(page.locator("#loading")).to_have_text("Press Generate.")
 
 
 def test_models_are_kept_by_the_browser(context, url):
@@ -239,6 +275,38 @@ def test_a_link_restores_the_settings_and_generation_stops(context, url):
     restored.close()
 
 
+def test_a_generation_can_be_stopped_before_its_turn(new_context, url):
+    page = new_context().new_page()  # without the encoder, whose download it waits for
+    page.goto(url + "package.json")
+    code = """async (settings) => {
+        const { Computer } = await import("/computer.js");
+        const computer = new Computer(() => {});
+        const { info } = await computer.request("start");
+        computer.request("encode", { data: new Uint8ClampedArray(4 * info.image_size ** 2) });
+        const answer = computer.request("generate", { settings, pictureEvery: 1000 });
+        computer.stop();
+        const { stopped } = await answer;
+        computer.worker.terminate();
+        return stopped;
+    }"""
+    assert page.evaluate(code, {"label": 3, "seed": 0, "doSample": False, "guidance": {"scale": 1}})
+
+
+def test_a_link_chooses_a_class_by_number_before_it_chooses_one_by_name(new_context, url):
+    page = new_context().new_page()
+
+    def number_classes_backwards(route):
+        info = route.fetch().json()
+        count = info["generator"]["num_classes"]
+        info["generator"]["id2label"] = {str(label): str(count - 1 - label) for label in range(count)}
+        route.fulfill(json=info)
+
+    page.route("**/export.json", number_classes_backwards)
+    page.goto(url + "?label=10")
+    expect(page.locator("#draw")).to_be_enabled(timeout=PATIENCE)
+    expect(page.locator("[name=label]")).to_have_value("10")
+
+
 def test_tabs_follow_the_keyboard(context, url):
     page = open_page(context, url, "?label=nonsense")
     expect(page.get_by_role("alert")).to_contain_text("“nonsense”")
@@ -266,7 +334,7 @@ def test_without_the_headers_of_isolation_one_thread_computes(new_context, folde
     with served(folder, "-m", "http.server", "--bind", "127.0.0.1") as url:
         page = open_page(new_context(), url, "?label=heart&seed=8")
         expect(page.locator("#machine")).to_contain_text("1 thread")
-        expect(page.locator("#machine")).to_contain_text("without the headers")
+        expect(page.locator("#machine")).to_contain_text("did not send the headers")
         draw(page)
         press(page, "Edit its tokens")
         assert tokens_in_cells(page) == expected_tokens(pipe, 8, 8)[0].tolist()
@@ -299,7 +367,7 @@ def claim_another_model(page):
             lambda page: page.route("**/decoder.onnx*", lambda route: route.abort()),
             "decoder.onnx could not be fetched",
         ),
-        (lambda page: page.add_init_script("delete globalThis.WebAssembly"), "no WebAssembly"),
+        (lambda page: page.add_init_script("delete globalThis.WebAssembly"), "needs WebAssembly"),
     ],
     ids=["damaged", "no model", "missing", "no WebAssembly"],
 )

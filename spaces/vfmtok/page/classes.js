@@ -4,9 +4,10 @@ const radios = () => [...element.querySelectorAll("[role=radio]")];
 
 function show() {
   const chosen = radios().find((radio) => radio.dataset.value === props.value);
+  const stop = chosen && !chosen.hidden ? chosen : radios().find((radio) => !radio.hidden);
   radios().forEach((radio) => {
     radio.setAttribute("aria-checked", radio === chosen);
-    radio.tabIndex = radio === (chosen ?? radios()[0]) ? 0 : -1;
+    radio.tabIndex = radio === stop ? 0 : -1;
   });
 }
 
@@ -31,6 +32,7 @@ element.addEventListener("keydown", (event) => {
 element.addEventListener("input", (event) => {
   const text = event.target.value.trim().toLowerCase();
   radios().forEach((radio) => { radio.hidden = !radio.dataset.names.includes(text); });
+  show();
 });
 watch("value", show);
 show();
