@@ -45,8 +45,8 @@ def start_accelerator(arguments: TrainingArguments, output: Path, can_shard: boo
         log_with=check_trackers(arguments.tracker) or None,
         project_dir=output,
     )
-    warn_of_single_process(accelerator.num_processes)
     set_up_sharding(accelerator, arguments, can_shard)
+    warn_of_single_process(accelerator.num_processes)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     set_seed(arguments.seed, device_specific=True)
