@@ -210,6 +210,8 @@ def test_equally_wide_parts_need_the_number_of_layers():
         build_dit(original, {})
     config = build_dit(original, {"num_hidden_layers": 2}).model.config
     assert (config.num_hidden_layers, config.head_num_hidden_layers) == (2, 1)
+    with pytest.raises(ValueError, match="num_hidden_layers = 3, but the checkpoint has 3 layers"):
+        build_dit(original, {"num_hidden_layers": 3})
 
 
 def test_diffusion_transformers_have_names_in_diffusers_too():

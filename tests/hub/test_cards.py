@@ -6,7 +6,7 @@ import shutil
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from tests.pipelines.tiny_pipeline import tiny_pipeline
+from tests.pipelines.tiny_pipeline import tiny_dit_pipeline, tiny_pipeline
 from vfmtok_hf import DEFAULT_CHECKPOINT
 from vfmtok_hf.evaluation.results import measured_results, published_results, save_measurement
 from vfmtok_hf.hub import model_card, push
@@ -33,6 +33,24 @@ def test_card_says_what_the_hub_reads(folder):
     assert "# thing" in card.text
     assert "@article{zheng2025vfmtok" in card.text
     assert not re.search(r"[{}]{2}|None|\n\n\n", card.text)
+
+
+def test_cards_cite_the_paper_of_their_architecture(folder, tmp_path):
+    pipe = tiny_dit_pipeline()
+    for name in ("vae", "transformer"):
+        getattr(pipe, name).save_pretrained(tmp_path / name)
+    pipe.image_processor.save_pretrained(tmp_path / "vae")
+    pipe.save_pretrained(tmp_path / "pipe")
+    for path in (tmp_path / "vae", tmp_path / "transformer", tmp_path / "pipe"):
+        card = model_card(path, "me/thing")
+        assert "arxiv:2605.18390" in card.data.tags
+        assert "is [VFMTok2](https://arxiv.org/abs/2605.18390)." in card.text
+        assert "  title   = {Vision Foundation Models as Generalist Tokenizers for Image Generation},\n" in card.text
+        assert "  year    = {2026}\n}\n```" in card.text
+        assert "2507.08441" not in str(card)
+    card = model_card(folder, "me/thing")
+    assert "arxiv:2507.08441" in card.data.tags
+    assert "  journal = {arXiv preprint arXiv:2507.08441},\n  year    = {2025}\n}" in card.text
 
 
 def test_card_never_mixes_published_and_measured(folder, tmp_path):

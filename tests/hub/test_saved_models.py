@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.pipelines.tiny_pipeline import tiny_dit_pipeline
 from vfmtok_hf.hub import push, read_saved_model
 
 
@@ -97,6 +98,14 @@ def test_incomplete_folders_are_refused_before_anything_is_sent(folder, tmp_path
     damage(copy)
     with pytest.raises(error, match=message):
         push(copy, "me/thing")
+
+
+def test_a_pipeline_without_its_scheduler_is_refused(tmp_path):
+    tiny_dit_pipeline().save_pretrained(tmp_path)
+    assert "scheduler/scheduler_config.json" in read_saved_model(tmp_path).files
+    (tmp_path / "scheduler" / "scheduler_config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="scheduler_config.json is missing"):
+        read_saved_model(tmp_path)
 
 
 def test_foreign_models_bad_names_and_impossible_samples_are_refused(folder, published, tmp_path):

@@ -75,6 +75,7 @@ def test_forward_is_encode_and_decode():
     assert torch.equal(out.latents, model.encode(images).latents)
     assert torch.equal(out.reconstruction, model.decode(out.latents).reconstruction)
     assert out.loss is None
+    assert repr(out) == "VFMAEOutput(latents=float32[2, 4, 3, 3], reconstruction=float32[2, 3, 32, 32])"
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel
 
@@ -67,6 +68,21 @@ def test_saved_folders(dtype, tmp_path):
     assert velocity.dtype == dtype
     difference = (velocity.float() - expected).abs().mean()
     assert difference <= (0 if dtype == torch.float32 else 0.03) * expected.abs().mean()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("first", range(1, 11))
+def test_parts_may_lie_on_two_devices(first):
+    """As device maps place them. Here the parts from `first` on lie on the meta device, which computes shapes only."""
+    model = tiny_dit()
+    children = (child if isinstance(child, nn.ModuleList) else [child] for child in model.children())
+    parts = [part for child in children for part in child]
+    assert len(parts) == 11
+    for part in parts[first:]:
+        part.to("meta").register_forward_pre_hook(lambda _, args: tuple(value.to("meta") for value in args))
+    velocity = model(*inputs()).velocity
+    assert velocity.is_meta
+    assert repr(model(*inputs())) == "VFMTokDiTOutput(velocity=float32[2, 4, 3, 3])"
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from transformers.utils.hub import has_file
 
 from vfmtok_hf.cpu.precision import MANY_ROWS, is_bfloat16_faster
 from vfmtok_hf.hub_kernels import kernel_facts
-from vfmtok_hf.pipelines.component_vfmtok import MODEL_TYPES
+from vfmtok_hf.pipelines.component_vfmtok import AUTOENCODERS, MODEL_TYPES
 from vfmtok_hf.pipelines.portable_vfmtok import saved_components
 
 
@@ -72,7 +72,7 @@ def checkpoint_facts(name_or_path: str) -> dict[str, str]:
 
 def model_facts(config: Any) -> dict[str, str]:
     """The facts in a model's configuration, for display."""
-    if config.model_type not in ("vfmtok", "vfmae"):
+    if config.model_type not in AUTOENCODERS:
         model_class: Any = MODEL_MAPPING[type(config)]
         depth = f"{config.num_hidden_layers} layers of width {config.hidden_size}"
         if config.model_type == "vfmtok_dit":

@@ -367,8 +367,13 @@ def dit_config(shapes: Shapes, overrides: Mapping[str, Any]) -> VFMTokDiTConfig:
         raise ValueError(
             "Encoder and head are equally wide: set num_hidden_layers, the number of layers of the encoder, in config."
         )
-    num_hidden_layers = {**overrides, **inferred}["num_hidden_layers"]
-    inferred["head_num_hidden_layers"] = _Sizes(shapes).count("blocks.") - num_hidden_layers
+    num_layers, num_hidden_layers = _Sizes(shapes).count("blocks."), {**overrides, **inferred}["num_hidden_layers"]
+    if num_hidden_layers >= num_layers:
+        raise ValueError(
+            f"config has num_hidden_layers = {num_hidden_layers}, but the checkpoint has {num_layers} layers, and at least "
+            "one of them is the head's."
+        )
+    inferred["head_num_hidden_layers"] = num_layers - num_hidden_layers
     return _build(VFMTokDiTConfig, inferred, _imagenet_labels(inferred["num_classes"]), overrides)
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,44 @@ from vfmtok_hf.evaluation.results import Result, card_metrics, published_and_mea
 from vfmtok_hf.hub.saved_models import MODELS_BY_TYPE, SavedModel, read_json, read_saved_model
 from vfmtok_hf.modeling.class_names_vfmtok import ClassNames, short_class_name
 from vfmtok_hf.pipelines import VFMTokDiTPipeline, VFMTokPipeline
+from vfmtok_hf.pipelines.component_vfmtok import AUTOENCODERS
 from vfmtok_hf.plotting import image_grid
 
 
 CARD_TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 PIPELINES = {pipeline.__name__: pipeline for pipeline in (VFMTokPipeline, VFMTokDiTPipeline)}
-PAPER = "https://arxiv.org/abs/2507.08441"
+
+
+@dataclass(frozen=True)
+class Paper:
+    """What a card says of the paper whose architecture a model has."""
+
+    architecture: str
+    arxiv_id: str
+    citation_key: str
+    title: str
+    authors: str
+    year: int
+
+
+VFMTOK_PAPER = Paper(
+    "VFMTok",
+    "2507.08441",
+    "zheng2025vfmtok",
+    "Vision Foundation Models as Effective Visual Tokenizers for Autoregressive Image Generation",
+    "Zheng, Anlin and Wen, Xin and Zhang, Xuanyang and Ma, Chuofan and Wang, Tiancai and Yu, Gang and Zhang, Xiangyu and "
+    "Qi, Xiaojuan",
+    2025,
+)
+VFMTOK2_PAPER = Paper(
+    "VFMTok2",
+    "2605.18390",
+    "zheng2026vfmtok2",
+    "Vision Foundation Models as Generalist Tokenizers for Image Generation",
+    "Zheng, Anlin and Han, Qi and Wen, Xin and Ma, Chuofan and Gong, Lanxi and Yu, Gang and Zhang, Xiangyu and Qi, Xiaojuan",
+    2026,
+)
+VFMTOK2_KINDS = ("vfmae", "vfmtok_dit", "VFMTokDiTPipeline")
 
 GENERATOR_USAGE = """\
 import torch
@@ -113,7 +146,6 @@ DESCRIPTIONS = {
     "decodes them.",
     "vfmtok_dit": "A class-conditional diffusion transformer on the latents of VFMAE.",
 }
-AUTOENCODERS = ("vfmtok", "vfmae")
 TAGS = {"vfmtok": "image-tokenizer", "vfmae": "autoencoder"}
 
 
@@ -146,13 +178,14 @@ def model_card(
     """
     saved = read_saved_model(folder)
     task = "image-feature-extraction" if saved.kind in AUTOENCODERS else "unconditional-image-generation"
+    paper = VFMTOK2_PAPER if saved.kind in VFMTOK2_KINDS else VFMTOK_PAPER
     name = repo_id.split("/")[-1]
     plain = [EvalResult(**{"task_type": task, **metric}) for metric in metrics]
     card_data = ModelCardData(
         license=license,
         library_name="diffusers" if saved.index else "transformers",
         pipeline_tag=task,
-        tags=["vfmtok", TAGS.get(saved.kind, "class-conditional"), "arxiv:2507.08441"],
+        tags=["vfmtok", TAGS.get(saved.kind, "class-conditional"), f"arxiv:{paper.arxiv_id}"],
         base_model=base_model,
         model_name=name,
         eval_results=[*plain, *card_metrics(results)] or None,
@@ -166,7 +199,7 @@ def model_card(
         template_str=CARD_TEMPLATE.read_text(encoding="utf-8"),
         model_name=name,
         license=license,
-        paper=PAPER,
+        paper=paper,
         description=DESCRIPTIONS[saved.kind],
         pictures=pictures,
         usage=USAGE[saved.kind].format(**snippet_values),

@@ -230,9 +230,9 @@ def push_checkpoint(
     """
     validate_repo_id(repo_id)
     if vision_model is not None and kind in GENERATOR_CONVERTERS:
-        raise ValueError(f"vision_model belongs to a tokenizer; a checkpoint of kind {kind!r} has none.")
+        raise ValueError(f"vision_model belongs to a tokenizer or VFMAE; a checkpoint of kind {kind!r} has none.")
     if tokenizer is not None and kind not in GENERATOR_CONVERTERS:
-        raise ValueError("tokenizer belongs to a generator; this checkpoint is a tokenizer itself.")
+        raise ValueError(f"tokenizer belongs to a generator; a checkpoint of kind {kind!r} has none.")
     if latent_statistics is not None and kind != "vfmae":
         raise ValueError(f"latent_statistics belong to a VFMAE; a checkpoint of kind {kind!r} has none.")
     released = find_released(checkpoint)

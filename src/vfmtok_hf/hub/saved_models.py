@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, MODEL_MAPPING
 from vfmtok_hf.conversion.convert import PROVENANCE_FILE
 from vfmtok_hf.data.output_files import PICTURE_SUFFIXES
 from vfmtok_hf.modeling.image_processing_vfmtok import VFMTokImageProcessor
-from vfmtok_hf.pipelines.component_vfmtok import MODEL_TYPES
+from vfmtok_hf.pipelines.component_vfmtok import AUTOENCODERS, MODEL_TYPES
 from vfmtok_hf.pipelines.portable_vfmtok import INDEX_FILE, class_name, saved_components
 
 
@@ -77,10 +77,12 @@ def read_saved_model(folder: str | Path) -> SavedModel:
         raise FileNotFoundError(
             f"{folder} has neither {INDEX_FILE} nor config.json: pass the folder of a saved model."
         )
+    if "scheduler" in index and not (folder / SCHEDULER_CONFIG).is_file():
+        raise FileNotFoundError(f"{folder / SCHEDULER_CONFIG} is missing.")
     processors = [part for part, class_name in parts.items() if class_name == VFMTokImageProcessor.__name__]
     models = [part for part in parts if part not in processors]
     configs = {part: read_config(folder / part / "config.json") for part in models}
-    if not index and configs[""]["model_type"] in ("vfmtok", "vfmae"):
+    if not index and configs[""]["model_type"] in AUTOENCODERS:
         processors = [""]
     for part in processors:
         if not (folder / part / "preprocessor_config.json").is_file():

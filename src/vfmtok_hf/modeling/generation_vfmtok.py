@@ -17,10 +17,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
-from transformers.utils import ModelOutput
 
 from .cache_vfmtok import DecodeCache
 from .class_embeddings_vfmtok import check_ids
+from .outputs_vfmtok import VFMTokModelOutput
 
 
 # Visible lengths of the cache in compiled steps. Together with dropping the unconditional rows once, a generation has at
@@ -28,8 +28,8 @@ from .class_embeddings_vfmtok import check_ids
 COMPILED_LENGTHS = 7
 
 
-@dataclass
-class VFMTokGeneratorOutput(ModelOutput):
+@dataclass(repr=False)
+class VFMTokGeneratorOutput(VFMTokModelOutput):
     """
     Args:
         loss (`torch.FloatTensor` of shape `()`, with `return_loss=True`):
@@ -201,7 +201,7 @@ class SamplingSettings:
 
     @property
     def effective_guidance_scale(self) -> float:
-        """Whether guidance is off: at a scale of at most 1, as in diffusers. The original RAR uses 0."""
+        """The guidance scale, at least 1 (off): smaller ones turn guidance off, as in diffusers. The original RAR uses 0."""
         return max(float(self.guidance_scale), 1.0)
 
     def guidance_scales(self, num_steps: int) -> list[float]:

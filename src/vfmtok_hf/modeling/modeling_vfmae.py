@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel  # noqa: F401 - pipelines look it up here
 from transformers import initialization as init
-from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .anchor_encoder_vfmtok import VFMTokAnchorEncoder  # noqa: F401 - for the Hub, as CONTRIBUTING.md says
@@ -25,13 +24,14 @@ from .autoencoder_config_vfmtok import AutoencoderConfigMixin  # noqa: F401 - li
 from .autoencoder_vfmtok import VFMTokAutoencoder, runs_offload_hook
 from .configuration_vfmae import VFMAEConfig
 from .loading_vfmtok import CheckedModelMixin  # noqa: F401 - likewise
+from .outputs_vfmtok import VFMTokModelOutput
 from .pixel_decoder_vfmtok import VFMTokPixelDecoder
 from .vision_features_vfmtok import class_and_patch_tokens
 from .vit_decoder_vfmtok import VFMTokViTDecoderBase, VFMTokViTDecoderLayer, cosine_loss
 
 
-@dataclass
-class VFMAEEncoderOutput(ModelOutput):
+@dataclass(repr=False)
+class VFMAEEncoderOutput(VFMTokModelOutput):
     """
     Args:
         latents (`torch.FloatTensor` of shape `(batch_size, latent_channels, grid, grid)`):
@@ -52,8 +52,8 @@ class VFMAEEncoderOutput(ModelOutput):
     vision_features: tuple[torch.Tensor, ...] | None = None
 
 
-@dataclass
-class VFMAEDecoderOutput(ModelOutput):
+@dataclass(repr=False)
+class VFMAEDecoderOutput(VFMTokModelOutput):
     """
     Args:
         reconstruction (`torch.FloatTensor` of shape `(batch_size, 3, image_size, image_size)`):
@@ -66,8 +66,8 @@ class VFMAEDecoderOutput(ModelOutput):
     reconstructed_features: torch.Tensor | None = None
 
 
-@dataclass
-class VFMAEOutput(ModelOutput):
+@dataclass(repr=False)
+class VFMAEOutput(VFMTokModelOutput):
     """
     Args:
         loss (`torch.FloatTensor` of shape `()`, with `return_loss=True`):

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel  # noqa: F401 - pipelines look it up here
 from transformers import initialization as init
-from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .anchor_encoder_vfmtok import (
@@ -27,23 +26,10 @@ from .autoencoder_config_vfmtok import AutoencoderConfigMixin  # noqa: F401 - li
 from .autoencoder_vfmtok import VFMTokAutoencoder, runs_offload_hook
 from .configuration_vfmtok import VFMTokConfig
 from .loading_vfmtok import CheckedModelMixin  # noqa: F401 - likewise
+from .outputs_vfmtok import VFMTokModelOutput
 from .pixel_decoder_vfmtok import VFMTokPixelDecoder
 from .vision_features_vfmtok import vision_features
 from .vit_decoder_vfmtok import VFMTokViTDecoderBase, cosine_loss
-
-
-class VFMTokModelOutput(ModelOutput):
-    """A `ModelOutput` whose `repr` shows the shapes of its tensors, not their values."""
-
-    def __repr__(self) -> str:
-        fields = ", ".join(f"{name}={_described(value)}" for name, value in self.items())
-        return f"{type(self).__name__}({fields})"
-
-
-def _described(value: torch.Tensor | tuple[torch.Tensor, ...]) -> str:
-    if isinstance(value, tuple):
-        return f"({', '.join(map(_described, value))})"
-    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
 
 
 @dataclass(repr=False)

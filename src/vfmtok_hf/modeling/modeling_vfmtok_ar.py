@@ -24,6 +24,7 @@ from .class_names_vfmtok import ClassNames  # noqa: F401 - for the Hub, as CONTR
 from .configuration_vfmtok_ar import VFMTokARConfig
 from .generation_vfmtok import VFMTokGenerationMixin, VFMTokGeneratorOutput
 from .loading_vfmtok import CheckedModelMixin
+from .outputs_vfmtok import VFMTokModelOutput  # noqa: F401 - for the Hub
 from .rotary_vfmtok import apply_rotary, rotary_table
 
 

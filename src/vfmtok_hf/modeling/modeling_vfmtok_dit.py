@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .attention_vfmtok import eager_attention_forward
@@ -26,11 +25,12 @@ from .class_embeddings_vfmtok import ClassEmbeddingsMixin, check_ids, drop_label
 from .class_names_vfmtok import ClassNames  # noqa: F401 - for the Hub, as CONTRIBUTING.md says
 from .configuration_vfmtok_dit import VFMTokDiTConfig
 from .loading_vfmtok import CheckedModelMixin
+from .outputs_vfmtok import VFMTokModelOutput
 from .rotary_vfmtok import apply_rotary, rotary_table
 
 
-@dataclass
-class VFMTokDiTOutput(ModelOutput):
+@dataclass(repr=False)
+class VFMTokDiTOutput(VFMTokModelOutput):
     """
     Args:
         velocity (`torch.FloatTensor` of shape `(batch_size, latent_channels, sample_size, sample_size)`):
@@ -94,19 +94,16 @@ class VFMTokDiTAttention(nn.Module):
         self.v_proj = nn.Linear(width, width)
         self.o_proj = nn.Linear(width, width)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
         # (batch, length, width) -> (batch, heads, length, head_dim)
         head_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, key, value = (
             projection(hidden_states).view(head_shape).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        # Position 0 of the table is a class token, which these sequences do not have.
-        positions = 1 + torch.arange(hidden_states.shape[1], device=hidden_states.device)
-        table = rotary_table(positions, self.config.sample_size, self.head_dim, self.config.rope_theta)
         attention = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation, eager_attention_forward)
         attended, _ = attention(
-            self, apply_rotary(query, table), apply_rotary(key, table), value, None, scaling=self.head_dim**-0.5
+            self, apply_rotary(query, rotary), apply_rotary(key, rotary), value, None, scaling=self.head_dim**-0.5
         )
         return self.o_proj(attended.flatten(-2))
 
@@ -139,14 +136,16 @@ class VFMTokDiTLayer(GradientCheckpointingLayer):
         self.mlp = VFMTokDiTMLP(width, intermediate_size)
         self.modulation = nn.Linear(width, 6 * width)
 
-    def forward(self, hidden_states: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, condition: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(batch_size, length, width)`).
             condition (`torch.Tensor` of shape `(batch_size, 1, width)` or that of `hidden_states`).
+            rotary (`torch.Tensor` of shape `(2, length, head_dim / 2)`): as from [`rotary_table`].
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(condition)).chunk(6, dim=-1)
-        hidden_states = hidden_states + gate1 * self.self_attn(modulate(self.norm1(hidden_states), shift1, scale1))
+        attended = self.self_attn(modulate(self.norm1(hidden_states), shift1, scale1), rotary)
+        hidden_states = hidden_states + gate1 * attended
         return hidden_states + gate2 * self.mlp(modulate(self.norm2(hidden_states), shift2, scale2))
 
 
@@ -248,19 +247,30 @@ class VFMTokDiTForImageGeneration(CheckedModelMixin, PreTrainedModel, ClassEmbed
         latents = latents.to(dtype)
         time = self.time_embedding(timesteps).to(dtype)
 
-        condition = F.silu(time + self.class_embedding(class_labels))[:, None]
-        hidden_states = self._tokens(self.encoder_embed, latents) + self.position_embeddings.to(dtype)
+        # Device maps may spread the layers over several devices.
+        condition = F.silu(time + self.class_embedding(class_labels).to(time.device))[:, None]
+        hidden_states = self._tokens(self.encoder_embed, latents)
+        hidden_states = hidden_states + self.position_embeddings.to(hidden_states.device, dtype)
+        rotary = self._rotary_table(self.encoder_layers, hidden_states)
         for layer in self.encoder_layers:
-            hidden_states = layer(hidden_states, condition)
-        condition = self.condition_proj(F.silu(time[:, None] + hidden_states))
+            hidden_states = layer(hidden_states, condition, rotary)
+        condition = self.condition_proj(F.silu(time[:, None].to(hidden_states.device) + hidden_states))
 
         hidden_states = self._tokens(self.head_embed, latents)
+        rotary = self._rotary_table(self.head_layers, hidden_states)
         for layer in self.head_layers:
-            hidden_states = layer(hidden_states, condition)
+            hidden_states = layer(hidden_states, condition, rotary)
         shift, scale = self.norm_modulation(F.silu(condition)).chunk(2, dim=-1)
-        velocity = self.velocity_proj(modulate(self.norm(hidden_states), shift, scale))
+        velocity = self.velocity_proj(modulate(self.norm(hidden_states).to(shift.device), shift, scale))
         # batch_size, tokens, channels -> batch_size, channels, sample_size, sample_size
         return VFMTokDiTOutput(velocity=velocity.transpose(1, 2).reshape(latents.shape))
+
+    def _rotary_table(self, layers: nn.ModuleList, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The rotary embedding of one part's layers."""
+        # Position 0 of the table is a class token, which these sequences do not have.
+        positions = 1 + torch.arange(hidden_states.shape[1], device=hidden_states.device)
+        head_dim = layers[0].self_attn.head_dim
+        return rotary_table(positions, self.config.sample_size, head_dim, self.config.rope_theta)
 
     @staticmethod
     def _tokens(embed: nn.Conv2d, latents: torch.Tensor) -> torch.Tensor:

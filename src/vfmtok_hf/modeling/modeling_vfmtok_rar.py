@@ -24,17 +24,17 @@ from transformers.utils.generic import can_return_tuple
 
 from .attention_vfmtok import causal_mask, eager_attention_forward
 from .cache_vfmtok import DecodeCache, LayerCache, at_position
-from .class_embeddings_vfmtok import ClassEmbeddingsMixin, drop_labels
+from .class_embeddings_vfmtok import ClassEmbeddingsMixin, check_ids, drop_labels
 from .class_names_vfmtok import ClassNames  # noqa: F401 - for the Hub, as CONTRIBUTING.md says
 from .configuration_vfmtok_rar import VFMTokRARConfig
 from .generation_vfmtok import (
     SamplingSettings,
     VFMTokGenerationMixin,
     VFMTokGeneratorOutput,
-    check_ids,
     power_cosine_guidance,
 )
 from .loading_vfmtok import CheckedModelMixin
+from .outputs_vfmtok import VFMTokModelOutput  # noqa: F401 - for the Hub
 
 
 # Rows (images x steps) in one matmul of a modulation while decoding. With this many, the matmul is limited by arithmetic

@@ -19,6 +19,7 @@ MODEL_TYPES = {
     "VFMAEModel": "vfmae",
     "VFMTokDiTForImageGeneration": "vfmtok_dit",
 }
+AUTOENCODERS = ("vfmtok", "vfmae")
 
 
 def __getattr__(name: str) -> Any:
@@ -26,7 +27,7 @@ def __getattr__(name: str) -> Any:
         return MODEL_MAPPING[CONFIG_MAPPING[MODEL_TYPES[name]]]
     if name == "VFMTokImageProcessor":
         # By a configuration's neighbor: what the registry of image processors holds changes between versions.
-        config = next(CONFIG_MAPPING[model_type] for model_type in ("vfmtok", "vfmae") if model_type in CONFIG_MAPPING)
+        config = next(CONFIG_MAPPING[model_type] for model_type in AUTOENCODERS if model_type in CONFIG_MAPPING)
         package = config.__module__.rpartition(".")[0]
         return import_module(f"{package}.image_processing_vfmtok").VFMTokImageProcessor
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -22,6 +22,7 @@ else:
     from .loading_vfmtok import errors_naming  # noqa: F401
     from .modeling_vfmae import VFMAEModel
     from .modeling_vfmtok_dit import VFMTokDiTForImageGeneration
+    from .outputs_vfmtok import VFMTokModelOutput  # noqa: F401
     from .pipeline_base_vfmtok import VFMTokPipelineBase  # noqa: F401
     from .pipeline_vfmtok_dit import VFMTokDiTPipeline
     from .pixel_decoder_vfmtok import VFMTokPixelDecoder  # noqa: F401

@@ -32,6 +32,7 @@ else:
     from .modeling_vfmtok import VFMTokModel
     from .modeling_vfmtok_ar import VFMTokARForImageGeneration
     from .modeling_vfmtok_rar import VFMTokRARForImageGeneration
+    from .outputs_vfmtok import VFMTokModelOutput  # noqa: F401
     from .pipeline_base_vfmtok import VFMTokPipelineBase  # noqa: F401
     from .pipeline_vfmtok import VFMTokPipeline
     from .pixel_decoder_vfmtok import VFMTokPixelDecoder  # noqa: F401
