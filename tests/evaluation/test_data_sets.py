@@ -107,7 +107,7 @@ def test_columns_and_sources_that_cannot_be_told_are_refused(data, tmp_path):
     assert "number" in error_of("reconstruction", data / "rows.parquet", "--image-column", "picture", *model)
     assert "one data set" in error_of("reconstruction", data / "rows.parquet", data / "rows.tar", *model)
     assert "pass --split as well" in error_of("reconstruction", data / "files", "--streaming", *model)
-    assert "no data file" in error_of("reconstruction", tmp_path / "none.parquet", *model)
+    assert "no file or folder" in error_of("reconstruction", tmp_path / "none.parquet", *model)
     assert "both images and data files" in error_of("reconstruction", data, *model)
     picture = (data / "files" / "000.png").read_bytes()
     datasets.Dataset.from_dict({"a": [{"bytes": picture}], "b": [{"bytes": picture}]}).cast_column(
