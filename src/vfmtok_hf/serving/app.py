@@ -145,7 +145,7 @@ class Service:
         return [Drawing(class_id, seed + number, settings) for number, class_id in enumerate(class_ids)]
 
     async def draw(self, drawings: list[Drawing]) -> list[PIL.Image.Image]:
-        """Generate images. They are dropped if the calling task is cancelled."""
+        """Generate images. They are dropped if the calling task is canceled."""
         started = time.perf_counter()
         self.batcher.draw(drawings)
         try:
