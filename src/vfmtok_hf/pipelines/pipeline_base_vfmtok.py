@@ -247,6 +247,12 @@ class VFMTokPipelineBase(DiffusionPipeline):
         """
         return ClassNames(self.id2label).find_all(class_labels, self._generator_model().config.num_classes)
 
+    def _check_output_type(self, output_type: str) -> None:
+        if output_type not in ("pil", "np", "pt", "uint8", self._undecoded_output_type):
+            raise ValueError(
+                f"output_type must be 'pil', 'np', 'pt', 'uint8' or {self._undecoded_output_type!r}, got {output_type!r}."
+            )
+
     def _check_callback_inputs(self, names: Sequence[str]) -> None:
         if unknown := set(names) - set(self._callback_tensor_inputs):
             raise ValueError(

@@ -93,6 +93,7 @@ class VFMTokPipeline(VFMTokPipelineBase):
     model_cpu_offload_seq = "transformer->vq_model"
     _optional_components = ["transformer"]
     _callback_tensor_inputs = ["image_tokens"]
+    _undecoded_output_type = "tokens"
 
     # diffusers 0.36 reads these annotations and does not support `X | Y`.
     def __init__(
@@ -242,11 +243,6 @@ class VFMTokPipeline(VFMTokPipelineBase):
             images = self.detokenize(image_tokens, output_type=output_type, batch_size=batch_size)
         self.maybe_free_model_hooks()
         return VFMTokPipelineOutput(images=images) if return_dict else (images,)
-
-    @staticmethod
-    def _check_output_type(output_type: str) -> None:
-        if output_type not in ("pil", "np", "pt", "uint8", "tokens"):
-            raise ValueError(f"output_type must be 'pil', 'np', 'pt', 'uint8' or 'tokens', got {output_type!r}.")
 
     # -- images <-> image tokens
 

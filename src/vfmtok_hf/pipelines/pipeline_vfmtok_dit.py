@@ -68,6 +68,7 @@ class VFMTokDiTPipeline(VFMTokPipelineBase):
     model_cpu_offload_seq = "guidance_transformer->transformer->vae"
     _optional_components = ["transformer", "guidance_transformer"]
     _callback_tensor_inputs = ["latents"]
+    _undecoded_output_type = "latent"
 
     # diffusers 0.36 reads these annotations and does not support `X | Y`.
     def __init__(
@@ -264,11 +265,6 @@ class VFMTokDiTPipeline(VFMTokPipelineBase):
             images = self.decode(latents, output_type, batch_size=batch_size)
         self.maybe_free_model_hooks()
         return VFMTokPipelineOutput(images=images) if return_dict else (images,)
-
-    @staticmethod
-    def _check_output_type(output_type: str) -> None:
-        if output_type not in ("pil", "np", "pt", "uint8", "latent"):
-            raise ValueError(f"output_type must be 'pil', 'np', 'pt', 'uint8' or 'latent', got {output_type!r}.")
 
     # -- images <-> latents
 
