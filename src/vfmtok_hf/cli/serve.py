@@ -26,12 +26,16 @@ def serve(
     host: Annotated[str, typer.Option(help="`0.0.0.0` lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
     max_batch_size: Annotated[
-        int, typer.Option(min=2, help="Images generated at once. One with guidance counts twice.")
+        int, typer.Option(min=2, help="Images generated at once, by each engine. Here one with guidance counts twice.")
     ] = 32,
     max_queue_size: Annotated[int, typer.Option(min=1, help="Images that may wait. Others are refused (429).")] = 256,
     api_key: Annotated[
         str | None,
         typer.Option(envvar="VFMTOK_API_KEY", show_envvar=True, help="Bearer token that clients must send."),
+    ] = None,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(help="URL of a vLLM server that generates the tokens. *May be repeated: they share the work.*"),
     ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = Dtype.float32,
@@ -40,17 +44,26 @@ def serve(
     Serve a pipeline over HTTP: OpenAI's images API, and the Hub's.
 
     `vfmtok serve --model REPOSITORY --port 8000`
+
+    `vfmtok serve --model REPOSITORY --engine http://HOST:8001 --engine http://HOST:8002`
     """
     with one_line_errors("serve"):
         import uvicorn
 
+        from vfmtok_hf import VFMTokPipeline
         from vfmtok_hf.serving.app import create_app
+        from vfmtok_hf.serving.engines import VLLMEngine, without_weights
 
         name_or_path = resolve_model(model)
         model_name = Path(name_or_path).name if Path(name_or_path).is_dir() else name_or_path
         with bound_socket(host, port) as listener:
-            pipe = load_pipeline(model, device, dtype, generates=True)
-            app = create_app(pipe, model_name, max_batch_size, max_queue_size, api_key)
+            pipe = load_pipeline(model, device, dtype, generates=not engine)
+            token_engines = []
+            if engine:
+                generator = without_weights(name_or_path)
+                pipe = VFMTokPipeline(pipe.vq_model, generator, pipe.image_processor, pipe.config.id2label)
+                token_engines = [VLLMEngine(url, generator) for url in engine]
+            app = create_app(pipe, model_name, max_batch_size, max_queue_size, api_key, token_engines=token_engines)
             uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=DRAIN_SECONDS)).run(sockets=[listener])
 
 

@@ -5,7 +5,7 @@ import json
 import random
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -18,8 +18,9 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vfmtok_hf.pipelines import VFMTokPipeline
-from vfmtok_hf.serving.batcher import Batcher, QueueFull, Unavailable
+from vfmtok_hf.serving.batcher import Batcher
 from vfmtok_hf.serving.decoding import Drawing
+from vfmtok_hf.serving.engines import Engine, EnginePool, QueueFull, TokenEngine, Unavailable
 from vfmtok_hf.serving.requests import (
     MAX_IMAGES,
     HubRequest,
@@ -99,10 +100,10 @@ class Metrics:
     Prometheus metrics of a server.
 
     Args:
-        batcher (`Batcher`): its batcher.
+        engine (`Engine`): what generates its images.
     """
 
-    def __init__(self, batcher: Batcher):
+    def __init__(self, engine: Engine):
         self.registry = CollectorRegistry()
         self.requests = Counter("vfmtok_requests", "Requests.", ["route", "status"], registry=self.registry)
         self.images = Counter("vfmtok_images", "Images generated.", registry=self.registry)
@@ -110,10 +111,10 @@ class Metrics:
             "vfmtok_image_seconds", "Seconds from the request to its images.", registry=self.registry,
             buckets=(0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100),
         )  # fmt: skip
-        waiting = Gauge("vfmtok_images_waiting", "Images that wait for a place in the batch.", registry=self.registry)
-        waiting.set_function(lambda: len(batcher.waiting))
-        running = Gauge("vfmtok_images_running", "Images in the batch.", registry=self.registry)
-        running.set_function(lambda: batcher.num_running)
+        waiting = Gauge("vfmtok_images_waiting", "Images that wait for a place in a batch.", registry=self.registry)
+        waiting.set_function(lambda: engine.num_waiting)
+        running = Gauge("vfmtok_images_running", "Images in a batch.", registry=self.registry)
+        running.set_function(lambda: engine.num_running)
 
 
 class Service:
@@ -122,11 +123,11 @@ class Service:
 
     Args:
         pipe ([`VFMTokPipeline`]): the pipeline, on its device.
-        batcher (`Batcher`): the batcher of that pipeline.
+        engine (`Engine`): what generates images of that pipeline.
     """
 
-    def __init__(self, pipe: VFMTokPipeline, batcher: Batcher):
-        self.pipe, self.batcher, self.metrics = pipe, batcher, Metrics(batcher)
+    def __init__(self, pipe: VFMTokPipeline, engine: Engine):
+        self.pipe, self.engine, self.metrics = pipe, engine, Metrics(engine)
 
     def drawings(
         self, labels: Sequence[str | int], parameters: SamplingParameters, num_images_per_label: int = 1
@@ -147,12 +148,7 @@ class Service:
     async def draw(self, drawings: list[Drawing]) -> list[PIL.Image.Image]:
         """Generate images. They are dropped if the calling task is canceled."""
         started = time.perf_counter()
-        self.batcher.draw(drawings)
-        try:
-            images = await asyncio.gather(*(asyncio.wrap_future(drawing.future) for drawing in drawings))
-        finally:
-            for drawing in drawings:
-                drawing.future.cancel()  # if another one failed
+        images = await self.engine.draw(drawings)
         self.metrics.images.inc(len(images))
         self.metrics.seconds.observe(time.perf_counter() - started)
         return images
@@ -175,10 +171,6 @@ class Service:
             yield None, image
         finally:
             task.cancel()
-
-    async def call(self, function: Callable[[], T]) -> T:
-        """Call `function` in the thread that runs the model, and return its result."""
-        return await asyncio.wrap_future(self.batcher.call(function))
 
 
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:
@@ -212,6 +204,7 @@ def create_app(
     max_queue_size: int = 256,
     api_key: str | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
+    token_engines: Sequence[TokenEngine] = (),
 ) -> FastAPI:
     """
     Create the HTTP server of a pipeline. Do not use the pipeline elsewhere while the server runs.
@@ -219,22 +212,28 @@ def create_app(
     Args:
         pipe ([`VFMTokPipeline`]): the pipeline, on its device.
         model_name (`str`): name of the model in `/v1/models`.
-        max_batch_size (`int`): images generated at once. An image with guidance counts twice.
+        max_batch_size (`int`): images generated at once, with token engines by each. In this process, an image with guidance
+            counts twice.
         max_queue_size (`int`): images that can wait. Further ones get status 429.
         api_key (`str`, *optional*): bearer token that clients must send.
         max_body_bytes (`int`): size limit of a request body. Larger ones get status 413.
+        token_engines (`Sequence[TokenEngine]`, *optional*): where image tokens are generated instead of in this process.
 
     Raises:
         ValueError: the pipeline has no generator, or `max_batch_size` is below 2.
     """
     pipe.get_label_ids(0)  # raises without a generator
-    service = Service(pipe, Batcher(pipe, max_batch_size, max_queue_size))
+    if token_engines:
+        engine: Engine = EnginePool(pipe, token_engines, max_batch_size, max_queue_size)
+    else:
+        engine = Batcher(pipe, max_batch_size, max_queue_size)
+    service = Service(pipe, engine)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        service.batcher.start()
+        await engine.start()
         yield
-        await asyncio.to_thread(service.batcher.stop)
+        await engine.stop()
 
     # The documentation pages would load scripts from other sites.
     app = FastAPI(title="vfmtok serve", lifespan=lifespan, docs_url=None, redoc_url=None)
@@ -288,7 +287,7 @@ def add_monitoring(app: FastAPI, service: Service) -> None:
 
     @app.get("/health")
     async def health() -> dict[str, str]:
-        if not service.batcher.is_running:
+        if not service.engine.is_running:
             raise HTTPException(503, "The server is shutting down.", RETRY_AFTER)
         return {"status": "ok"}
 
@@ -352,11 +351,11 @@ def add_generation(app: FastAPI, service: Service, model_name: str, dependencies
             # One at a time, so the result does not depend on the other images.
             tokenize = service.pipe.tokenize
             found = await unless_gone(
-                request, service.call(lambda: [tokenize(image)[0].tolist() for image in contents])
+                request, service.engine.call(lambda: [tokenize(image)[0].tolist() for image in contents])
             )
             return JSONResponse({"image_tokens": found})
         sequences, detokenize = body.image_tokens, service.pipe.detokenize
-        images = await unless_gone(request, service.call(lambda: [detokenize([row])[0] for row in sequences]))
+        images = await unless_gone(request, service.engine.call(lambda: [detokenize([row])[0] for row in sequences]))
         files = await asyncio.to_thread(lambda: [to_base64(image, body.output_format) for image in images])
         return JSONResponse({"data": [{"b64_json": file} for file in files]})
 

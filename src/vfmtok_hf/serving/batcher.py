@@ -1,38 +1,34 @@
 """The thread that runs the model. It moves images from a bounded queue to the running batch."""
 
+import asyncio
 import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import PIL.Image
 import torch
 
 from vfmtok_hf.pipelines import VFMTokPipeline
 from vfmtok_hf.serving.decoding import DecodeBatch, Drawing
+from vfmtok_hf.serving.engines import QueueFull, Unavailable
 
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # Images join the running batch at multiples of this many steps, and an empty batch immediately. Each time, RAR recomputes
 # modulations.
 JOIN_INTERVAL = 16
 
 
-class QueueFull(RuntimeError):
-    """The queue is full. The request can be sent again later."""
-
-
-class Unavailable(RuntimeError):
-    """The server is shutting down, or generation failed. The request can be sent again, here or to another server."""
-
-
 class Batcher:
     """
-    Generates images for any number of threads.
+    The [`Engine`] of one process and one device.
 
     Tokens are decoded to pixels one image at a time, because rounding differs between batch sizes.
 
@@ -57,41 +53,41 @@ class Batcher:
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="vfmtok-batcher", daemon=True)
 
-    def start(self) -> None:
+    async def start(self) -> None:
         """Start the thread."""
         self._thread.start()
 
-    def stop(self) -> None:
+    async def stop(self) -> None:
         """Finish the accepted work and end the thread. New work is refused."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
-        self._thread.join()
+        await asyncio.to_thread(self._thread.join)
 
     @property
     def is_running(self) -> bool:
         """Whether new work is accepted."""
         return self._thread.is_alive() and not self._stopping
 
-    def draw(self, drawings: Sequence[Drawing]) -> None:
-        """
-        Queue all `drawings`, or none. Their futures receive the results.
+    @property
+    def num_waiting(self) -> int:
+        """Images that wait for a place in the batch."""
+        return len(self.waiting)
 
-        Raises:
-            QueueFull, Unavailable: the images are not accepted.
-        """
+    async def draw(self, drawings: Sequence[Drawing]) -> list[PIL.Image.Image]:
+        """As in [`Engine.draw`]."""
         self._accept(len(drawings), lambda: self.waiting.extend(drawings))
+        try:
+            return await asyncio.gather(*(asyncio.wrap_future(drawing.future) for drawing in drawings))
+        finally:
+            for drawing in drawings:
+                drawing.future.cancel()  # if another one failed
 
-    def call(self, function: Callable[[], Any]) -> Future:
-        """
-        Call `function` between two decode steps, in the thread that runs the model. The future receives its result.
-
-        Raises:
-            QueueFull, Unavailable: the call is not accepted.
-        """
-        future: Future = Future()
+    async def call(self, function: Callable[[], T]) -> T:
+        """As in [`Engine.call`], between two decode steps."""
+        future: Future[T] = Future()
         self._accept(1, lambda: self.calls.append((function, future)))
-        return future
+        return await asyncio.wrap_future(future)
 
     def _accept(self, count: int, enqueue: Callable[[], None]) -> None:
         with self._changed:
@@ -186,4 +182,4 @@ class Batcher:
                 future.set_exception(error)
 
 
-__all__ = ["Batcher", "QueueFull", "Unavailable"]
+__all__ = ["Batcher"]
