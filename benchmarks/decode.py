@@ -87,7 +87,7 @@ def compiled_side(arguments: argparse.Namespace, dtype: torch.dtype) -> Side:
     model = random_generator(generator_config(arguments.model, arguments.tiny), dtype, arguments.device)
     if arguments.device == "cpu":
         use_row_sums(model)
-    model.compile_decoding()
+    model.compile_decoding(**({"mode": arguments.mode} if arguments.mode else {}))
     return partial(draw, model)
 
 
@@ -120,6 +120,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0], help="1 is none")
     parser.add_argument("--steps", type=int, help="tokens of each image; default: a whole one")
     parser.add_argument("--compile", action="store_true", help="measure the compiled step too")
+    parser.add_argument("--mode", help="mode of torch.compile, e.g. max-autotune; default: that of compile_decoding")
     parser.add_argument("--ahead", action="store_true", help="only compile, without guidance")
     parser.add_argument("--busy", action="store_true", help="keep another core busy meanwhile")
     parser.add_argument("--only", nargs="+", help="sides to measure besides the original")

@@ -19,6 +19,7 @@ from vfmtok_hf.modeling.generation_vfmtok import (
     constant_guidance,
     filter_top_k,
     filter_top_p,
+    index_at_share,
     power_cosine_guidance,
     sample_tokens,
     uniform_numbers,
@@ -87,6 +88,16 @@ def test_top_k_keeps_the_k_largest(top_k):
 
 # ---------------------------------------------------------------------------------------------------------------
 # Draws
+
+
+@pytest.mark.parametrize("length", [1, 127, 128, 1000, 16384])
+def test_indices_at_shares_are_those_of_cumulative_sums(length):
+    weights = torch.randn(64, length).mul(3).exp().masked_fill(torch.rand(64, length) < 0.3, 0)
+    weights[:, 0] += 1
+    shares = torch.rand(64, dtype=torch.float64)
+    sums = weights.double().cumsum(-1)
+    expected = torch.searchsorted(sums, shares[:, None] * sums[:, -1:], right=True)[:, 0]
+    assert torch.equal(index_at_share(weights, shares), expected)
 
 
 def test_draws_follow_the_softmax():
@@ -541,6 +552,23 @@ def test_an_edit_has_eight_graphs_at_most():
     edit = {"image_tokens": torch.arange(36).view(4, 9) % 32, "keep_mask": torch.arange(9) < 1}
     model.generate(LABELS, guidance_scale=3.0, guidance_interval=4, **edit)
     assert 2 < counter.frame_count <= 8
+
+
+@pytest.mark.parametrize("codebook_size", [1000, 16384])
+def test_no_compiled_scan_is_long(codebook_size):
+    """Inductor cannot generate code for scans over a codebook in several rows on CUDA (torch 2.11)."""
+    scans = []
+
+    def backend(graph, inputs):
+        scans.extend(node for node in graph.graph.nodes if node.target in ("cumsum", torch.cumsum))
+        return graph.forward
+
+    model = tiny_ar(codebook_size=codebook_size)
+    torch._dynamo.reset()
+    model.compile_decoding(backend=backend)
+    model.generate(LABELS, top_k=100, top_p=0.9)
+    assert len(scans) > 2
+    assert max(node.meta["example_value"].shape[-1] for node in scans) <= 128
 
 
 def test_many_numbers_of_rows_are_compiled():

@@ -26,6 +26,8 @@ from .outputs_vfmtok import VFMTokModelOutput
 # Visible lengths of the cache in compiled steps. Together with dropping the unconditional rows once, a generation has at
 # most 8 shapes.
 COMPILED_LENGTHS = 7
+# Weights of a block in which `index_at_share` searches.
+BLOCK_LENGTH = 128
 
 
 @dataclass(repr=False)
@@ -77,6 +79,36 @@ def apply_guidance(logits: torch.Tensor, scale: float | torch.Tensor) -> torch.T
 # Sampling a token
 
 
+def index_at_share(weights: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    """
+    The first index at which the sum of a row's weights exceeds a share of their total.
+
+    The block of weights is found first, then the weight in it, so that no sum runs over a whole row. That reads the
+    weights once, and long scans of several rows are more than inductor can compile for CUDA (torch 2.11).
+
+    Args:
+        weights (`torch.Tensor` of shape `(rows, length)`): numbers that are not negative.
+        shares (`torch.Tensor` of shape `(rows,)`): in [0, 1]. Sums have their dtype.
+
+    Returns:
+        `torch.LongTensor` of shape `(rows,)`: indices of weights above 0. With NaN, any index.
+    """
+    rows, length = weights.shape
+    blocks = F.pad(weights, (0, -length % BLOCK_LENGTH)).view(rows, -1, BLOCK_LENGTH)
+    ends = blocks.sum(dim=-1, dtype=shares.dtype).cumsum(dim=-1)
+    threshold = shares[:, None] * ends[:, -1:]
+    block = index_above(ends, threshold)
+    start = F.pad(ends, (1, -1)).gather(1, block)
+    sums = blocks.take_along_dim(block[..., None], dim=1)[:, 0].cumsum(dim=-1, dtype=shares.dtype)
+    return (block * BLOCK_LENGTH + index_above(sums, threshold - start))[:, 0]
+
+
+def index_above(sums: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+    """`(rows, 1)` index of the first of `(rows, length)` nondecreasing sums above `threshold` `(rows, 1)`."""
+    # A threshold can be rounded up to the total, which is past the last weight above 0.
+    return ((sums <= threshold) & (sums < sums[:, -1:])).sum(dim=-1, keepdim=True)
+
+
 def filter_top_k(logits: torch.Tensor, top_k: int) -> torch.Tensor:
     """Set all but the `top_k` largest logits of each row to -inf. Ties with the last one are kept."""
     kth_largest = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[..., -1:]
@@ -87,8 +119,9 @@ def filter_top_p(logits: torch.Tensor, top_p: float) -> torch.Tensor:
     """Keep the most probable tokens of each row, up to and including the one where their sum exceeds `top_p`."""
     sorted_logits, sorted_tokens = logits.sort(dim=-1, descending=True)
     probabilities = sorted_logits.softmax(dim=-1)
-    mass_before = probabilities.cumsum(dim=-1) - probabilities
-    removed = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, sorted_tokens, mass_before > top_p)
+    last_kept = index_at_share(probabilities, probabilities.new_full(logits.shape[:1], top_p))
+    ranks = torch.arange(logits.shape[-1], device=logits.device)
+    removed = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, sorted_tokens, ranks > last_kept[:, None])
     return logits.masked_fill(removed, -torch.inf)
 
 
@@ -130,13 +163,7 @@ def sample_tokens(logits: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     does not synchronize with the device. Sums have the precision of the numbers: float64 keeps the probability of the
     rarest token, and float32 rounds probabilities below 1e-7.
     """
-    cumulative = logits.softmax(dim=-1).cumsum(dim=-1, dtype=numbers.dtype)
-    total = cumulative[:, -1:].contiguous()
-    drawn = torch.searchsorted(cumulative, numbers[:, None] * total, right=True)
-    # A threshold can be rounded up to the total, which is past the last token with a nonzero probability.
-    last = torch.searchsorted(cumulative, total)
-    # With NaN, the result is past the end; the decode loop reports it after its last step.
-    return torch.minimum(drawn, last)[:, 0].clamp(max=logits.shape[-1] - 1)
+    return index_at_share(logits.softmax(dim=-1), numbers)
 
 
 @dataclass(frozen=True)
