@@ -3,8 +3,9 @@ Train the tokenizers for the comparison with the paper's claims, and a generator
 
     python examples/claims/train.py --data data/emoji64 --vision-model data/efficientnet_lite0 --output runs/claims
 
-Each variant changes one thing in the first one. Interrupted runs are resumed, and finished ones are kept. All runs take about
-45 minutes on one CPU thread; docs/claims.md has the results.
+Each variant changes one thing in the first one; `vqgan` changes the encoder and the number of tokens. Interrupted runs are
+resumed, and finished ones are kept. A variant takes about ten minutes on one CPU thread. `--variants vqgan --seed 2` selects runs,
+such as for processes side by side; docs/claims.md has the results.
 """
 
 import argparse
@@ -14,16 +15,18 @@ import torch
 import yaml
 from torch import nn
 from transformers import AutoConfig, AutoModel
+from vqgan import VQGANModel, load_tokenizer
 
-from vfmtok_hf import VFMTokModel
+from vfmtok_hf import VFMTokConfig, VFMTokModel
 from vfmtok_hf.data.image_datasets import ImageDataset
 from vfmtok_hf.data.sources import open_records
 from vfmtok_hf.data.transforms import Augmentation
 from vfmtok_hf.training import train_generator, train_tokenizer
+from vfmtok_hf.training.arguments import TokenizerArguments
 
 
 HERE = Path(__file__).parent
-VARIANTS = ("region_adaptive", "fixed_grid", "no_feature_reconstruction", "random_encoder")
+VARIANTS = ("region_adaptive", "fixed_grid", "no_feature_reconstruction", "random_encoder", "vqgan")
 CALIBRATION_BATCHES = 30
 
 
@@ -55,6 +58,12 @@ def fix_sampling_to_the_grid(model: VFMTokModel) -> VFMTokModel:
             nn.init.zeros_(parameter)
             parameter.register_hook(torch.zeros_like)
     return model
+
+
+def build_vqgan(arguments: TokenizerArguments) -> VQGANModel:
+    return VQGANModel(
+        VFMTokConfig(vision_config=AutoConfig.from_pretrained(arguments.vision_model), **arguments.model)
+    )
 
 
 def is_finished(run: Path) -> bool:
@@ -89,8 +98,16 @@ def train_tokenizer_of(variant: str, data: Path, vision_model: Path, run: Path, 
         values["vision_model"] = randomized_vision_model(vision_model, data, 64, folder)
     if variant == "fixed_grid":
         train_tokenizer.build_model = lambda arguments: fix_sampling_to_the_grid(build_model(arguments))
+    if variant == "vqgan":
+        values |= {"model.num_anchors": 81, "model.feature_loss_weight": 0.0, "model.save_vision_model": False}
+        train_tokenizer.build_model = build_vqgan
     train_tokenizer.main(trainer_arguments(HERE / "tokenizer.yaml", data, run, seed, **values))
     train_tokenizer.build_model = build_model
+
+
+def train_generator_of(tokenizer: Path, data: Path, run: Path, seed: int) -> None:
+    train_generator.load_tokenizer = load_tokenizer
+    train_generator.main(trainer_arguments(HERE / "generator.yaml", data, run, seed, tokenizer=tokenizer))
 
 
 def main() -> None:
@@ -98,20 +115,20 @@ def main() -> None:
     for name in ("data", "vision-model", "output"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
-    parser.add_argument("--seed", type=int, default=0, help="use another output folder with it")
+    parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    output = arguments.output / f"seed_{arguments.seed}"
     for variant in arguments.variants:
-        run = arguments.output / variant / "tokenizer"
+        run = output / variant / "tokenizer"
         if not is_finished(run):
             train_tokenizer_of(variant, arguments.data, arguments.vision_model, run, arguments.seed)
         if not is_finished(run):
             return  # stopped by a signal
     for variant in arguments.variants:
-        run = arguments.output / variant / "generator"
+        run = output / variant / "generator"
         if not is_finished(run):
-            tokenizer = arguments.output / variant / "tokenizer" / "model"
-            config = HERE / "generator.yaml"
-            train_generator.main(trainer_arguments(config, arguments.data, run, arguments.seed, tokenizer=tokenizer))
+            tokenizer = output / variant / "tokenizer" / "model"
+            train_generator_of(tokenizer, arguments.data, run, arguments.seed)
         if not is_finished(run):
             return
 
