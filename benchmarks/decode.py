@@ -25,7 +25,6 @@ from original_decode import OriginalDecoder, OriginalRARDecoder
 from random_models import MODEL_CLASSES, Generator, GeneratorConfig, generator_config, random_generator
 from result_tables import show_table
 
-from vfmtok_hf.cpu.compiling import use_row_sums
 from vfmtok_hf.cpu.packing import pack_weights
 from vfmtok_hf.modeling.modeling_vfmtok_rar import ROWS_OF_MODULATIONS
 
@@ -85,8 +84,6 @@ def build_sides(arguments: argparse.Namespace, dtype: torch.dtype) -> dict[str, 
 
 def compiled_side(arguments: argparse.Namespace, dtype: torch.dtype) -> Side:
     model = random_generator(generator_config(arguments.model, arguments.tiny), dtype, arguments.device)
-    if arguments.device == "cpu":
-        use_row_sums(model)
     model.compile_decoding(**({"mode": arguments.mode} if arguments.mode else {}))
     return partial(draw, model)
 

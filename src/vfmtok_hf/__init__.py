@@ -66,6 +66,11 @@ def _register_task(module: ModuleType) -> None:
     import_module("vfmtok_hf.modeling.auto_vfmtok").register_task(module.VFMTokImageTokensPipeline)
 
 
+@when_imported("vfmtok_hf.modeling.generation_vfmtok")
+def _speed_up_compiled_steps(module: ModuleType) -> None:
+    module.BEFORE_COMPILING.append(import_module("vfmtok_hf.cpu.compiling").use_row_sums)
+
+
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

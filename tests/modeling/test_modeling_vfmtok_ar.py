@@ -20,7 +20,6 @@ from tests.modeling.generators import (
 )
 from tests.testing import REFERENCE, REFERENCE_AR_CONFIG, reference_tensors
 from vfmtok_hf.conversion import convert_ar, export_original_ar
-from vfmtok_hf.cpu.compiling import use_row_sums
 from vfmtok_hf.cpu.packing import pack_weights
 from vfmtok_hf.modeling import generation_vfmtok
 from vfmtok_hf.modeling.configuration_vfmtok_ar import VFMTokARConfig
@@ -129,7 +128,7 @@ def test_reference_greedy_tokens_of_compiled_steps(reference, converted, monkeyp
     """Of several rows with a logits processor, and of a single one with sums over products and the draw in the graph."""
     monkeypatch.setattr(generation_vfmtok, "COMPILED_LENGTHS", 2)
     labels, expected, recorder = reference["labels"], reference["gen.cfg1.0.tokens"], Recorder()
-    compiled = use_row_sums(converted("ema"))
+    compiled = converted("ema")
     torch._dynamo.reset()
     compiled.compile_decoding()
     assert torch.equal(compiled.generate(labels, do_sample=False, logits_processor=recorder), expected)

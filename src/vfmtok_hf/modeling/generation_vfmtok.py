@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
 
 from .cache_vfmtok import DecodeCache
@@ -26,6 +27,8 @@ from .outputs_vfmtok import VFMTokModelOutput
 # Visible lengths of the cache in compiled steps. Together with dropping the unconditional rows once, a generation has at
 # most 8 shapes.
 COMPILED_LENGTHS = 7
+# Functions that `compile_decoding` calls with the model. `vfmtok_hf` adds those for the machine.
+BEFORE_COMPILING: list[Callable[[nn.Module], object]] = []
 # Weights of a block in which `index_at_share` searches.
 BLOCK_LENGTH = 128
 
@@ -387,6 +390,8 @@ class VFMTokGenerationMixin(GenerationMixin):
         """
         if self.device.type == "cuda" and not {"mode", "options", "backend"} & options.keys():  # type: ignore[attr-defined]
             options["mode"] = "reduce-overhead"
+        for prepare in BEFORE_COMPILING:
+            prepare(self)  # type: ignore[arg-type]
         self._compiled_steps = CompiledSteps(**options)
 
     @torch.no_grad()
