@@ -385,15 +385,25 @@ class RefuseWaits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class RefuseSynchronizations:
+    """The same on a GPU, by torch's own account."""
+
+    def __enter__(self):
+        torch.cuda.set_sync_debug_mode("error")
+
+    def __exit__(self, *error):
+        torch.cuda.set_sync_debug_mode("default")
+
+
 class Watch:
     """A callback that refuses waits from the first token drawn to the last of 9."""
 
-    def __init__(self):
-        self.mode = None
+    def __init__(self, mode_class=RefuseWaits):
+        self.mode, self.watches = mode_class(), False
 
     def __call__(self, step, image_tokens):
-        if self.mode is None:
-            self.mode = RefuseWaits()
+        if not self.watches:
+            self.watches = True
             self.mode.__enter__()
         if step == 8:
             self.mode.__exit__(None, None, None)
@@ -405,6 +415,17 @@ WATCHED = {"guidance_scale": 2.0, "guidance_interval": 2, "top_k": 10, "top_p": 
 @pytest.mark.parametrize("do_sample", [True, False])
 def test_no_step_waits_for_the_device_or_has_shapes_from_values(model, do_sample):
     model.generate(LABELS, **WATCHED, do_sample=do_sample, generator=torch.Generator(), callback=Watch())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compiles", [False, True])
+def test_no_step_waits_for_a_gpu(model, compiles):
+    model.cuda()
+    if compiles:
+        model.compile_decoding()
+        for _ in range(3):  # inductor warms CUDA graphs up, then records them
+            model.generate(LABELS.cuda(), **WATCHED)
+    model.generate(LABELS.cuda(), **WATCHED, callback=Watch(RefuseSynchronizations))
 
 
 def test_no_step_of_an_edit_waits_for_the_device(monkeypatch):
@@ -569,6 +590,37 @@ def test_no_compiled_scan_is_long(codebook_size):
     model.generate(LABELS, top_k=100, top_p=0.9)
     assert len(scans) > 2
     assert max(node.meta["example_value"].shape[-1] for node in scans) <= 128
+
+
+def test_what_compiled_steps_write_has_a_fixed_address(model):
+    """inductor skips CUDA graphs that write to other inputs, and records them anew for each address."""
+    written = []
+
+    def backend(graph, inputs):
+        names = [node for node in graph.graph.nodes if node.op == "placeholder"]
+
+        def run(*arguments):
+            before = [argument._version for argument in arguments]
+            result = graph.forward(*arguments)
+            written.extend(
+                node
+                for node, argument, version in zip(names, arguments, before, strict=True)
+                if argument._version > version
+            )
+            return result
+
+        return run
+
+    torch._dynamo.reset()
+    model.compile_decoding(backend=backend)
+    addresses = []
+    for guidance_scale in (3.0, 2.0):
+        model.generate(LABELS, guidance_scale=guidance_scale, guidance_interval=3)
+        (cache,) = model._compiled_steps.caches.values()
+        addresses.append({name: buffer.data_ptr() for name, buffer in cache.named_buffers()})
+    assert addresses[0] == addresses[1]
+    assert len(written) >= 2 * 8 * 2 * model.config.num_hidden_layers  # keys and values of all layers and steps
+    assert all("_dynamo_static_input_type" in node.meta["tensor_dict"] for node in written)
 
 
 def test_many_numbers_of_rows_are_compiled():
