@@ -1,7 +1,7 @@
 """The classes of the emoji dataset: which emoji belong to which class, and what else a user may call it.
 
 Emoji are named by the `short_name` and `subcategory` of the emoji-datasource catalog. A class takes whole
-subcategories and single emoji (`include`), less those that do not look like the others at 64 pixels (`exclude`).
+subcategories and single emoji (`include`), less those that do not look like the others (`exclude`).
 Synonyms describe the whole class: asking for one must never give something else, so `animal` is not also called `dog`.
 """
 
@@ -52,7 +52,7 @@ CLASSES: dict[str, ClassRule] = {
     "flower": ClassRule(
         synonyms=("blossom",),
         subcategories=words("plant-flower"),
-        exclude=words("bouquet rosette white_flower hyacinth"),
+        exclude=words("rosette white_flower"),
     ),
     "fruit": ClassRule(
         synonyms=("fruits",), subcategories=words("food-fruit"), exclude=words("blueberries coconut olive")

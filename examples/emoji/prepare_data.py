@@ -1,4 +1,4 @@
-"""Build a labeled 64 x 64 image folder of emoji from pinned npm packages.
+"""Build a labeled image folder of emoji from pinned npm packages, 64 x 64 unless `--size` says otherwise.
 
     python examples/emoji/prepare_data.py --output data/emoji64
 
@@ -29,6 +29,7 @@ import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,8 +38,7 @@ from PIL import Image
 from sources import CATALOG_SOURCE, SOURCES, Source
 
 
-IMAGE_SIZE = 64
-CONTENT_SIZE = 60  # a white margin of two pixels on each side: nothing touches the border
+MARGIN = 1 / 32  # white on each side, relative to the image: nothing touches the border
 SVG_NAMESPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
 
 
@@ -93,6 +93,7 @@ def normalize_codepoints(text: str) -> str:
 def to_slug(name: str) -> str:
     """Name of an emoji in any set's spelling -> the form shared by all: `waving-hand-light`, `croatia`."""
     slug = re.sub(r"[\s_-]+", "-", re.sub(r"[^\w\s-]", "", name.lower())).strip("-")
+    slug = re.sub(r"(?<!keycap)-[12]$", "", slug)  # two drawings of one emoji: the first one read is used
     return re.sub(r"^flag-(for-)?(flag-)?", "", slug).replace("-skin-tone", "")
 
 
@@ -106,6 +107,8 @@ def slugs_to_codepoints(catalog: list[dict]) -> dict[str, str]:
         table.setdefault(to_slug(data["en"]), normalize_codepoints(codepoints))
     for entry in catalog:
         table.setdefault(to_slug(entry["name"] or ""), normalize_codepoints(entry["unified"]))
+    for slug, codepoints in list(table.items()):
+        table.setdefault(slug.replace("-", ""), codepoints)  # a set without hyphens
     return table
 
 
@@ -178,11 +181,11 @@ def read_member(archive: Path, name: str) -> bytes:
 
 def collect(archives: dict[Source, Path]) -> list[Picture]:
     """Pictures of all sources that belong to a class. Of two names for one emoji in a style, the first wins."""
-    catalog = json.loads(read_member(archives[CATALOG_SOURCE], "package/emoji.json"))
+    catalog = json.loads(read_member(archives[CATALOG_SOURCE], CATALOG_SOURCE.pictures))
     slugs, families = slugs_to_codepoints(catalog), codepoints_to_families(catalog)
     pictures: dict[str, Picture] = {}
-    for source, archive in archives.items():
-        for codepoints, data in read_pictures(archive, source, slugs):
+    for source in SOURCES:
+        for codepoints, data in read_pictures(archives[source], source, slugs):
             entry = families.get(codepoints)
             label = class_of(entry) if entry else None
             if label is None or source.style in CLASSES[label].exclude_styles:
@@ -192,34 +195,36 @@ def collect(archives: dict[Source, Path]) -> list[Picture]:
     return list(pictures.values())
 
 
-def decode(data: bytes) -> Image.Image:
+def decode(data: bytes, image_size: int) -> Image.Image:
     if data.startswith(b"<svg"):
         from resvg_py import svg_to_bytes
 
         # Twice the final size, so that thin lines are averaged rather than thinned out.
-        data = bytes(svg_to_bytes(svg_string=data.decode(), width=2 * CONTENT_SIZE, height=2 * CONTENT_SIZE))
+        data = bytes(svg_to_bytes(svg_string=data.decode(), width=2 * image_size, height=2 * image_size))
     return Image.open(io.BytesIO(data)).convert("RGBA")
 
 
-def composite(image: Image.Image) -> Image.Image:
-    """RGBA of any size -> `IMAGE_SIZE` square RGB: fitted into `CONTENT_SIZE`, centered on white."""
+def composite(image: Image.Image, image_size: int) -> Image.Image:
+    """RGBA of any size -> square RGB: fitted into the image without its margin, centered on white."""
     white = Image.new("RGBA", image.size, "white")
     opaque = Image.alpha_composite(white, image).convert("RGB")
-    scale = CONTENT_SIZE / max(opaque.size)
+    scale = image_size * (1 - 2 * MARGIN) / max(opaque.size)
     size = tuple(max(1, round(side * scale)) for side in opaque.size)
-    canvas = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), "white")
-    canvas.paste(opaque.resize(size, Image.Resampling.LANCZOS), tuple((IMAGE_SIZE - side) // 2 for side in size))
+    canvas = Image.new("RGB", (image_size, image_size), "white")
+    canvas.paste(opaque.resize(size, Image.Resampling.LANCZOS), tuple((image_size - side) // 2 for side in size))
     return canvas
 
 
-def draw(picture: Picture, path: Path) -> None:
-    composite(decode(picture.data)).save(path, optimize=True)
+def draw(picture: Picture, path: Path, image_size: int) -> None:
+    composite(decode(picture.data, image_size), image_size).save(path, optimize=True)
 
 
 # --- Output ----------------------------------------------------------------------------------------------------------
 
 
-def write_dataset(pictures: list[Picture], output: Path, validation_share: float, workers: int) -> dict:
+def write_dataset(
+    pictures: list[Picture], output: Path, image_size: int, validation_share: float, workers: int
+) -> dict:
     """Write the whole image folder and return what classes.json says about it."""
     families = defaultdict(set)
     for picture in pictures:
@@ -233,27 +238,27 @@ def write_dataset(pictures: list[Picture], output: Path, validation_share: float
         paths.append(folder / picture.file_name)
         counts[split][picture.label] += 1
     with ProcessPoolExecutor(workers) as pool:
-        list(pool.map(draw, pictures, paths, chunksize=64))
+        list(pool.map(draw, pictures, paths, repeat(image_size), chunksize=64))
 
     labels = sorted(CLASSES)  # the order an image-folder reader gives them
     summary = {
-        "image_size": IMAGE_SIZE,
+        "image_size": image_size,
         "id2label": {index: ", ".join((label, *CLASSES[label].synonyms)) for index, label in enumerate(labels)},
         "counts": {split: {label: counts[split][label] for label in labels} for split in counts},
         "held_out": {label: sorted(validation[label]) for label in labels},
     }
     (output / "classes.json").write_text(json.dumps(summary, indent=2) + "\n")
-    (output / "ATTRIBUTION.md").write_text(attribution())
+    (output / "ATTRIBUTION.md").write_text(attribution(image_size))
     return summary
 
 
-def attribution() -> str:
+def attribution(image_size: int) -> str:
     rows = "\n".join(
         f"| `{s.style}` | {s.author} | {s.license} | {s.url} | `{s.package}@{s.version}` |" for s in SOURCES
     )
     return f"""# Attribution
 
-The pictures in this folder are emoji, scaled to {IMAGE_SIZE} x {IMAGE_SIZE} pixels on white.
+The pictures in this folder are emoji, scaled to {image_size} x {image_size} pixels on white.
 File names begin with the style.
 
 | style | drawn by | license | project | package |
@@ -267,14 +272,14 @@ Changes made: rasterized, scaled, composited on white.
 """
 
 
-def build(output: Path, cache: Path, validation_share: float, workers: int) -> dict:
+def build(output: Path, cache: Path, image_size: int, validation_share: float, workers: int) -> dict:
     cache.mkdir(parents=True, exist_ok=True)
     output.parent.mkdir(parents=True, exist_ok=True)
-    pictures = collect({source: fetch(source, cache) for source in SOURCES})
+    pictures = collect({source: fetch(source, cache) for source in (CATALOG_SOURCE, *SOURCES)})
     # Beside the output, so that the rename is atomic and the folder appears whole or not at all.
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as temporary:
         partial = Path(temporary) / output.name
-        summary = write_dataset(pictures, partial, validation_share, workers)
+        summary = write_dataset(pictures, partial, image_size, validation_share, workers)
         if output.exists():
             shutil.rmtree(output)
         os.replace(partial, output)
@@ -284,7 +289,8 @@ def build(output: Path, cache: Path, validation_share: float, workers: int) -> d
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="image folder to write")
-    parser.add_argument("--cache", type=Path, help="folder for the downloaded packages, 170 MB [OUTPUT-downloads]")
+    parser.add_argument("--size", type=int, default=64, help="height and width of the images in pixels [64]")
+    parser.add_argument("--cache", type=Path, help="folder for the downloaded packages, 110 MB [OUTPUT-downloads]")
     parser.add_argument("--validation-share", type=float, default=0.05, help="share of each class to hold out [0.05]")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that draw pictures [all cores]")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing OUTPUT")
@@ -305,7 +311,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     cache = options.cache or options.output.with_name(f"{options.output.name}-downloads")
     try:
-        summary = build(options.output, cache, options.validation_share, options.workers)
+        summary = build(options.output, cache, options.size, options.validation_share, options.workers)
     except (PrepareError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -71,6 +71,8 @@ def test_variation_selectors_do_not_matter():
         (":waving_hand_light_skin_tone:", "waving-hand-light"),
         ("flag-for-flag-croatia", "croatia"),
         ("SMILING FACE WITH OPEN MOUTH", "smiling-face-with-open-mouth"),
+        ("sunflower-2", "sunflower"),
+        ("keycap-2", "keycap-2"),
     ],
 )
 def test_names_of_all_sets_share_one_spelling(name, slug):
@@ -94,7 +96,7 @@ def test_written_split_keeps_every_style_and_tone_of_a_family_together(tmp_path)
         for style in ("noto", "twemoji")
         for tone in ("a", "b")
     ]
-    summary = prepare_data.write_dataset(pictures, tmp_path / "out", validation_share=0.05, workers=1)
+    summary = prepare_data.write_dataset(pictures, tmp_path / "out", image_size=64, validation_share=0.05, workers=1)
     for label in CLASSES:
         codepoints = {
             split: {path.stem.split("_")[1].split("-")[0] for path in (tmp_path / "out" / split / label).iterdir()}
@@ -107,15 +109,22 @@ def test_written_split_keeps_every_style_and_tone_of_a_family_together(tmp_path)
 
 @pytest.mark.parametrize("size", [(64, 64), (120, 40), (30, 200)])
 def test_composite_is_a_centered_picture_on_white(size):
-    image = prepare_data.composite(Image.new("RGBA", size, "black"))
+    image = prepare_data.composite(Image.new("RGBA", size, "black"), 64)
     assert image.mode == "RGB"
     assert image.size == (64, 64)
     assert image.getpixel((0, 0)) == image.getpixel((63, 63)) == (255, 255, 255)
     assert image.getpixel((32, 32)) == (0, 0, 0)
 
 
+def test_the_margin_grows_with_the_image():
+    image = prepare_data.composite(Image.new("RGBA", (10, 10), "black"), 128)
+    assert image.size == (128, 128)
+    inverted = image.convert("L").point(lambda value: 255 - value)
+    assert inverted.getbbox() == (4, 4, 124, 124)
+
+
 def test_composite_hides_the_color_of_transparent_pixels():
-    image = prepare_data.composite(Image.new("RGBA", (64, 64), (255, 0, 0, 0)))
+    image = prepare_data.composite(Image.new("RGBA", (64, 64), (255, 0, 0, 0)), 64)
     assert image.getcolors() == [(64 * 64, (255, 255, 255))]
 
 
