@@ -75,7 +75,7 @@ class Batcher:
         return len(self.waiting)
 
     async def draw(self, drawings: Sequence[Drawing]) -> list[PIL.Image.Image]:
-        """As in [`Engine.draw`]."""
+        """Arguments, result and errors as in [`Engine.draw`]."""
         self._accept(len(drawings), lambda: self.waiting.extend(drawings))
         try:
             return await asyncio.gather(*(asyncio.wrap_future(drawing.future) for drawing in drawings))
@@ -84,7 +84,7 @@ class Batcher:
                 drawing.future.cancel()  # if another one failed
 
     async def call(self, function: Callable[[], T]) -> T:
-        """As in [`Engine.call`], between two decode steps."""
+        """Arguments, result and errors as in [`Engine.call`]. The call happens between two decode steps."""
         future: Future[T] = Future()
         self._accept(1, lambda: self.calls.append((function, future)))
         return await asyncio.wrap_future(future)

@@ -67,7 +67,7 @@ class Engine(Protocol):
 
     async def draw(self, drawings: Sequence[Drawing]) -> list[PIL.Image.Image]:
         """
-        Generate images. They are dropped if the calling task is canceled.
+        Generate the images of `drawings`, in their order. They are dropped if the calling task is canceled.
 
         Raises:
             QueueFull, Unavailable: the images are not accepted, or could not be generated.
@@ -87,7 +87,7 @@ class Engine(Protocol):
 
 
 def without_weights(name_or_path: str) -> Generator:
-    """The generator of a pipeline, a folder or repository, with its settings and on the meta device."""
+    """The generator of the pipeline `name_or_path`, a folder or repository, with its settings and on the meta device."""
     config = AutoConfig.from_pretrained(name_or_path, subfolder="transformer")
     with torch.device("meta"):
         generator = AutoModel.from_config(config)
@@ -104,10 +104,11 @@ class TokenEngine(Protocol):
 
     async def draw(self, label: int, seed: int, settings: SamplingSettings) -> list[int]:
         """
-        The image tokens of one image in raster order.
+        Generate one image of class `label` and return its `num_image_tokens` tokens in raster order. Equal arguments give equal
+        tokens.
 
         Raises:
-            TokenEngineError: there are none.
+            TokenEngineError: the engine gave none.
             ValueError: no engine of this kind supports the settings.
         """
 
@@ -137,7 +138,7 @@ class VLLMEngine:
         return settings.guidance_scales(self.config.num_image_tokens)
 
     async def draw(self, label: int, seed: int, settings: SamplingSettings) -> list[int]:
-        """As in [`TokenEngine.draw`]."""
+        """Arguments, result and errors as in [`TokenEngine.draw`]."""
         if self._scales(settings) != self.guidance_scales:
             raise ValueError(
                 "This server's engines have one guidance scale, the checkpoint's: leave guidance_scale out."
@@ -251,7 +252,7 @@ class EnginePool:
         self._decoder.shutdown()
 
     async def draw(self, drawings: Sequence[Drawing]) -> list[PIL.Image.Image]:
-        """As in [`Engine.draw`]."""
+        """Arguments, result and errors as in [`Engine.draw`]."""
         with self._accepted(len(drawings)):
             tasks = [asyncio.create_task(self._image(drawing)) for drawing in drawings]
             try:
@@ -261,7 +262,7 @@ class EnginePool:
                     task.cancel()  # if another one failed
 
     async def call(self, function: Callable[[], T]) -> T:
-        """As in [`Engine.call`]."""
+        """Arguments, result and errors as in [`Engine.call`]."""
         with self._accepted(1):
             return await self._decode(function)
 
