@@ -104,12 +104,12 @@ class TokenEngine(Protocol):
 
     async def draw(self, label: int, seed: int, settings: SamplingSettings) -> list[int]:
         """
-        Generate one image of class `label` and return its `num_image_tokens` tokens in raster order. Equal arguments give equal
+        Generate one image of class `label` with `seed` and `settings`. Return its image tokens in raster order. Equal arguments give equal
         tokens.
 
         Raises:
             TokenEngineError: the engine gave none.
-            ValueError: no engine of this kind supports the settings.
+            ValueError: no engine of this kind supports `settings`.
         """
 
     async def close(self) -> None:
