@@ -3,8 +3,11 @@
 import os
 import re
 import stat
+import sys
+import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -50,6 +53,45 @@ def run(tokenizer, images, output, *options):
     result = CliRunner().invoke(app, [*arguments, "--device", "cpu", *OPTIONS, *options])
     assert result.exit_code == 0, result.output
     return result
+
+
+# Shards that take long enough to be interrupted.
+SLOW_OPTIONS = ["--num-crops", "200", "--shard-size", "1"]
+TASKS = 4
+
+
+@pytest.fixture(scope="module")
+def expected_slow(tokenizer, images, tmp_path_factory):
+    output = tmp_path_factory.mktemp("tokens") / "expected"
+    run(tokenizer, images, output, *SLOW_OPTIONS)
+    return contents(output)
+
+
+def start(tokenizer, images, output):
+    """The command with four tasks, two at a time, as a process."""
+    arguments = ["extract-tokens", str(images), "--output", str(output), "--model", str(tokenizer), "--device", "cpu"]
+    tasks = ["--executor", "local", "--tasks", str(TASKS), "--workers", "2"]
+    return psutil.Popen([sys.executable, "-m", "vfmtok_hf", *arguments, *SLOW_OPTIONS, *tasks])
+
+
+def shards_of(folder):
+    """Files by number, with what changes when they are written again."""
+    return {int(file.stem[-5:]): (file.stat().st_ino, file.stat().st_mtime_ns) for file in folder.glob("tokens-*")}
+
+
+def running_tasks(driver):
+    """Workers by the task that they run, which shows in their open log."""
+    logs = [(worker, file.path) for worker in driver.children(recursive=True) for file in worker.open_files()]
+    tasks = [(re.search(r"/shards/logs/task_(\d+)\.log$", path), worker) for worker, path in logs]
+    return {int(found[1]): worker for found, worker in tasks if found}
+
+
+def poll(condition, driver):
+    """Wait for a condition, as long as the driver lives."""
+    while not (found := condition()):
+        assert driver.is_running()
+        time.sleep(0.005)
+    return found
 
 
 def contents(folder):
@@ -106,3 +148,40 @@ def test_slurm_needs_a_partition(tokenizer, images, tmp_path):
     result = CliRunner().invoke(app, [*arguments, "--executor", "slurm"])
     assert result.exit_code == 1
     assert "--partition" in result.output
+
+
+@pytest.mark.slow
+def test_a_killed_worker_loses_nothing(tokenizer, images, expected_slow, tmp_path):
+    """The other tasks are finished. The driver waits forever for the killed one: it is ended and started again."""
+    with start(tokenizer, images, tmp_path) as driver:
+        poll(lambda: shards_of(tmp_path), driver)
+        task, worker = poll(lambda: running_tasks(driver), driver).popitem()
+        worker.kill()
+        others = {number for number in range(len(images_of(images))) if number % TASKS != task}
+        poll(lambda: others <= shards_of(tmp_path).keys(), driver)
+        children = driver.children(recursive=True)
+        driver.kill()
+        psutil.wait_procs(children)
+    before = shards_of(tmp_path)
+    assert len(before) < len(images_of(images))  # a shard of the killed task is missing
+    with start(tokenizer, images, tmp_path) as driver:
+        assert driver.wait() == 0
+    after = shards_of(tmp_path)
+    assert {number: after[number] for number in before} == before
+    assert contents(tmp_path) == expected_slow
+
+
+@pytest.mark.slow
+def test_a_killed_driver_loses_nothing(tokenizer, images, expected_slow, tmp_path):
+    """It is started again at once, beside workers that have not noticed yet."""
+    with start(tokenizer, images, tmp_path) as driver:
+        poll(lambda: shards_of(tmp_path), driver)
+        driver.kill()
+    assert len(shards_of(tmp_path)) < len(images_of(images))
+    with start(tokenizer, images, tmp_path) as driver:
+        assert driver.wait() == 0
+    assert contents(tmp_path) == expected_slow
+
+
+def images_of(folder):
+    return list(folder.glob("*/*"))

@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -25,7 +27,7 @@ from vfmtok_hf.modeling.image_reading_vfmtok import read_image
 from vfmtok_hf.pipelines import VFMTokPipeline
 from vfmtok_hf.training import train_generator
 from vfmtok_hf.training.arguments import ExtractionArguments
-from vfmtok_hf.training.extract_tokens import extract_tokens
+from vfmtok_hf.training.extract_tokens import TokenExtraction, extract_tokens
 
 
 NUM_IMAGES = 22
@@ -194,6 +196,23 @@ def test_the_command_on_two_processes(images, tokenizer_folder, shards, tmp_path
 def test_tokens_of_other_settings_are_not_overwritten(images, tokenizer, copied_shards):
     with pytest.raises(ValueError, match="other settings: choose another --output"):
         extract_tokens(tokenizer, open_records(images), copied_shards, ImageViews(32, count=2), shard_size=5)
+
+
+@pytest.mark.parametrize(("crops", "is_continued"), [("center", False), ("random", True)])
+def test_token_sets_of_earlier_versions_are_continued_unless_they_were_resized_otherwise(
+    images, tokenizer, tmp_path, monkeypatch, crops, is_continued
+):
+    records, views = open_records(images), ImageViews(32, crops=crops, count=2)
+    settings = {**asdict(views), "codebook_top_k": 1, "shard_size": 5}  # what the fingerprint was computed from
+    with monkeypatch.context() as earlier:
+        earlier.setattr(TokenExtraction, "settings", settings)
+        extraction = TokenExtraction(tokenizer.eval(), records, tmp_path, views, shard_size=5)
+        extraction.prepare()
+        extraction.write_shard(0)
+    continued = nullcontext() if is_continued else pytest.raises(ValueError, match="other settings: choose another")
+    with continued:
+        extract_tokens(tokenizer, records, tmp_path, views, shard_size=5)
+    assert (tmp_path / "index.json").is_file() == is_continued
 
 
 def test_the_command_and_the_function_have_the_same_defaults():

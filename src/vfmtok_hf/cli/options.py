@@ -194,8 +194,7 @@ def load_pipeline(
 
     from vfmtok_hf import VFMTokDiTPipeline, VFMTokPipeline
     from vfmtok_hf.cli.environment import default_device
-    from vfmtok_hf.cpu.packing import keep_freed_memory, pack_weights
-    from vfmtok_hf.cpu.threads import use_one_thread_for_small_models
+    from vfmtok_hf.cpu.programs import prepare_cpu_program
 
     torch_dtype = getattr(torch, dtype.torch_name)
     if generates:
@@ -215,11 +214,7 @@ def load_pipeline(
     pipe.set_progress_bar_config(disable=True)
     pipe.to(device or default_device())
     if pipe.device.type == "cpu":
-        keep_freed_memory()
-        use_one_thread_for_small_models(pipe.autoencoder, pipe.transformer)
-        for model in (pipe.autoencoder, pipe.transformer):
-            if model is not None:
-                pack_weights(model)
+        prepare_cpu_program(pipe.autoencoder, pipe.transformer)
     stopwatch.restart()
     return pipe
 

@@ -38,6 +38,8 @@ T = TypeVar("T")
 
 MAX_BODY_BYTES = 32 * 2**20
 RETRY_AFTER = {"Retry-After": "1"}
+# It determines the seed if the body has none, so that a repeated request gives the same images.
+KEY_HEADER = "idempotency-key"
 # Error types of OpenAI's API.
 ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
 
@@ -130,10 +132,14 @@ class Service:
         self.pipe, self.engine, self.metrics = pipe, engine, Metrics(engine)
 
     def drawings(
-        self, labels: Sequence[str | int], parameters: SamplingParameters, num_images_per_label: int = 1
+        self,
+        labels: Sequence[str | int],
+        parameters: SamplingParameters,
+        key: str | None = None,
+        num_images_per_label: int = 1,
     ) -> list[Drawing]:
         """
-        The images of a request. Image i uses the request's seed + i.
+        The images of a request. Image i uses the request's seed + i. If there is none, `key` determines it.
 
         Raises:
             ValueError: an unknown class, a setting out of range, or too many images.
@@ -142,7 +148,7 @@ class Service:
         if len(class_ids) > MAX_IMAGES:
             raise ValueError(f"A request may have {MAX_IMAGES} images, got {len(class_ids)}.")
         settings = parameters.settings(self.pipe.transformer)
-        seed = random.getrandbits(31) if parameters.seed is None else parameters.seed
+        seed = random.Random(key).getrandbits(31) if parameters.seed is None else parameters.seed
         return [Drawing(class_id, seed + number, settings) for number, class_id in enumerate(class_ids)]
 
     async def draw(self, drawings: list[Drawing]) -> list[PIL.Image.Image]:
@@ -314,7 +320,7 @@ def add_generation(app: FastAPI, service: Service, model_name: str, dependencies
             raise ValueError(
                 f"This model makes images of size {reply.facts['size']}, not {body.size}: leave size out."
             )
-        drawings = service.drawings([body.prompt] * body.n, body)
+        drawings = service.drawings([body.prompt] * body.n, body, request.headers.get(KEY_HEADER))
         if body.stream:
             if body.n > 1:
                 raise ValueError("A stream has one image: leave n out, or stream.")
@@ -330,7 +336,8 @@ def add_generation(app: FastAPI, service: Service, model_name: str, dependencies
     @app.post("/predict", dependencies=dependencies)
     async def predict(body: HubRequest, request: Request) -> Response:
         labels = body.inputs if isinstance(body.inputs, list) else [body.inputs]
-        drawings = service.drawings(labels, body.parameters, body.parameters.num_images_per_label)
+        key = request.headers.get(KEY_HEADER)
+        drawings = service.drawings(labels, body.parameters, key, body.parameters.num_images_per_label)
         images = await unless_gone(request, service.draw(drawings))
         kind, _, image_format = request.headers.get("Accept", "").partition(";")[0].partition("/")
         if kind == "image":

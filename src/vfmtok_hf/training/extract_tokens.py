@@ -74,7 +74,11 @@ class TokenExtraction:
     @property
     def settings(self) -> dict[str, Any]:
         """Settings that the tokens depend on."""
-        return {**asdict(self.views), "codebook_top_k": self.codebook_top_k, "shard_size": self.shard_size}
+        settings = {**asdict(self.views), "codebook_top_k": self.codebook_top_k, "shard_size": self.shard_size}
+        if self.views.crops == "center":
+            # Earlier versions resized with another filter. Their unfinished token sets must not be continued.
+            settings["resized_by"] = "VFMTokImageProcessor"
+        return settings
 
     @cached_property
     def fingerprint(self) -> str:
