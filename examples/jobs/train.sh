@@ -3,8 +3,8 @@
 #
 #     DATASET=you/imagenet-tokens BUCKET=you/runs TOKENIZER=you/vfmtok-pipeline bash examples/jobs/train.sh
 #
-# The bucket keeps the run, which the next attempt continues: after an error Jobs repeats it, after the timeout run this
-# script again. If the code and data are fine, only the machine fails, and --resume loses the steps since a checkpoint.
+# The bucket keeps the run. Jobs repeats a failed attempt, and the next one continues from the newest checkpoint. After the
+# timeout, run this script again.
 set -euo pipefail
 
 hf jobs run --name vfmtok-train --flavor a100x8 --timeout 24h --attempts 3 --detach \

@@ -62,7 +62,7 @@ def stubs(tmp_path):
 
 
 def launched(arguments: list[str]):
-    """Options of an `accelerate launch`, and arguments of the trainer."""
+    """Options of an `accelerate launch`."""
     assert arguments[:2] == ["accelerate", "launch"]
     options = _validate_launch_command(launch_command_parser().parse_args(arguments[2:]))[0]
     assert options.module
@@ -80,8 +80,7 @@ def test_slurm_starts_a_launcher_per_node(stubs, tmp_path):
     (tmp_path / "run.yaml").write_text("train_data: images\ntokenizer: tokenizer\noutput: run\n")
     script = stubs.start("examples/slurm/train.sbatch", "generator", str(tmp_path / "run.yaml"), **SLURM)
     assert script.wait() == 0
-    ((flag, *arguments),) = stubs.calls("srun")
-    assert flag.startswith("--")
+    (arguments,) = stubs.calls("srun")
     options = launched(arguments)
     assert (options.num_machines, options.num_processes, options.rdzv_backend) == (4, 32, "c10d")
     assert options.main_process_ip == "node1"

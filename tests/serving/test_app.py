@@ -71,6 +71,14 @@ def test_a_seed_drawn_by_the_server_repeats_the_image(client):
     assert again.b64_json == first.b64_json
 
 
+def test_a_key_stands_for_the_seed_of_a_request_without_one(url):
+    first, again, other = (
+        post(url, "/", {"inputs": "heart"}, **{"Idempotency-Key": key}).json() for key in ("one", "one", "two")
+    )
+    assert first == again != other
+    assert post(url, "/", {"inputs": "heart"}).json() != post(url, "/", {"inputs": "heart"}).json()
+
+
 def test_openai_stream_grows_to_the_whole_image(client):
     stream = client.images.generate(prompt="heart", stream=True, partial_images=3, extra_body={"seed": 1})
     *partial, whole = list(stream)
