@@ -5,6 +5,7 @@ import re
 import stat
 import sys
 import time
+from contextlib import suppress
 
 import numpy as np
 import psutil
@@ -67,11 +68,40 @@ def expected_slow(tokenizer, images, tmp_path_factory):
     return contents(output)
 
 
-def start(tokenizer, images, output):
-    """The command with four tasks, two at a time, as a process."""
-    arguments = ["extract-tokens", str(images), "--output", str(output), "--model", str(tokenizer), "--device", "cpu"]
-    tasks = ["--executor", "local", "--tasks", str(TASKS), "--workers", "2"]
-    return psutil.Popen([sys.executable, "-m", "vfmtok_hf", *arguments, *SLOW_OPTIONS, *tasks])
+@pytest.fixture
+def launch(tokenizer, images, tmp_path):
+    """A function that starts the command with four tasks, two at a time, as a process."""
+    arguments = [
+        "extract-tokens",
+        images,
+        "--output",
+        tmp_path,
+        "--model",
+        tokenizer,
+        "--device",
+        "cpu",
+        *SLOW_OPTIONS,
+    ]
+    command = [sys.executable, "-m", "vfmtok_hf", *map(str, arguments)]
+    command += ["--executor", "local", "--tasks", str(TASKS), "--workers", "2"]
+    drivers = []
+
+    def start():
+        drivers.append(psutil.Popen(command))
+        return drivers[-1]
+
+    yield start
+    for driver in drivers:
+        end(driver)
+
+
+def end(driver):
+    """Kill the command and its workers, which would wait for it forever."""
+    with suppress(psutil.NoSuchProcess):
+        family = [*driver.children(recursive=True), driver]
+        for process in family:
+            process.kill()
+        psutil.wait_procs(family)
 
 
 def shards_of(folder):
@@ -151,37 +181,38 @@ def test_slurm_needs_a_partition(tokenizer, images, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_worker_loses_nothing(tokenizer, images, expected_slow, tmp_path):
+@pytest.mark.timeout(900)
+def test_a_killed_worker_loses_nothing(images, expected_slow, tmp_path, launch):
     """The other tasks are finished. The driver waits forever for the killed one: it is ended and started again."""
-    with start(tokenizer, images, tmp_path) as driver:
-        poll(lambda: shards_of(tmp_path), driver)
-        task, worker = poll(lambda: running_tasks(driver), driver).popitem()
-        worker.kill()
-        others = {number for number in range(len(images_of(images))) if number % TASKS != task}
-        poll(lambda: others <= shards_of(tmp_path).keys(), driver)
-        children = driver.children(recursive=True)
-        driver.kill()
-        psutil.wait_procs(children)
+    driver = launch()
+    poll(lambda: shards_of(tmp_path), driver)
+    task, worker = poll(lambda: running_tasks(driver), driver).popitem()
+    worker.kill()
+    others = {number for number in range(num_images(images)) if number % TASKS != task}
+    poll(lambda: others <= shards_of(tmp_path).keys(), driver)
+    end(driver)
     before = shards_of(tmp_path)
-    assert len(before) < len(images_of(images))  # a shard of the killed task is missing
-    with start(tokenizer, images, tmp_path) as driver:
-        assert driver.wait() == 0
+    assert len(before) < num_images(images)  # a shard of the killed task is missing
+    assert launch().wait() == 0
     after = shards_of(tmp_path)
     assert {number: after[number] for number in before} == before
     assert contents(tmp_path) == expected_slow
 
 
 @pytest.mark.slow
-def test_a_killed_driver_loses_nothing(tokenizer, images, expected_slow, tmp_path):
+@pytest.mark.timeout(900)
+def test_a_killed_driver_loses_nothing(images, expected_slow, tmp_path, launch):
     """It is started again at once, beside workers that have not noticed yet."""
-    with start(tokenizer, images, tmp_path) as driver:
-        poll(lambda: shards_of(tmp_path), driver)
-        driver.kill()
-    assert len(shards_of(tmp_path)) < len(images_of(images))
-    with start(tokenizer, images, tmp_path) as driver:
-        assert driver.wait() == 0
+    driver = launch()
+    poll(lambda: shards_of(tmp_path), driver)
+    workers = driver.children(recursive=True)
+    driver.kill()
+    assert len(shards_of(tmp_path)) < num_images(images)
+    assert launch().wait() == 0
+    for worker in workers:
+        end(worker)
     assert contents(tmp_path) == expected_slow
 
 
-def images_of(folder):
-    return list(folder.glob("*/*"))
+def num_images(folder):
+    return len(list(folder.glob("*/*")))
