@@ -1,9 +1,11 @@
 """The server, as its clients see it."""
 
+import asyncio
 import base64
 import io
 import json
 import re
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,7 +19,7 @@ from huggingface_hub import InferenceClient
 from tests.pipelines.tiny_pipeline import tiny_pipeline
 from tests.serving.servers import running, wait_until
 from vfmtok_hf import DEFAULT_CHECKPOINT, VFMTokPipeline
-from vfmtok_hf.serving.app import create_app
+from vfmtok_hf.serving.app import BodyLimit, create_app
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +107,7 @@ def test_models(client):
     ("options", "message"),
     [
         ({"prompt": "hart"}, "Did you mean 'heart'"),
+        ({"prompt": 1001 * "a"}, "prompt: .*at most 1000 characters"),
         ({"prompt": "99"}, "must be in 0 to"),
         ({"prompt": "heart", "n": 11}, "n: .*less than or equal to 10"),
         ({"prompt": "heart", "response_format": "url"}, "response_format: .*b64_json"),
@@ -162,6 +165,10 @@ def test_tokens_of_images_and_images_of_tokens(url, pipe):
         ({"images": ["***"]}, "not base64"),
         ({"images": [base64.b64encode(b"no picture").decode()]}, "cannot be read"),
         ({"images": ["https://example.org/image.png"]}, "not base64|cannot be read"),
+        (
+            {"images": [base64.b64encode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n").decode()]},
+            "cannot be read",
+        ),
         ({"image_tokens": [[1, 2, 3]]}, "144 tokens per image, got 3"),
         ({"image_tokens": [[10**6] * 144]}, "must be in"),
     ],
@@ -266,6 +273,43 @@ def test_work_of_clients_that_have_gone_is_dropped():
         assert post(url, "/", {"inputs": 1}).status_code == 200
 
 
+@pytest.mark.parametrize("stream", [{}, {"stream": True, "partial_images": 1}])
+def test_an_image_that_fails_takes_no_other_with_it(pipe, stream):
+    """Guidance that overflows, beside an image that runs longer."""
+    body = {"prompt": "heart", "seed": 1}
+    with running(create_app(pipe, "emoji", max_batch_size=4)) as url, ThreadPoolExecutor(2) as threads:
+        path = "/v1/images/generations"
+        bad = threads.submit(post, url, path, {"prompt": "1", "guidance_scale": 1e38, **stream})
+        wait_until(lambda: metric(url, "vfmtok_images_running") == 1)
+        good = threads.submit(post, url, path, body)
+        assert bad.result().status_code == 400
+        assert "extreme" in bad.result().json()["error"]["message"]
+        assert good.result().status_code == 200
+        assert good.result().json()["data"] == post(url, path, body).json()["data"]
+
+
+def test_clients_are_told_when_the_thread_ends():
+    """A step fails, and then there is no memory for a new batch."""
+    pipe = tiny_pipeline()
+    app = create_app(pipe, "tiny", max_batch_size=2)
+
+    def failing(*arguments, **options):
+        raise RuntimeError("out of memory")
+
+    pipe.transformer.decode_step = failing
+    pipe.transformer.new_cache = failing
+    with running(app) as url:
+        assert post(url, "/", {"inputs": 1, "parameters": {"num_images_per_label": 4}}).status_code == 503
+        assert httpx.get(f"{url}/health").status_code == 503
+
+
+def test_more_images_than_the_queue_holds_are_a_bad_request():
+    with running(create_app(tiny_pipeline(), "tiny", max_queue_size=2)) as url:
+        reply = post(url, "/", {"inputs": 1, "parameters": {"num_images_per_label": 3}})
+    assert reply.status_code == 400
+    assert "up to 2 images at once, not 3" in reply.json()["error"]["message"]
+
+
 def test_a_step_that_fails_is_503_and_the_server_goes_on():
     pipe = tiny_pipeline()
     decode_step, failures = pipe.transformer.decode_step, [RuntimeError("out of memory")]
@@ -293,6 +337,38 @@ def test_a_key_is_asked_for():
             openai.OpenAI(base_url=f"{url}/v1", api_key="other").images.generate(prompt="1")
         assert openai.OpenAI(base_url=f"{url}/v1", api_key="sesame").images.generate(prompt="1").data
         assert httpx.get(f"{url}/health").status_code == httpx.get(f"{url}/metrics").status_code == 200
+
+
+@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer sésame".encode("latin-1")}])
+def test_a_key_is_asked_for_before_the_body_is_read(headers):
+    async def refused():
+        app = create_app(tiny_pipeline(), "tiny", api_key="sésame")
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://tiny") as client:
+            known = await client.post("/", content=b"{", headers={"Authorization": "Bearer sésame".encode()})
+            unknown = await client.post("/", content=endless(), headers=headers)
+            closed = await client.get("/openapi.json")
+        return known.status_code, unknown.status_code, closed.status_code
+
+    async def endless():
+        raise AssertionError("the body was read")
+        yield b""
+
+    assert asyncio.run(refused()) == (400, 401, 401)
+
+
+def test_an_empty_key_is_refused():
+    with pytest.raises(ValueError, match="empty"):
+        create_app(tiny_pipeline(), "tiny", api_key="")
+
+
+def test_a_body_that_pauses_is_refused(monkeypatch):
+    monkeypatch.setattr(BodyLimit.__init__, "__defaults__", (1000, 0.2))
+    head = b"POST / HTTP/1.1\r\nHost: tiny\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n{"
+    with running(create_app(tiny_pipeline(), "tiny", max_body_bytes=1000)) as url:
+        for length, status in ((100, b"408"), (10**9, b"413")):
+            with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=60) as connection:
+                connection.sendall(head % length)
+                assert connection.recv(1000).startswith(b"HTTP/1.1 " + status)
 
 
 def test_large_bodies_are_refused_before_they_are_read():

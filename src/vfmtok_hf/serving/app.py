@@ -5,15 +5,17 @@ import json
 import random
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import PIL.Image
-from fastapi import Depends, FastAPI, HTTPException, Request, Response
+from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -35,42 +37,94 @@ from vfmtok_hf.serving.requests import (
 
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 MAX_BODY_BYTES = 32 * 2**20
 RETRY_AFTER = {"Retry-After": "1"}
+CLOSE = {"Connection": "close"}  # otherwise the rest of a body would still be received
+OPEN_ROUTES = ("/health", "/metrics")
+UNAUTHORIZED = (401, "Send the server's key as `Authorization: Bearer KEY`.", {"WWW-Authenticate": "Bearer", **CLOSE})
 # It determines the seed if the body has none, so that a repeated request gives the same images.
 KEY_HEADER = "idempotency-key"
 # Error types of OpenAI's API.
 ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
 
 
+def error_reply(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    """An error reply in the format of OpenAI's API."""
+    error = {"message": message, "type": ERROR_TYPES.get(status, "invalid_request_error"), "param": None, "code": None}
+    return JSONResponse({"error": error}, status, headers)
+
+
 class BodyLimit:
     """
-    ASGI middleware that refuses large bodies before they are read into memory.
+    ASGI middleware that refuses bodies that are large or never arrive.
 
     Args:
         app (`ASGIApp`): the wrapped application.
         max_bytes (`int`): size limit of a body.
+        max_pause (`float`): seconds without a part of the body after which the request is refused.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int):
-        self.app, self.max_bytes = app, max_bytes
+    def __init__(self, app: ASGIApp, max_bytes: int = MAX_BODY_BYTES, max_pause: float = 30.0):
+        self.app, self.max_bytes, self.max_pause = app, max_bytes, max_pause
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Forward a request and count the bytes of its body."""
-        num_bytes = 0
+        """Forward a request and watch its body."""
+        num_bytes, is_complete = 0, False
 
-        async def counted() -> Message:
-            nonlocal num_bytes
-            message = await receive()
+        async def watched() -> Message:
+            nonlocal num_bytes, is_complete
+            if is_complete:  # what is left to receive is the disconnect
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), self.max_pause)
+            except asyncio.TimeoutError:
+                raise HTTPException(408, f"The body paused for {self.max_pause} s.", CLOSE) from None
             num_bytes += len(message.get("body", b""))
+            is_complete = not message.get("more_body", False)
             if num_bytes > self.max_bytes:
-                # Otherwise the rest of the body would still be received.
-                close = {"Connection": "close"}
-                raise HTTPException(413, f"The body has more than {self.max_bytes} bytes.", close)
+                raise HTTPException(413, self._too_large, CLOSE)
             return message
 
-        await self.app(scope, counted if scope["type"] == "http" else receive, send)
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+        elif int(Headers(scope=scope).get("Content-Length", 0)) > self.max_bytes:
+            await error_reply(413, self._too_large, CLOSE)(scope, receive, send)
+        else:
+            await self.app(scope, watched, send)
+
+    @property
+    def _too_large(self) -> str:
+        return f"The body has more than {self.max_bytes} bytes."
+
+
+def is_authorized(scope: Scope, api_key: str | None) -> bool:
+    """Whether a request has the key, or needs none."""
+    if api_key is None or scope["path"] in OPEN_ROUTES:
+        return True
+    scheme, _, given = Headers(scope=scope).get("Authorization", "").partition(" ")
+    return scheme.lower() == "bearer" and secrets.compare_digest(given.encode("latin-1"), api_key.encode())
+
+
+class KeyCheck:
+    """
+    ASGI middleware that asks for a key before the body is read.
+
+    Args:
+        app (`ASGIApp`): the wrapped application.
+        api_key (`str`, *optional*): bearer token that clients must send.
+    """
+
+    def __init__(self, app: ASGIApp, api_key: str | None):
+        self.app, self.api_key = app, api_key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Forward a request with the key, and refuse others."""
+        if scope["type"] == "http" and not is_authorized(scope, self.api_key):
+            await error_reply(*UNAUTHORIZED)(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
 
 
 class RequestCount:
@@ -178,6 +232,13 @@ class Service:
         finally:
             task.cancel()
 
+    async def call_each(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+        """
+        Results of `function` in the thread that decodes images. Items are separate calls: the result does not depend on the
+        others, and images are generated in between.
+        """
+        return await asyncio.gather(*(self.engine.call(partial(function, item)) for item in items))
+
 
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:
     """Await `work`, and cancel it if the client disconnects."""
@@ -195,12 +256,6 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
     finally:
         task.cancel()
         leaving.cancel()
-
-
-def error_reply(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    """An error reply in the format of OpenAI's API."""
-    error = {"message": message, "type": ERROR_TYPES.get(status, "invalid_request_error"), "param": None, "code": None}
-    return JSONResponse({"error": error}, status, headers)
 
 
 def create_app(
@@ -226,8 +281,10 @@ def create_app(
         token_engines (`Sequence[TokenEngine]`, *optional*): where image tokens are generated instead of in this process.
 
     Raises:
-        ValueError: the pipeline has no generator, or `max_batch_size` is below 2.
+        ValueError: the pipeline has no generator, `max_batch_size` is below 2, or the key is empty.
     """
+    if api_key == "":
+        raise ValueError("The API key is empty.")
     pipe.get_label_ids(0)  # raises without a generator
     if token_engines:
         engine: Engine = EnginePool(pipe, token_engines, max_batch_size, max_queue_size)
@@ -244,20 +301,11 @@ def create_app(
     # The documentation pages would load scripts from other sites.
     app = FastAPI(title="vfmtok serve", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
+    app.add_middleware(KeyCheck, api_key=api_key)
     app.add_middleware(RequestCount, counter=service.metrics.requests)
     add_errors(app)
-
-    def authorize(request: Request) -> None:
-        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-        if api_key is not None and not (
-            scheme.lower() == "bearer" and secrets.compare_digest(given.encode(), api_key.encode())
-        ):
-            raise HTTPException(
-                401, "Send the server's key as `Authorization: Bearer KEY`.", {"WWW-Authenticate": "Bearer"}
-            )
-
     add_monitoring(app, service)
-    add_generation(app, service, model_name, [Depends(authorize)])
+    add_generation(app, service, model_name)
     return app
 
 
@@ -302,16 +350,22 @@ def add_monitoring(app: FastAPI, service: Service) -> None:
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
-def add_generation(app: FastAPI, service: Service, model_name: str, dependencies: list[Any]) -> None:
+def add_generation(app: FastAPI, service: Service, model_name: str) -> None:
     """Add the routes that use the model."""
     config, started = service.pipe.vq_model.config, int(time.time())
 
-    @app.get("/v1/models", dependencies=dependencies)
+    def tokenize(image: bytes) -> list[int]:
+        return service.pipe.tokenize(image)[0].tolist()
+
+    def detokenize(image_tokens: list[int]) -> PIL.Image.Image:
+        return service.pipe.detokenize([image_tokens])[0]
+
+    @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         model = {"id": model_name, "object": "model", "created": started, "owned_by": "vfmtok-hf"}
         return {"object": "list", "data": [model]}
 
-    @app.post("/v1/images/generations", dependencies=dependencies)
+    @app.post("/v1/images/generations")
     async def generations(body: ImagesRequest, request: Request) -> Response:
         if body.model not in (None, model_name):
             raise HTTPException(404, f"There is no model {body.model!r}: this server has {model_name!r}.")
@@ -332,37 +386,32 @@ def add_generation(app: FastAPI, service: Service, model_name: str, dependencies
         data = [{"b64_json": file, "seed": drawing.seed} for file, drawing in zip(files, drawings, strict=True)]
         return JSONResponse(reply.whole(data))
 
-    @app.post("/", dependencies=dependencies)
-    @app.post("/predict", dependencies=dependencies)
+    @app.post("/")
+    @app.post("/predict")
     async def predict(body: HubRequest, request: Request) -> Response:
         labels = body.inputs if isinstance(body.inputs, list) else [body.inputs]
         key = request.headers.get(KEY_HEADER)
         drawings = service.drawings(labels, body.parameters, key, body.parameters.num_images_per_label)
-        images = await unless_gone(request, service.draw(drawings))
         kind, _, image_format = request.headers.get("Accept", "").partition(";")[0].partition("/")
+        if kind == "image" and len(drawings) > 1:
+            raise ValueError("One image fits into an answer of type image: accept application/json for several.")
+        images = await unless_gone(request, service.draw(drawings))
         if kind == "image":
-            if len(images) > 1:
-                raise ValueError("One image fits into an answer of type image: accept application/json for several.")
             image_format = image_format if image_format in ("jpeg", "webp") else "png"
             content = await asyncio.to_thread(encode_image, images[0], image_format)
             return Response(content, media_type=f"image/{image_format}")
         files = await asyncio.to_thread(lambda: [to_base64(image, "png") for image in images])
         return JSONResponse(files[0] if len(files) == 1 else files)
 
-    @app.post("/v1/tokens", dependencies=dependencies)
+    @app.post("/v1/tokens")
     async def tokens(body: TokensRequest, request: Request) -> Response:
         if (body.images is None) == (body.image_tokens is None):
             raise ValueError("Send images or image_tokens.")
         if body.images is not None:
             contents = [from_base64(image) for image in body.images]
-            # One at a time, so the result does not depend on the other images.
-            tokenize = service.pipe.tokenize
-            found = await unless_gone(
-                request, service.engine.call(lambda: [tokenize(image)[0].tolist() for image in contents])
-            )
+            found = await unless_gone(request, service.call_each(tokenize, contents))
             return JSONResponse({"image_tokens": found})
-        sequences, detokenize = body.image_tokens, service.pipe.detokenize
-        images = await unless_gone(request, service.engine.call(lambda: [detokenize([row])[0] for row in sequences]))
+        images = await unless_gone(request, service.call_each(detokenize, body.image_tokens))
         files = await asyncio.to_thread(lambda: [to_base64(image, body.output_format) for image in images])
         return JSONResponse({"data": [{"b64_json": file} for file in files]})
 

@@ -48,7 +48,7 @@ class Batcher:
         self.max_batch_size = max_batch_size
         self.waiting: deque[Drawing] = deque()
         self.calls: deque[tuple[Callable[[], Any], Future]] = deque()
-        self.num_running = 0
+        self.batch = self._new_batch()
         self._changed = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="vfmtok-batcher", daemon=True)
@@ -74,6 +74,11 @@ class Batcher:
         """Images that wait for a place in the batch."""
         return len(self.waiting)
 
+    @property
+    def num_running(self) -> int:
+        """Images in the batch."""
+        return len(self.batch.drawings)
+
     async def draw(self, drawings: Sequence[Drawing]) -> list[PIL.Image.Image]:
         """Arguments, result and errors as in [`Engine.draw`]."""
         self._accept(len(drawings), lambda: self.waiting.extend(drawings))
@@ -93,6 +98,8 @@ class Batcher:
         with self._changed:
             if self._stopping or not self._thread.is_alive():
                 raise Unavailable("The server is shutting down.")
+            if count > self.max_queue_size:
+                raise ValueError(f"This server accepts up to {self.max_queue_size} images at once, not {count}.")
             if len(self.waiting) + len(self.calls) + count > self.max_queue_size:
                 raise QueueFull(f"The queue is full: {self.max_queue_size} images are waiting.")
             enqueue()
@@ -102,50 +109,66 @@ class Batcher:
 
     @torch.no_grad()
     def _run(self) -> None:
-        batch, step = self._new_batch(), 0
-        while self._wait_for_work(batch):
-            try:
-                self._drop_cancelled(batch)
-                if step % JOIN_INTERVAL == 0 or not batch.drawings:
-                    self._join(batch)
-                self._do_call()
-                if batch.drawings:
-                    self._advance(batch)
+        step = 0
+        try:
+            while self._wait_for_work():
+                try:
+                    self._work(step)
+                except Exception as error:
+                    logger.exception("A decode step failed. Its images are dropped.")
+                    for drawing in self.batch.drawings:
+                        self._fail(drawing.future, Unavailable(f"Generation failed: {error}"))
+                    self.batch = self._new_batch()
                 step += 1
-            except Exception as error:
-                logger.exception("A decode step failed. Its images are dropped.")
-                for drawing in batch.drawings:
-                    if drawing.future.set_running_or_notify_cancel():
-                        drawing.future.set_exception(Unavailable(f"Generation failed: {error}"))
-                batch = self._new_batch()
-            self.num_running = len(batch.drawings)
+        finally:
+            self._refuse_waiting()
 
+    @torch.no_grad()
     def _new_batch(self) -> DecodeBatch:
         return DecodeBatch(self.pipe.transformer, self.max_batch_size)
 
-    def _wait_for_work(self, batch: DecodeBatch) -> bool:
+    def _work(self, step: int) -> None:
+        self._drop_cancelled()
+        if step % JOIN_INTERVAL == 0 or not self.batch.drawings:
+            self._join()
+        self._do_call()
+        if self.batch.drawings:
+            self._advance()
+
+    def _refuse_waiting(self) -> None:
+        """If the thread ends by an error, the clients are told."""
+        with self._changed:
+            self._stopping = True
+            futures = [drawing.future for drawing in (*self.batch.drawings, *self.waiting)]
+            for future in (*futures, *(future for _, future in self.calls)):
+                self._fail(future, Unavailable("The server is shutting down."))
+
+    def _wait_for_work(self) -> bool:
         """Wait for work. Returns False when the thread should end."""
         with self._changed:
-            self._changed.wait_for(lambda: batch.drawings or self.waiting or self.calls or self._stopping)
-            return bool(batch.drawings or self.waiting or self.calls)
+            self._changed.wait_for(lambda: self._has_work() or self._stopping)
+            return self._has_work()
 
-    def _drop_cancelled(self, batch: DecodeBatch) -> None:
-        """Drop images whose clients have disconnected."""
-        if dropped := [drawing for drawing in batch.drawings if drawing.future.cancelled()]:
-            batch.remove(dropped)
+    def _has_work(self) -> bool:
+        return bool(self.batch.drawings or self.waiting or self.calls)
+
+    def _drop_cancelled(self) -> None:
+        """Drop images whose clients have disconnected, and those that have failed."""
+        if dropped := [drawing for drawing in self.batch.drawings if drawing.future.done()]:
+            self.batch.remove(dropped)
         with self._changed:
-            self.waiting = deque(drawing for drawing in self.waiting if not drawing.future.cancelled())
+            self.waiting = deque(drawing for drawing in self.waiting if not drawing.future.done())
 
-    def _join(self, batch: DecodeBatch) -> None:
+    def _join(self) -> None:
         """Move the images that have waited longest to the batch."""
         joining: list[Drawing] = []
-        num_free = batch.max_rows - len(batch.rows)
+        num_free = self.batch.max_rows - len(self.batch.rows)
         with self._changed:
             while self.waiting and self.waiting[0].num_rows <= num_free:
                 joining.append(self.waiting.popleft())
                 num_free -= joining[-1].num_rows
         if joining:
-            batch.add(joining)
+            self.batch.add(joining)
 
     def _do_call(self) -> None:
         """Run one queued call."""
@@ -155,31 +178,37 @@ class Batcher:
             function, future = self.calls.popleft()
         self._finish(future, function)
 
-    def _advance(self, batch: DecodeBatch) -> None:
+    def _advance(self) -> None:
         """Run one decode step and deliver partial and finished images."""
-        complete = batch.step()
+        complete = self.batch.step()
         first = self.pipe.transformer.num_condition_tokens - 1
-        for drawing in batch.drawings:
+        for drawing in self.batch.drawings:
             if drawing.on_partial is not None and drawing.num_drawn - first in drawing.partial_steps:
                 index = drawing.partial_steps.index(drawing.num_drawn - first)
-                drawing.on_partial(index, self._image(batch.image_tokens(drawing)))
-        tokens = {drawing: batch.image_tokens(drawing) for drawing in complete}
+                try:
+                    drawing.on_partial(index, self._image(drawing))
+                except Exception as error:
+                    self._fail(drawing.future, error)
+        for drawing in complete:
+            self._finish(drawing.future, partial(self._image, drawing))
         if complete:
-            batch.remove(complete)
-        for drawing, image_tokens in tokens.items():
-            self._finish(drawing.future, partial(self._image, image_tokens))
+            self.batch.remove(complete)
 
-    def _image(self, image_tokens: torch.Tensor) -> PIL.Image.Image:
-        return self.pipe.detokenize(image_tokens)[0]
+    def _image(self, drawing: Drawing) -> PIL.Image.Image:
+        return self.pipe.detokenize(self.batch.image_tokens(drawing))[0]
 
-    @staticmethod
-    def _finish(future: Future, function: Callable[[], Any]) -> None:
-        """Set the result of `function` on a future that is not cancelled."""
+    def _finish(self, future: Future, function: Callable[[], Any]) -> None:
+        """Set the result of `function` on a future that is not cancelled. If it fails, no other image does."""
         if future.set_running_or_notify_cancel():
             try:
                 future.set_result(function())
             except Exception as error:
                 future.set_exception(error)
+
+    @staticmethod
+    def _fail(future: Future, error: Exception) -> None:
+        if not future.done() and future.set_running_or_notify_cancel():
+            future.set_exception(error)
 
 
 __all__ = ["Batcher"]

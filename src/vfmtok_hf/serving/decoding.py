@@ -78,6 +78,7 @@ class DecodeBatch:
 
     def add(self, drawings: list[Drawing]) -> None:
         """Start generating `drawings`, which must fit."""
+        self.drawings += drawings
         for drawing in drawings:
             generator = torch.Generator().manual_seed(drawing.seed)
             numbers = uniform_numbers(self.tokens.shape[1], 1, generator, self.tokens.device)[:, 0]
@@ -86,7 +87,6 @@ class DecodeBatch:
                 self.rows.append((drawing, has_class))
                 self.positions[row] = 0
                 self.numbers[row] = numbers
-            self.drawings.append(drawing)
         self._begin()
 
     def remove(self, drawings: list[Drawing]) -> None:
@@ -148,7 +148,9 @@ class DecodeBatch:
         row = next(row for row, (owner, has_class) in enumerate(self.rows) if owner is drawing and has_class)
         length = max(drawing.num_drawn - (self.model.num_condition_tokens - 1), 0)
         if not self.largest_logits[row, :length].isfinite().all():
-            raise ValueError("The logits were not finite: the weights hold NaN, or their dtype overflows.")
+            raise ValueError(
+                "The logits were not finite: a sampling setting is extreme, the weights hold NaN, or their dtype overflows."
+            )
         image_tokens = torch.zeros_like(self.tokens[:1])
         image_tokens[0, :length] = self.tokens[row, :length]
         return image_tokens

@@ -26,7 +26,16 @@ from starlette.types import ASGIApp, Message, Scope
 
 from vfmtok_hf import DEFAULT_CHECKPOINT, VFMTokPipeline
 from vfmtok_hf.cpu.programs import prepare_cpu_program
-from vfmtok_hf.serving.app import KEY_HEADER, MAX_BODY_BYTES, BodyLimit, add_errors, create_app, unless_gone
+from vfmtok_hf.serving.app import (
+    KEY_HEADER,
+    UNAUTHORIZED,
+    BodyLimit,
+    add_errors,
+    create_app,
+    error_reply,
+    is_authorized,
+    unless_gone,
+)
 from vfmtok_hf.serving.engines import PAUSES, QueueFull, Unavailable
 from vfmtok_hf.serving.requests import Body
 
@@ -117,7 +126,7 @@ class Replica:
 
 
 routes = FastAPI(title="vfmtok serve", docs_url=None, redoc_url=None, openapi_url=None)
-routes.add_middleware(BodyLimit, max_bytes=MAX_BODY_BYTES)
+routes.add_middleware(BodyLimit)
 add_errors(routes)
 
 
@@ -129,10 +138,11 @@ class FrontEnd:
 
     Args:
         replicas (`DeploymentHandle`): the handle of [`Replica`].
+        api_key (`str`, *optional*): bearer token that clients must send.
     """
 
-    def __init__(self, replicas: DeploymentHandle):
-        self.replicas = replicas.options(stream=True)
+    def __init__(self, replicas: DeploymentHandle, api_key: str | None):
+        self.replicas, self.api_key = replicas.options(stream=True), api_key
 
     @routes.get("/metrics")
     async def metrics(self) -> None:
@@ -142,6 +152,8 @@ class FrontEnd:
     @routes.api_route("/{path:path}", methods=["GET", "POST"])
     async def forward(self, request: Request) -> Response:
         """Answer a request with the messages of a replica."""
+        if not is_authorized(request.scope, self.api_key):
+            return error_reply(*UNAUTHORIZED)
         scope = {name: request.scope[name] for name in ("type", "method", "path", "query_string", "headers")}
         if KEY_HEADER not in request.headers:
             scope["headers"] = [*scope["headers"], (KEY_HEADER.encode(), uuid.uuid4().hex.encode())]
@@ -207,7 +219,7 @@ def build(arguments: RayArguments) -> serve.Application:
     ).bind(arguments)
     # Never the bottleneck, so that health checks and refusals need not wait.
     num_connections = 2 * (arguments.replicas * num_ongoing + arguments.max_queue_size)
-    return FrontEnd.options(max_ongoing_requests=num_connections).bind(replicas)
+    return FrontEnd.options(max_ongoing_requests=num_connections).bind(replicas, arguments.api_key)
 
 
 __all__ = ["RayArguments", "build"]

@@ -14,8 +14,11 @@ from vfmtok_hf.modeling.generation_vfmtok import SamplingSettings
 
 ImageFormat = Literal["png", "jpeg", "webp"]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Name = Annotated[str, Field(max_length=1000)]  # errors repeat it
 
 MAX_IMAGES = 10  # per request, the limit of OpenAI's API
+# Others run programs (EPS) or are rare. Pillow's names.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 # Larger images would fill the memory before they are cropped.
 MAX_PIXELS = 2**25
 
@@ -59,7 +62,7 @@ class ImagesRequest(SamplingParameters):
         prompt (`str`): name or number of a class.
     """
 
-    prompt: str
+    prompt: Name
     model: str | None = None
     n: int = Field(1, ge=1, le=MAX_IMAGES)
     size: str = "auto"
@@ -82,7 +85,7 @@ class HubParameters(SamplingParameters):
 class HubRequest(Body):
     """Body of the Hub's inference API. `inputs` are names or numbers of classes."""
 
-    inputs: str | int | list[str | int]
+    inputs: Name | int | Annotated[list[Name | int], Field(max_length=MAX_IMAGES)]
     parameters: HubParameters = HubParameters()
 
 
@@ -117,7 +120,7 @@ def from_base64(text: str) -> bytes:
     except binascii.Error as error:
         raise ValueError(f"An image is not base64: {error}.") from error
     try:
-        width, height = PIL.Image.open(io.BytesIO(content)).size
+        width, height = PIL.Image.open(io.BytesIO(content), formats=FORMATS).size
     except Exception as error:  # Pillow's readers raise nearly anything
         raise ValueError(f"An image cannot be read: {error}.") from error
     if width * height > MAX_PIXELS:
