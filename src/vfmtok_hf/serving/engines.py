@@ -104,8 +104,8 @@ class TokenEngine(Protocol):
 
     async def draw(self, label: int, seed: int, settings: SamplingSettings) -> list[int]:
         """
-        Generate one image of class `label` with `seed` and `settings`. Return its image tokens in raster order. Equal arguments give equal
-        tokens.
+        Generate one image of class `label` with `seed` and `settings`. Return its image tokens in raster order. Equal arguments
+        give equal tokens.
 
         Raises:
             TokenEngineError: the engine gave none.
