@@ -42,7 +42,7 @@ from vfmtok_hf.training.discriminator import DinoDiscriminator, DiscriminatorObj
 from vfmtok_hf.training.ema import EMA
 from vfmtok_hf.training.objective import TokenizerObjective
 from vfmtok_hf.training.precision import choose_attention
-from vfmtok_hf.training.train_tokenizer import set_up_layers
+from vfmtok_hf.training.tokenizer_training import set_up_layers
 
 
 Step = Callable[[], None]

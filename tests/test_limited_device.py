@@ -17,7 +17,7 @@ from vfmtok_hf.data.token_sets import encode_sequences
 from vfmtok_hf.evaluation.linear_probe import LabeledImages, representations_of
 from vfmtok_hf.evaluation.reconstruction import evaluate_reconstruction
 from vfmtok_hf.evaluation.tokens import anchor_attention, evaluate_tokens
-from vfmtok_hf.training import train_generator, train_tokenizer
+from vfmtok_hf.training import generator_training, tokenizer_training
 from vfmtok_hf.training.codebook import CodebookUsage, initialize_codebook
 from vfmtok_hf.training.discriminator import DiscriminatorObjective, PatchDiscriminator, adversarial_loss
 from vfmtok_hf.training.objective import TokenizerObjective
@@ -89,9 +89,9 @@ def test_evaluation():
 def test_validation_of_tokenizers():
     model, images = tiny_model(), [{"pixel_values": image} for image in tiny_images(4)]
     arguments = SimpleNamespace(batch_size=2, num_workers=0, grid_images=2)
-    expected, _ = train_tokenizer.validate(model, images, True, arguments, ONE_PROCESS)
+    expected, _ = tokenizer_training.validate(model, images, True, arguments, ONE_PROCESS)
     with limited_device(model):
-        metrics, pictures = train_tokenizer.validate(model, images, True, arguments, ONE_PROCESS)
+        metrics, pictures = tokenizer_training.validate(model, images, True, arguments, ONE_PROCESS)
         assert pictures[0][0].device == model.device
     assert metrics == pytest.approx(expected, rel=1e-4)
 
@@ -100,9 +100,9 @@ def test_validation_of_tokenizers():
 def test_validation_of_generators(make_model):
     model = make_model()
     data = [{"label": label, "image_tokens": torch.arange(9) + label} for label in range(3)]
-    expected = train_generator.validate(model, data, 2, ONE_PROCESS)
+    expected = generator_training.validate(model, data, 2, ONE_PROCESS)
     with limited_device(model):
-        assert train_generator.validate(model, data, 2, ONE_PROCESS) == pytest.approx(expected, rel=1e-5)
+        assert generator_training.validate(model, data, 2, ONE_PROCESS) == pytest.approx(expected, rel=1e-5)
 
 
 def test_training_losses():

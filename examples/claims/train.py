@@ -21,7 +21,7 @@ from vfmtok_hf import VFMTokConfig, VFMTokModel
 from vfmtok_hf.data.image_datasets import ImageDataset
 from vfmtok_hf.data.sources import open_records
 from vfmtok_hf.data.transforms import Augmentation
-from vfmtok_hf.training import train_generator, train_tokenizer
+from vfmtok_hf.training import generator_training, tokenizer_training, train_generator, train_tokenizer
 from vfmtok_hf.training.arguments import TokenizerArguments
 
 
@@ -89,7 +89,7 @@ def trainer_arguments(config: Path, data: Path, run: Path, seed: int, **values: 
 
 
 def train_tokenizer_of(variant: str, data: Path, vision_model: Path, run: Path, seed: int) -> None:
-    build_model = train_tokenizer.build_model
+    build_model = tokenizer_training.build_model
     values: dict[str, object] = {"vision_model": vision_model}
     if variant == "no_feature_reconstruction":
         values["model.feature_loss_weight"] = 0.0
@@ -97,16 +97,16 @@ def train_tokenizer_of(variant: str, data: Path, vision_model: Path, run: Path, 
         folder = run.parents[1] / "random_vision_model"
         values["vision_model"] = randomized_vision_model(vision_model, data, 64, folder)
     if variant == "fixed_grid":
-        train_tokenizer.build_model = lambda arguments: fix_sampling_to_the_grid(build_model(arguments))
+        tokenizer_training.build_model = lambda arguments: fix_sampling_to_the_grid(build_model(arguments))
     if variant == "vqgan":
         values |= {"model.num_anchors": 81, "model.feature_loss_weight": 0.0, "model.save_vision_model": False}
-        train_tokenizer.build_model = build_vqgan
+        tokenizer_training.build_model = build_vqgan
     train_tokenizer.main(trainer_arguments(HERE / "tokenizer.yaml", data, run, seed, **values))
-    train_tokenizer.build_model = build_model
+    tokenizer_training.build_model = build_model
 
 
 def train_generator_of(tokenizer: Path, data: Path, run: Path, seed: int) -> None:
-    train_generator.load_tokenizer = load_tokenizer
+    generator_training.load_tokenizer = load_tokenizer
     train_generator.main(trainer_arguments(HERE / "generator.yaml", data, run, seed, tokenizer=tokenizer))
 
 

@@ -473,6 +473,11 @@ MISTAKES = [
     ["evaluate", "generation", "--reference", "x.npz", "--output", "file/samples"],
     ["evaluate", "tokens", "absent.png"],
     ["extract-tokens", ".", "--output", "file/tokens"],
+    ["extract-tokens", "./absent", "--output", "tokens"],
+    ["train", "generator", "--output", "run"],
+    ["train", "generator", "--train_data", "./absent", "--output", "run", "--tokenizer", "."],
+    ["train", "tokenizer", "--train_data", ".", "--output", "run", "--learning_rte", "1"],
+    ["train", "tokenizer", "--train_data", ".", "--output", "run", "--init_from", "./absent"],
 ]
 
 
@@ -480,14 +485,12 @@ MISTAKES = [
 def test_mistakes_wait_for_no_heavy_library(arguments, tmp_path):
     (tmp_path / "file").write_text("")
     code = (
-        "import sys\nfrom vfmtok_hf.cli import app\ntry:\n    app(sys.argv[1:])\nexcept SystemExit as end:\n"
-        "    print(end.code, *{name.partition('.')[0] for name in sys.modules})"
+        "import atexit, sys; from vfmtok_hf.cli import app; "
+        "atexit.register(lambda: print(*{name.partition('.')[0] for name in sys.modules})); app(sys.argv[1:])"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code, *arguments], check=True, capture_output=True, text=True, cwd=tmp_path
-    )
-    exit_code, *loaded = run.stdout.split()
-    assert exit_code == "1"
+    run = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=tmp_path)
+    loaded = run.stdout.split()
+    assert run.returncode == 1
     assert run.stderr.startswith("Error: ")
     assert not set(loaded) & {"torch", "torchvision", "transformers", "diffusers", "datasets"}
 

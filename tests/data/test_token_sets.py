@@ -25,7 +25,7 @@ from vfmtok_hf.data.token_sets import (
 )
 from vfmtok_hf.data.transforms import ImageViews
 from vfmtok_hf.training.checkpoints import Progress
-from vfmtok_hf.training.extract_tokens import extract_tokens
+from vfmtok_hf.training.token_extraction import extract_tokens
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from vfmtok_hf.modeling.autoencoder_vfmtok import resize_for_vision_model
 from vfmtok_hf.training.arguments import TokenizerArguments
 from vfmtok_hf.training.codebook import CodebookUsage
 from vfmtok_hf.training.objective import TokenizerObjective
-from vfmtok_hf.training.train_tokenizer import set_up_layers
+from vfmtok_hf.training.tokenizer_training import set_up_layers
 
 
 BATCHES = {"b336": ("b336_0", "b336_1"), "b256": ("b256_0", "b256_1")}

@@ -11,14 +11,14 @@ from vfmtok_hf import VFMTokConfig
 from vfmtok_hf.training import (
     checkpoints,
     distributed,
-    extract_tokens,
     generator_data,
+    generator_training,
     image_data,
     logs,
     run_data,
     schedule,
-    train_generator,
-    train_tokenizer,
+    token_extraction,
+    tokenizer_training,
 )
 from vfmtok_hf.training.arguments import (
     ExtractionArguments,
@@ -42,7 +42,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
         ([*REQUIRED, "--learning-rte=1"], ValueError, "Did you mean --learning_rate or"),
         ([*REQUIRED, "--max_steps", "many"], ValueError, "--max_steps.*: invalid int value: 'many'"),
         ([*REQUIRED, "--trainable", "encoder"], ValueError, "--trainable: invalid choice"),
-        ([*REQUIRED, "--resume", "perhaps"], ValueError, "--resume: Truthy value expected"),
+        ([*REQUIRED, "--resume", "perhaps"], ValueError, "--resume: expected true or false, got 'perhaps'"),
         ([*REQUIRED, "--output"], ValueError, "--output: expected one argument"),
         ([*REQUIRED, "--model", "{hidden_size"], ValueError, "--model: .* is not valid YAML"),
         ([*REQUIRED, "--model", "8"], ValueError, "--model: '8' is not a dictionary"),
@@ -50,7 +50,8 @@ CONFIGS = Path(__file__).parents[2] / "configs"
         ([*REQUIRED, "--learning_rate.x", "1"], ValueError, "Unknown argument --learning_rate.x"),
         ([*REQUIRED, "--batch", "1"], ValueError, "Unknown argument --batch. Did you mean --batch_size"),
         ([*REQUIRED, "more"], ValueError, "Expected --key value or --key=value, got 'more'"),
-        (["--output", "c"], ValueError, "required: --train_data"),
+        (["--output", "c"], ValueError, "Missing --train_data. --help"),
+        (["--train_dta", "a"], ValueError, "Unknown argument --train_dta. Did you mean --train_data"),
         (["--config"], ValueError, "--config: expected one argument"),
         (["--config", "no_such.yaml"], FileNotFoundError, "no_such.yaml does not exist"),
     ],
@@ -100,7 +101,7 @@ def test_command_line_overrides_the_file(tmp_path):
         """,
     )
     overrides = ["--model.num_anchors", "9", "--model.decoder-dropout=0.2", "--learning-rate", "0.5", "--resume"]
-    arguments = parse_arguments(TokenizerArguments, [*overrides[:4], "--config", file, *overrides[4:]])
+    arguments = parse_arguments(TokenizerArguments, [*overrides[:3], "--config", file, *overrides[3:]])
     assert arguments.model == {"hidden_size": 8, "decoder_dropout": 0.1, "num_anchors": 9, "decoder-dropout": 0.2}
     assert (arguments.learning_rate, arguments.crop_scale, arguments.horizontal_flip) == (0.5, [0.9, 1.15], False)
     assert (arguments.resume, arguments.mixed_precision, arguments.validation_data) == (True, "no", None)
@@ -154,9 +155,9 @@ def test_runs_whose_loss_weights_were_arguments_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("script", "own_modules", "arguments_class"),
     [
-        (train_tokenizer, [image_data], TokenizerArguments),
-        (train_generator, [generator_data, image_data], GeneratorArguments),
-        (extract_tokens, [], ExtractionArguments),
+        (tokenizer_training, [image_data], TokenizerArguments),
+        (generator_training, [generator_data, image_data], GeneratorArguments),
+        (token_extraction, [], ExtractionArguments),
     ],
 )
 def test_every_argument_is_read(script, own_modules, arguments_class):

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from tests.testing import tiny_model
 from vfmtok_hf.cli import app
-from vfmtok_hf.training import extract_tokens
+from vfmtok_hf.training import token_extraction
 
 
 pytest.importorskip("datatrove", reason="vfmtok-hf[datatrove] brings it")
@@ -142,9 +142,9 @@ def test_only_what_is_missing_is_made_again(tokenizer, images, expected, tmp_pat
     run(tokenizer, images, tmp_path, *options)
     shards = sorted(name for name in expected if name.endswith(".parquet"))
     (tmp_path / shards[2]).unlink()
-    written, write_shard = [], extract_tokens.TokenExtraction.write_shard
+    written, write_shard = [], token_extraction.TokenExtraction.write_shard
     monkeypatch.setattr(
-        extract_tokens.TokenExtraction,
+        token_extraction.TokenExtraction,
         "write_shard",
         lambda self, number, *others: written.append(number) or write_shard(self, number, *others),
     )

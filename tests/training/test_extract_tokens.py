@@ -27,7 +27,7 @@ from vfmtok_hf.modeling.image_reading_vfmtok import read_image
 from vfmtok_hf.pipelines import VFMTokPipeline
 from vfmtok_hf.training import train_generator
 from vfmtok_hf.training.arguments import ExtractionArguments
-from vfmtok_hf.training.extract_tokens import TokenExtraction, extract_tokens
+from vfmtok_hf.training.token_extraction import TokenExtraction, extract_tokens
 
 
 NUM_IMAGES = 22

@@ -16,8 +16,8 @@ from vfmtok_hf import VFMTokImageProcessor, VFMTokPipeline
 from vfmtok_hf.training import train_generator
 from vfmtok_hf.training.arguments import GeneratorArguments
 from vfmtok_hf.training.finetuning import add_lora, load_generator, load_tokenizer
+from vfmtok_hf.training.generator_training import parameter_groups
 from vfmtok_hf.training.schedule import set_learning_rate
-from vfmtok_hf.training.train_generator import parameter_groups
 
 
 OLD_NAMES = {0: "fish", 1: "crane, bird", 2: "heart, love", 3: "moon", 4: "sun"}

@@ -21,7 +21,7 @@ from tests.training.tiny_runs import (
     write_vision_model,
 )
 from vfmtok_hf import VFMTokModel
-from vfmtok_hf.training import checkpoints, train_tokenizer
+from vfmtok_hf.training import checkpoints, tokenizer_training, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -84,13 +84,13 @@ def test_sigterm_saves_and_exits_with_0(num_workers, whole, sources, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_after_the_last_look_is_seen_a_step_later(number, sources, tmp_path, monkeypatch):
     """Between two looks at the flag the answer must not change, or the run would leave without saving."""
-    save_model = train_tokenizer.save_model
+    save_model = tokenizer_training.save_model
 
     def save_model_then_signal(*arguments):
         save_model(*arguments)
         os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(train_tokenizer, "save_model", save_model_then_signal)
+    monkeypatch.setattr(tokenizer_training, "save_model", save_model_then_signal)
     output = tmp_path / "run"
     run(lambda: train_tokenizer.main(tokenizer_options(*sources, output, checkpoint_every=100)))
     assert [line["step"] for line in log_of(output, "stopped")] == [4]

@@ -19,8 +19,8 @@ from tests.training.tiny_runs import (
 )
 from vfmtok_hf.data.sources import open_records
 from vfmtok_hf.data.transforms import ImageViews
-from vfmtok_hf.training import checkpoints, train_generator, train_tokenizer
-from vfmtok_hf.training.extract_tokens import extract_tokens
+from vfmtok_hf.training import checkpoints, tokenizer_training, train_generator, train_tokenizer
+from vfmtok_hf.training.token_extraction import extract_tokens
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +118,8 @@ def test_a_loss_that_is_not_finite_names_the_images_of_a_stream(vision_model, tm
         out = forward(objective, *arguments)
         return {**out, "loss": out["loss"] * torch.nan}
 
-    forward = train_tokenizer.TokenizerObjective.forward
-    monkeypatch.setattr(train_tokenizer.TokenizerObjective, "forward", nan_loss)
+    forward = tokenizer_training.TokenizerObjective.forward
+    monkeypatch.setattr(tokenizer_training.TokenizerObjective, "forward", nan_loss)
     data, validation = write_parquet(image_table(), tmp_path / "data"), write_folder(tmp_path / "validation")
     argv = tokenizer_options(data, vision_model, tmp_path / "run", **{**STREAM, "validation_data": validation})
     with pytest.raises(

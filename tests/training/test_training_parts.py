@@ -6,7 +6,7 @@ from vfmtok_hf.cpu.attention import BLOCKWISE_ATTENTION
 from vfmtok_hf.cpu.packing import has_product
 from vfmtok_hf.cpu.training import FrozenProduct
 from vfmtok_hf.data.loaders import EpochSampler
-from vfmtok_hf.training import train_tokenizer
+from vfmtok_hf.training import tokenizer_training
 from vfmtok_hf.training.arguments import TokenizerArguments
 
 
@@ -15,8 +15,8 @@ from vfmtok_hf.training.arguments import TokenizerArguments
 
 def set_up(model, trainable="all", **settings):
     arguments = TokenizerArguments(train_data="", output="", perceptual_weight=0, trainable=trainable, **settings)
-    objective = train_tokenizer.build_objective(model, arguments)
-    train_tokenizer.set_up_layers(objective, arguments, torch.device("cpu"))
+    objective = tokenizer_training.build_objective(model, arguments)
+    tokenizer_training.set_up_layers(objective, arguments, torch.device("cpu"))
     layers = [vars(module).get("forward") for module in model.vision_model.modules()]
     return {layer.dtype for layer in layers if isinstance(layer, FrozenProduct)}
 

@@ -19,7 +19,7 @@ from tests.training.tiny_runs import (
     write_images,
     write_vision_model,
 )
-from vfmtok_hf.training import checkpoints, train_generator, train_tokenizer
+from vfmtok_hf.training import checkpoints, tokenizer_training, train_generator, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_two_processes_equal_one_with_the_double_batch(sources, tmp_path):
 def test_nan_on_one_process_stops_both(sources, tmp_path, monkeypatch):
     """Both say which images: those of the process that failed, and nothing is saved."""
     output = tmp_path / "run"
-    forward = train_tokenizer.TokenizerObjective.forward
+    forward = tokenizer_training.TokenizerObjective.forward
 
     def nan_on_the_second(objective, *arguments):
         out = forward(objective, *arguments)
@@ -95,7 +95,7 @@ def test_nan_on_one_process_stops_both(sources, tmp_path, monkeypatch):
         except FloatingPointError as error:
             (tmp_path / f"message{int(is_rank(1))}").write_text(str(error))
 
-    monkeypatch.setattr(train_tokenizer.TokenizerObjective, "forward", nan_on_the_second)
+    monkeypatch.setattr(tokenizer_training.TokenizerObjective, "forward", nan_on_the_second)
     run(train, num_processes=2)
     messages = [(tmp_path / f"message{rank}").read_text() for rank in (0, 1)]
     assert messages[0] == messages[1]

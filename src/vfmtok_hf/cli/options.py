@@ -142,16 +142,12 @@ class ProgressLines:
 
 
 def resolve_model(model: str | None) -> str:
-    """
-    The folder or repository of a name, by default the emoji checkpoint. A missing folder would otherwise be treated as a
-    repository.
-    """
+    """The folder or repository of a name, by default the emoji checkpoint. Raises `FileNotFoundError` if there is none."""
     import vfmtok_hf
+    from vfmtok_hf.data.files import check_model
 
     name_or_path = model or vfmtok_hf.DEFAULT_CHECKPOINT
-    looks_like_path = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
-    if looks_like_path and not Path(name_or_path).is_dir():
-        raise FileNotFoundError(f"There is no model folder {name_or_path}.")
+    check_model(name_or_path)
     return name_or_path
 
 

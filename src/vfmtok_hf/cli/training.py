@@ -97,16 +97,18 @@ def extract_tokens(
             extract_with_datatrove(arguments, executor, tasks, workers, device, **options)
         return
     with one_line_errors("train"):
+        from vfmtok_hf.data.files import check_source
         from vfmtok_hf.data.output_files import check_output_folder
 
         check_output_folder(output)
+        check_source(data)
         name_or_path = resolve_model(model)
         quiet_libraries()
 
         from vfmtok_hf.cli.environment import default_device
         from vfmtok_hf.data.sources import open_records
         from vfmtok_hf.data.transforms import ImageViews
-        from vfmtok_hf.training import extract_tokens as extraction
+        from vfmtok_hf.training import token_extraction
         from vfmtok_hf.training.finetuning import load_tokenizer
 
         records = open_records(data, split)
@@ -120,7 +122,7 @@ def extract_tokens(
             seed=seed,
         )
         with progress("Tokenizing", len(records)) as progress_callback:
-            index = extraction.extract_tokens(
+            index = token_extraction.extract_tokens(
                 tokenizer,
                 records,
                 output,
@@ -154,31 +156,17 @@ def plot(
         report_written(1, "figure", picture)
 
 
-def check_arguments(arguments_class: str, context: typer.Context) -> None:
-    """Answer `--help` and mistakes before the trainer and its libraries are imported, which takes many seconds."""
-    with one_line_errors("train"):
-        from vfmtok_hf.training import arguments
-
-        arguments.parse_arguments(getattr(arguments, arguments_class), context.args, context.command_path)
-
-
 @train_app.command(context_settings=OWN_PARSER)
 def tokenizer(context: typer.Context) -> None:
     """Train the image tokenizer on images. `--help` lists its arguments."""
-    check_arguments("TokenizerArguments", context)
-    with one_line_errors("train"):
-        from vfmtok_hf.training.logs import run_script
-        from vfmtok_hf.training.train_tokenizer import main
+    from vfmtok_hf.training import scripts, train_tokenizer
 
-    run_script(partial(main, context.args))
+    scripts.run_script(partial(train_tokenizer.main, context.args))
 
 
 @train_app.command(context_settings=OWN_PARSER)
 def generator(context: typer.Context) -> None:
     """Train a class-conditional generator of image tokens. `--help` lists its arguments."""
-    check_arguments("GeneratorArguments", context)
-    with one_line_errors("train"):
-        from vfmtok_hf.training.logs import run_script
-        from vfmtok_hf.training.train_generator import main
+    from vfmtok_hf.training import scripts, train_generator
 
-    run_script(partial(main, context.args))
+    scripts.run_script(partial(train_generator.main, context.args))

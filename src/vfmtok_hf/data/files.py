@@ -1,4 +1,7 @@
-"""Find image and data files in folders. All code that walks a folder uses these rules."""
+"""
+Find image and data files in folders, and check that sources and models exist. All code that walks a folder uses these
+rules.
+"""
 
 import os
 from collections.abc import Collection, Iterator, Sequence
@@ -104,3 +107,63 @@ def holds_data_files(folder: Path) -> bool:
 def has_metadata(folder: Path) -> bool:
     """Whether a folder, or the folder of a split in it, is an `imagefolder` with a metadata file."""
     return any(file.is_file() for name in METADATA_FILES for file in (folder / name, *folder.glob(f"*/{name}")))
+
+
+def data_files_of(source: str | Path) -> list[Path]:
+    """Local files of a source of the `datasets` library: a folder, a file name or a pattern."""
+    path = Path(source)
+    if path.is_dir():
+        return files_below(path, DATA_FILES)
+    return sorted(path.parent.glob(path.name)) if path.suffix in DATA_FILES else []
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Names that may be paths or repositories
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether a name can only be a path: a repository is `owner/name`."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def check_source(source: str | Path) -> None:
+    """
+    Raise `FileNotFoundError` unless a source of images can exist: data files, a folder, or a data set on the Hub. Only
+    for a name without an owner, which is probably a misspelled folder, the Hub is asked.
+    """
+    name, path = str(source), Path(source)
+    if path.exists() or data_files_of(source):
+        return
+    if path.suffix in DATA_FILES:
+        raise FileNotFoundError(f"There is no data file {source}.")
+    if looks_like_path(name):
+        raise FileNotFoundError(f"There is no data folder {source}.")
+    if "/" not in name:
+        _check_repository(name, "dataset")
+
+
+def check_model(name_or_path: str) -> None:
+    """The same for a folder or repository of a model or pipeline."""
+    if Path(name_or_path).is_dir():
+        return
+    if looks_like_path(name_or_path):
+        raise FileNotFoundError(f"There is no model folder {name_or_path}.")
+    if "/" not in name_or_path:
+        _check_repository(name_or_path, "model")
+
+
+def _check_repository(name: str, kind: str) -> None:
+    """Ask the Hub once, where transformers and `datasets` retry for a minute if it cannot be reached."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        HfApi().repo_info(name, repo_type=kind, timeout=10)
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(f"There is no folder {name}, and the Hub has no {kind} of that name.") from error
+    except (HTTPError, OSError) as error:
+        raise FileNotFoundError(
+            f"There is no folder {name}, and the Hub cannot be reached. HF_HUB_OFFLINE=1 looks for a {kind} in the cache."
+        ) from error

@@ -16,7 +16,15 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from vfmtok_hf.data.files import DATA_FILES, files_below, has_metadata, holds_data_files, image_suffixes
+from vfmtok_hf.data.files import (
+    DATA_FILES,
+    check_source,
+    data_files_of,
+    files_below,
+    has_metadata,
+    holds_data_files,
+    image_suffixes,
+)
 from vfmtok_hf.data.fingerprints import json_sha256
 from vfmtok_hf.modeling.image_reading_vfmtok import encoded_bytes, read_image
 
@@ -272,15 +280,8 @@ def load_dataset(source: str | Path, split: str, streaming: bool) -> Any:
     if (path / "state.json").is_file():
         dataset = datasets.load_from_disk(str(path))
         return dataset.to_iterable_dataset(num_shards=len(dataset.cache_files) or 1) if streaming else dataset
+    check_source(source)
     files = data_files_of(source)
-    if path.suffix in DATA_FILES and not files:
-        raise FileNotFoundError(f"There is no data file {source}.")
-    looks_like_path = path.is_absolute() or str(source).startswith(".") or str(source).count("/") > 1
-    if not files and not path.exists():
-        if looks_like_path:
-            raise FileNotFoundError(f"There is no data folder {source}.")
-        if "/" not in str(source):
-            _check_repository(str(source))
     with damage_named(files):
         for file in files:
             if file.suffix == ".tar":
@@ -297,35 +298,6 @@ def load_dataset(source: str | Path, split: str, streaming: bool) -> Any:
 def features_of(dataset: Any) -> Any:
     """Features of a data set. A stream whose source does not state them reads its first rows for it."""
     return dataset.features or dataset._resolve_features().features
-
-
-def _check_repository(name: str) -> None:
-    """
-    Raise unless the Hub has a data set of this name. Without a namespace it is probably a misspelled folder, for which the
-    `datasets` library would ask five times.
-    """
-    import datasets
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
-
-    if datasets.config.HF_HUB_OFFLINE:
-        return
-    try:
-        HfApi().dataset_info(name, timeout=10)
-    except RepositoryNotFoundError as error:
-        raise FileNotFoundError(f"There is no folder {name}, and the Hub has no data set of that name.") from error
-    except (HTTPError, OSError) as error:
-        raise FileNotFoundError(
-            f"There is no folder {name}, and the Hub cannot be reached. HF_HUB_OFFLINE=1 looks for a data set in the cache."
-        ) from error
-
-
-def data_files_of(source: str | Path) -> list[Path]:
-    """Local files of a source of the `datasets` library: a folder, a file name or a pattern."""
-    path = Path(source)
-    if path.is_dir():
-        return files_below(path, DATA_FILES)
-    return sorted(path.parent.glob(path.name)) if path.suffix in DATA_FILES else []
 
 
 @contextmanager

@@ -1,21 +1,23 @@
 """
-Arguments of the trainers and of token extraction, as dataclasses that transformers' `HfArgumentParser` reads: defaults,
-then a YAML file, then the command line.
+Arguments of the trainers and of token extraction, as dataclasses: defaults, then a YAML file, then the command line.
+
+They are read without torch and transformers, which take seconds to import, so mistakes are reported at once.
 """
 
 import dataclasses
 import difflib
 import json
+import re
 import sys
+import types
 import typing
-from argparse import SUPPRESS, ArgumentTypeError
+from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import yaml
-from transformers import HfArgumentParser
-from transformers.hf_argparser import HfArg
 
 
 T = TypeVar("T")
@@ -32,24 +34,29 @@ RENAMED = {
 }
 
 
+def argument(*, help: str, aliases: Sequence[str] = (), **default: Any) -> Any:
+    """A field with its help text. The default of a required one is missing."""
+    return dataclasses.field(metadata={"help": help, "aliases": aliases}, **default)
+
+
 @dataclass(kw_only=True)
 class ImageArguments:
     """Options of reading images, for both trainers and token extraction."""
 
-    split: str = HfArg(default="train", help="Split of a data set.")
-    image_column: str | None = HfArg(default=None, help="Column with the images. Default: found by type and name.")
-    label_column: str | None = HfArg(default=None, help="Column with the labels. Default: found by type and name.")
-    class_names: str | None = HfArg(
+    split: str = argument(default="train", help="Split of a data set.")
+    image_column: str | None = argument(default=None, help="Column with the images. Default: found by type and name.")
+    label_column: str | None = argument(default=None, help="Column with the labels. Default: found by type and name.")
+    class_names: str | None = argument(
         default=None, help='JSON file with "id2label". Default: the class names of the data.'
     )
-    crop_scale: list[float] = HfArg(
+    crop_scale: list[float] = argument(
         default_factory=lambda: [0.8, 1.0],
         help="Range of the side of random crops, relative to the image's shorter side.",
     )
-    horizontal_flip: bool = HfArg(default=True, help="Mirror half of the random crops.")
-    batch_size: int = HfArg(default=32, help="Images per process and forward pass.")
-    num_workers: Changeable[int] = HfArg(default=0, help="Workers that read images, per training process.")
-    seed: int = HfArg(default=0, help="Random seed.")
+    horizontal_flip: bool = argument(default=True, help="Mirror half of the random crops.")
+    batch_size: int = argument(default=32, help="Images per process and forward pass.")
+    num_workers: Changeable[int] = argument(default=0, help="Workers that read images, per training process.")
+    seed: int = argument(default=0, help="Random seed.")
 
 
 @dataclass(kw_only=True)
@@ -57,121 +64,121 @@ class TrainingArguments(ImageArguments):
     """Arguments of both trainers."""
 
     # Data
-    train_data: Changeable[str] = HfArg(
+    train_data: Changeable[str] = argument(
         help="Training images, from any source in docs/training.md; for generators also token sets."
     )
-    validation_data: Changeable[str | None] = HfArg(
+    validation_data: Changeable[str | None] = argument(
         default=None, help="Validation images. Default: a part of the training images is held out."
     )
-    validation_share: float = HfArg(
+    validation_share: float = argument(
         default=0.1, help="Share of each class that is held out without --validation_data."
     )
-    validation_split: str = HfArg(default="validation", help="Split of --validation_data.")
-    streaming: bool = HfArg(default=False, help="Read a data set front to back without storing it.")
-    epoch_images: int | None = HfArg(
+    validation_split: str = argument(default="validation", help="Split of --validation_data.")
+    streaming: bool = argument(default=False, help="Read a data set front to back without storing it.")
+    epoch_images: int | None = argument(
         default=None, help="Images, or token sequences, of an epoch of a stream that does not state it."
     )
-    shuffle_buffer: int = HfArg(
+    shuffle_buffer: int = argument(
         default=1000, help="Encoded images, or token sequences, of a stream that each worker draws from."
     )
-    balance_power: float = HfArg(
+    balance_power: float = argument(
         default=0.0, help="A class with n images is sampled with weight n ** (1 - balance_power)."
     )
     # Run
-    output: Changeable[str] = HfArg(help="Folder of the run.")
-    resume: Changeable[bool] = HfArg(default=False, help="Continue from the newest checkpoint in --output.")
-    accept_changed_data: Changeable[bool] = HfArg(
+    output: Changeable[str] = argument(help="Folder of the run.")
+    resume: Changeable[bool] = argument(default=False, help="Continue from the newest checkpoint in --output.")
+    accept_changed_data: Changeable[bool] = argument(
         default=False, help="Resume although the data changed since the start of the run."
     )
-    init_from: str | None = HfArg(default=None, help="Folder or repository of a trained model to start from.")
-    model: dict[str, Any] = HfArg(
+    init_from: str | None = argument(default=None, help="Folder or repository of a trained model to start from.")
+    model: dict[str, Any] = argument(
         default_factory=dict,
         help="Configuration fields of a new model, also one by one: --model.hidden_size=256. For a trained "
         "tokenizer, only its *_loss_weight fields.",
     )
     # Optimizer
-    max_steps: Changeable[int] = HfArg(default=10_000, help="Optimizer steps.")
-    gradient_accumulation_steps: int = HfArg(default=1, help="Forward passes per optimizer step.")
-    learning_rate: Changeable[float] = HfArg(default=1e-4, help="Its peak.")
-    warmup_steps: int = HfArg(default=100, help="Steps until the learning rate reaches its peak.")
-    schedule: Changeable[Literal["constant", "cosine", "linear"]] = HfArg(
+    max_steps: Changeable[int] = argument(default=10_000, help="Optimizer steps.")
+    gradient_accumulation_steps: int = argument(default=1, help="Forward passes per optimizer step.")
+    learning_rate: Changeable[float] = argument(default=1e-4, help="Its peak.")
+    warmup_steps: int = argument(default=100, help="Steps until the learning rate reaches its peak.")
+    schedule: Changeable[Literal["constant", "cosine", "linear"]] = argument(
         default="constant", help="Learning rate schedule after the warm-up."
     )
-    final_learning_rate: Changeable[float] = HfArg(
+    final_learning_rate: Changeable[float] = argument(
         default=0.01, help="Final learning rate of a decaying schedule, relative to the peak."
     )
-    beta1: float = HfArg(default=0.9, help="Of Adam.")
-    beta2: float = HfArg(default=0.95, help="Of Adam.")
-    weight_decay: Changeable[float] = HfArg(default=0.0, help="Of AdamW.")
-    max_gradient_norm: Changeable[float] = HfArg(default=1.0, help="Gradients are clipped to this norm.")
-    ema_decay: float = HfArg(default=0.9999, help="Decay of the moving average; 0 disables it.")
+    beta1: float = argument(default=0.9, help="Of Adam.")
+    beta2: float = argument(default=0.95, help="Of Adam.")
+    weight_decay: Changeable[float] = argument(default=0.0, help="Of AdamW.")
+    max_gradient_norm: Changeable[float] = argument(default=1.0, help="Gradients are clipped to this norm.")
+    ema_decay: float = argument(default=0.9999, help="Decay of the moving average; 0 disables it.")
     # System
-    attention: Literal["auto", "sdpa", "eager"] = HfArg(
+    attention: Literal["auto", "sdpa", "eager"] = argument(
         default="auto", help="auto: the fastest one; blockwise on CPUs in bfloat16 or with dropout, otherwise sdpa."
     )
-    mixed_precision: Literal["auto", "no", "bf16"] = HfArg(
+    mixed_precision: Literal["auto", "no", "bf16"] = argument(
         default="no", help="auto: bf16 if this machine computes it faster than float32; the choice is logged."
     )
-    gradient_checkpointing: bool = HfArg(
+    gradient_checkpointing: bool = argument(
         default=False, help="Recompute activations in the backward pass to save memory."
     )
-    compile: bool = HfArg(default=False, help="By torch.compile.")
+    compile: bool = argument(default=False, help="By torch.compile.")
     # Reports
-    tracker: Changeable[list[str]] = HfArg(
+    tracker: Changeable[list[str]] = argument(
         default_factory=list, help="Trackers in addition to log.jsonl: tensorboard, trackio, wandb."
     )
-    log_every: Changeable[int] = HfArg(default=20, help="Steps between lines of the log.")
-    validate_every: Changeable[int] = HfArg(default=500, help="Steps between validations, which also save model/.")
-    checkpoint_every: Changeable[int] = HfArg(default=500, help="Steps between checkpoints.")
-    keep_checkpoints: Changeable[int] = HfArg(default=2, help="Number of recent checkpoints to keep.")
+    log_every: Changeable[int] = argument(default=20, help="Steps between lines of the log.")
+    validate_every: Changeable[int] = argument(default=500, help="Steps between validations, which also save model/.")
+    checkpoint_every: Changeable[int] = argument(default=500, help="Steps between checkpoints.")
+    keep_checkpoints: Changeable[int] = argument(default=2, help="Number of recent checkpoints to keep.")
 
 
 @dataclass(kw_only=True)
 class TokenizerArguments(TrainingArguments):
     """Arguments of `train_tokenizer.py`."""
 
-    cache_images: Changeable[bool] = HfArg(default=False, help="Keep decoded images in memory.")
+    cache_images: Changeable[bool] = argument(default=False, help="Keep decoded images in memory.")
     # Model
-    vision_model: str | None = HfArg(
+    vision_model: str | None = argument(
         default=None, help="Folder or repository of the pretrained vision model of a new tokenizer."
     )
-    trainable: Literal["all", "decoder"] = HfArg(
+    trainable: Literal["all", "decoder"] = argument(
         default="all", help="decoder: train only the decoders; image tokens do not change."
     )
     # Losses on pixels. The weights of feature and codebook losses are in the model's configuration (*_loss_weight). A
     # weight of 0 turns a term off.
-    l1_weight: float = HfArg(default=0.0, help="Weight of the absolute error of pixels.")
-    mse_weight: float = HfArg(
+    l1_weight: float = argument(default=0.0, help="Weight of the absolute error of pixels.")
+    mse_weight: float = argument(
         default=2.0, help="Weight of the squared error of pixels, which the original counts twice."
     )
-    lpips_weight: float = HfArg(default=0.0, help="Of LPIPS.")
-    lpips_dropout: float = HfArg(default=0.0, help="Dropout in LPIPS; the original uses 0.5.")
-    vgg_weights: Changeable[str | None] = HfArg(
+    lpips_weight: float = argument(default=0.0, help="Of LPIPS.")
+    lpips_dropout: float = argument(default=0.0, help="Dropout in LPIPS; the original uses 0.5.")
+    vgg_weights: Changeable[str | None] = argument(
         default=None, help="File with torchvision's VGG-16 for LPIPS. Default: torch's cache, or a download."
     )
-    perceptual_weight: float = HfArg(
+    perceptual_weight: float = argument(
         default=1.0, help="Weight of the distance between features of the frozen vision model."
     )
-    adversarial_weight: float = HfArg(default=0.0, help="Weight of the adversarial loss.")
-    adversarial_start_step: int = HfArg(default=0, help="Step at which discriminator and adversarial loss start.")
-    adaptive_adversarial_weight: bool = HfArg(
+    adversarial_weight: float = argument(default=0.0, help="Weight of the adversarial loss.")
+    adversarial_start_step: int = argument(default=0, help="Step at which discriminator and adversarial loss start.")
+    adaptive_adversarial_weight: bool = argument(
         default=False, help="Balance the adversarial loss with the gradient norm of the pixel losses."
     )
-    discriminator: Literal["dino", "patch"] = HfArg(default="patch", help="dino is the original's discriminator.")
-    discriminator_model: Changeable[str] = HfArg(
+    discriminator: Literal["dino", "patch"] = argument(default="patch", help="dino is the original's discriminator.")
+    discriminator_model: Changeable[str] = argument(
         default="facebook/dino-vits16", help="Folder or repository of the vision transformer of dino."
     )
-    discriminator_learning_rate: Changeable[float] = HfArg(default=1e-4, help="Constant.")
+    discriminator_learning_rate: Changeable[float] = argument(default=1e-4, help="Constant.")
     # Codebook
-    codebook_warmup_steps: int = HfArg(
+    codebook_warmup_steps: int = argument(
         default=0, help="Steps as a plain autoencoder before k-means on its latents initializes the codebook."
     )
-    kmeans_images: int = HfArg(default=512, help="Images for k-means.")
-    restart_patience: int = HfArg(default=0, help="Steps after which an unused codebook row is replaced; 0: never.")
-    restart_until: float = HfArg(default=0.8, help="Share of the run after which rows are no longer replaced.")
+    kmeans_images: int = argument(default=512, help="Images for k-means.")
+    restart_patience: int = argument(default=0, help="Steps after which an unused codebook row is replaced; 0: never.")
+    restart_until: float = argument(default=0.8, help="Share of the run after which rows are no longer replaced.")
     # System
-    channels_last: bool = HfArg(default=False, help="Memory format of convolutions.")
-    grid_images: Changeable[int] = HfArg(default=16, help="Images in the grid of reconstructions.")
+    channels_last: bool = argument(default=False, help="Memory format of convolutions.")
+    grid_images: Changeable[int] = argument(default=16, help="Images in the grid of reconstructions.")
 
 
 @dataclass(kw_only=True)
@@ -179,61 +186,61 @@ class GeneratorArguments(TrainingArguments):
     """Arguments of `train_generator.py`."""
 
     # Data
-    tokenizer: str | None = HfArg(
+    tokenizer: str | None = argument(
         default=None, help="Folder or repository of a VFMTokModel or pipeline. Default: the one in --init_from."
     )
-    num_crops: int = HfArg(
+    num_crops: int = argument(
         default=4,
         aliases=["--variants"],  # its name in commands of version 0.1
         help="Random crops per training image that are encoded once; 0: encode new crops in every step.",
     )
-    codebook_top_k: int = HfArg(
+    codebook_top_k: int = argument(
         default=1, help="Token sequences per crop; 2 adds the second-nearest codebook rows (VFMTok-RAR)."
     )
     # Model
-    generator: Literal["ar", "rar"] = HfArg(default="ar", help="Type of a new generator.")
-    lora_rank: int = HfArg(default=0, help="Rank of LoRA adapters; 0: train all weights.")
-    lora_alpha: float = HfArg(default=16.0, help="Adapters are scaled by lora_alpha / lora_rank.")
-    lora_dropout: float = HfArg(default=0.0, help="Dropout of the adapters' input.")
-    rar_random_until: Changeable[float] = HfArg(default=0.5, help="Share of the run with only random orders (RAR).")
-    rar_raster_from: Changeable[float] = HfArg(
+    generator: Literal["ar", "rar"] = argument(default="ar", help="Type of a new generator.")
+    lora_rank: int = argument(default=0, help="Rank of LoRA adapters; 0: train all weights.")
+    lora_alpha: float = argument(default=16.0, help="Adapters are scaled by lora_alpha / lora_rank.")
+    lora_dropout: float = argument(default=0.0, help="Dropout of the adapters' input.")
+    rar_random_until: Changeable[float] = argument(default=0.5, help="Share of the run with only random orders (RAR).")
+    rar_raster_from: Changeable[float] = argument(
         default=0.75, help="Share of the run after which only raster order is used; linear in between (RAR)."
     )
     # Optimizer, where it differs from the tokenizer's
-    batch_size: int = HfArg(default=64, help="Images per process and forward pass.")
-    weight_decay: Changeable[float] = HfArg(default=0.05, help="Of AdamW.")
-    class_learning_rate_scale: float = HfArg(
+    batch_size: int = argument(default=64, help="Images per process and forward pass.")
+    weight_decay: Changeable[float] = argument(default=0.05, help="Of AdamW.")
+    class_learning_rate_scale: float = argument(
         default=1.0,
         help="Learning rate factor of class embeddings; new classes may need more (AR, and RAR with LoRA).",
     )
     # Samples
-    sample_every: Changeable[int] = HfArg(default=1000, help="Steps between sample grids.")
-    samples_per_class: Changeable[int] = HfArg(default=4, help="Samples per class in a grid.")
-    sample_classes: Changeable[int] = HfArg(default=32, help="Number of classes to sample, starting at the first.")
-    temperature: float | None = HfArg(
+    sample_every: Changeable[int] = argument(default=1000, help="Steps between sample grids.")
+    samples_per_class: Changeable[int] = argument(default=4, help="Samples per class in a grid.")
+    sample_classes: Changeable[int] = argument(default=32, help="Number of classes to sample, starting at the first.")
+    temperature: float | None = argument(
         default=None, help="For samples, and for the saved generation config. Default: unchanged."
     )
-    top_k: int | None = HfArg(default=None, help="The same.")
+    top_k: int | None = argument(default=None, help="The same.")
 
 
 @dataclass(kw_only=True)
 class ExtractionArguments(ImageArguments):
     """Arguments of `extract_tokens.py`."""
 
-    data: str = HfArg(help="Folder of class folders, or a data set of the datasets library.")
-    tokenizer: str = HfArg(help="Folder or repository of a VFMTokModel or a pipeline.")
-    output: str = HfArg(help="Folder of the token set.")
-    crops: Literal["random", "ten", "center"] = HfArg(default="random", help="Views of each image.")
-    num_crops: int = HfArg(
+    data: str = argument(help="Folder of class folders, or a data set of the datasets library.")
+    tokenizer: str = argument(help="Folder or repository of a VFMTokModel or a pipeline.")
+    output: str = argument(help="Folder of the token set.")
+    crops: Literal["random", "ten", "center"] = argument(default="random", help="Views of each image.")
+    num_crops: int = argument(
         default=4,
         aliases=["--variants"],  # its name in commands of version 0.1
         help="Random crops per image.",
     )
-    ten_crop_ranges: list[float] = HfArg(default_factory=lambda: [1.1], help="Ten crops for each of these ranges.")
-    codebook_top_k: int = HfArg(
+    ten_crop_ranges: list[float] = argument(default_factory=lambda: [1.1], help="Ten crops for each of these ranges.")
+    codebook_top_k: int = argument(
         default=1, help="Token sequences per view; 2 adds the second-nearest codebook rows (VFMTok-RAR)."
     )
-    shard_size: int = HfArg(default=4096, help="Images per file.")
+    shard_size: int = argument(default=4096, help="Images per file.")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -243,11 +250,48 @@ class ExtractionArguments(ImageArguments):
 Arguments = TypeVar("Arguments", bound=ImageArguments)
 
 
-class _Parser(HfArgumentParser):
-    """An `HfArgumentParser` that raises `ValueError` instead of exiting."""
+class _Parser(ArgumentParser):
+    """A parser of the fields of a dataclass that raises `ValueError` instead of exiting."""
+
+    def __init__(self, arguments_class: type[ImageArguments], command: str | None):
+        super().__init__(
+            prog=command,
+            usage="%(prog)s [--config FILE] [--key value]...",
+            formatter_class=ArgumentDefaultsHelpFormatter,
+            allow_abbrev=False,
+            argument_default=SUPPRESS,
+        )
+        self.add_argument("--config", metavar="FILE", help="YAML file of arguments; the command line overrides it.")
+        hints = typing.get_type_hints(arguments_class)
+        for field in dataclasses.fields(arguments_class):
+            options = _type_options(hints[field.name])
+            if field.default is not dataclasses.MISSING:
+                options["default"] = field.default
+            elif field.default_factory is not dataclasses.MISSING:
+                options["default"] = field.default_factory()
+            names = [f"--{field.name}", *field.metadata["aliases"]]
+            self.add_argument(*names, dest=field.name, help=field.metadata["help"], **options)
+            if field.default is True:
+                self.add_argument(f"--no_{field.name}", dest=field.name, action="store_false", help=SUPPRESS)
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message[0].upper()}{message[1:]}. --help lists all arguments.")
+
+
+def _type_options(hint: Any) -> dict[str, Any]:
+    """Options of `add_argument` for a field of a type: `X`, `X | None`, `Literal[...]`, `list[X]` or `dict[str, Any]`."""
+    origin = typing.get_origin(hint)
+    if origin is types.UnionType:
+        return _type_options(typing.get_args(hint)[0])
+    if origin is Literal:
+        return {"choices": typing.get_args(hint)}
+    if origin is list:
+        return {"type": typing.get_args(hint)[0], "nargs": "+"}
+    if origin is dict:
+        return {"type": _dictionary}
+    if hint is bool:
+        return {"type": _boolean, "nargs": "?", "const": True}
+    return {"type": hint}
 
 
 def parse_arguments(
@@ -265,25 +309,27 @@ def parse_arguments(
         ValueError: an unknown argument (the error suggests the closest ones), a missing one, or an invalid value.
         FileNotFoundError: the config file does not exist.
     """
-    config = {"metavar": "FILE", "default": SUPPRESS, "help": "YAML file of arguments; the command line overrides it."}
-    files = _Parser(add_help=False, allow_abbrev=False)
-    files.add_argument("--config", **config)
-    found, argv = files.parse_known_args(sys.argv[1:] if argv is None else argv)
+    parser = _Parser(arguments_class, command)
+    argv = [_with_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]
+    found, rest = parser.parse_known_args(argv)
     if "config" in found:
         # The file's arguments come first, so the command line overrides them.
         argv = [*_command_line(arguments_class, _read_yaml(Path(found.config))), *argv]
-    parser = _Parser(
-        arguments_class,
-        prog=command,
-        usage="%(prog)s [--config FILE] [--key value]...",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", **config)
-    parser.register("type", dict[str, Any], _dictionary)
-    arguments, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
-    for name, entry, value in _entries(arguments_class, rest):
+        found, rest = parser.parse_known_args(argv)
+        del found.config
+    entries = list(_entries(arguments_class, rest))
+    missing = [field.name for field in dataclasses.fields(arguments_class) if field.name not in found]
+    if missing:
+        parser.error(f"missing {' and '.join(f'--{name}' for name in missing)}")
+    arguments = arguments_class(**vars(found))
+    for name, entry, value in entries:
         setattr(arguments, name, {**getattr(arguments, name), entry: value})
     return arguments
+
+
+def _with_underscores(word: str) -> str:
+    """`--learning-rate` and `--learning-rate=1` with underscores. Entries such as `.some-name` stay."""
+    return re.sub(r"^--[\w-]+", lambda name: f"--{name[0][2:].replace('-', '_')}", word)
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
@@ -317,6 +363,13 @@ def _command_line(arguments_class: type, values: dict[str, Any]) -> list[str]:
     return argv
 
 
+def _boolean(text: str) -> bool:
+    values = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in values:
+        raise ArgumentTypeError(f"expected true or false, got {text!r}")
+    return values[text.lower()]
+
+
 def _dictionary(text: str) -> dict[str, Any]:
     try:
         value = yaml.safe_load(text)
@@ -334,7 +387,6 @@ def _entries(arguments_class: type, rest: list[str]) -> typing.Iterator[tuple[st
     for word in words:
         name, equals, text = word.partition("=")
         field, _, entry = name.removeprefix("--").partition(".")
-        field = field.replace("-", "_")
         if not word.startswith("--"):
             raise ValueError(f"Expected --key value or --key=value, got {word!r}.")
         if field in RENAMED:

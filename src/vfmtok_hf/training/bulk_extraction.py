@@ -13,8 +13,8 @@ from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, Slurm
 from datatrove.pipeline.base import PipelineStep
 
 from vfmtok_hf.training.arguments import ExtractionArguments
-from vfmtok_hf.training.extract_tokens import TokenExtraction, open_extraction
 from vfmtok_hf.training.logs import logger
+from vfmtok_hf.training.token_extraction import TokenExtraction, open_extraction
 
 
 EXECUTORS = {"local": LocalPipelineExecutor, "slurm": SlurmPipelineExecutor, "ray": RayPipelineExecutor}

@@ -16,6 +16,7 @@ from vfmtok_hf.data.output_files import whole_file
 from vfmtok_hf.training.arguments import TrainingArguments, check_resumed_arguments, save_arguments
 from vfmtok_hf.training.distributed import any_process, sharding_of
 from vfmtok_hf.training.logs import LOG_FILE, RunLog, drop_lines_after, logger, start_trackers
+from vfmtok_hf.training.scripts import finished_checkpoints
 
 
 # Temporary names while a checkpoint is written and while one is deleted. Neither is ever read.
@@ -43,14 +44,9 @@ def open_output(output: Path, arguments: TrainingArguments) -> Path | None:
     The newest checkpoint of a run's folder, or None for a new run. Only the folder is created.
 
     Raises:
-        ValueError: the folder contains a run and `arguments.resume` is false, or its arguments differ
-            ([`check_resumed_arguments`]).
+        ValueError: the run has other arguments ([`check_resumed_arguments`]).
     """
     checkpoints = finished_checkpoints(output)
-    if checkpoints and not arguments.resume:
-        raise ValueError(
-            f"{output} already contains a run: pass --resume true to continue it, or choose another --output."
-        )
     if checkpoints:
         check_resumed_arguments(arguments, output / "arguments.yaml")
     elif arguments.resume:
@@ -82,11 +78,6 @@ def start_run(
     if checkpoint is not None:
         log.write("resume", progress.step, {})
     return log
-
-
-def finished_checkpoints(output: Path) -> list[Path]:
-    """Checkpoints, oldest first."""
-    return sorted((output / "checkpoints").glob("step_*"))
 
 
 def save_checkpoint(accelerator: Accelerator, output: Path, step: int, keep: int) -> None:

@@ -12,9 +12,9 @@ from vfmtok_hf.data.token_sets import TokenSet, TokenStream, check_tokenizer, en
 from vfmtok_hf.data.transforms import ImageViews
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 from vfmtok_hf.training.arguments import GeneratorArguments
-from vfmtok_hf.training.extract_tokens import extract_tokens
 from vfmtok_hf.training.image_data import open_training_images, open_validation_images, training_augmentation
 from vfmtok_hf.training.run_data import check_data
+from vfmtok_hf.training.token_extraction import extract_tokens
 
 
 def open_token_data(

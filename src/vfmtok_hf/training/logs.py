@@ -5,15 +5,12 @@ import hashlib
 import importlib.util
 import json
 import logging
-import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from torchvision.utils import make_grid
 from transformers.utils import logging as transformers_logging
@@ -37,14 +34,6 @@ def configure_logging() -> None:
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     logger.setLevel(logging.INFO)
     transformers_logging.disable_progress_bar()
-
-
-def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main`. Expected errors become one line on stderr and exit code 1."""
-    try:
-        main()
-    except (ImportError, OSError, ValueError, FloatingPointError, StrictDataclassError) as error:
-        sys.exit("Error: " + (" ".join(str(error).split()) or type(error).__name__))
 
 
 class RunLog:

@@ -9,8 +9,8 @@ from vfmtok_hf.data.output_files import whole_file
 from vfmtok_hf.data.sources import ImageRecords
 from vfmtok_hf.data.streams import Stream
 from vfmtok_hf.training.arguments import TrainingArguments
-from vfmtok_hf.training.checkpoints import finished_checkpoints
 from vfmtok_hf.training.logs import logger
+from vfmtok_hf.training.scripts import finished_checkpoints
 
 
 DATA_FILE = "data.json"

@@ -1,0 +1,49 @@
+"""What scripts do before they import torch and transformers, which takes seconds: report mistakes in one line."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from vfmtok_hf.data.files import check_model, check_source
+from vfmtok_hf.training.arguments import TrainingArguments
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's `main`. Expected errors become one line on stderr and exit code 1."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        main()
+    except (ImportError, OSError, ValueError, FloatingPointError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, ModuleNotFoundError):
+            reason += ': pip install "vfmtok-hf[train]"'
+        sys.exit(f"Error: {reason}")
+
+
+def finished_checkpoints(output: Path) -> list[Path]:
+    """Checkpoints of a run, oldest first."""
+    return sorted((output / "checkpoints").glob("step_*"))
+
+
+def check_run(arguments: TrainingArguments, *models: str | None) -> None:
+    """
+    Check the paths of a run.
+
+    Args:
+        models (`str`, *optional*): folders and repositories of the models that it starts from.
+
+    Raises:
+        ValueError: the output contains a run and `arguments.resume` is false.
+        FileNotFoundError: data or a model do not exist.
+    """
+    if finished_checkpoints(Path(arguments.output)) and not arguments.resume:
+        raise ValueError(
+            f"{arguments.output} already contains a run: pass --resume true to continue it, or choose another --output."
+        )
+    for source in (arguments.train_data, arguments.validation_data):
+        if source is not None:
+            check_source(source)
+    for model in models:
+        if model is not None:
+            check_model(model)
