@@ -3,12 +3,13 @@ Decoding of image tokens: the original's loop against ours, plain and with packe
 
     python benchmarks/decode.py --model AR-B --dtype float32 --batch-sizes 1 8 32
 
-`--compile` adds compiled steps. `--ahead` compiles them and measures nothing: for all batch sizes at the same time, in a process
-each, which leave their code in torch's cache. `--busy` spins on a second core meanwhile, as another program would. `--only` takes
-the sides that are named, so that a piece stays short. `--device cuda` leaves out what is the CPU's: packed weights. Random
-weights of the released sizes. `limit` is the share of the memory bandwidth that a plain large matrix-vector product of
-torch, on CUDA a copy, reaches in the same run: bytes of weights and of filled cache that a step has to read, over its time.
-`ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2` in the environment keeps torch and oneDNN to a processor's AVX2.
+The models have random weights at the released sizes. `--compile` adds compiled steps. `--ahead` only compiles them, all batch
+sizes in parallel processes, and fills torch's cache for a later run. `--busy` keeps a second core busy, as another program
+would. `--only` restricts a run to the named sides. `--device cuda` skips packed weights, which are for CPUs only.
+
+`limit` is the achieved share of the memory bandwidth: the bytes of weights and filled cache that a step must read, divided by
+its time, relative to a large matrix-vector multiplication (on CUDA, a copy) in the same run. Set
+`ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2` to restrict torch and oneDNN to AVX2.
 """
 
 import argparse
@@ -34,7 +35,7 @@ ORIGINAL_DECODERS = {"AR": OriginalDecoder, "RAR": OriginalRARDecoder}
 
 
 def step_bytes(config: GeneratorConfig, dtype: torch.dtype, rows: int, steps: int) -> float:
-    """Weights that a step has to read, those read once for several steps in part, and on average the filled part of the cache."""
+    """Bytes that a step reads: weights (divided by the number of steps that share them) and the mean filled part of the cache."""
     with torch.device("meta"):
         parameters = MODEL_CLASSES[type(config)](config).named_parameters()
     sizes = {name: parameter.numel() * dtype.itemsize for name, parameter in parameters if "embed" not in name}
@@ -55,7 +56,7 @@ def spin() -> None:
 
 @contextlib.contextmanager
 def busy_core(wanted: bool) -> Iterator[None]:
-    """With a process beside this one that never rests, if `wanted`."""
+    """If `wanted`, run a second process that keeps a core busy."""
     if not wanted:
         yield
         return
@@ -114,12 +115,12 @@ def main() -> None:
     parser.add_argument("--model", default="AR-B", help="AR-B, AR-L, ..., RAR-L, ...")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0], help="1 is none")
-    parser.add_argument("--steps", type=int, help="tokens of each image; default: a whole one")
-    parser.add_argument("--compile", action="store_true", help="measure the compiled step too")
+    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0], help="1 is off")
+    parser.add_argument("--steps", type=int, help="tokens per image; default: all")
+    parser.add_argument("--compile", action="store_true", help="also measure the compiled step")
     parser.add_argument("--mode", help="mode of torch.compile, e.g. max-autotune; default: that of compile_decoding")
     parser.add_argument("--ahead", action="store_true", help="only compile, without guidance")
-    parser.add_argument("--busy", action="store_true", help="keep another core busy meanwhile")
+    parser.add_argument("--busy", action="store_true", help="keep another core busy")
     parser.add_argument("--only", nargs="+", help="sides to measure besides the original")
     add_machine_options(parser)
     arguments = parser.parse_args()

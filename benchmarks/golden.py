@@ -1,11 +1,11 @@
 """
-All three models on a device against the numbers that the original code computed (tests/fixtures/reference).
+Compare all three models on a device with the numbers of the original code (tests/fixtures/reference).
 
     PYTHONPATH=src:. python benchmarks/golden.py --device cuda
 
-float32, without TF32, has the bounds of the reference tests, and equal tokens. The bounds of bfloat16 are two to seven
-times what a CPU differs by. Rounding changes which of two close logits is larger, and from there on the greedy sequence is
-another one: bfloat16 reports the share of equal tokens. Exits with an error if anything is out of bounds.
+float32, without TF32, must stay within the bounds of the reference tests and give equal tokens. The bounds for bfloat16 are two
+to seven times the differences on a CPU. In bfloat16, rounding can change the larger of two close logits, after which greedy
+sequences differ; the share of equal tokens is reported. The exit code is 1 if anything is out of bounds.
 """
 
 import argparse
@@ -94,7 +94,7 @@ def compare_generator(
     recorder = Recorder()
     tokens = model.generate(labels, do_sample=False, guidance_scale=4.0, logits_processor=recorder)
     yield "greedy tokens, guided", tokens, expected[f"gen.{guided}.tokens"]
-    if model.dtype == torch.float32:  # in another the sequences part, and their logits are not comparable
+    if model.dtype == torch.float32:  # in bfloat16 the sequences diverge, and their logits are not comparable
         yield "guided logits", recorder.step_logits, expected[f"gen.{guided}.step_logits"]
     torch._dynamo.reset()  # what other models compiled counts against the limit of a function's graphs
     model.compile_decoding()
@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--models", choices=COMPARISONS, nargs="+", default=list(COMPARISONS))
     arguments = parser.parse_args()
     print(machine(arguments.device))
-    torch.backends.cudnn.allow_tf32 = False  # that of matrix products is off by default
+    torch.backends.cudnn.allow_tf32 = False  # for matrix multiplications it is off by default
     missed = []
     for name in arguments.models:
         for dtype in BOUNDS:

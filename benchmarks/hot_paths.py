@@ -1,10 +1,10 @@
 """
-Where the time of each hot path goes: drawing tokens, encoding and decoding images, training steps.
+Profile the hot paths: sampling tokens, encoding and decoding images, training steps.
 
     python benchmarks/hot_paths.py --dtype float32
 
-Shares of the wall time by kind of operation, from torch's profiler, packed weights, random weights of the released
-sizes. Training steps are those of training_step.py. What no operation accounts for is Python, and the profiler itself.
+Prints the share of wall time per kind of operation, measured by torch's profiler on packed random weights at the released
+sizes. The training steps are those of training_step.py. Time outside of operations is Python and the profiler itself.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from training_step import BATCH_SIZES, build_step
 from vfmtok_hf.cpu.packing import keep_freed_memory, pack_weights
 
 
-# The first kind one of whose words an operation's name holds.
+# An operation belongs to the first kind with a word that occurs in its name.
 KINDS = {
     "attention": ("scaled_dot_product", "flash_attention", "bmm"),
     "linear layers": ("linear", "mm"),
@@ -91,7 +91,7 @@ def report_images(arguments: argparse.Namespace, dtype: torch.dtype) -> None:
 
 
 def report(path: str, arguments: argparse.Namespace, run: Callable[[], object]) -> None:
-    """Print and keep the kinds that take a hundredth or more."""
+    """Print and save the kinds that take at least 1 %."""
     found = [(kind, share) for kind, share in shares(run).items() if share >= 0.01]
     described = ", ".join(f"{kind} {share:.0%}" for kind, share in found)
     print(f"{path}: {described}", flush=True)

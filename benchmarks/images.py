@@ -1,19 +1,20 @@
 """
-Images to tokens and back: the straightforward float32 graph against ours; preprocessing and memory beside it.
+Encode and decode images: the straightforward float32 graph against ours. Also preprocessing and memory.
 
     python benchmarks/images.py --batch-sizes 1
     python benchmarks/images.py --measure preprocessing memory --batch-sizes 8
     python benchmarks/images.py --model vfmae
 
-Random weights of the released tokenizer (DINOv2-L, 336 x 336), or of VFMAE (256 x 256), of which the graphs alone are measured. The straightforward side runs the same modules as torch
-has them, upsampling as the original does, without a compiled kernel. Each side has a process of its own, in which ours
-keeps freed memory. `limit` is the share of the arithmetic that a large matrix product in the same dtype reaches in the
-same run, oneDNN's if that is the faster one; all sides are counted the straightforward one's operations. Sides in bfloat16
-are left out where the machine has no matrix products of it. With `--device cuda` nothing is packed, and the graphs are all
-there is to measure.
+The models have random weights: the released tokenizer (DINOv2-L, 336 x 336) or VFMAE (256 x 256, graphs only). The
+straightforward side runs the same modules in plain torch, upsamples like the original, and uses no compiled kernel. Each side
+runs in its own process; ours keeps freed memory. bfloat16 is skipped if the machine does not support it in hardware. With
+`--device cuda`, nothing is packed and only the graphs are measured.
 
-`preprocessing` compares the image processor, in one thread, to `encode` in the fastest form: images per second of each.
-`memory` is what a process of its own holds at most while it encodes or decodes, less what it held before: the activations.
+`limit` is the throughput relative to a large matrix multiplication in the same dtype and run (oneDNN's if it is faster). Every
+side is credited with the operations of the straightforward one.
+
+`preprocessing` compares images per second of the image processor, in one thread, with the fastest `encode`. `memory` is the
+peak memory of a process while it encodes or decodes, minus its memory before: the activations.
 """
 
 import argparse
@@ -78,7 +79,7 @@ def dtype_of(side: str) -> torch.dtype:
 def build_graph(
     side: str, batch_size: int, threads: int, device: str, config: VFMTokConfig | VFMAEConfig
 ) -> Callable[[str], None]:
-    """Runs a part of the model by its name."""
+    """A function that runs the named part of the model."""
     torch.set_num_threads(threads)
     model = disable_kernels(random_tokenizer(config, device)).to(dtype_of(side))
     if side.endswith("kernel"):

@@ -1,4 +1,4 @@
-"""What the benchmarks share: alternating medians, processes, the limits of the machine, operations counted."""
+"""Shared parts of the benchmarks: alternating medians, processes, hardware limits and operation counts."""
 
 import argparse
 import json
@@ -26,14 +26,12 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     """`--device`, `--threads`, `--runs` and `--tiny`, which most benchmarks have."""
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument(
-        "--runs", type=int, default=3, help="rounds in which the sides take turns, after one to warm up"
-    )
-    parser.add_argument("--tiny", action="store_true", help="a trial at the sizes of the checkpoint in the package")
+    parser.add_argument("--runs", type=int, default=3, help="rounds in which the sides take turns, after a warm-up")
+    parser.add_argument("--tiny", action="store_true", help="try it at the sizes of the checkpoint in the package")
 
 
 def usable_dtypes(device: str) -> list[torch.dtype]:
-    """float32, and bfloat16 where the machine has matrix products of it: not on CPUs that stop at AVX2."""
+    """float32, and bfloat16 if the machine supports it in hardware, which CPUs without AVX-512 do not."""
     has_bfloat16 = device == "cuda" or has_product(torch.bfloat16)
     return [torch.float32, torch.bfloat16] if has_bfloat16 else [torch.float32]
 
@@ -43,7 +41,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def seconds_of(function: Callable[[], object], device: str = "cpu") -> float:
-    """Time of one call; on CUDA between two events, so that it ends when the device has done the work."""
+    """Time of one call. On CUDA, it is measured between two events, so it includes the work of the device."""
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -57,7 +55,7 @@ def seconds_of(function: Callable[[], object], device: str = "cpu") -> float:
 
 
 def alternate(sides: dict[str, Callable[[], float]], runs: int) -> dict[str, float]:
-    """Median of what each side measures: one round to warm up, then `runs` rounds in which the sides take turns."""
+    """Median measurement of each side: a warm-up round, then `runs` rounds in which the sides take turns."""
     rounds = [{name: measure() for name, measure in sides.items()} for _ in range(runs + 1)][1:]
     return {name: statistics.median(one[name] for one in rounds) for name in sides}
 
@@ -85,7 +83,7 @@ class SideProcess:
         return self.ask(arguments)
 
     def close(self) -> int:
-        """End the process; returns the most bytes that it held, see `peak_memory`."""
+        """End the process and return its peak memory; see `peak_memory`."""
         peak = self.ask(None)
         self.process.join()
         return peak
@@ -99,7 +97,7 @@ class SideProcess:
 
 
 def serve(connection: Connection, build: Callable[..., Callable[..., object]], arguments: tuple, device: str) -> None:
-    """The other end of a [`SideProcess`]: answers with the seconds of each call, at last with its peak of memory."""
+    """The child process of a [`SideProcess`]: sends the seconds of each call and finally its peak memory."""
     side = build(*arguments)
     while (call := connection.recv()) is not None:
         connection.send(seconds_of(partial(side, *call), device))
@@ -107,7 +105,7 @@ def serve(connection: Connection, build: Callable[..., Callable[..., object]], a
 
 
 def peak_memory(device: str) -> int:
-    """Most bytes that this process held: of tensors on CUDA, of everything, mapped files included, on the CPU."""
+    """Peak bytes of this process: of tensors on CUDA, of all memory including mapped files on the CPU."""
     return torch.cuda.max_memory_allocated() if device == "cuda" else memory("VmHWM")
 
 
@@ -121,7 +119,7 @@ def memory(field: str) -> int:
 
 
 def in_fresh_process(script: str, *arguments: object) -> dict[str, float]:
-    """What `script` prints as its last line, a JSON object, when it is run with `arguments` by a new interpreter."""
+    """Run `script` with `arguments` in a new interpreter and return the JSON object in its last line of output."""
     command = [sys.executable, script, *map(str, arguments)]
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
 
@@ -141,7 +139,7 @@ def memory_bandwidth(dtype: torch.dtype, device: str = "cpu", megabytes: int = 5
 
 
 def arithmetic_limit(dtype: torch.dtype, device: str = "cpu") -> float:
-    """Floating-point operations per second of a large matrix product; on CPUs of oneDNN's if that is the faster one."""
+    """Floating-point operations per second of a large matrix multiplication; on CPUs, oneDNN's if it is faster."""
     size = 8192 if device == "cuda" else 2048
     with torch.device(device):
         linear, inputs = nn.Linear(size, size, bias=False).to(dtype), torch.randn(size, size).to(dtype)
@@ -153,7 +151,7 @@ def arithmetic_limit(dtype: torch.dtype, device: str = "cpu") -> float:
 
 
 def flop_counter() -> FlopCounterMode:
-    """Counts attention on CPUs too, which torch itself does from 2.15 on."""
+    """A FLOP counter that includes attention on CPUs, which torch counts itself since 2.15."""
 
     def forward(query, key, value, *others, out_shape, **options) -> int:
         return sdpa_flop_count(query, key, value)

@@ -1,11 +1,11 @@
 """
-The original's decode loops, for comparison, restated.
+The original's decode loops, reimplemented for comparison.
 
-The next-token generator (autoregressive/models/{gpt,generate}.py of CVMI-Lab/VFMTok): one fused query/key/value product, a
-cache rounded up to a multiple of 8 that attention always reads whole under a boolean mask, `multinomial`.
+The next-token generator (autoregressive/models/{gpt,generate}.py of CVMI-Lab/VFMTok): one fused query/key/value
+projection, a cache rounded up to a multiple of 8 that attention always reads whole under a boolean mask, and `multinomial`.
 
-The randomized-order generator (modeling/rar.py of CVMI-Lab/VFMTok-RAR): embeddings, positions and conditions of the whole
-prefix anew in each step, of which the last is used; caches that grow by concatenation.
+The randomized-order generator (modeling/rar.py of CVMI-Lab/VFMTok-RAR): each step recomputes embeddings,
+positions and conditions of the whole prefix and uses the last; caches grow by concatenation.
 """
 
 import torch
@@ -39,7 +39,7 @@ def guide(logits: torch.Tensor, scale: float | None) -> torch.Tensor:
 
 
 def draw(logits: torch.Tensor) -> torch.Tensor:
-    # Temperature 1, top-k 0, top-p 1, as the released commands have it.
+    # Temperature 1, top-k 0, top-p 1, as in the released commands.
     return torch.multinomial(F.softmax(logits / 1.0, dim=-1), num_samples=1)
 
 

@@ -1,10 +1,10 @@
 """
 The original's training steps, for comparison: vq_train.py and train_c2i.py of CVMI-Lab/VFMTok and train_rar.py of
-CVMI-Lab/VFMTok-RAR, restated on the layers of our models.
+CVMI-Lab/VFMTok-RAR, reimplemented on the layers of our models.
 
-The tokenizer's decoder makes two whole passes, memory, queries and registers in each, under explicit masks. The entropy
-term is computed and weighted 0; so are the discriminator and its step, which start at step 20,000. Optimizers and
-averages go through the parameters one after the other, except that the next-token generator's AdamW is fused.
+The tokenizer's decoder makes two full passes, each over memory, queries and registers, under explicit masks. The entropy term,
+the discriminator and its step are computed but multiplied by 0; the discriminator starts at step 20,000. Optimizers and
+averages update one parameter at a time, except for the next-token generator's fused AdamW.
 """
 
 import copy
@@ -43,7 +43,7 @@ def attend(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: tor
 
 
 def squared_distances(latents: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """`(latents, codebook_size)`: of every latent to every row."""
+    """`(latents, codebook_size)`: the distance of every latent to every row."""
     return latents.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * latents @ codebook.T
 
 
@@ -116,7 +116,7 @@ class OriginalTokenizerStep:
         return pixel_loss + quantizer_loss + feature_loss, reconstruction
 
     def quantize(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """All of the distances and the term of weight 0; the history of used rows moves along."""
+        """Compute all distances and the term of weight 0, and update the history of used rows."""
         latents = F.normalize(latents.float(), dim=-1)
         codebook = self.model.quantizer.normalized_codebook()
         distances = squared_distances(latents.flatten(0, 1), codebook)
@@ -158,7 +158,7 @@ class OriginalTokenizerStep:
 def nearest_two_tokens(model: VFMTokModel, pixel_values: torch.Tensor) -> torch.Tensor:
     """
     `(batch_size, 3, height, width)` images to `(2 * batch_size, num_anchors)` tokens, the nearest and the second-nearest
-    rows of each image, by sorting all distances: what VFMTok-RAR's training encodes in every step.
+    rows of each image, by sorting all distances, as in every step of VFMTok-RAR's training.
     """
     latents = F.normalize(model.encode(pixel_values).latents.float(), dim=-1).flatten(0, 1)
     two = squared_distances(latents, model.quantizer.normalized_codebook()).argsort(1)[:, :2]
@@ -215,8 +215,8 @@ class OriginalARStep:
 
 class OriginalRARStep:
     """
-    One training step of the randomized-order generator: its graph is ours, the optimizer is not fused and there is no
-    average.
+    One training step of the randomized-order generator: the same graph as ours, an optimizer that is not
+    fused, and no average.
 
     Args:
         model (`VFMTokRARForImageGeneration`): in training mode; its weights are trained.

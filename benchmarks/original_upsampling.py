@@ -17,6 +17,6 @@ def repeat_and_convolve(layer: VFMTokPixelUpsample, hidden_states: torch.Tensor)
 
 @contextmanager
 def original_upsampling() -> Iterator[None]:
-    """Within it our pixel decoders compute what the original computes."""
+    """In this context, our pixel decoders upsample as the original does."""
     with mock.patch.object(VFMTokPixelUpsample, "forward", repeat_and_convolve):
         yield

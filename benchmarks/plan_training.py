@@ -3,9 +3,9 @@ Plan the ImageNet trainings of the paper: the tables of docs/scaling.md, from co
 
     python benchmarks/plan_training.py --gpus 8 --tflops 989 --utilization 0.35
 
-Nothing is computed: tensors have shapes but no values. torch's `FlopCounterMode` counts matrix products, attention and
-convolutions, forward and backward; the sampling of deformable attention is not among them. Activations are what the
-forward pass of one more image keeps for the backward pass, with autocast to bfloat16.
+Nothing is computed: tensors have shapes but no values. torch's `FlopCounterMode` counts matrix multiplications, attention and
+convolutions, forward and backward, but not the sampling of deformable attention. Activations are the bytes that the forward
+pass keeps for the backward pass per additional image, under autocast to bfloat16.
 """
 
 import argparse
@@ -30,7 +30,7 @@ GIB = 2**30
 
 @dataclass
 class Cost:
-    """Of one image: FLOPs of forward and backward pass, bytes of activations. Of the model: parameters."""
+    """FLOPs (forward and backward) and bytes of activations per image, and the parameters of the model."""
 
     flops: float
     activation_bytes: int
@@ -40,7 +40,7 @@ class Cost:
 
 @dataclass
 class Recipe:
-    """A training of the paper's authors; `sequences` are drawn from each image."""
+    """A training of the paper's authors; each image gives `sequences` token sequences."""
 
     name: str
     steps: int
@@ -52,7 +52,7 @@ AR_EPOCHS = {"B": 300, "L": 300, "XL": 300, "XXL": 200, "2B": 200, "3B": 200}
 
 
 def measure(build: Callable[[], nn.Module], loss_of: Callable[[nn.Module, int], torch.Tensor]) -> Cost:
-    """Count the steps of one image and of two, whose difference leaves out what a step keeps once."""
+    """Count steps with one and with two images. Their difference excludes what a step keeps only once."""
     with torch.device("meta"):
         model = build().train()
     # Labels and tokens without values cannot be checked.

@@ -1,13 +1,13 @@
 """
-Weight-only quantization of generators: speed and size at the released sizes, and what it costs in quality.
+Weight-only quantization of generators: speed and size at the released sizes, and the loss of quality.
 
     python benchmarks/quantization.py speed --model AR-B --batch-sizes 1 8
     python benchmarks/quantization.py quality --validation FOLDER
 
-`speed` runs random weights of a released size; its reference is the float32 model as it was loaded. `quality` runs the
-checkpoint in this package: validation loss on a folder of images (`<class>/*.png`, classes in sorted order), greedy image
-tokens that are equal to float32's, and samples of the same seeds against float32's: equal tokens, and the Frechet
-distance to the validation images in the vision model's features. Needs vfmtok-hf[quantization,pipeline,eval].
+`speed` runs random weights of a released size. Its reference is the plain float32 model. `quality` runs the checkpoint of this
+package and compares it with float32: validation loss on a folder of images (`<class>/*.png`, classes in sorted order), the
+share of equal greedy tokens, and for samples of the same seeds the share of equal tokens and the Frechet distance to the
+validation images in the vision model's features. Needs vfmtok-hf[quantization,pipeline,eval].
 """
 
 import argparse
@@ -40,7 +40,7 @@ QUANTIZATIONS = {
 
 
 def usable(sides: list[str]) -> list[str]:
-    """Those that this machine has products for."""
+    """Those that this machine supports."""
     return [side for side in sides if "bfloat16" not in side or torch.bfloat16 in usable_dtypes("cpu")]
 
 
@@ -60,7 +60,7 @@ def load_side(folder: str | Path, side: str) -> VFMTokARForImageGeneration:
 
 
 def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """What a tensor of torchao consists of; other tensors are one."""
+    """The plain tensors that a torchao tensor consists of. Other tensors are returned as they are."""
     names = [*getattr(tensor, "tensor_data_names", ()), *getattr(tensor, "optional_tensor_data_names", ())]
     parts = [getattr(tensor, name) for name in names] if names else [tensor]
     yield from (part for part in parts if part is not None)
@@ -190,14 +190,14 @@ def main() -> None:
     speed.set_defaults(measure=measure_speed)
     speed.add_argument("--model", default="AR-B", help="AR-B, AR-L, ...")
     speed.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
-    speed.add_argument("--steps", type=int, default=64, help="tokens of each image, 256 being a whole one")
+    speed.add_argument("--steps", type=int, default=64, help="tokens per image; a whole image has 256")
     speed.add_argument("--runs", type=int, default=3)
     quality = commands.add_parser("quality")
     quality.set_defaults(measure=measure_quality)
     quality.add_argument(
         "--validation", type=Path, required=True, help="folder of CLASS/*.png, classes in sorted order"
     )
-    quality.add_argument("--samples", type=int, default=448, help="images to draw, classes taking turns")
+    quality.add_argument("--samples", type=int, default=448, help="images to generate, with classes in turn")
     for command in (speed, quality):
         command.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()

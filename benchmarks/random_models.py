@@ -1,4 +1,4 @@
-"""Models with random weights: at the released sizes, or `tiny`, at those of the checkpoint in the package, for a trial."""
+"""Models with random weights: at the released sizes or, with `tiny`, at those of the checkpoint in the package."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def tokenizer_config(tiny: bool = False) -> VFMTokConfig:
     """DINOv2-L at 336 x 336, the released model."""
     if not tiny:
         return VFMTokConfig()
-    # The checkpoint has no registers, without which the restated original does not work.
+    # The checkpoint has no registers, which the reimplemented original needs.
     config = VFMTokConfig.from_pretrained(Path(DEFAULT_CHECKPOINT, "vq_model"), num_register_tokens=1)
     config.dtype = config.vision_config.dtype = torch.float32
     return config
@@ -64,7 +64,7 @@ def random_tokenizer(config: VFMTokConfig | VFMAEConfig, device: str = "cpu") ->
 
 
 def random_generator(config: GeneratorConfig, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Generator:
-    """The head is initialized to zeros, which would draw all tokens alike: it gets random weights as well."""
+    """The head is initialized to zeros, which makes all tokens equally likely, so it gets random weights as well."""
     torch.manual_seed(0)
     with torch.device(device):
         model = MODEL_CLASSES[type(config)](config).eval()

@@ -1,4 +1,4 @@
-"""Tables of results: a CSV file, and the same as Markdown. Needs the standard library alone."""
+"""Tables of results, as CSV and as Markdown. Uses only the standard library."""
 
 import csv
 import io
@@ -10,7 +10,7 @@ RESULTS = Path(os.environ.get("BENCHMARK_RESULTS") or Path(__file__).parent / "r
 
 
 def show_table(name: str, rows: list[dict[str, object]]) -> None:
-    """Print the rows, and keep them by `write_table`."""
+    """Print the rows and save them with `write_table`."""
     for row in rows:
         print(*row.values(), sep="  ", flush=True)
     write_table(name, rows)
@@ -18,7 +18,7 @@ def show_table(name: str, rows: list[dict[str, object]]) -> None:
 
 def write_table(name: str, rows: list[dict[str, object]]) -> None:
     """
-    Add rows to results/NAME.csv, replacing those that measured the same thing, and write results/NAME.md from all.
+    Add rows to results/NAME.csv, replacing earlier rows of the same measurement, and write results/NAME.md from all.
 
     Columns up to and including `side` say what was measured. The environment variable BENCHMARK_RESULTS names another
     folder.
@@ -48,7 +48,7 @@ def markdown(rows: list[dict[str, str]]) -> str:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """The file is the old one or the new one, whenever the process ends."""
+    """Write a file atomically, so an interrupted process leaves the old one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, newline="")

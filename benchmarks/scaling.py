@@ -1,12 +1,13 @@
 """
-How speed and memory scale: decoding over batch, model size, threads and tokens per image; `vfmtok tokenize` over images.
+Measure how speed and memory scale: decoding with batch size, model size, threads and tokens per image; `vfmtok tokenize` with
+the number of images.
 
     python benchmarks/scaling.py
 
-Decoding is in float32 with packed, random weights. A sweep changes one thing of: AR-B, one image, all threads, 256
-tokens per image, the first 32 of them drawn; the sweep over tokens per image draws all. `vfmtok tokenize` runs in a process
-of its own with the checkpoint in the package, on random PNG files of 96 x 96 pixels; its memory is the peak of the whole
-process. Tables go to `results/`, plots to docs/assets.
+Decoding is in float32 with packed, random weights. Each sweep changes one setting of: AR-B, one
+image, all threads, 256 tokens per image, of which the first 32 are sampled. The sweep over tokens per image samples all of
+them. `vfmtok tokenize` runs in its own process with the checkpoint of the package, on random PNG files of 96 x 96 pixels; its
+memory is the peak of the whole process. Tables go to `results/`, plots to docs/assets.
 """
 
 import argparse
@@ -49,7 +50,7 @@ def draw(model: VFMTokARForImageGeneration, batch_size: int = 1, steps: int = ST
 def sweep(
     axis: str, tokens: dict[int, int], sides: dict[int, Callable[[], None]], runs: int
 ) -> list[dict[str, object]]:
-    """Rows of one axis. `tokens` are those that each side draws."""
+    """Rows of one axis. Each side samples `tokens` tokens."""
     seconds = median_seconds({str(value): side for value, side in sides.items()}, runs)
     return [
         {"axis": axis, "side": value, "seconds": f"{seconds[str(value)]:.3f}", "tokens/s": f"{count / seconds[str(value)]:.1f}"}
@@ -124,7 +125,7 @@ def measure_tokenizing(counts: Sequence[int]) -> list[dict[str, object]]:
 
 
 def decoding_figure(table: list[dict[str, object]]) -> Figure:
-    """Tokens per second along each axis."""
+    """Plot tokens per second along each axis."""
     figure = Figure(figsize=(11, 6.4), layout="constrained")
     axes_names = list(dict.fromkeys(row["axis"] for row in table))
     for axes, name in zip(figure.subplots(2, 2).flat, axes_names, strict=True):
@@ -141,7 +142,7 @@ def decoding_figure(table: list[dict[str, object]]) -> Figure:
 
 
 def tokenizing_figure(table: list[dict[str, object]]) -> Figure:
-    """Seconds and peak memory over images."""
+    """Plot seconds and peak memory over the number of images."""
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     counts = [row["side"] for row in table]
     for axes, column, color in zip(figure.subplots(1, 2), ("seconds", "peak MB"), (BLUE, ORANGE), strict=True):

@@ -1,10 +1,10 @@
 """
-Load on `vfmtok serve`, from this machine: correct images, latencies and memory among clients that misbehave.
+Load test of `vfmtok serve` from this machine: checks images, latencies and memory while some clients misbehave.
 
     python benchmarks/serving.py --clients 64 --seconds 120
 
-Every client sends one request after the other: images, slowly read streams, malformed bodies, and requests whose
-connection it closes early. Each image is compared, byte for byte, with the one that the idle server generated alone.
+Each client sends requests in turn: images, streams that it reads slowly, malformed bodies, and requests that it disconnects
+from. Each image is compared byte for byte with the image that the idle server generated for the same request.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import psutil
 
 
 ROUTE = "/v1/images/generations"
-# What one client does in turn. Most of it is what a server is for.
+# The actions of a client, in turn. Most of them are ordinary requests.
 TURNS = ("image", "image", "stream", "image", "malformed", "image", "gone", "image")
 SETTINGS = ({}, {"top_k": 50}, {"guidance_scale": 1.5}, {"temperature": 0.9, "top_p": 0.95})
 MALFORMED = (b"", b"{", b"[]", b'{"prompt": 3}', b'{"prompt": "no such class"}', b"\x00" * 1000)
@@ -36,7 +36,7 @@ PATIENCE = httpx.Timeout(600)
 
 @dataclass
 class Tally:
-    """What the clients saw."""
+    """Counts of what the clients received."""
 
     seconds: list[float] = field(default_factory=list)
     statuses: Counter = field(default_factory=Counter)

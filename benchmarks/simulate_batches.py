@@ -1,10 +1,10 @@
 """
-What joining a running batch gains, simulated: latencies of whole-image batches, and of images that join every few steps.
+Simulate how much latency joining a running batch saves, compared with batches that run to their end.
 
     python benchmarks/simulate_batches.py
 
-Images arrive as a Poisson process and take equally many steps. A step takes as long as AR-B's in float32 on packed weights,
-as docs/performance.md has it for 1, 8 and 32 images, and in between along straight lines.
+Images arrive as a Poisson process, and each takes the same number of steps. The time of a step is AR-B's in float32 with packed
+weights from docs/performance.md, for 1, 8 and 32 images, and interpolated linearly in between.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def arrivals(rate: float, count: int, seed: int = 0) -> list[float]:
 
 
 def whole_batches(times: list[float]) -> list[float]:
-    """Latencies, if all that wait when a batch ends make the next one."""
+    """Latencies if all waiting images form the next batch when a batch ends."""
     latencies, now, first = [], 0.0, 0
     while first < len(times):
         now = max(now, times[first])
@@ -49,7 +49,7 @@ def whole_batches(times: list[float]) -> list[float]:
 
 
 def joined_batches(times: list[float], interval: int) -> list[float]:
-    """Latencies, if images join a running batch every `interval` steps, and an empty one at once."""
+    """Latencies if images join a running batch every `interval` steps. They start at once if none is running."""
     latencies, now, first, step = [], 0.0, 0, 0
     running: list[tuple[int, float]] = []  # the step at which an image ends, and when it arrived
     while first < len(times) or running:
@@ -67,7 +67,7 @@ def joined_batches(times: list[float], interval: int) -> list[float]:
 
 
 def percentile(latencies: list[float], share: float) -> float:
-    """In units of the latency of one image alone. The first tenth, when the queue fills, is left out."""
+    """In units of the latency of a single image. The first tenth, while the queue fills, is excluded."""
     settled = sorted(latencies[len(latencies) // 10 :])
     return settled[int(share * (len(settled) - 1))] / (NUM_STEPS * STEP_SECONDS[1])
 

@@ -1,11 +1,12 @@
 """
-How long it takes to start: imports, `vfmtok --help`, loading of a full-size pipeline, the demo's first picture.
+Measure start-up times: imports, `vfmtok --help`, loading a full-size pipeline, the demo's first image.
 
     python benchmarks/startup.py
 
-Each run is a process of its own, and the sides take turns. Loading is compared to reading the same weight files once
-from start to end; its memory is what comes on top of the imports: the peak, and what is not mapped files in the end. The pipeline has the released sizes (DINOv2-L
-tokenizer and AR-L) and random weights; it is written to a temporary folder first. All files are in the page cache.
+Each run is a separate process, and the sides take turns. Loading is compared with reading the same weight files once from start
+to end. Its memory excludes the imports: the peak, and the final memory without mapped files. The pipeline has the released
+sizes (DINOv2-L tokenizer and AR-L) and random weights; it is first written to a temporary folder. All files are in the page
+cache.
 """
 
 import argparse
@@ -32,7 +33,7 @@ START = {
     "import torch": ["-c", "import torch"],
     "import vfmtok_hf": ["-c", "import vfmtok_hf"],
     "vfmtok --help": ["-m", "vfmtok_hf", "--help"],
-    # What the package's modules import of both, and then those modules themselves.
+    # The modules of both that the package imports, then the package's own.
     "import what we need of transformers and diffusers": [
         "-c",
         "from transformers import AutoImageProcessor, AutoModel, GenerationMixin, Pipeline, PreTrainedModel\n"
@@ -40,7 +41,7 @@ START = {
     ],
     "from vfmtok_hf import VFMTokPipeline": ["-c", "from vfmtok_hf import VFMTokPipeline"],
 }
-# The page as `python app.py` builds it, and what its button does until a picture is generated, without a browser.
+# Build the page like `python app.py`, and run its button until an image is generated, without a browser.
 DEMO = """
 import app
 app.build_page()
@@ -59,7 +60,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_once(folder: Path) -> None:
-    """Every byte of the weights, into one buffer."""
+    """Read every byte of the weights into one buffer."""
     buffer = bytearray(2**24)
     for path in weight_files(folder):
         with path.open("rb", buffering=0) as file:
@@ -92,7 +93,7 @@ LOADING: dict[str, Callable[[Path], object]] = {
 
 
 def print_loading(folder: str, side: str) -> None:
-    """Seconds of loading alone, after the imports, and bytes of memory on top of theirs."""
+    """Print the seconds of loading, without the imports, and the additional memory in bytes."""
     before = {field: memory(field) for field in ("VmHWM", "RssAnon")}
     start = time.perf_counter()
     loaded = LOADING[side](Path(folder))  # noqa: F841, what is loaded stays until its memory is read

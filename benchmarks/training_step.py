@@ -1,17 +1,18 @@
 """
-Training steps: the original's against ours, time and peak memory.
+Compare training steps of the original with ours: time and peak memory.
 
     python benchmarks/training_step.py
 
-`original_training.py` says what the original's steps compute. Ours are made of what the training scripts call. Random
-weights of the released tokenizer with DINOv2-L and of AR-B, and a RAR of AR-B's width and depth; VGG-16, LPIPS's channel
-weights and the discriminator's vision model are random too. The original's generators encode their images anew in every step,
-RAR's with the second-nearest tokens of each as a sequence of its own; ours reads tokens that were computed once
-(`--num_crops`, `--codebook_top_k`). The row `tokens at hand` leaves the encoding out.
-Each side has a process of its own, in which ours keeps freed memory as the scripts do; peak memory is that of the whole
-process, on CUDA that of its tensors. Ours has the scripts' defaults, and the original's weights of the losses. `--compile`
-adds a side under torch.compile, which takes minutes. Steps in bfloat16 run under autocast, and by default only where the
-machine has matrix products of it.
+`original_training.py` describes the original's steps. Ours call the same functions as the trainers. All weights are random: the
+released tokenizer with DINOv2-L, AR-B, a RAR of AR-B's width and depth, VGG-16, LPIPS's channel weights and the discriminator's
+vision model. The original's generators encode their images in every step; its RAR also uses the second-nearest tokens of each
+image as a second sequence. Ours read tokens that were computed once (`--num_crops`, `--codebook_top_k`). The row `tokens at
+hand` excludes the encoding.
+
+Each side runs in its own process; ours keeps freed memory, as the trainers do. Peak memory is that of the whole process, on
+CUDA that of the tensors. Ours uses the trainers' defaults with the original's loss weights. `--compile` adds a side with
+torch.compile, which takes minutes. bfloat16 steps run under autocast, by default only if the machine supports bfloat16 in
+hardware.
 """
 
 import argparse
@@ -58,7 +59,7 @@ COMPILED = "ours, compiled"
 
 
 class RandomNetwork(nn.Module):
-    """The network of the `lpips` package for VGG-16, without training: no file and no package is needed."""
+    """The VGG-16 network of the `lpips` package with random weights. It needs neither the package nor a file."""
 
     # Where a stage ends in torchvision's list of layers: before the pooling.
     ENDS = (4, 9, 16, 23, 30)
@@ -86,7 +87,7 @@ class RandomNetwork(nn.Module):
 
 
 class RandomLPIPS(LPIPS):
-    """The operations of LPIPS, which takes the time that LPIPS takes."""
+    """The operations of LPIPS on random weights, for timing."""
 
     def __init__(self, dropout: float):
         nn.Module.__init__(self)
@@ -101,7 +102,7 @@ def random_discriminator(vision_config: ViTConfig) -> DiscriminatorObjective:
 def our_step(
     model: nn.Module, loss_of: Callable[[], torch.Tensor], autocast: bool, weight_decay: float, average: bool
 ) -> Step:
-    """What the loops of the training scripts do with a loss."""
+    """The part of the trainers' loops after the loss."""
     device = next(model.parameters()).device.type
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-4, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
@@ -199,7 +200,7 @@ def build_step(
 
 
 def measure(name: str, dtype: torch.dtype, batch_size: int, arguments: argparse.Namespace) -> list[dict[str, object]]:
-    """A row for each side of the model `name`."""
+    """One row per side, for the model `name`."""
     build = partial(build_step, name)
     inputs = (dtype, batch_size, arguments.threads, arguments.device, arguments.tiny)
     names = [*SIDES[name], *([COMPILED] if arguments.compile else [])]
@@ -225,11 +226,13 @@ def measure(name: str, dtype: torch.dtype, batch_size: int, arguments: argparse.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
     parser.add_argument("--models", choices=SIDES, nargs="+", default=list(SIDES))
-    parser.add_argument("--dtypes", choices=["float32", "bfloat16"], nargs="+", help="default: what the machine has")
+    parser.add_argument(
+        "--dtypes", choices=["float32", "bfloat16"], nargs="+", help="default: those that the machine supports"
+    )
     parser.add_argument(
         "--batch-size", type=int, help="default: 1 for the tokenizer, 4 sequences for the generators; even for RAR"
     )
-    parser.add_argument("--compile", action="store_true", help="measure the scripts' --compile true as well")
+    parser.add_argument("--compile", action="store_true", help="also measure the trainers with --compile true")
     parser.add_argument("--only", nargs="+", help="sides to measure besides the straightforward one")
     add_machine_options(parser)
     arguments = parser.parse_args()

@@ -64,7 +64,7 @@ def load(folder: Path) -> VFMTokPipeline:
 
 
 def draw(pipe: VFMTokPipeline, count: int) -> list[list[Image.Image]]:
-    """`count` samples of each class; sample i of every class has seed i."""
+    """Generate `count` samples of each class. Sample i of every class has seed i."""
     return [
         pipe(
             label,

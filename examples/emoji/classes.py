@@ -1,8 +1,8 @@
-"""The classes of the emoji dataset: which emoji belong to which class, and what else a user may call it.
+"""The classes of the emoji dataset: the emoji of each class, and its synonyms.
 
-Emoji are named by the `short_name` and `subcategory` of the emoji-datasource catalog. A class takes whole
-subcategories and single emoji (`include`), less those that do not look like the others (`exclude`).
-Synonyms describe the whole class: asking for one must never give something else, so `animal` is not also called `dog`.
+Emoji are named by the `short_name` and `subcategory` of the emoji-datasource catalog. A class consists of
+whole subcategories and single emoji (`include`), without those that look different (`exclude`). A synonym must describe every
+emoji of its class, so `dog` is not a synonym of `animal`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ CLASSES: dict[str, ClassRule] = {
     "flag": ClassRule(
         synonyms=("country flag",),
         subcategories=words("country-flag subdivision-flag"),
-        # EmojiTwo draws discs. Microsoft draws no flags: where those of the 3D package come from is not stated.
+        # EmojiTwo draws discs. Microsoft draws no flags: the origin of those in the 3D package is not stated.
         exclude_styles=words("emojitwo fluent3d"),
     ),
     "flower": ClassRule(

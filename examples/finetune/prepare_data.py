@@ -1,6 +1,6 @@
 """
-A small image folder with new classes: emoji that the shipped checkpoint knows as "heart", "hand" and "moon", by color,
-skin tone and phase.
+Write a small image folder with new classes: emoji that the shipped checkpoint knows as "heart", "hand" and "moon", divided by
+color, skin tone and phase.
 
     python examples/finetune/prepare_data.py --emoji data/emoji64 --output data/finetune
 """

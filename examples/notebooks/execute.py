@@ -1,5 +1,5 @@
 """
-Run the notebooks again and keep their outputs, with pictures small enough for a repository.
+Run the notebooks and save their outputs, with images small enough for a repository.
 
     python examples/notebooks/execute.py [NOTEBOOK...]
 """

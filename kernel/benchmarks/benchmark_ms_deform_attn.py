@@ -1,13 +1,13 @@
-"""Side by side: plain torch against the kernel, eager and compiled, forward and backward, as ratios and as CSV.
+"""Compare the kernel with plain torch, eager and compiled, forward and backward; write ratios and a CSV file.
 
     python kernel/benchmarks/benchmark_ms_deform_attn.py --output benchmarks/results/deformable_attention.csv
     kernels benchmark <repo>        # the class below, on a published build
 
-Sizes are those of the released VFMTok encoder: 256 queries, 4 levels of 24 x 24, 8 heads of 64 channels, 4 points; the
-locations are the anchors' grid with offsets of about 3 pixels. A backward is timed alone, on a kept graph. The
-implementations take turns and times are medians; allocation of the results is part of them. With them runs a plain copy
-that moves as many bytes as the pass must: what the memory gives to a stream. Rows are added to those that the output has
-of other devices, dtypes, threads and batches, so that a table may be measured in slices.
+Sizes are those of the released VFMTok encoder: 256 queries, 4 levels of 24 x 24, 8 heads of 64 channels, 4 points; sampling
+locations are the anchors' grid with offsets of about 3 pixels. Backward passes are timed alone, on a retained graph. The
+implementations take turns; times are medians and include the allocation of results. A plain copy that moves the minimum bytes
+of the pass is measured too, as the limit of memory bandwidth. Rows of other devices, dtypes, threads and batch sizes in the
+output file are kept, so a table can be measured in parts.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def released_inputs(batch: int, dtype: torch.dtype, device: str, seed: int = 0):
 
 
 def least_bytes(batch: int, element_size: int, is_backward: bool) -> int:
-    """Every tensor moved once: what has to cross the memory bus when all reuse happens in caches."""
+    """Minimum memory traffic: every tensor moves once, and all reuse happens in caches."""
     value = batch * sum(height * width for height, width in SHAPES) * HEADS * CHANNELS
     samples = batch * QUERIES * HEADS * len(SHAPES) * POINTS
     output = batch * QUERIES * HEADS * CHANNELS
@@ -66,7 +66,7 @@ def least_bytes(batch: int, element_size: int, is_backward: bool) -> int:
 
 
 def stream(byte_count: int, device: str):
-    """A copy between two buffers, half of the bytes read and half written."""
+    """A copy between two buffers; half of the bytes are read and half are written."""
     source, target = (torch.ones(byte_count // 8, device=device) for _ in range(2))
     return partial(target.copy_, source)
 
@@ -78,7 +78,7 @@ def milliseconds_on_cpu(function) -> float:
 
 
 def milliseconds_on_cuda(function, calls: int = 10) -> float:
-    """Between two events, over calls enough that the device does not wait for Python."""
+    """Time between two events, over enough calls that the device does not wait for Python."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(calls):
@@ -121,7 +121,7 @@ def time_passes(functions: dict, tensors, moved: dict[str, int], device: str, se
 
 
 def implementations(device: str, with_compiled: bool) -> dict:
-    """Names and functions; the first is what the others are compared with."""
+    """Names and functions. The others are compared with the first."""
     kernel = load_kernel(device).ms_deform_attn
     functions = {"plain torch": ms_deform_attn_reference, "kernel": kernel}
     if with_compiled:

@@ -1,10 +1,10 @@
-"""Random calls of the CPU kernel, compared with plain torch; meant for the sanitizer build, which ends at any stray read.
+"""Compare random calls of the CPU kernel with plain torch. Meant for the sanitizer build, which stops at any invalid read.
 
     make kernel-fuzz
 
-Sizes, dtypes, strides and locations are drawn from seeds that the output names, so that a failure can be repeated with
-`--first`. A third of the cases have locations that are not finite, far away, or exactly on borders and pixel centers;
-another tenth have arguments that do not fit, which must be refused.
+Sizes, dtypes, strides and locations are sampled from seeds. The output names the seed, so `--first` repeats a failure. A third of
+the cases use locations that are not finite, far outside, or exactly on borders and pixel centers. Another tenth use mismatched
+arguments, which must be refused.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def draw_sizes(draw: random.Random) -> dict:
 
 
 def place_strangely(locations: torch.Tensor, shapes: list, draw: random.Random) -> None:
-    """Overwrite some coordinates by non-finite and huge ones, borders, and exact pixel centers."""
+    """Overwrite some coordinates with non-finite and huge ones, borders, and exact pixel centers."""
     flat = locations.view(-1)
     for index in range(0, flat.numel(), draw.randint(1, 4)):
         height, _ = draw.choice(shapes)
@@ -49,7 +49,7 @@ def shuffle_strides(tensor: torch.Tensor, draw: random.Random) -> torch.Tensor:
 
 
 def break_arguments(arguments: list, draw: random.Random) -> list:
-    """One argument made to contradict the others."""
+    """Make one argument contradict the others."""
     value, shapes, locations, weights = arguments
     longer = [value, [*shapes, (1, 1)], locations, weights]
     taller = [value, [(shapes[0][0] + 1, shapes[0][1]), *shapes[1:]], locations, weights]

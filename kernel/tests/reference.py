@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention in plain torch operators, the yardstick of the tests and benchmarks."""
+"""Multi-scale deformable attention in plain torch operators, the reference of the tests and benchmarks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The compiled operators against plain torch: values, gradients, tracing, and arguments that do not fit."""
+"""The compiled operators against plain torch: values, gradients, tracing, and mismatched arguments."""
 
 import copy
 import inspect

@@ -1,5 +1,6 @@
 """
-The page: generate images from class labels, compare with guidance, and look inside the image tokenizer.
+The page: generate images from class labels, compare with guidance, look inside the image tokenizer, and repaint parts of
+images.
 
 Run it with `python app.py`. `VFMTOK_MODEL` selects another pipeline, a folder or a repository on the Hub.
 """
@@ -11,10 +12,11 @@ from functools import cache
 import gradio as gr
 import PIL.Image
 
-from inspection import decode_tokens, inspect
-from model import gpu
+import inpainting
+from inspection import decode_tokens, inspect, to_url
+from model import GRID_SIZE, INPAINTING_PIPE, gpu
 from neighbors import EXAMPLES, nearest
-from pictures import picture_upload
+from pictures import picture_upload, pixel_values_of
 from sampling import generate_at_once, generate_stepwise
 from settings import DEFAULT_LABEL, RANGES, Settings, random_seed
 from theme import STYLE, THEME, template
@@ -37,8 +39,8 @@ LINK = """(...values) => {
   return link.href;
 }""" % ["label", *RANGES]
 # Updating `gr.Tabs(selected=...)` from Python shows tabs twice.
-SHOW_INSIDE = """() => {
-  [...document.querySelectorAll("[role=tab]")].find((tab) => tab.textContent.trim() === "Inside").click();
+SHOW_TAB = """() => {
+  [...document.querySelectorAll("[role=tab]")].find((tab) => tab.textContent.trim() === "%s").click();
 }"""
 # On a narrow page, results are below the form.
 SHOW_RESULT = """() => {
@@ -124,6 +126,17 @@ def find_nearest(image: PIL.Image.Image | None) -> dict | None:
     return None if image is None else neighbors_view(nearest(image))
 
 
+@gpu
+def inpaint(image: PIL.Image.Image | None, cells: list[int], label: str, seed: int) -> dict:
+    """Repaint cells of an image, numbered in raster order, for a class."""
+    return inpainting.inpaint(image, cells, Settings.checked(label, images=1, seed=seed))
+
+
+def image_to_mark(image: PIL.Image.Image | None) -> tuple[dict, None]:
+    """An image in the editor of cells, as the model crops it, with no cell marked. The earlier result is removed."""
+    return gr.update(value=[], picture=None if image is None else to_url(pixel_values_of(image))), None
+
+
 def first_example(image: PIL.Image.Image | None) -> str | dict:
     """An example if there is no image."""
     return str(FEW_EXAMPLES[-3:][0]) if image is None else gr.skip()
@@ -135,7 +148,7 @@ def chosen_example(event: gr.SelectData) -> str:
 
 
 def chosen_image(history: list, event: gr.EventData) -> PIL.Image.Image:
-    """The generated image whose "Inside" was clicked."""
+    """The generated image whose button was clicked."""
     return history[event.index][0]
 
 
@@ -277,6 +290,29 @@ def nearest_tab() -> None:
     image.change(find_nearest, image, neighbors, show_progress="minimal", **MODEL_EVENT)
 
 
+def inpaint_tab() -> gr.Image:
+    """An upload, the editor of `page/mask.js` and the repainted image. Returns the upload."""
+    with gr.Tab("Inpaint") as tab, gr.Row():
+        with gr.Column(scale=2, min_width=260):
+            image = picture_upload(height=240, elem_classes="vt-upload", elem_id="painted")
+            gr.Examples([[str(path)] for path in FEW_EXAMPLES], image, label="Examples", examples_per_page=20)
+        with gr.Column(scale=3, min_width=300):
+            mask = gr.HTML(
+                [], html_template=template("mask.html"), js_on_load=template("mask.js"), grid=GRID_SIZE, picture=None
+            )
+            mask.api_info = lambda: {"type": "array", "items": {"type": "integer"}, "description": "cells to repaint"}
+            label = class_picker("inpainted-class")
+            seed = seed_with_dice()
+            start = gr.Button("Inpaint", variant="primary")
+        with gr.Column(scale=3, min_width=300):
+            result = view("inpainted.html", "the repainted image", elem_id="inpainted")
+    tab.select(first_example, image, image, **QUIET)
+    image.change(image_to_mark, image, [mask, result], show_progress="hidden", api_visibility="private", **MODEL_EVENT)
+    start.click(inpaint, [image, mask, label, seed], result, show_progress="minimal", **MODEL_EVENT)
+    start.click(None, js=SHOW_RESULT % "inpainted", **QUIET)
+    return image
+
+
 def build_page() -> gr.Blocks:
     """All tabs. Files of visitors are deleted after an hour."""
     gr.set_static_paths(EXAMPLES[0].parent)
@@ -286,7 +322,10 @@ def build_page() -> gr.Blocks:
         guidance_tab()
         inspected = inspector_tab()
         nearest_tab()
-        sheet.input(chosen_image, history, inspected, **QUIET).then(None, js=SHOW_INSIDE, **QUIET)
+        sheet.inside(chosen_image, history, inspected, **QUIET).then(None, js=SHOW_TAB % "Inside", **QUIET)
+        if INPAINTING_PIPE is not None:
+            painted = inpaint_tab()
+            sheet.inpaint(chosen_image, history, painted, **QUIET).then(None, js=SHOW_TAB % "Inpaint", **QUIET)
         gr.api(decode, **MODEL_EVENT)
     return page.queue(max_size=32)
 

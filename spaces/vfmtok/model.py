@@ -1,6 +1,7 @@
 """The pipeline, loaded once for all visitors, and the decorator for ZeroGPU."""
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -17,7 +18,7 @@ except ImportError:  # not on the Hub's ZeroGPU hardware
         return gpu if function is None else function
 
 
-def load_pipeline(name_or_path: str) -> VFMTokPipeline:
+def load_pipeline(name_or_path: str | Path) -> VFMTokPipeline:
     """Load the pipeline, on the GPU if there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = VFMTokPipeline.from_pretrained(name_or_path).to(device)
@@ -26,9 +27,20 @@ def load_pipeline(name_or_path: str) -> VFMTokPipeline:
     return pipe
 
 
+def inpainting_pipeline() -> VFMTokPipeline | None:
+    """A pipeline whose generator samples tokens in any order, which inpainting needs: the page's own, or one for the same classes."""
+    if PIPE.transformer.config.model_type == "vfmtok_rar":
+        return PIPE
+    if IS_DEFAULT_CHECKPOINT and RAR_CHECKPOINT.is_dir():
+        return load_pipeline(RAR_CHECKPOINT)
+    return None
+
+
+RAR_CHECKPOINT = Path(DEFAULT_CHECKPOINT).with_name("emoji_rar")
 MODEL = os.environ.get("VFMTOK_MODEL", DEFAULT_CHECKPOINT)
 IS_DEFAULT_CHECKPOINT = MODEL == DEFAULT_CHECKPOINT
 PIPE = load_pipeline(MODEL)
+INPAINTING_PIPE = inpainting_pipeline()
 NUM_TOKENS = PIPE.vq_model.config.num_anchors
 GRID_SIZE = PIPE.vq_model.config.anchor_grid_size
 CODEBOOK_SIZE = PIPE.vq_model.config.codebook_size

@@ -2,7 +2,7 @@
 
 import PIL.Image
 
-from model import GRID_SIZE, NUM_TOKENS, PIPE
+from model import GRID_SIZE, INPAINTING_PIPE, NUM_TOKENS, PIPE
 from neighbors import EXAMPLES
 from pictures import data_url
 from sampling import Generation
@@ -41,11 +41,12 @@ def generation_view(settings: Settings, generation: Generation) -> dict:
     finished = generation.tokens_generated == NUM_TOKENS
     return {
         "images": [
-            {"url": data_url(image), "caption": caption, "file": f"{caption.replace(', ', '-').replace(' ', '-')}.png"}
+            {"url": data_url(image), "caption": caption, "file": download_name(caption)}
             for image, caption in zip(generation.images, image_captions(settings), strict=True)
         ],
         "columns": grid_columns(settings.images),
         "whole": finished,
+        "inpaint": INPAINTING_PIPE is not None,
         "veil": "" if finished else veil(set(range(generation.tokens_generated))),
         "percent": round(100 * generation.tokens_generated / NUM_TOKENS),
         "tokens": f"{generation.tokens_generated} / {NUM_TOKENS}",
@@ -64,6 +65,11 @@ def image_captions(settings: Settings) -> list[str]:
     """Class and seed of each image. The seeds of one generation are consecutive."""
     name = PIPE.id2label[settings.class_id].split(",")[0]
     return [f"{name}, seed {settings.seed + image}" for image in range(settings.images)]
+
+
+def download_name(caption: str) -> str:
+    """File name of a captioned image."""
+    return f"{caption.replace(', ', '-').replace(' ', '-')}.png"
 
 
 def comparison_view(

@@ -7,10 +7,16 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+
+from tests.modeling.generators import tiny_rar
+from vfmtok_hf import DEFAULT_CHECKPOINT, VFMTokPipeline
 
 from .browsing import FLAGS
 
@@ -47,11 +53,10 @@ def wait_for(url: str, process: subprocess.Popen, log: Path) -> None:
             time.sleep(0.2)
 
 
-@pytest.fixture(scope="session")
-def space(tmp_path_factory):
+@contextmanager
+def running_space(folder: Path, **variables: str) -> Iterator[RunningSpace]:
     """`python app.py`, started from an empty folder."""
     pytest.importorskip("gradio", reason="needs gradio: pip install 'vfmtok-hf[space]'")
-    folder = tmp_path_factory.mktemp("space")
     working_folder, home, temp_folder, log = (folder / name for name in ("working", "home", "temp", "log.txt"))
     working_folder.mkdir()
     home.mkdir()
@@ -64,6 +69,7 @@ def space(tmp_path_factory):
         "XDG_CACHE_HOME": str(folder / "caches"),  # libraries' own, which they fill when they like
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        **variables,
     }
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -76,6 +82,34 @@ def space(tmp_path_factory):
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.fixture(scope="session")
+def space(tmp_path_factory):
+    """The page with the emoji checkpoint."""
+    with running_space(tmp_path_factory.mktemp("space")) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def rar_pipeline():
+    """The emoji pipeline with a random generator that samples tokens in any order."""
+    pipe = VFMTokPipeline.from_pretrained(DEFAULT_CHECKPOINT)
+    config = pipe.transformer.config
+    sizes = {name: getattr(config, name) for name in ("codebook_size", "num_image_tokens", "num_classes", "id2label")}
+    positions = config.num_image_tokens + 2
+    torch.manual_seed(0)
+    rar = tiny_rar(**sizes, num_position_embeddings=positions, num_timestep_embeddings=positions)
+    return VFMTokPipeline(pipe.vq_model, rar, pipe.image_processor)
+
+
+@pytest.fixture(scope="session")
+def rar_space(rar_pipeline, tmp_path_factory):
+    """The page with that pipeline."""
+    folder = tmp_path_factory.mktemp("rar_space")
+    rar_pipeline.save_pretrained(folder / "pipeline")
+    with running_space(folder, VFMTOK_MODEL=str(folder / "pipeline")) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

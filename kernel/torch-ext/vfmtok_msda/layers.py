@@ -9,8 +9,8 @@ from .deformable_attention import ms_deform_attn
 class MultiScaleDeformableAttention(nn.Module):
     """Drop-in for the layer of this name in transformers' Deformable DETR family and in VFMTok.
 
-    The level sizes are taken from `value_spatial_shapes_list`, as in the pure-torch layer; `value_spatial_shapes` and
-    `level_start_index` repeat them on the device and are not read, so that nothing waits for the device. `im2col_step`
+    The level sizes are taken from `value_spatial_shapes_list`, as in the pure-torch layer. `value_spatial_shapes` and
+    `level_start_index`, which repeat them on the device, are not read, to avoid synchronization. `im2col_step`
     has no effect: any batch is processed at once.
     """
 

@@ -1,5 +1,6 @@
-// "Inside" below an image opens it in the tab of that name.
+// "Inside" and "Inpaint" below an image open it in the tab of that name.
 element.addEventListener("click", (event) => {
-  const button = event.target.closest("[data-inside]");
-  if (button) trigger("input", { index: Number(button.dataset.inside) });
+  const { inside, inpaint } = event.target.closest("button")?.dataset ?? {};
+  if (inside) trigger("inside", { index: Number(inside) });
+  if (inpaint) trigger("inpaint", { index: Number(inpaint) });
 });

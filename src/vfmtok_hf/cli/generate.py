@@ -88,7 +88,9 @@ def generate(
     classes: Annotated[list[str] | None, typer.Argument(metavar="LABEL", help=LABELS_HELP, show_default=False)] = None,
     labels: Annotated[
         list[str] | None,
-        typer.Option("--labels", "-l", metavar="LABEL...", help="The same. *Default: one image of each class.*"),
+        typer.Option(
+            "--labels", "-l", metavar="LABEL...", help="Same as the arguments. *Default: one image of each class.*"
+        ),
     ] = None,
     num_images_per_label: Annotated[int, typer.Option("--num-images-per-label", "-n", min=1)] = 1,
     guidance_scale: GuidanceOption = 1.0,
@@ -149,8 +151,8 @@ def generate(
 def inpaint(
     image: Annotated[Path, typer.Argument(help="Image file.", show_default=False)],
     label: Annotated[str, typer.Argument(help=LABELS_HELP.replace("Classes", "Class"), show_default=False)],
-    mask: Annotated[Path, typer.Option(help="Picture like the image, white where to generate anew.")],
-    num_images: Annotated[int, typer.Option("--num-images", "-n", min=1, help="Variants.")] = 1,
+    mask: Annotated[Path, typer.Option(help="Image that is white where to repaint.")],
+    num_images: Annotated[int, typer.Option("--num-images", "-n", min=1, help="Number of results.")] = 1,
     guidance_scale: GuidanceOption = 1.0,
     temperature: TemperatureOption = None,
     top_k: TopKOption = None,
@@ -162,7 +164,7 @@ def inpaint(
     dtype: DtypeOption = Dtype.float32,
 ) -> None:
     """
-    Generate a part of an image anew. It needs a pipeline with a RAR generator.
+    Repaint a part of an image. This needs a pipeline with a RAR generator.
 
     `vfmtok inpaint photo.png heart --mask mask.png --model runs/rar/pipeline`
     """

@@ -22,7 +22,7 @@ def push(
         typer.Option(help="With `--convert tokenizer` or `vfmae`: vision model to include, a repository or folder."),
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="With a generator: image tokenizer, or VFMAE, to publish along, as a pipeline.")
+        str | None, typer.Option(help="With a generator: image tokenizer or VFMAE to publish with it, as a pipeline.")
     ] = None,
     config: Annotated[
         Path | None, typer.Option(help="With `--convert`: JSON object of fields that cannot be inferred from shapes.")

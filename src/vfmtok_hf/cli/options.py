@@ -2,8 +2,6 @@
 
 import glob
 import json
-import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -226,8 +224,9 @@ def pipeline_class_name(name_or_path: str) -> str:
 
 def quiet_libraries() -> None:
     """Turn off the libraries' own progress bars, and warnings about packages that no command needs."""
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+    from vfmtok_hf.training.scripts import quiet_imports
+
+    quiet_imports()
 
     import diffusers
     import transformers

@@ -23,7 +23,7 @@ DRAIN_SECONDS = 60
 
 def serve(
     model: ModelOption = None,
-    host: Annotated[str, typer.Option(help="`0.0.0.0` lets other machines in.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="`0.0.0.0` accepts other machines.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
     max_batch_size: Annotated[
         int, typer.Option(min=2, help="Images generated at once, by each engine. Here one with guidance counts twice.")

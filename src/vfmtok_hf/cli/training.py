@@ -33,7 +33,7 @@ def extract_tokens(
         ),
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder of the token set. An unfinished one is continued.")
+        Path, typer.Option("--output", "-o", help="Folder of the token set. An interrupted extraction is continued.")
     ],
     crops: Annotated[Literal["random", "ten", "center"], typer.Option(help="Views of each image.")] = "random",
     num_crops: Annotated[int, typer.Option(min=1, help="Random crops per image.")] = 4,
@@ -57,11 +57,11 @@ def extract_tokens(
         Literal["accelerate", "local", "slurm", "ray"],
         typer.Option(help="This process (or those of `accelerate launch`), or tasks of datatrove."),
     ] = "accelerate",
-    tasks: Annotated[int, typer.Option(min=1, help="With datatrove: tasks, which share the files.")] = 1,
-    workers: Annotated[int, typer.Option(help="With datatrove: tasks at a time. -1 is all.")] = -1,
-    partition: Annotated[str | None, typer.Option(help="With `slurm`.")] = None,
+    tasks: Annotated[int, typer.Option(min=1, help="With datatrove: number of tasks that share the files.")] = 1,
+    workers: Annotated[int, typer.Option(help="With datatrove: number of tasks at a time; -1 is all.")] = -1,
+    partition: Annotated[str | None, typer.Option(help="With `slurm`: partition of the jobs.")] = None,
     gpus_per_task: Annotated[int, typer.Option(min=0, help="With `slurm` and `ray`.")] = 1,
-    time: Annotated[str, typer.Option(help="With `slurm`: limit of a task.")] = "8:00:00",
+    time: Annotated[str, typer.Option(help="With `slurm`: time limit of a task.")] = "8:00:00",
 ) -> None:
     """
     Encode labeled images to a token set for training generators.

@@ -1,5 +1,7 @@
 """What scripts do before they import torch and transformers, which takes seconds: report mistakes in one line."""
 
+import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -8,10 +10,18 @@ from vfmtok_hf.data.files import check_model, check_source
 from vfmtok_hf.training.arguments import TrainingArguments
 
 
+def quiet_imports() -> None:
+    """Turn off what libraries print when they are imported: warnings about packages that no script needs, and progress bars."""
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # warns about torchao's enums
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main`. Expected errors become one line on stderr and exit code 1."""
     from huggingface_hub.errors import StrictDataclassError
 
+    quiet_imports()
     try:
         main()
     except (ImportError, OSError, ValueError, FloatingPointError, StrictDataclassError) as error:
