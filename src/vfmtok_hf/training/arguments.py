@@ -11,7 +11,7 @@ import re
 import sys
 import types
 import typing
-from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,11 @@ RENAMED = {
 
 
 def argument(*, help: str, aliases: Sequence[str] = (), **default: Any) -> Any:
-    """A field with its help text. The default of a required one is missing."""
+    """A field with its help text, which states the default. An argument without a default is required."""
+    if not default:
+        help += " (required)"
+    elif default.get("default") is not None:
+        help += f" (default: {default['default']})"
     return dataclasses.field(metadata={"help": help, "aliases": aliases}, **default)
 
 
@@ -51,7 +55,7 @@ class ImageArguments:
     )
     crop_scale: list[float] = argument(
         default_factory=lambda: [0.8, 1.0],
-        help="Range of the side of random crops, relative to the image's shorter side.",
+        help="Range of the side of random crops, relative to the image's shorter side. (default: 0.8 1.0)",
     )
     horizontal_flip: bool = argument(default=True, help="Mirror half of the random crops.")
     batch_size: int = argument(default=32, help="Images per process and forward pass.")
@@ -76,10 +80,11 @@ class TrainingArguments(ImageArguments):
     validation_split: str = argument(default="validation", help="Split of --validation_data.")
     streaming: bool = argument(default=False, help="Read a data set front to back without storing it.")
     epoch_images: int | None = argument(
-        default=None, help="Images, or token sequences, of an epoch of a stream that does not state it."
+        default=None,
+        help="Images, or token sequences, per epoch of a stream. Default: the number that the stream states.",
     )
     shuffle_buffer: int = argument(
-        default=1000, help="Encoded images, or token sequences, of a stream that each worker draws from."
+        default=1000, help="Encoded images, or token sequences, in the shuffle buffer of each worker of a stream."
     )
     balance_power: float = argument(
         default=0.0, help="A class with n images is sampled with weight n ** (1 - balance_power)."
@@ -99,7 +104,7 @@ class TrainingArguments(ImageArguments):
     # Optimizer
     max_steps: Changeable[int] = argument(default=10_000, help="Optimizer steps.")
     gradient_accumulation_steps: int = argument(default=1, help="Forward passes per optimizer step.")
-    learning_rate: Changeable[float] = argument(default=1e-4, help="Its peak.")
+    learning_rate: Changeable[float] = argument(default=1e-4, help="Peak learning rate.")
     warmup_steps: int = argument(default=100, help="Steps until the learning rate reaches its peak.")
     schedule: Changeable[Literal["constant", "cosine", "linear"]] = argument(
         default="constant", help="Learning rate schedule after the warm-up."
@@ -107,9 +112,9 @@ class TrainingArguments(ImageArguments):
     final_learning_rate: Changeable[float] = argument(
         default=0.01, help="Final learning rate of a decaying schedule, relative to the peak."
     )
-    beta1: float = argument(default=0.9, help="Of Adam.")
-    beta2: float = argument(default=0.95, help="Of Adam.")
-    weight_decay: Changeable[float] = argument(default=0.0, help="Of AdamW.")
+    beta1: float = argument(default=0.9, help="First beta of Adam.")
+    beta2: float = argument(default=0.95, help="Second beta of Adam.")
+    weight_decay: Changeable[float] = argument(default=0.0, help="Weight decay of AdamW.")
     max_gradient_norm: Changeable[float] = argument(default=1.0, help="Gradients are clipped to this norm.")
     ema_decay: float = argument(default=0.9999, help="Decay of the moving average; 0 disables it.")
     # System
@@ -122,7 +127,7 @@ class TrainingArguments(ImageArguments):
     gradient_checkpointing: bool = argument(
         default=False, help="Recompute activations in the backward pass to save memory."
     )
-    compile: bool = argument(default=False, help="By torch.compile.")
+    compile: bool = argument(default=False, help="Compile the training step with torch.compile.")
     # Reports
     tracker: Changeable[list[str]] = argument(
         default_factory=list, help="Trackers in addition to log.jsonl: tensorboard, trackio, wandb."
@@ -151,7 +156,7 @@ class TokenizerArguments(TrainingArguments):
     mse_weight: float = argument(
         default=2.0, help="Weight of the squared error of pixels, which the original counts twice."
     )
-    lpips_weight: float = argument(default=0.0, help="Of LPIPS.")
+    lpips_weight: float = argument(default=0.0, help="Weight of LPIPS.")
     lpips_dropout: float = argument(default=0.0, help="Dropout in LPIPS; the original uses 0.5.")
     vgg_weights: Changeable[str | None] = argument(
         default=None, help="File with torchvision's VGG-16 for LPIPS. Default: torch's cache, or a download."
@@ -168,7 +173,9 @@ class TokenizerArguments(TrainingArguments):
     discriminator_model: Changeable[str] = argument(
         default="facebook/dino-vits16", help="Folder or repository of the vision transformer of dino."
     )
-    discriminator_learning_rate: Changeable[float] = argument(default=1e-4, help="Constant.")
+    discriminator_learning_rate: Changeable[float] = argument(
+        default=1e-4, help="Learning rate of the discriminator, constant."
+    )
     # Codebook
     codebook_warmup_steps: int = argument(
         default=0, help="Steps as a plain autoencoder before k-means on its latents initializes the codebook."
@@ -208,7 +215,7 @@ class GeneratorArguments(TrainingArguments):
     )
     # Optimizer, where it differs from the tokenizer's
     batch_size: int = argument(default=64, help="Images per process and forward pass.")
-    weight_decay: Changeable[float] = argument(default=0.05, help="Of AdamW.")
+    weight_decay: Changeable[float] = argument(default=0.05, help="Weight decay of AdamW.")
     class_learning_rate_scale: float = argument(
         default=1.0,
         help="Learning rate factor of class embeddings; new classes may need more (AR, and RAR with LoRA).",
@@ -218,9 +225,11 @@ class GeneratorArguments(TrainingArguments):
     samples_per_class: Changeable[int] = argument(default=4, help="Samples per class in a grid.")
     sample_classes: Changeable[int] = argument(default=32, help="Number of classes to sample, starting at the first.")
     temperature: float | None = argument(
-        default=None, help="For samples, and for the saved generation config. Default: unchanged."
+        default=None, help="Temperature of samples and of the saved generation config. Default: unchanged."
     )
-    top_k: int | None = argument(default=None, help="The same.")
+    top_k: int | None = argument(
+        default=None, help="Top-k of samples and of the saved generation config. Default: unchanged."
+    )
 
 
 @dataclass(kw_only=True)
@@ -236,7 +245,9 @@ class ExtractionArguments(ImageArguments):
         aliases=["--variants"],  # its name in commands of version 0.1
         help="Random crops per image.",
     )
-    ten_crop_ranges: list[float] = argument(default_factory=lambda: [1.1], help="Ten crops for each of these ranges.")
+    ten_crop_ranges: list[float] = argument(
+        default_factory=lambda: [1.1], help="Ten crops for each of these ranges. (default: 1.1)"
+    )
     codebook_top_k: int = argument(
         default=1, help="Token sequences per view; 2 adds the second-nearest codebook rows (VFMTok-RAR)."
     )
@@ -257,7 +268,6 @@ class _Parser(ArgumentParser):
         super().__init__(
             prog=command,
             usage="%(prog)s [--config FILE] [--key value]...",
-            formatter_class=ArgumentDefaultsHelpFormatter,
             allow_abbrev=False,
             argument_default=SUPPRESS,
         )
@@ -286,12 +296,12 @@ def _type_options(hint: Any) -> dict[str, Any]:
     if origin is Literal:
         return {"choices": typing.get_args(hint)}
     if origin is list:
-        return {"type": typing.get_args(hint)[0], "nargs": "+"}
+        return {**_type_options(typing.get_args(hint)[0]), "nargs": "+"}
     if origin is dict:
-        return {"type": _dictionary}
+        return {"type": _dictionary, "metavar": "DICT"}
     if hint is bool:
-        return {"type": _boolean, "nargs": "?", "const": True}
-    return {"type": hint}
+        return {"type": _boolean, "metavar": "BOOL", "nargs": "?", "const": True}
+    return {"type": hint, "metavar": hint.__name__.upper()}
 
 
 def parse_arguments(
