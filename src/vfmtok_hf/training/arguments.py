@@ -269,18 +269,13 @@ class _Parser(ArgumentParser):
             prog=command,
             usage="%(prog)s [--config FILE] [--key value]...",
             allow_abbrev=False,
-            argument_default=SUPPRESS,
+            argument_default=SUPPRESS,  # defaults are the dataclass's
         )
         self.add_argument("--config", metavar="FILE", help="YAML file of arguments; the command line overrides it.")
         hints = typing.get_type_hints(arguments_class)
         for field in dataclasses.fields(arguments_class):
-            options = _type_options(hints[field.name])
-            if field.default is not dataclasses.MISSING:
-                options["default"] = field.default
-            elif field.default_factory is not dataclasses.MISSING:
-                options["default"] = field.default_factory()
             names = [f"--{field.name}", *field.metadata["aliases"]]
-            self.add_argument(*names, dest=field.name, help=field.metadata["help"], **options)
+            self.add_argument(*names, dest=field.name, help=field.metadata["help"], **_type_options(hints[field.name]))
             if field.default is True:
                 self.add_argument(f"--no_{field.name}", dest=field.name, action="store_false", help=SUPPRESS)
 
@@ -328,9 +323,13 @@ def parse_arguments(
         found, rest = parser.parse_known_args(argv)
         del found.config
     entries = list(_entries(arguments_class, rest))
-    missing = [field.name for field in dataclasses.fields(arguments_class) if field.name not in found]
+    missing = [
+        f"--{field.name}"
+        for field in dataclasses.fields(arguments_class)
+        if field.name not in found and field.default is field.default_factory is dataclasses.MISSING
+    ]
     if missing:
-        parser.error(f"missing {' and '.join(f'--{name}' for name in missing)}")
+        parser.error(f"missing {' and '.join(missing)}")
     arguments = arguments_class(**vars(found))
     for name, entry, value in entries:
         setattr(arguments, name, {**getattr(arguments, name), entry: value})
