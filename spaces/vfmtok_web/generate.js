@@ -145,7 +145,7 @@ export function setUpGenerate(computer, info, link, edit) {
     history.replaceState(null, "", settingsLink());
     // Pages that came over plain http have no clipboard; the address bar has the link.
     const copied = await navigator.clipboard?.writeText(location.href).then(() => true, () => false);
-    element("link").textContent = copied ? "Copied" : "The address bar has it";
+    element("link").textContent = copied ? "Copied" : "The link is in the address bar";
     announce(element("link").textContent);
     setTimeout(() => (element("link").textContent = "Copy a link to these settings"), 2000);
   });
