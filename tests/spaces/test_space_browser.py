@@ -361,6 +361,7 @@ def test_cells_are_marked_by_keyboard_and_a_new_image_has_none(visit, rar_space)
     page = visit(url=rar_space.url)
     page.get_by_label(re.compile("^Inpaint .*seed 1$")).click()
     expect(page.get_by_role("tab", name="Inpaint")).to_have_attribute("aria-selected", "true")
+    expect(page.locator(".vt-marks img")).to_be_visible(timeout=PATIENCE)
     marked = page.locator(".vt-marks button[aria-pressed=true]")
     page.get_by_label("Row 1, column 1", exact=True).focus()
     for key in ("Space", "ArrowRight", "ArrowDown", "Enter"):
