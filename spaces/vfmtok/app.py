@@ -292,19 +292,21 @@ def nearest_tab() -> None:
 
 def inpaint_tab() -> gr.Image:
     """An upload, the editor of `page/mask.js` and the repainted image. Returns the upload."""
-    with gr.Tab("Inpaint") as tab, gr.Row():
+    with gr.Tab("Inpaint") as tab, gr.Row(elem_classes="vt-tool"):
         with gr.Column(scale=2, min_width=260):
-            image = picture_upload(height=240, elem_classes="vt-upload", elem_id="painted")
-            gr.Examples([[str(path)] for path in FEW_EXAMPLES], image, label="Examples", examples_per_page=20)
+            image = picture_upload(height=200, elem_classes="vt-upload", elem_id="painted")
+            with gr.Column(elem_classes="vt-form"):
+                label = class_picker("inpainted-class")
+                seed = seed_with_dice()
+                start = gr.Button("Inpaint", variant="primary")
+            with gr.Column(elem_classes="vt-examples"):
+                gr.Examples([[str(path)] for path in FEW_EXAMPLES], image, label="Examples", examples_per_page=20)
         with gr.Column(scale=3, min_width=300):
             mask = gr.HTML(
                 [], html_template=template("mask.html"), js_on_load=template("mask.js"), grid=GRID_SIZE, picture=None
             )
             mask.api_info = lambda: {"type": "array", "items": {"type": "integer"}, "description": "cells to repaint"}
-            label = class_picker("inpainted-class")
-            seed = seed_with_dice()
-            start = gr.Button("Inpaint", variant="primary")
-        with gr.Column(scale=3, min_width=300):
+        with gr.Column(scale=3, min_width=300, elem_classes="vt-result"):
             result = view("inpainted.html", "the repainted image", elem_id="inpainted")
     tab.select(first_example, image, image, **QUIET)
     image.change(image_to_mark, image, [mask, result], show_progress="hidden", api_visibility="private", **MODEL_EVENT)
