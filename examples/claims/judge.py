@@ -1,7 +1,7 @@
 """
 Train a small ResNet on the emoji from scratch: a judge of samples that shares no weights with any tokenizer.
 
-    python examples/claims/judge.py --data data/emoji64 --image-size 32 --output data/emoji_judge
+    python examples/claims/judge.py --data data/emoji64 --image-size 32 --output data/judge
 
 The output folder holds a `TimmWrapperForImageClassification`, a network for `vfmtok evaluate generation --features`. It is
 trained on images of `--image-size`, the size of the samples, which are enlarged to its input of 64 x 64.

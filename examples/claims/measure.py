@@ -2,7 +2,7 @@
 Evaluate the models of `train.py`, and plot the figures of docs/claims.md.
 
     python examples/emoji/vision_model.py --output data/efficientnet_lite0_classifier --classifier
-    python examples/claims/measure.py --runs runs/claims --data data/emoji64 --features data/efficientnet_lite0_classifier \\
+    python examples/claims/measure.py --runs runs/claims/seed_0 --data data/emoji64 --features data/efficientnet_lite0_classifier \\
         --output docs/assets
 
 Unfinished variants are skipped, and existing results in the runs' `measurements.json` are reused. The output folder gets the

@@ -1,11 +1,38 @@
-"""The configurations of the claims stay valid for the trainers."""
+"""The claims' configurations, their VQGAN baseline, and how runs are compared."""
 
+import importlib
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+
+from tests.testing import tiny_config, tiny_images, tiny_model
+from tests.training.tiny_runs import write_images, write_vision_model
+from vfmtok_hf import VFMTokARForImageGeneration, VFMTokModel
 from vfmtok_hf.training.arguments import GeneratorArguments, TokenizerArguments, parse_arguments
+from vfmtok_hf.training.objective import TokenizerObjective
 
 
 CLAIMS = Path(__file__).parents[2] / "examples" / "claims"
+MODULES = ("compare", "measure", "train", "vqgan")
+
+
+@pytest.fixture
+def claims(monkeypatch):
+    """The modules of the example."""
+    monkeypatch.syspath_prepend(str(CLAIMS))
+    yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
+    for name in MODULES:
+        sys.modules.pop(name, None)
+
+
+def tiny_vqgan(claims):
+    torch.manual_seed(0)
+    return claims.vqgan.VQGANModel(tiny_config(num_anchors=81, save_vision_model=False, feature_loss_weight=0.0))
 
 
 def test_configurations_of_the_claims_are_the_trainers():
@@ -13,3 +40,86 @@ def test_configurations_of_the_claims_are_the_trainers():
     assert parse_arguments(TokenizerArguments, tokenizer).perceptual_weight == 0
     generator = ["--config", str(CLAIMS / "generator.yaml"), "--output", "run", "--tokenizer", "model"]
     assert parse_arguments(GeneratorArguments, generator).generator == "ar"
+
+
+def test_the_baseline_differs_from_vfmtok_only_in_its_encoder(claims):
+    model, vfmtok = tiny_vqgan(claims), tiny_model()
+    shapes, expected = (
+        {name: tuple(weight.shape) for name, weight in whole.state_dict().items() if "encoder." not in name}
+        for whole in (model, vfmtok)
+    )
+    per_token = "vit_decoder.anchor_position_embeddings"
+    assert (shapes.pop(per_token), expected.pop(per_token)) == ((1, 81, 32), (1, 9, 32))
+    assert shapes == {name: shape for name, shape in expected.items() if not name.startswith("vision_model.")}
+    encoded = model.encode(tiny_images())
+    assert encoded.image_tokens.shape == (2, 81)
+    assert model.decode(image_tokens=encoded.image_tokens).reconstruction.shape == (2, 3, 32, 32)
+
+
+def test_tokens_of_the_baseline_are_in_raster_order(claims):
+    """A changed corner, 4 of 32 pixels at the top right, changes the last token of the first row most."""
+    model = tiny_vqgan(claims)
+    images = tiny_images(1)
+    changed = images.clone()
+    changed[..., :4, -4:] = 1 - changed[..., :4, -4:]
+    difference = (model.encode(changed).latents - model.encode(images).latents).norm(dim=-1)
+    assert difference.argmax() == 8
+
+
+def test_pixels_train_the_whole_encoder_of_the_baseline(claims):
+    model = tiny_vqgan(claims)
+    weights = {"l1": 1.0, "mse": 2.0, "lpips": 0.0, "perceptual": 0.0}
+    out = TokenizerObjective(model, weights)(tiny_images())
+    assert "feature" not in out["terms"]
+    out["image_loss"].backward()
+    assert all(weight.grad.abs().max() > 0 for weight in model.anchor_encoder.parameters())
+
+
+def test_both_kinds_of_tokenizers_are_loaded(claims, tmp_path):
+    images = tiny_images()
+    for model in (tiny_vqgan(claims), tiny_model()):
+        model.eval().save_pretrained(tmp_path / type(model).__name__)
+        loaded = claims.vqgan.load_tokenizer(tmp_path / type(model).__name__)
+        assert type(loaded) is type(model)
+        assert torch.equal(loaded.encode(images).latents, model.encode(images).latents)
+
+
+def test_a_run_of_the_baseline_and_its_generator_at_any_step(claims, tmp_path, monkeypatch):
+    """Tiny runs of both trainers. The last checkpoint's averages are the weights that the trainer saves for use."""
+    for part in ("train", "validation"):
+        write_images(tmp_path / "data" / part)
+    fields = tiny_config().to_diff_dict()
+    fields = {name: fields[name] for name in tiny_config().default_fields() if name in fields}
+    del fields["vision_config"]
+    every_step = {"max_steps": 3, "batch_size": 4, "validate_every": 3, "checkpoint_every": 1, "keep_checkpoints": 3}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    configs = {
+        "tokenizer": {"model": fields, "perceptual_weight": 0, "grid_images": 4, **every_step},
+        "generator": {"model": sizes, "num_crops": 1, "samples_per_class": 1, "learning_rate": 0.01, **every_step},
+    }
+    for name, config in configs.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.setattr(claims.train, "HERE", tmp_path)
+    monkeypatch.setattr(claims.train.train_generator, "load_tokenizer", claims.vqgan.load_tokenizer)
+    vision_model = write_vision_model(tmp_path / "vision_model")
+    tokenizer, generator = tmp_path / "tokenizer", tmp_path / "generator"
+    AcceleratorState._reset_state(reset_partial_state=True)
+    claims.train.train_tokenizer_of("vqgan", tmp_path / "data", vision_model, tokenizer, seed=0)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    claims.train.train_generator_of(tokenizer / "model", tmp_path / "data", generator, seed=0)
+
+    assert claims.train.is_finished(generator)
+    model = VFMTokARForImageGeneration.from_pretrained(generator / "model")
+    assert model.config.num_image_tokens == 81
+    final = {name: weight.clone() for name, weight in model.named_parameters()}
+    with claims.compare.at_step(model, generator, 3):
+        assert all(torch.equal(weight, final[name]) for name, weight in model.named_parameters())
+    with claims.compare.at_step(model, generator, 1):
+        assert not torch.equal(model.lm_head.weight, final["lm_head.weight"])
+    assert torch.equal(model.lm_head.weight, final["lm_head.weight"])
+    assert isinstance(claims.vqgan.load_tokenizer(tokenizer / "model"), VFMTokModel)
+
+
+@pytest.mark.parametrize(("target", "step"), [(9, 100), (6, 150), (4, 200), (3, 250), (1, None)])
+def test_steps_to_a_quality_are_interpolated(claims, target, step):
+    assert claims.compare.steps_to_reach([100, 200, 300], [8, 4, 2], target) == step
