@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := src tests examples kernel benchmarks serving spaces
 
-.PHONY: install check test test-oldest test-avx2 test-vllm demo space web-space web-space-serve docs docs-serve notebooks gpu quality style emoji-checkpoint clean
+.PHONY: install check test test-oldest test-avx2 test-vllm test-ray demo space web-space web-space-serve docs docs-serve notebooks gpu quality style emoji-checkpoint clean
 
 # uv, where it is installed, takes a fraction of pip's time. --seed: later targets install with pip.
 ifneq ($(shell command -v uv 2>/dev/null),)
@@ -76,6 +76,10 @@ $(VLLM)/.installed: serving/vllm/pyproject.toml
 
 test-vllm: install $(VLLM)/.installed  ## the models for vLLM, in an environment of 3 GB
 	OMP_NUM_THREADS=1 VFMTOK_PYTHON=$(abspath $(BIN))/python $(VLLM)/bin/python -m pytest serving/vllm
+
+test-ray: install  ## replicas of the server on Ray, of which one is killed
+	$(call INSTALL_INTO,$(VENV)) --editable ".[ray]"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" tests/serving/test_ray.py
 
 # The pipeline's packages are enough, unless the development environment is there already.
 DEMO := $(if $(wildcard $(VENV)/.installed),$(VENV),.venv-demo)

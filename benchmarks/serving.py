@@ -2,6 +2,8 @@
 Load test of `vfmtok serve` from this machine: checks images, latencies and memory while some clients misbehave.
 
     python benchmarks/serving.py --clients 64 --seconds 120
+    python benchmarks/serving.py --clients 1 2 4 8 16 32 64 --seconds 25 --only-images
+    python benchmarks/serving.py --url http://127.0.0.1:8000
 
 Each client sends requests in turn: images, streams that it reads slowly, malformed bodies, and requests that it disconnects
 from. Each image is compared byte for byte with the image that the idle server generated for the same request.
@@ -19,7 +21,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import httpx
@@ -29,6 +31,7 @@ import psutil
 ROUTE = "/v1/images/generations"
 # The actions of a client, in turn. Most of them are ordinary requests.
 TURNS = ("image", "image", "stream", "image", "malformed", "image", "gone", "image")
+ONLY_IMAGES = ("image",)
 SETTINGS = ({}, {"top_k": 50}, {"guidance_scale": 1.5}, {"temperature": 0.9, "top_p": 0.95})
 MALFORMED = (b"", b"{", b"[]", b'{"prompt": 3}', b'{"prompt": "no such class"}', b"\x00" * 1000)
 PATIENCE = httpx.Timeout(600)
@@ -98,13 +101,15 @@ async def send_malformed(client: httpx.AsyncClient, content: bytes, tally: Tally
         tally.wrong.append(f"{content[:20]!r} was answered {reply.status_code}")
 
 
-async def one_client(number: int, url: str, end: float, alone: list[tuple[dict, str]], tally: Tally) -> None:
+async def one_client(
+    number: int, url: str, end: float, alone: list[tuple[dict, str]], tally: Tally, turns: tuple[str, ...]
+) -> None:
     """A client that goes on until `end`."""
     rng, turn = random.Random(number), number
     async with httpx.AsyncClient(base_url=url, timeout=PATIENCE) as client:
         while time.monotonic() < end:
             body, expected = rng.choice(alone)
-            kind, turn, image = TURNS[turn % len(TURNS)], turn + 1, None
+            kind, turn, image = turns[turn % len(turns)], turn + 1, None
             if kind == "image":
                 image = await draw(client, body, tally)
             elif kind == "stream":
@@ -136,7 +141,14 @@ async def images_left(client: httpx.AsyncClient) -> list[float]:
     return left
 
 
-async def load(url: str, clients: int, seconds: float, num_images: int, pid: int | None = None) -> dict:
+async def load(
+    url: str,
+    clients: int,
+    seconds: float,
+    num_images: int,
+    pid: int | None = None,
+    turns: tuple[str, ...] = TURNS,
+) -> dict:
     """
     Put a server under load.
 
@@ -146,6 +158,7 @@ async def load(url: str, clients: int, seconds: float, num_images: int, pid: int
         seconds: for how long.
         num_images: different images that they ask for.
         pid: the server's process, to watch its memory.
+        turns: what each client does.
 
     Returns:
         `dict` of figures. `wrong` lists every answer that was not the right one.
@@ -156,7 +169,7 @@ async def load(url: str, clients: int, seconds: float, num_images: int, pid: int
         started = time.monotonic()
         watch = asyncio.create_task(watch_memory(psutil.Process(pid), tally)) if pid else None
         end = started + seconds
-        await asyncio.gather(*(one_client(number, url, end, alone, tally) for number in range(clients)))
+        await asyncio.gather(*(one_client(number, url, end, alone, tally, turns) for number in range(clients)))
         elapsed = time.monotonic() - started
         if watch:
             watch.cancel()
@@ -204,19 +217,25 @@ def server(*options: str) -> Iterator[tuple[str, int]]:
         process.wait()
 
 
-def main(argv: list[str] | None = None) -> dict:
-    """Run a server under load, print the figures, and return them."""
+def main(argv: list[str] | None = None) -> list[dict]:
+    """Put a server under load, print the figures for each number of clients, and return them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser.add_argument("--url", help="a server that runs already; otherwise one is started")
     parser.add_argument("--model", help="pipeline folder or repository; the embedded checkpoint by default")
-    parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--clients", type=int, nargs="+", default=[64])
+    parser.add_argument("--seconds", type=float, default=120, help="for each number of clients")
     parser.add_argument("--images", type=int, default=64, help="different images that clients ask for")
+    parser.add_argument("--only-images", action="store_true", help="clients behave")
     arguments = parser.parse_args(argv)
     options = ["--model", arguments.model] if arguments.model else []
-    with server(*options) as (url, pid):
-        figures = asyncio.run(load(url, arguments.clients, arguments.seconds, arguments.images, pid))
-    print(json.dumps(figures, indent=1))
-    return figures
+    turns = ONLY_IMAGES if arguments.only_images else TURNS
+    started = nullcontext((arguments.url, None)) if arguments.url else server(*options)
+    results = []
+    with started as (url, pid):
+        for clients in arguments.clients:
+            results.append(asyncio.run(load(url, clients, arguments.seconds, arguments.images, pid, turns)))
+            print(json.dumps(results[-1], indent=1), flush=True)
+    return results
 
 
 if __name__ == "__main__":

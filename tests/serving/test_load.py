@@ -24,7 +24,7 @@ def test_images_are_right_among_clients_that_misbehave():
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_minutes_of_load_leave_memory_as_it_was():
-    figures = main(["--clients", "64", "--seconds", "120"])
+    (figures,) = main(["--clients", "64", "--seconds", "120"])
     assert figures["wrong"] == []
     assert figures["left in the server"] == [0, 0]
     assert figures["memory growth"] < 0.05
