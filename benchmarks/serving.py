@@ -167,12 +167,15 @@ async def load(
     async with httpx.AsyncClient(base_url=url, timeout=PATIENCE) as client:
         alone = [(body, await draw(client, body, Tally())) for body in requests(num_images)]
         started = time.monotonic()
-        watch = asyncio.create_task(watch_memory(psutil.Process(pid), tally)) if pid else None
+        process = psutil.Process(pid) if pid else None
+        cpu_seconds = sum(process.cpu_times()[:2]) if process else 0
+        watch = asyncio.create_task(watch_memory(process, tally)) if process else None
         end = started + seconds
         await asyncio.gather(*(one_client(number, url, end, alone, tally, turns) for number in range(clients)))
         elapsed = time.monotonic() - started
         if watch:
             watch.cancel()
+            cpu_seconds = sum(process.cpu_times()[:2]) - cpu_seconds
         left = await images_left(client)
     latencies = sorted(tally.seconds)
     figures = {
@@ -190,6 +193,7 @@ async def load(
         # The first quarter fills caches and allocators.
         settled = tally.memory[len(tally.memory) // 4 :]
         figures["memory MB, after a quarter and at the end"] = [settled[0] // 10**6, settled[-1] // 10**6]
+        figures["cores that the server got"] = round(cpu_seconds / elapsed, 2)
         figures["memory growth"] = round(settled[-1] / settled[0] - 1, 4)
     return figures
 
