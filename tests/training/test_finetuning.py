@@ -162,7 +162,7 @@ def test_weight_decay(make):
     [
         ({"tokenizer": "other"}, "has codebook_size 64, but the tokenizer's is 32"),
         ({"model.hidden_size": 8}, "--init_from, which has its own configuration"),
-        ({"init_from": "generator"}, "--tokenizer is required"),
+        ({"init_from": "generator"}, "is not a pipeline: pass --tokenizer"),
     ],
 )
 def test_what_does_not_fit_is_named(options, message, pipeline, images, tmp_path):
