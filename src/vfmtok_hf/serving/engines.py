@@ -131,8 +131,9 @@ class VLLMEngine:
         self.num_condition_tokens = generator.num_condition_tokens
         # The server applies guidance at its start, and one schedule to all requests.
         self.guidance_scales = self._scales(generator.sampling_settings.resolve({}, generator.generation_config))
-        no_limit = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        self.client = httpx.AsyncClient(base_url=url, timeout=timeout, limits=no_limit)
+        # The pool bounds the connections. Idle ones end before the server closes them, after 5 seconds.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=2.0)
+        self.client = httpx.AsyncClient(base_url=url, timeout=httpx.Timeout(timeout, connect=5.0), limits=limits)
 
     def _scales(self, settings: SamplingSettings) -> list[float]:
         return settings.guidance_scales(self.config.num_image_tokens)
