@@ -20,6 +20,7 @@ from transformers.image_utils import ImageInput
 from transformers.utils import logging
 
 from vfmtok_hf.modeling.class_names_vfmtok import ClassNames
+from vfmtok_hf.modeling.image_reading_vfmtok import each_image
 from vfmtok_hf.modeling.loading_vfmtok import errors_naming
 
 from .portable_vfmtok import use_this_code, write_portable_code
@@ -99,11 +100,20 @@ class VFMTokPipelineBase(DiffusionPipeline):
     """
 
     transformer: Any
+    _undecoded_output_type: str  # the output type of what the generator samples, instead of images
     _interrupt = False
 
     @property
     def autoencoder(self) -> Any:
         """The model that encodes and decodes images."""
+        raise NotImplementedError
+
+    def _encode(self, images: InputImages, batch_size: int) -> torch.Tensor:
+        """What the generator would sample for images."""
+        raise NotImplementedError
+
+    def _decode(self, undecoded: torch.Tensor, output_type: str, batch_size: int) -> Images:
+        """Images of what the generator samples."""
         raise NotImplementedError
 
     def _generator_model(self) -> Any:
@@ -265,6 +275,59 @@ class VFMTokPipelineBase(DiffusionPipeline):
         if result is not None and not isinstance(result, dict):
             raise TypeError(f"callback_on_step_end returns a dictionary or None, got {type(result).__name__}.")
         return result or {}
+
+    def _output(
+        self, undecoded: torch.Tensor, output_type: str, return_dict: bool, batch_size: int
+    ) -> VFMTokPipelineOutput | tuple:
+        images = undecoded
+        if output_type != self._undecoded_output_type:
+            images = self._decode(undecoded, output_type, batch_size)
+        self.maybe_free_model_hooks()
+        return VFMTokPipelineOutput(images=images) if return_dict else (images,)
+
+    def _encoded_batches(self, images: InputImages, batch_size: int) -> Iterator[Any]:
+        """
+        The autoencoder's outputs for `batch_size` images at a time.
+
+        Raises:
+            ValueError, TypeError, FileNotFoundError: images are missing or invalid, or the checkpoint has no vision weights.
+        """
+        use_compiled_attention(self.autoencoder, self._execution_device)
+        batch = None
+        for batch in batches(each_image(images), batch_size):
+            pixel_values = self.image_processor(batch, return_tensors="pt")["pixel_values"]
+            yield self.autoencoder.encode(to_device_of(self.autoencoder, pixel_values))
+        if batch is None:
+            raise ValueError("There are no images: pass at least one.")
+
+    def _decoded_images(
+        self, name: str, rows: torch.Tensor, batch_size: int, output_type: str, size: int | None, resize_mode: str
+    ) -> Images:
+        """Images of `rows`, the autoencoder's argument `name`, decoded `batch_size` at a time."""
+        parts = []
+        for batch in batches(rows, batch_size):
+            decoded = self.autoencoder.decode(**{name: to_device_of(self.autoencoder, torch.stack(batch))})
+            parts.append(self.image_processor.postprocess(decoded.reconstruction, output_type, size, resize_mode))
+        return concatenate(parts)
+
+    @torch.no_grad()
+    def reconstruct(
+        self, images: InputImages, output_type: str = "pil", return_dict: bool = True, batch_size: int = 16
+    ) -> VFMTokPipelineOutput | tuple:
+        """
+        Reconstruct images from their image tokens or latents, cropped and at the model's size.
+
+        Args:
+            images: an image that [`~vfmtok_hf.modeling.image_reading_vfmtok.read_image`] reads, a batch as an array or
+                tensor, or a list, generator or data set column of images.
+            output_type (`str`), return_dict (`bool`): as in `__call__`.
+            batch_size (`int`, defaults to 16): images per batch, which limits memory.
+
+        Raises:
+            ValueError, TypeError, FileNotFoundError: images are missing or invalid, or the checkpoint has no vision weights.
+        """
+        self._check_output_type(output_type)
+        return self._output(self._encode(images, batch_size), output_type, return_dict, batch_size)
 
 
 __all__ = ["VFMTokPipelineBase"]

@@ -11,7 +11,6 @@ from transformers import GenerationConfig
 from transformers.image_utils import ImageInput
 
 from vfmtok_hf.modeling.image_processing_vfmtok import VFMTokImageProcessor
-from vfmtok_hf.modeling.image_reading_vfmtok import each_image
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 from vfmtok_hf.modeling.modeling_vfmtok_ar import VFMTokARForImageGeneration
 from vfmtok_hf.modeling.modeling_vfmtok_rar import VFMTokRARForImageGeneration
@@ -22,10 +21,6 @@ from .pipeline_base_vfmtok import (
     InputImages,
     VFMTokPipelineBase,
     VFMTokPipelineOutput,
-    batches,
-    concatenate,
-    to_device_of,
-    use_compiled_attention,
 )
 
 
@@ -235,15 +230,6 @@ class VFMTokPipeline(VFMTokPipelineBase):
             labels = torch.tensor(class_ids).to(self._execution_device)
             return transformer.generate(labels, callback=callback, **generate_kwargs)
 
-    def _output(
-        self, image_tokens: torch.Tensor, output_type: str, return_dict: bool, batch_size: int
-    ) -> VFMTokPipelineOutput | tuple:
-        images = image_tokens
-        if output_type != "tokens":
-            images = self.detokenize(image_tokens, output_type=output_type, batch_size=batch_size)
-        self.maybe_free_model_hooks()
-        return VFMTokPipelineOutput(images=images) if return_dict else (images,)
-
     # -- images <-> image tokens
 
     @torch.no_grad()
@@ -259,14 +245,7 @@ class VFMTokPipeline(VFMTokPipelineBase):
         Raises:
             ValueError, TypeError, FileNotFoundError: images are missing or invalid, or the checkpoint has no vision weights.
         """
-        use_compiled_attention(self.vq_model, self._execution_device)
-        tokens = []
-        for batch in batches(each_image(images), batch_size):
-            pixel_values = self.image_processor(batch, return_tensors="pt")["pixel_values"]
-            tokens.append(self.vq_model.encode(to_device_of(self.vq_model, pixel_values)).image_tokens)
-        if not tokens:
-            raise ValueError("There are no images: pass at least one.")
-        return torch.cat(tokens)
+        return torch.cat([encoded.image_tokens for encoded in self._encoded_batches(images, batch_size)])
 
     @torch.no_grad()
     def detokenize(
@@ -289,27 +268,14 @@ class VFMTokPipeline(VFMTokPipelineBase):
         Raises:
             ValueError: tokens are missing, not integers, or belong to another model.
         """
-        parts = []
-        for batch in batches(as_image_tokens(image_tokens), batch_size):
-            batch_tokens = to_device_of(self.vq_model, torch.stack(batch))
-            reconstruction = self.vq_model.decode(image_tokens=batch_tokens).reconstruction
-            parts.append(self.image_processor.postprocess(reconstruction, output_type, size, resize_mode))
-        return concatenate(parts)
+        tokens = as_image_tokens(image_tokens)
+        return self._decoded_images("image_tokens", tokens, batch_size, output_type, size, resize_mode)
 
-    @torch.no_grad()
-    def reconstruct(
-        self, images: InputImages, output_type: str = "pil", return_dict: bool = True, batch_size: int = 16
-    ) -> VFMTokPipelineOutput | tuple:
-        """
-        Reconstruct images from their image tokens, cropped and at the model's size.
+    def _encode(self, images: InputImages, batch_size: int) -> torch.Tensor:
+        return self.tokenize(images, batch_size)
 
-        Args:
-            images: as in `tokenize`.
-            output_type (`str`), return_dict (`bool`): as in `__call__`.
-            batch_size (`int`, defaults to 16): images per batch, which limits memory.
-        """
-        self._check_output_type(output_type)
-        return self._output(self.tokenize(images, batch_size), output_type, return_dict, batch_size)
+    def _decode(self, undecoded: torch.Tensor, output_type: str, batch_size: int) -> Images:
+        return self.detokenize(undecoded, output_type, batch_size=batch_size)
 
     # -- editing by tokens
 

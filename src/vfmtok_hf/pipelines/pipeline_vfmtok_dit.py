@@ -8,7 +8,6 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.utils.torch_utils import randn_tensor
 
 from vfmtok_hf.modeling.image_processing_vfmtok import VFMTokImageProcessor
-from vfmtok_hf.modeling.image_reading_vfmtok import each_image
 from vfmtok_hf.modeling.modeling_vfmae import VFMAEModel
 from vfmtok_hf.modeling.modeling_vfmtok_dit import VFMTokDiTForImageGeneration
 
@@ -18,10 +17,6 @@ from .pipeline_base_vfmtok import (
     InputImages,
     VFMTokPipelineBase,
     VFMTokPipelineOutput,
-    batches,
-    concatenate,
-    to_device_of,
-    use_compiled_attention,
 )
 
 
@@ -257,15 +252,6 @@ class VFMTokDiTPipeline(VFMTokPipelineBase):
             weak, strong = both.float().chunk(2)
         return weak + guidance_scale * (strong - weak)
 
-    def _output(
-        self, latents: torch.Tensor, output_type: str, return_dict: bool, batch_size: int
-    ) -> VFMTokPipelineOutput | tuple:
-        images = latents
-        if output_type != "latent":
-            images = self.decode(latents, output_type, batch_size=batch_size)
-        self.maybe_free_model_hooks()
-        return VFMTokPipelineOutput(images=images) if return_dict else (images,)
-
     # -- images <-> latents
 
     @torch.no_grad()
@@ -281,14 +267,7 @@ class VFMTokDiTPipeline(VFMTokPipelineBase):
         Raises:
             ValueError, TypeError, FileNotFoundError: no images, or unusable ones; a checkpoint without vision weights.
         """
-        use_compiled_attention(self.vae, self._execution_device)
-        latents = []
-        for batch in batches(each_image(images), batch_size):
-            pixel_values = self.image_processor(batch, return_tensors="pt")["pixel_values"]
-            latents.append(self.vae.encode(to_device_of(self.vae, pixel_values)).latents)
-        if not latents:
-            raise ValueError("There are no images: pass at least one.")
-        return torch.cat(latents)
+        return torch.cat([encoded.latents for encoded in self._encoded_batches(images, batch_size)])
 
     @torch.no_grad()
     def decode(
@@ -312,26 +291,13 @@ class VFMTokDiTPipeline(VFMTokPipelineBase):
         """
         if not len(latents):
             raise ValueError("There are no latents: pass those of at least one image.")
-        parts = []
-        for batch in batches(latents, batch_size):
-            reconstruction = self.vae.decode(to_device_of(self.vae, torch.stack(batch))).reconstruction
-            parts.append(self.image_processor.postprocess(reconstruction, output_type, size, resize_mode))
-        return concatenate(parts)
+        return self._decoded_images("latents", latents, batch_size, output_type, size, resize_mode)
 
-    @torch.no_grad()
-    def reconstruct(
-        self, images: InputImages, output_type: str = "pil", return_dict: bool = True, batch_size: int = 16
-    ) -> VFMTokPipelineOutput | tuple:
-        """
-        Images through their latents and back, cropped and at the model's size.
+    def _encode(self, images: InputImages, batch_size: int) -> torch.Tensor:
+        return self.encode(images, batch_size)
 
-        Args:
-            images: as in `encode`.
-            output_type (`str`), return_dict (`bool`): as in `__call__`.
-            batch_size (`int`, defaults to 16): images at once, which limits memory.
-        """
-        self._check_output_type(output_type)
-        return self._output(self.encode(images, batch_size), output_type, return_dict, batch_size)
+    def _decode(self, undecoded: torch.Tensor, output_type: str, batch_size: int) -> Images:
+        return self.decode(undecoded, output_type, batch_size=batch_size)
 
 
 __all__ = ["VFMTokDiTPipeline", "released_scheduler"]
