@@ -100,7 +100,7 @@ def test_a_run_of_the_baseline_and_its_generator_at_any_step(claims, tmp_path, m
     for name, config in configs.items():
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config))
     monkeypatch.setattr(claims.train, "HERE", tmp_path)
-    monkeypatch.setattr(claims.train.train_generator, "load_tokenizer", claims.vqgan.load_tokenizer)
+    monkeypatch.setattr(claims.train.generator_training, "load_tokenizer", claims.vqgan.load_tokenizer)
     vision_model = write_vision_model(tmp_path / "vision_model")
     tokenizer, generator = tmp_path / "tokenizer", tmp_path / "generator"
     AcceleratorState._reset_state(reset_partial_state=True)
