@@ -138,4 +138,4 @@ class DecodeCache(FixedTensors):
         return torch.where(position[..., None] < num_conditions, condition_embeds, token_embeds)
 
 
-__all__ = ["DecodeCache", "LayerCache", "at_position", "kind_of"]
+__all__ = ["DecodeCache", "LayerCache", "at_position"]

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
 
-from .cache_vfmtok import DecodeCache, kind_of
+from .cache_vfmtok import DecodeCache
 from .class_embeddings_vfmtok import check_ids
 from .outputs_vfmtok import VFMTokModelOutput
 
@@ -311,12 +311,6 @@ def to_raster(sequence: torch.Tensor, orders: torch.Tensor | None) -> torch.Tens
     return sequence if orders is None else torch.zeros_like(sequence).scatter(1, orders, sequence)
 
 
-def structure_of(model: nn.Module) -> tuple:
-    """What graphs of a model depend on: the classes of its modules, and the kinds of its weights."""
-    modules = [(type(module), module.training) for module in model.modules()]
-    return *modules, *((type(weight), kind_of(weight)) for weight in (*model.parameters(), *model.buffers()))
-
-
 class CompiledSteps:
     """
     Compiled decode steps, and the caches that their CUDA graphs read, one per number of rows.
@@ -329,36 +323,17 @@ class CompiledSteps:
         self.options = options
         self.functions: dict[tuple, Callable] = {}
         self.caches: dict[int, DecodeCache] = {}
-        self.structure: tuple = ()
-
-    def cache_for(self, model: "VFMTokGenerationMixin", num_rows: int) -> DecodeCache:
-        """The cache of a generation with `num_rows`. Graphs of a model that has changed since the last one are dropped."""
-        structure = structure_of(model)  # type: ignore[arg-type]
-        if structure != self.structure:
-            self.functions, self.caches, self.structure = {}, {}, structure
-        return self.caches.setdefault(num_rows, model.new_cache(COMPILED_LENGTHS))
 
     def __call__(self, function: FunctionType, *inputs: Any) -> Any:
         """Compile `function(model, tokens, position, cache, ...)`. A last argument with options is constant in a graph."""
         _, tokens, _, cache, *others = inputs
-        key = function, len(cache.condition_embeds), len(tokens), cache.visible_length, *others[-1:]
+        key = function, len(cache.condition_embeds), len(tokens), *others[-1:]
         if key not in self.functions:
-            self.functions[key] = self.compile(function)
+            # torch.compile limits the graphs of a code object. With its own code object, a key needs one per visible length.
+            own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+            self.functions[key] = torch.compile(own, fullgraph=True, dynamic=False, **self.options)
         torch.compiler.cudagraph_mark_step_begin()
         return self.functions[key](*inputs)
-
-    def compile(self, function: FunctionType) -> Callable:
-        """
-        `torch.compile` of a function for one key. Its graph does not depend on the model in other ways, so it skips the
-        checks of all weights in every step, which take half of the time in Python.
-        """
-        # torch.compile limits the graphs of a code object, so each key has its own.
-        own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-        options = dict(self.options)
-        if "mode" not in options:
-            skip = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-            options["options"] = skip | options.get("options", {})
-        return torch.compile(own, fullgraph=True, dynamic=False, **options)
 
 
 class VFMTokGenerationMixin(GenerationMixin):
@@ -408,14 +383,13 @@ class VFMTokGenerationMixin(GenerationMixin):
         Compile decode steps and sampling, in place, at the next call of `generate`.
 
         There is one graph per number of rows and visible length, at most eight in one generation. On CUDA, they are CUDA
-        graphs. The caches of all numbers of rows stay in memory. A generation compiles anew if classes, shapes or dtypes in
-        the model have changed since the last one; call this again after other changes of its code.
+        graphs. The caches of all numbers of rows stay in memory.
 
         Args:
-            options: options of `torch.compile`. On CUDA, they are those of the mode `"reduce-overhead"` by default.
+            options: options of `torch.compile`. On CUDA, `mode` is `"reduce-overhead"` by default.
         """
         if self.device.type == "cuda" and not {"mode", "options", "backend"} & options.keys():  # type: ignore[attr-defined]
-            options["options"] = {"triton.cudagraphs": True}
+            options["mode"] = "reduce-overhead"
         for prepare in BEFORE_COMPILING:
             prepare(self)  # type: ignore[arg-type]
         self._compiled_steps = CompiledSteps(**options)
@@ -467,7 +441,8 @@ class VFMTokGenerationMixin(GenerationMixin):
         if self._compiled_steps is None:
             # No fixed lengths: reading unfilled positions slows down large batches on CPUs by up to 10 %.
             return self.new_cache(), lambda function, *inputs: function(*inputs)
-        return self._compiled_steps.cache_for(self, num_rows), self._compiled_steps
+        cache = self._compiled_steps.caches.setdefault(num_rows, self.new_cache(COMPILED_LENGTHS))
+        return cache, self._compiled_steps
 
     def _decode_tokens(
         self,
