@@ -8,6 +8,7 @@ from torch import nn
 
 from tests.modeling.generators import tiny_ar, tiny_rar
 from vfmtok_hf.cpu.compiling import RowSumLinear, use_row_sums
+from vfmtok_hf.cpu.packing import PackedLinear, pack_weights
 
 
 @pytest.mark.parametrize("make_model", [tiny_ar, tiny_rar])
@@ -48,3 +49,10 @@ def test_other_layers_stay():
     assert use_row_sums(layers) is layers
     assert [type(layer) for layer in layers] == [OtherLinear, nn.Linear, RowSumLinear]
     assert layers.state_dict().keys() == state.keys()
+    assert torch.equal(layers[2].weight, state["2.weight"])
+
+
+def test_layers_of_a_compiled_model_can_be_packed():
+    layers = nn.ModuleList([nn.Linear(4, 4)])
+    pack_weights(use_row_sums(layers))
+    assert type(layers[0]) is PackedLinear

@@ -1,5 +1,6 @@
 """Sampling: pure functions against the reference and brute force, and the decode loop on a tiny generator."""
 
+import contextlib
 import math
 
 import pytest
@@ -14,6 +15,7 @@ from vfmtok_hf.cpu.packing import pack_weights
 from vfmtok_hf.modeling import modeling_vfmtok_rar
 from vfmtok_hf.modeling.cache_vfmtok import DecodeCache, LayerCache
 from vfmtok_hf.modeling.generation_vfmtok import (
+    BLOCK_LENGTH,
     SamplingSettings,
     apply_guidance,
     constant_guidance,
@@ -395,18 +397,19 @@ class RefuseSynchronizations:
         torch.cuda.set_sync_debug_mode("default")
 
 
-class Watch:
+class Watch(contextlib.ExitStack):
     """A callback that refuses waits from the first token drawn to the last of 9."""
 
     def __init__(self, mode_class=RefuseWaits):
+        super().__init__()
         self.mode, self.watches = mode_class(), False
 
     def __call__(self, step, image_tokens):
         if not self.watches:
             self.watches = True
-            self.mode.__enter__()
+            self.enter_context(self.mode)
         if step == 8:
-            self.mode.__exit__(None, None, None)
+            self.close()
 
 
 WATCHED = {"guidance_scale": 2.0, "guidance_interval": 2, "top_k": 10, "top_p": 0.9, "temperature": 0.8}
@@ -414,7 +417,9 @@ WATCHED = {"guidance_scale": 2.0, "guidance_interval": 2, "top_k": 10, "top_p": 
 
 @pytest.mark.parametrize("do_sample", [True, False])
 def test_no_step_waits_for_the_device_or_has_shapes_from_values(model, do_sample):
-    model.generate(LABELS, **WATCHED, do_sample=do_sample, generator=torch.Generator(), callback=Watch())
+    with Watch() as watch:
+        model.generate(LABELS, **WATCHED, do_sample=do_sample, generator=torch.Generator(), callback=watch)
+    assert watch.watches
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -425,14 +430,17 @@ def test_no_step_waits_for_a_gpu(model, compiles):
         model.compile_decoding()
         for _ in range(3):  # inductor warms CUDA graphs up, then records them
             model.generate(LABELS.cuda(), **WATCHED)
-    model.generate(LABELS.cuda(), **WATCHED, callback=Watch(RefuseSynchronizations))
+    with Watch(RefuseSynchronizations) as watch:
+        model.generate(LABELS.cuda(), **WATCHED, callback=watch)
 
 
 def test_no_step_of_an_edit_waits_for_the_device(monkeypatch):
     """Nor the products of a RAR's modulations, of which each step has its own here."""
     monkeypatch.setattr(modeling_vfmtok_rar, "ROWS_OF_MODULATIONS", 1)
     edit = {"image_tokens": torch.arange(36).view(4, 9) % 32, "keep_mask": torch.arange(9) % 4 == 0}
-    tiny_rar().generate(LABELS, **WATCHED | {"guidance_interval": 5}, **edit, callback=Watch())
+    with Watch() as watch:
+        tiny_rar().generate(LABELS, **WATCHED | {"guidance_interval": 5}, **edit, callback=watch)
+    assert watch.watches
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -589,7 +597,7 @@ def test_no_compiled_scan_is_long(codebook_size):
     model.compile_decoding(backend=backend)
     model.generate(LABELS, top_k=100, top_p=0.9)
     assert len(scans) > 2
-    assert max(node.meta["example_value"].shape[-1] for node in scans) <= 128
+    assert max(node.meta["example_value"].shape[-1] for node in scans) <= BLOCK_LENGTH
 
 
 def test_what_compiled_steps_write_has_a_fixed_address(model):

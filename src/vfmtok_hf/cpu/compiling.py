@@ -43,4 +43,7 @@ def use_row_sums(model: ModuleT) -> ModuleT:
     return model
 
 
-__all__ = ["use_row_sums"]
+# Linear layers without changes of their own to what they compute.
+PLAIN_LINEARS = (nn.Linear, RowSumLinear)
+
+__all__ = ["PLAIN_LINEARS", "use_row_sums"]

@@ -18,6 +18,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 
 from vfmtok_hf.cpu.attention import fastest_attention
+from vfmtok_hf.cpu.compiling import PLAIN_LINEARS
 from vfmtok_hf.cpu.packed_layer import PackedLayer
 from vfmtok_hf.cpu.quantization import packed_class
 from vfmtok_hf.modeling.modeling_vfmtok_ar import VFMTokARAttention, VFMTokARMLP
@@ -153,7 +154,7 @@ def can_pack(module: nn.Module) -> bool:
     """Whether a layer is an ordinary `nn.Linear` on the CPU, with a dtype that oneDNN supports."""
     return (
         isinstance(module, nn.Linear)
-        and type(module).forward is nn.Linear.forward
+        and type(module).forward in [linear.forward for linear in PLAIN_LINEARS]
         and not isinstance(module, NonDynamicallyQuantizableLinear)  # nn.MultiheadAttention reads its weight
         and type(module.weight) is nn.Parameter  # quantized weights have other classes
         and module.weight.device.type == "cpu"

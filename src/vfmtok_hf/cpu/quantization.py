@@ -10,6 +10,7 @@ import sys
 import torch
 from torch import nn
 
+from vfmtok_hf.cpu.compiling import PLAIN_LINEARS
 from vfmtok_hf.cpu.packed_layer import PackedLayer
 
 
@@ -123,7 +124,7 @@ class PackedInt4Linear(PackedQuantizedLinear):
 
 def packed_class(module: nn.Module) -> type[PackedQuantizedLinear] | None:
     """The class for `module`, a quantized `nn.Linear`, on the CPU; None for others or if there is no kernel."""
-    if type(module) is not nn.Linear or not module.weight.is_cpu or "torchao" not in sys.modules:
+    if type(module) not in PLAIN_LINEARS or not module.weight.is_cpu or "torchao" not in sys.modules:
         return None
     from torchao.quantization import Int8Tensor, IntxUnpackedToInt8Tensor
 

@@ -27,7 +27,8 @@ from .outputs_vfmtok import VFMTokModelOutput
 # Visible lengths of the cache in compiled steps. Together with dropping the unconditional rows once, a generation has at
 # most 8 shapes.
 COMPILED_LENGTHS = 7
-# Functions that `compile_decoding` calls with the model. `vfmtok_hf` adds those for the machine.
+# Functions that `compile_decoding` calls with the model. `vfmtok_hf` adds those for the machine; copies of this file in Hub
+# repositories have none.
 BEFORE_COMPILING: list[Callable[[nn.Module], object]] = []
 # Weights of a block in which `index_at_share` searches.
 BLOCK_LENGTH = 128
@@ -441,8 +442,10 @@ class VFMTokGenerationMixin(GenerationMixin):
         if self._compiled_steps is None:
             # No fixed lengths: reading unfilled positions slows down large batches on CPUs by up to 10 %.
             return self.new_cache(), lambda function, *inputs: function(*inputs)
-        cache = self._compiled_steps.caches.setdefault(num_rows, self.new_cache(COMPILED_LENGTHS))
-        return cache, self._compiled_steps
+        caches = self._compiled_steps.caches
+        if num_rows not in caches:
+            caches[num_rows] = self.new_cache(COMPILED_LENGTHS)
+        return caches[num_rows], self._compiled_steps
 
     def _decode_tokens(
         self,
