@@ -293,11 +293,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, required=True, help="output folder of train.py")
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--judges", type=Path, nargs="+", required=True, help="folders of classifiers")
+    parser.add_argument(
+        "--judges", type=Path, nargs=len(JUDGES), required=True, help=f"folders named {' and '.join(JUDGES)}"
+    )
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=Path, help="folder for figure and results, once all runs are measured")
     arguments = parser.parse_args()
+    if {folder.name for folder in arguments.judges} != JUDGES.keys():
+        parser.error(f"--judges must be folders named {' and '.join(JUDGES)}, as the tables show them")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folders = [arguments.runs / f"seed_{seed}" / variant for seed in arguments.seeds for variant in arguments.variants]
     missing = [

@@ -44,6 +44,32 @@ def test_a_run_is_not_overwritten(trainer, tmp_path):
 
 
 @pytest.mark.process
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--class_names", "no.json"], "There is no file no.json."),
+        (["--lpips_weight", "1", "--vgg_weights", "no.pth"], "There is no file no.pth."),
+        (
+            ["--adversarial_weight", "1", "--discriminator", "dino", "--discriminator_model", "./no"],
+            "There is no model folder ./no.",
+        ),
+        (["--output", "run", "--resume", "--batch_size", "4"], "A resumed run must use the same arguments"),
+    ],
+)
+def test_paths_and_arguments_of_a_resumed_run_are_checked_before_heavy_imports(argv, message, tmp_path):
+    (tmp_path / "run" / "checkpoints" / "step_00000001").mkdir(parents=True)
+    (tmp_path / "run" / "arguments.yaml").write_text("batch_size: 8\n")
+    code = (
+        "import sys; from vfmtok_hf.training.train_tokenizer import main; heavy = {'torch', 'transformers', 'datasets'}\n"
+        "try: main()\nfinally: print(heavy & sys.modules.keys())"
+    )
+    required = ["--train_data", ".", "--output", "new", "--init_from", "."]
+    done = subprocess.run([sys.executable, "-c", code, *required, *argv], capture_output=True, text=True, cwd=tmp_path)
+    assert message in done.stderr
+    assert done.stdout == "set()\n"
+
+
+@pytest.mark.process
 @pytest.mark.parametrize("script", ["train_tokenizer", "train_generator", "extract_tokens"])
 def test_scripts_end_with_one_line_too_before_heavy_imports(script, tmp_path):
     code = (

@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 
 from tests.testing import tiny_config, tiny_images, tiny_model
 from tests.training.tiny_runs import write_images, write_vision_model
-from vfmtok_hf import VFMTokARForImageGeneration, VFMTokModel
+from vfmtok_hf import VFMTokARForImageGeneration
 from vfmtok_hf.training.arguments import GeneratorArguments, TokenizerArguments, parse_arguments
 from vfmtok_hf.training.objective import TokenizerObjective
 
@@ -100,7 +100,6 @@ def test_a_run_of_the_baseline_and_its_generator_at_any_step(claims, tmp_path, m
     for name, config in configs.items():
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config))
     monkeypatch.setattr(claims.train, "HERE", tmp_path)
-    monkeypatch.setattr(claims.train.generator_training, "load_tokenizer", claims.vqgan.load_tokenizer)
     vision_model = write_vision_model(tmp_path / "vision_model")
     tokenizer, generator = tmp_path / "tokenizer", tmp_path / "generator"
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -117,7 +116,40 @@ def test_a_run_of_the_baseline_and_its_generator_at_any_step(claims, tmp_path, m
     with claims.compare.at_step(model, generator, 1):
         assert not torch.equal(model.lm_head.weight, final["lm_head.weight"])
     assert torch.equal(model.lm_head.weight, final["lm_head.weight"])
-    assert isinstance(claims.vqgan.load_tokenizer(tokenizer / "model"), VFMTokModel)
+    assert isinstance(claims.vqgan.load_tokenizer(tokenizer / "model"), claims.vqgan.VQGANModel)
+
+
+def test_a_fixed_grid_reads_the_center_of_each_cell(claims, tmp_path):
+    """The offsets are zero and stay zero, because their gradients are."""
+    vision_model = write_vision_model(tmp_path / "vision_model")
+    arguments = TokenizerArguments(train_data="", output="", vision_model=str(vision_model))
+    fields = tiny_config().to_diff_dict()
+    arguments.model = {name: fields[name] for name in tiny_config().default_fields() if name in fields}
+    del arguments.model["vision_config"]
+    model = claims.train.BUILDERS["fixed_grid"](arguments)
+    out = TokenizerObjective(model, {"l1": 1.0, "mse": 2.0, "lpips": 0.0, "perceptual": 0.0})(tiny_images())
+    out["image_loss"].backward()
+    for layer in model.anchor_encoder.layers:
+        for parameter in layer.cross_attn.sampling_offsets.parameters():
+            assert not parameter.any()
+            assert not parameter.grad.any()
+
+
+def test_judges_are_those_of_the_tables(claims, monkeypatch, capsys):
+    argv = [
+        "compare.py",
+        "--runs",
+        "runs",
+        "--data",
+        "data",
+        "--judges",
+        "data/efficientnet_lite0_classifier",
+        "data/resnet",
+    ]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit):
+        claims.compare.main()
+    assert "folders named efficientnet_lite0_classifier and judge" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("target", "step"), [(9, 100), (6, 150), (4, 200), (3, 250), (1, None)])

@@ -45,10 +45,12 @@ CONFIGS = Path(__file__).parents[2] / "configs"
         ([*REQUIRED, "--resume", "perhaps"], ValueError, "--resume: expected true or false, got 'perhaps'"),
         ([*REQUIRED, "--output"], ValueError, "--output: expected one argument"),
         ([*REQUIRED, "--model", "{hidden_size"], ValueError, "--model: .* is not valid YAML"),
+        ([*REQUIRED, "--model.hidden_size=["], ValueError, "Argument --model.hidden_size: '\\[' is not valid YAML"),
         ([*REQUIRED, "--model", "8"], ValueError, "--model: '8' is not a dictionary"),
         ([*REQUIRED, "--model.hidden_size"], ValueError, "--model.hidden_size needs a value"),
         ([*REQUIRED, "--learning_rate.x", "1"], ValueError, "Unknown argument --learning_rate.x"),
         ([*REQUIRED, "--batch", "1"], ValueError, "Unknown argument --batch. Did you mean --batch_size"),
+        ([*REQUIRED, "--streaming", "--cache_images"], ValueError, "--cache_images true needs --streaming false"),
         ([*REQUIRED, "more"], ValueError, "Expected --key value or --key=value, got 'more'"),
         (["--output", "c"], ValueError, "Missing --train_data. --help"),
         (["--train_dta", "a"], ValueError, "Unknown argument --train_dta. Did you mean --train_data"),
@@ -134,6 +136,15 @@ def test_what_a_continued_run_may_change_stands_at_the_field(tmp_path):
     changed = dataclasses.replace(free, num_crops=2, batch_size=3)
     with pytest.raises(ValueError, match="differ from .*: --batch_size 64 -> 3, --num_crops 4 -> 2. Change them back"):
         check_resumed_arguments(changed, file)
+
+
+def test_a_choice_of_precision_is_checked_once_it_is_made(tmp_path):
+    file = tmp_path / "arguments.yaml"
+    before = TokenizerArguments(train_data="a", output="b", mixed_precision="bf16")
+    save_arguments(before, file)
+    check_resumed_arguments(dataclasses.replace(before, mixed_precision="auto"), file)
+    with pytest.raises(ValueError, match="--mixed_precision 'bf16' -> 'no'"):
+        check_resumed_arguments(dataclasses.replace(before, mixed_precision="no"), file)
 
 
 def test_runs_of_earlier_versions_are_continued(tmp_path):

@@ -6,8 +6,24 @@ from vfmtok_hf.cpu.attention import BLOCKWISE_ATTENTION
 from vfmtok_hf.cpu.packing import has_product
 from vfmtok_hf.cpu.training import FrozenProduct
 from vfmtok_hf.data.loaders import EpochSampler
-from vfmtok_hf.training import tokenizer_training
-from vfmtok_hf.training.arguments import TokenizerArguments
+from vfmtok_hf.training import generator_training, tokenizer_training
+from vfmtok_hf.training.arguments import GeneratorArguments, TokenizerArguments, save_arguments
+
+
+# -- the output of a run
+
+
+@pytest.mark.parametrize(
+    ("trainer", "arguments_class"),
+    [(tokenizer_training, TokenizerArguments), (generator_training, GeneratorArguments)],
+)
+def test_a_run_is_continued_only_on_request_and_with_its_arguments(trainer, arguments_class, tmp_path):
+    (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
+    save_arguments(arguments_class(train_data="", output=str(tmp_path), batch_size=3), tmp_path / "arguments.yaml")
+    with pytest.raises(ValueError, match="already contains a run: pass --resume true"):
+        trainer.train(arguments_class(train_data="", output=str(tmp_path), batch_size=3))
+    with pytest.raises(ValueError, match="--batch_size 3 -> 4"):
+        trainer.train(arguments_class(train_data="", output=str(tmp_path), batch_size=4, resume=True))
 
 
 # -- layers of a tokenizer

@@ -264,7 +264,7 @@ def test_impossible_adversarial_options(options, message, data, vision_model, tm
 
 
 def test_lpips_without_weights_stops_before_training(data, vision_model, tmp_path):
-    with pytest.raises(FileNotFoundError, match="The weights missing.pth of LPIPS do not exist"):
+    with pytest.raises(FileNotFoundError, match="There is no file missing.pth"):
         train_tokenizer_for(
             1, data, tmp_path / "run", vision_model=vision_model, lpips_weight=1, vgg_weights="missing.pth"
         )

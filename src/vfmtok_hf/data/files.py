@@ -142,8 +142,14 @@ def check_source(source: str | Path) -> None:
         _check_repository(name, "dataset")
 
 
+def check_file(path: str | Path) -> None:
+    """Raise `FileNotFoundError` unless a file exists."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+
+
 def check_model(name_or_path: str) -> None:
-    """The same for a folder or repository of a model or pipeline."""
+    """Like [`check_source`], for a folder or repository of a model or pipeline."""
     if Path(name_or_path).is_dir():
         return
     if looks_like_path(name_or_path):

@@ -187,6 +187,14 @@ class TokenizerArguments(TrainingArguments):
     channels_last: bool = argument(default=False, help="Memory format of convolutions.")
     grid_images: Changeable[int] = argument(default=16, help="Images in the grid of reconstructions.")
 
+    def __post_init__(self) -> None:
+        if self.streaming and self.cache_images:
+            raise ValueError("A stream cannot be cached: --cache_images true needs --streaming false.")
+        if self.adversarial_weight and self.adaptive_adversarial_weight and self.compile:
+            raise ValueError(
+                "--adaptive_adversarial_weight needs two backward passes, which --compile true does not support: use one of them."
+            )
+
 
 @dataclass(kw_only=True)
 class GeneratorArguments(TrainingArguments):
@@ -358,10 +366,10 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 
 def _command_line(arguments_class: type, values: dict[str, Any]) -> list[str]:
     """Convert values of a YAML file to command line arguments."""
-    types = typing.get_type_hints(arguments_class)
+    hints = typing.get_type_hints(arguments_class)
     argv: list[str] = []
     for name, value in values.items():
-        if isinstance(value, list) and value and typing.get_origin(types.get(name)) is list:
+        if isinstance(value, list) and value and typing.get_origin(hints.get(name)) is list:
             argv += [f"--{name}", *map(str, value)]
         elif isinstance(value, dict):
             argv.append(f"--{name}={json.dumps(value)}")
@@ -379,11 +387,15 @@ def _boolean(text: str) -> bool:
     return values[text.lower()]
 
 
-def _dictionary(text: str) -> dict[str, Any]:
+def _yaml_value(text: str) -> Any:
     try:
-        value = yaml.safe_load(text)
+        return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ArgumentTypeError(f"{text!r} is not valid YAML") from error
+
+
+def _dictionary(text: str) -> dict[str, Any]:
+    value = _yaml_value(text)
     if not isinstance(value, dict):
         raise ArgumentTypeError(f"{text!r} is not a dictionary")
     return value
@@ -391,7 +403,7 @@ def _dictionary(text: str) -> dict[str, Any]:
 
 def _entries(arguments_class: type, rest: list[str]) -> typing.Iterator[tuple[str, str, Any]]:
     """Field, entry and value of each remaining `--field.entry value`. Anything else is an error."""
-    types = typing.get_type_hints(arguments_class)
+    hints = typing.get_type_hints(arguments_class)
     words = iter(rest)
     for word in words:
         name, equals, text = word.partition("=")
@@ -400,13 +412,17 @@ def _entries(arguments_class: type, rest: list[str]) -> typing.Iterator[tuple[st
             raise ValueError(f"Expected --key value or --key=value, got {word!r}.")
         if field in RENAMED:
             raise ValueError(f"The argument --{field} is now --{RENAMED[field]}.")
-        if not entry or types.get(field) != dict[str, Any]:
-            close = difflib.get_close_matches(field, types, n=3)
+        if not entry or hints.get(field) != dict[str, Any]:
+            close = difflib.get_close_matches(field, hints, n=3)
             hint = f"Did you mean {' or '.join('--' + name for name in close)}?" if close else "--help lists them all."
             raise ValueError(f"Unknown argument --{field}{'.' if entry else ''}{entry}. {hint}")
         if not equals and (text := next(words, None)) is None:
             raise ValueError(f"The argument {name} needs a value.")
-        yield field, entry, yaml.safe_load(text)
+        try:
+            value = _yaml_value(text)
+        except ArgumentTypeError as error:
+            raise ValueError(f"Argument {name}: {error}.") from error
+        yield field, entry, value
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -418,7 +434,7 @@ def save_arguments(arguments: ImageArguments, file: Path) -> None:
     file.write_text(yaml.safe_dump(dataclasses.asdict(arguments), sort_keys=False), encoding="utf-8")
 
 
-def check_resumed_arguments(arguments: ImageArguments, file: Path) -> None:
+def check_resumed_arguments(arguments: TrainingArguments, file: Path) -> None:
     """
     Check that a resumed run uses the arguments in `file`, except for those that are [`Changeable`].
 
@@ -434,9 +450,11 @@ def check_resumed_arguments(arguments: ImageArguments, file: Path) -> None:
             "run with another --output, and with --init_from if it should start from trained weights."
         )
     before = {RENAMED.get(name, name): value for name, value in saved.items()}
-    types = typing.get_type_hints(type(arguments), include_extras=True)
-    fixed = [name for name in before if MAY_CHANGE not in getattr(types[name], "__metadata__", ())]
+    hints = typing.get_type_hints(type(arguments), include_extras=True)
+    fixed = [name for name in before if MAY_CHANGE not in getattr(hints[name], "__metadata__", ())]
     changed = [name for name in fixed if before[name] != now[name]]
+    if now["mixed_precision"] == "auto" and "mixed_precision" in changed:
+        changed.remove("mixed_precision")  # the trainer replaces it by a choice, which is checked in turn
     if changed:
         changes = ", ".join(f"--{name} {before[name]!r} -> {now[name]!r}" for name in changed)
         raise ValueError(

@@ -13,10 +13,10 @@ from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 
 from vfmtok_hf.data.output_files import whole_file
-from vfmtok_hf.training.arguments import TrainingArguments, check_resumed_arguments, save_arguments
+from vfmtok_hf.training.arguments import TrainingArguments, save_arguments
 from vfmtok_hf.training.distributed import any_process, sharding_of
 from vfmtok_hf.training.logs import LOG_FILE, RunLog, drop_lines_after, logger, start_trackers
-from vfmtok_hf.training.scripts import finished_checkpoints
+from vfmtok_hf.training.scripts import checkpoint_to_resume, finished_checkpoints
 
 
 # Temporary names while a checkpoint is written and while one is deleted. Neither is ever read.
@@ -44,15 +44,13 @@ def open_output(output: Path, arguments: TrainingArguments) -> Path | None:
     The newest checkpoint of a run's folder, or None for a new run. Only the folder is created.
 
     Raises:
-        ValueError: the run has other arguments ([`check_resumed_arguments`]).
+        ValueError: the folder contains a run that `arguments` do not continue ([`checkpoint_to_resume`]).
     """
-    checkpoints = finished_checkpoints(output)
-    if checkpoints:
-        check_resumed_arguments(arguments, output / "arguments.yaml")
-    elif arguments.resume:
+    checkpoint = checkpoint_to_resume(arguments)
+    if checkpoint is None and arguments.resume:
         logger.warning("no checkpoint in %s: starting from the beginning", output)
     output.mkdir(parents=True, exist_ok=True)
-    return checkpoints[-1] if checkpoints else None
+    return checkpoint
 
 
 def start_run(

@@ -9,7 +9,7 @@ After an interruption, the same command continues with the missing shards.
 
 from pathlib import Path
 
-from vfmtok_hf.data.files import check_model, check_source
+from vfmtok_hf.data.files import check_file, check_model, check_source
 from vfmtok_hf.data.output_files import check_output_folder
 from vfmtok_hf.training.arguments import ExtractionArguments, parse_arguments
 from vfmtok_hf.training.scripts import run_script
@@ -20,6 +20,8 @@ def main(argv: list[str] | None = None) -> None:
     check_output_folder(Path(arguments.output))
     check_source(arguments.data)
     check_model(arguments.tokenizer)
+    if arguments.class_names is not None:
+        check_file(arguments.class_names)
 
     from vfmtok_hf.training.token_extraction import extract
 

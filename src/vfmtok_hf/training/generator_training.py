@@ -146,8 +146,28 @@ def sample_images(model: Generator, tokenizer: VFMTokModel, arguments: Generator
 # The run
 
 
-def train(arguments: GeneratorArguments) -> None:
-    """Run or continue a training."""
+def open_tokenizer(arguments: GeneratorArguments) -> VFMTokModel:
+    """
+    Load `arguments.tokenizer`, or by default the tokenizer in `arguments.init_from`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if arguments.tokenizer is None and not is_pipeline(arguments.init_from):
+        raise ValueError(f"{arguments.init_from} is not a pipeline: pass --tokenizer.")
+    return load_tokenizer(arguments.tokenizer or arguments.init_from)
+
+
+def train(arguments: GeneratorArguments, tokenizer: VFMTokModel | None = None) -> None:
+    """
+    Run or continue a training.
+
+    Args:
+        tokenizer (`VFMTokModel`, *optional*): defaults to the one that the arguments name ([`open_tokenizer`]).
+
+    Raises:
+        ValueError: the output contains a run, and `arguments.resume` is false or other arguments changed.
+    """
     configure_logging()
     arguments.mixed_precision = choose_mixed_precision(arguments.mixed_precision)
     output = Path(arguments.output)
@@ -155,9 +175,7 @@ def train(arguments: GeneratorArguments) -> None:
     accelerator = start_accelerator(arguments, output, can_shard=not (arguments.lora_rank or arguments.compile))
 
     # Data
-    if arguments.tokenizer is None and not is_pipeline(arguments.init_from):
-        raise ValueError(f"{arguments.init_from} is not a pipeline: pass --tokenizer.")
-    tokenizer = load_tokenizer(arguments.tokenizer or arguments.init_from).to(accelerator.device)
+    tokenizer = (tokenizer or open_tokenizer(arguments)).to(accelerator.device)
     train_data, validation_data = open_token_data(arguments, tokenizer, accelerator)
     train_loader = training_loader(train_data, arguments, accelerator)
 

@@ -3,11 +3,11 @@
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from vfmtok_hf.data.files import check_model, check_source
-from vfmtok_hf.training.arguments import TrainingArguments
+from vfmtok_hf.data.files import check_file, check_model, check_source
+from vfmtok_hf.training.arguments import TrainingArguments, check_resumed_arguments
 
 
 def quiet_imports() -> None:
@@ -36,24 +36,45 @@ def finished_checkpoints(output: Path) -> list[Path]:
     return sorted((output / "checkpoints").glob("step_*"))
 
 
-def check_run(arguments: TrainingArguments, *models: str | None) -> None:
+def checkpoint_to_resume(arguments: TrainingArguments) -> Path | None:
     """
-    Check the paths of a run.
-
-    Args:
-        models (`str`, *optional*): folders and repositories of the models that it starts from.
+    The newest checkpoint in the run's output, or None for a new run.
 
     Raises:
-        ValueError: the output contains a run and `arguments.resume` is false.
-        FileNotFoundError: data or a model do not exist.
+        ValueError: the output contains a run, and `arguments.resume` is false, or other arguments changed
+            ([`check_resumed_arguments`]).
     """
-    if finished_checkpoints(Path(arguments.output)) and not arguments.resume:
+    output = Path(arguments.output)
+    checkpoints = finished_checkpoints(output)
+    if not checkpoints:
+        return None
+    if not arguments.resume:
         raise ValueError(
-            f"{arguments.output} already contains a run: pass --resume true to continue it, or choose another --output."
+            f"{output} already contains a run: pass --resume true to continue it, or choose another --output."
         )
+    check_resumed_arguments(arguments, output / "arguments.yaml")
+    return checkpoints[-1]
+
+
+def check_run(arguments: TrainingArguments, models: Iterable[str | None], files: Iterable[str | None] = ()) -> None:
+    """
+    Check the paths of a run. Of a resumed run, also check the arguments.
+
+    Args:
+        models (`Iterable[str | None]`): folders and repositories of the models that it needs.
+        files (`Iterable[str | None]`): further files that it needs.
+
+    Raises:
+        ValueError: the output contains a run that these arguments do not continue ([`checkpoint_to_resume`]).
+        FileNotFoundError: data, a model or a file do not exist.
+    """
+    checkpoint_to_resume(arguments)
     for source in (arguments.train_data, arguments.validation_data):
         if source is not None:
             check_source(source)
     for model in models:
         if model is not None:
             check_model(model)
+    for file in (arguments.class_names, *files):
+        if file is not None:
+            check_file(file)

@@ -1,7 +1,7 @@
 """Training of the image tokenizer: the model, losses, validation and the loop of `train_tokenizer.py`."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import copy
 from itertools import islice
 from pathlib import Path
@@ -102,10 +102,6 @@ def set_up_layers(objective: TokenizerObjective, arguments: TokenizerArguments, 
 def build_discriminator(arguments: TokenizerArguments) -> DiscriminatorObjective | None:
     if arguments.adversarial_weight == 0:
         return None
-    if arguments.adaptive_adversarial_weight and arguments.compile:
-        raise ValueError(
-            "--adaptive_adversarial_weight needs two backward passes, which --compile true does not support: use one of them."
-        )
     if arguments.discriminator == "patch":
         return DiscriminatorObjective(PatchDiscriminator())
     check_virtual_batches(arguments.batch_size)
@@ -119,10 +115,8 @@ def open_images(
     Open training and validation images.
 
     Raises:
-        ValueError: a stream cannot be cached or split.
+        ValueError: a stream cannot be split.
     """
-    if arguments.streaming and arguments.cache_images:
-        raise ValueError("A stream cannot be cached: --cache_images true needs --streaming false.")
     labeled = arguments.balance_power > 0
     train_data, held_out = open_training_images(arguments, image_size, accelerator, labeled)
     records = open_validation_images(arguments, held_out, accelerator, labeled)
@@ -181,8 +175,18 @@ def validate(
     return metrics, (originals, reconstructions)
 
 
-def train(arguments: TokenizerArguments) -> None:
-    """Run or continue a training."""
+def train(
+    arguments: TokenizerArguments, build_model: Callable[[TokenizerArguments], VFMTokModel] = build_model
+) -> None:
+    """
+    Run or continue a training.
+
+    Args:
+        build_model (`Callable`, *optional*): builds the initial model, for models that arguments cannot describe.
+
+    Raises:
+        ValueError: the output contains a run, and `arguments.resume` is false or other arguments changed.
+    """
     configure_logging()
     arguments.mixed_precision = choose_mixed_precision(arguments.mixed_precision)
     output = Path(arguments.output)

@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(GeneratorArguments, argv, "vfmtok train generator")
     if arguments.tokenizer is None and arguments.init_from is None:
         raise ValueError("Pass --tokenizer, or --init_from with a pipeline.")
-    check_run(arguments, arguments.tokenizer, arguments.init_from)
+    check_run(arguments, [arguments.tokenizer, arguments.init_from])
 
     from vfmtok_hf.training.generator_training import train
 

@@ -18,7 +18,12 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(TokenizerArguments, argv, "vfmtok train tokenizer")
     if (arguments.init_from is None) == (arguments.vision_model is None):
         raise ValueError("Pass exactly one of --init_from (a tokenizer) and --vision_model (for a new tokenizer).")
-    check_run(arguments, arguments.init_from, arguments.vision_model)
+    models, files = [arguments.init_from, arguments.vision_model], []
+    if arguments.adversarial_weight and arguments.discriminator == "dino":
+        models.append(arguments.discriminator_model)
+    if arguments.lpips_weight:
+        files.append(arguments.vgg_weights)
+    check_run(arguments, models, files)
 
     from vfmtok_hf.training.tokenizer_training import train
 
