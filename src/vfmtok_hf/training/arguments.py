@@ -140,7 +140,12 @@ class TrainingArguments(ImageArguments):
 
 @dataclass(kw_only=True)
 class TokenizerArguments(TrainingArguments):
-    """Arguments of `train_tokenizer.py`."""
+    """
+    Arguments of `train_tokenizer.py`.
+
+    Raises:
+        ValueError: `streaming` and `cache_images` are combined, or `adaptive_adversarial_weight` and `compile`.
+    """
 
     cache_images: Changeable[bool] = argument(default=False, help="Keep decoded images in memory.")
     # Model
