@@ -14,6 +14,8 @@ import httpx
 import psutil
 import pytest
 import yaml
+from fastapi import FastAPI, Request
+from fastapi.responses import StreamingResponse
 
 from benchmarks.serving import load
 from tests.pipelines.tiny_pipeline import tiny_pipeline
@@ -26,7 +28,7 @@ from vfmtok_hf.serving.engines import QueueFull, Unavailable
 
 
 pytest.importorskip("ray", reason="vfmtok-hf[ray] brings it")
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
 from vfmtok_hf.serving import ray_app
@@ -34,7 +36,8 @@ from vfmtok_hf.serving import ray_app
 
 ROOT = Path(__file__).parents[2]
 START = {"type": "http.response.start", "status": 200, "headers": []}
-PARTS = [{"type": "http.response.body", "body": bytes([number])} for number in range(3)]
+PARTS = [{"type": "http.response.body", "body": bytes([number]), "more_body": number < 2} for number in range(3)]
+WHOLE = [START, *PARTS]
 
 
 # -- the front end
@@ -44,13 +47,15 @@ class Answer:
     """What a replica yields. An exception among the messages is raised."""
 
     def __init__(self, messages):
-        self.messages, self.is_cancelled = messages, False
+        self.messages, self.is_cancelled = list(messages), False
 
-    async def __aiter__(self):
-        for message in self.messages:
-            if isinstance(message, Exception):
-                raise message
-            yield message
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        if isinstance(message := self.messages.pop(0), Exception):
+            raise message
+        return message
 
     def cancel(self):
         self.is_cancelled = True
@@ -59,28 +64,53 @@ class Answer:
 def relayed(monkeypatch, *answers):
     """The messages of a front end whose replicas give these answers in turn."""
     monkeypatch.setattr(ray_app, "PAUSES", (0, 0, 0))
+    messages = ray_app.FrontEnd.func_or_class.messages(SimpleNamespace(replicas=handle(answers)), {}, b"")
+    return asyncio.run(collected(messages))
+
+
+def handle(answers):
+    """The handle of replicas that give these answers in turn."""
     waiting = [Answer(messages) for messages in answers]
-    replicas = SimpleNamespace(respond=SimpleNamespace(remote=lambda scope, body: waiting.pop(0)))
-    messages = ray_app.FrontEnd.func_or_class.messages(SimpleNamespace(replicas=replicas), {}, b"")
-
-    async def collected():
-        return [message async for message in messages]
-
-    return asyncio.run(collected())
+    return SimpleNamespace(respond=SimpleNamespace(remote=lambda scope, body: waiting.pop(0)))
 
 
-@pytest.mark.parametrize("num_sent", range(5))
-def test_another_replica_continues_where_one_died(monkeypatch, num_sent):
-    whole = [START, *PARTS]
-    assert relayed(monkeypatch, [*whole[:num_sent], ActorDiedError()], whole) == whole
+async def collected(messages):
+    return [message async for message in messages]
+
+
+def failure():
+    """What Ray raises if a replica does."""
+    return RayTaskError("respond", "", ValueError("a CUDA error")).as_instanceof_cause()
+
+
+@pytest.mark.parametrize("error", [ActorDiedError, failure])
+@pytest.mark.parametrize("num_sent", range(4))
+def test_another_replica_continues_where_one_failed(monkeypatch, num_sent, error):
+    assert relayed(monkeypatch, [*WHOLE[:num_sent], error()], WHOLE) == WHOLE
+
+
+def test_a_whole_answer_is_not_repeated(monkeypatch):
+    assert relayed(monkeypatch, [*WHOLE, ActorDiedError()]) == WHOLE
+
+
+@pytest.mark.parametrize("status", [400, 429])
+def test_a_repeat_answered_otherwise_replaces_only_what_was_not_begun(monkeypatch, status):
+    refused = [{**START, "status": status}, PARTS[2]]
+    assert relayed(monkeypatch, [START, ActorDiedError()], refused) == refused
+    with pytest.raises(RuntimeError, match="begins differently"):
+        relayed(monkeypatch, [START, PARTS[0], ActorDiedError()], refused)
+
+
+def test_a_begun_answer_waits_for_a_place(monkeypatch):
+    assert relayed(monkeypatch, [*WHOLE[:2], ActorDiedError()], [BackPressureError(1, 1)], WHOLE) == WHOLE
 
 
 def test_a_replica_that_shuts_down_is_replaced(monkeypatch):
-    assert relayed(monkeypatch, [{**START, "status": 503}, PARTS[0]], [START, PARTS[1]]) == [START, PARTS[1]]
+    assert relayed(monkeypatch, [{**START, "status": 503}, PARTS[2]], WHOLE) == WHOLE
 
 
 def test_errors_of_the_request_are_not_repeated(monkeypatch):
-    bad = [{**START, "status": 400}, PARTS[0]]
+    bad = [{**START, "status": 400}, PARTS[2]]
     assert relayed(monkeypatch, bad) == bad
 
 
@@ -89,6 +119,32 @@ def test_four_deaths_are_503_and_a_full_queue_is_429(monkeypatch):
         relayed(monkeypatch, *[[ActorDiedError()]] * 4)
     with pytest.raises(QueueFull):
         relayed(monkeypatch, [BackPressureError(1, 1)])
+
+
+def test_the_prefix_of_the_application_is_passed_on():
+    scopes = []
+    front_end = SimpleNamespace(api_key=None, messages=lambda scope, body: scopes.append(scope) or gone())
+
+    async def gone():
+        raise Unavailable
+        yield
+
+    async def receive():
+        return {"type": "http.request", "body": b""}
+
+    scope = {"type": "http", "method": "GET", "path": "/emoji/v1/tokens", "root_path": "/emoji", "query_string": b""}
+    request = Request({**scope, "headers": []}, receive)
+    with pytest.raises(Unavailable):
+        asyncio.run(ray_app.FrontEnd.func_or_class.forward(front_end, request))
+    assert scopes[0]["root_path"] == "/emoji"
+
+
+def test_replicas_refuse_nothing_that_ray_admits():
+    """`build` and `Replica` agree on the number of requests."""
+    arguments = ray_app.RayArguments(model="tiny", max_batch_size=2)
+    application = ray_app.build(arguments)
+    deployment = application._bound_deployment.init_args[0]._bound_deployment
+    assert deployment.max_ongoing_requests == ray_app.num_ongoing_requests(arguments) == 4
 
 
 # -- a replica
@@ -110,6 +166,35 @@ def test_messages_are_those_that_a_server_sends():
         reply = post(url, "/", body, Accept="image/png")
     assert (start["status"], b"".join(part["body"] for part in parts)) == (reply.status_code, reply.content)
     assert (b"content-type", b"image/png") in start["headers"]
+
+
+def test_an_answer_that_fails_half_way_raises():
+    app = FastAPI()
+
+    @app.get("/")
+    async def half():
+        async def parts():
+            yield b"half"
+            raise ValueError("The second half failed.")
+
+        return StreamingResponse(parts())
+
+    scope = {"type": "http", "method": "GET", "path": "/", "root_path": "", "query_string": b"", "headers": []}
+    with pytest.raises(ValueError, match="second half"):
+        asyncio.run(collected(ray_app.messages_of(app, scope, b"")))
+
+
+def test_a_failure_before_the_answer_is_status_500(caplog):
+    app = FastAPI()
+
+    @app.get("/")
+    async def failing():
+        raise LookupError("This is logged.")
+
+    scope = {"type": "http", "method": "GET", "path": "/", "root_path": "", "query_string": b"", "headers": []}
+    start, _ = asyncio.run(collected(ray_app.messages_of(app, scope, b"")))
+    assert start["status"] == 500
+    assert "This is logged." in caplog.text
 
 
 def test_closing_the_messages_drops_the_work():
@@ -138,13 +223,14 @@ def test_closing_the_messages_drops_the_work():
 
 @pytest.fixture(scope="module")
 def on_ray(tmp_path_factory):
-    """Address and process of `serve run` with two replicas."""
+    """Address, process and log of `serve run` with two replicas."""
     config = yaml.safe_load((ROOT / "serving" / "ray.yaml").read_text())
     with free_port() as probe:
         config["http_options"]["port"] = port = probe.getsockname()[1]
     config["applications"][0]["args"] = {"replicas": 2, "max_batch_size": 8, "num_cpus": 0.5}
     file = tmp_path_factory.mktemp("ray") / "ray.yaml"
     file.write_text(yaml.safe_dump(config))
+    log = file.with_name("log")
     settings = {
         "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
         "RAY_worker_niceness": "0",
@@ -152,13 +238,14 @@ def on_ray(tmp_path_factory):
         "RAY_AUTH_MODE": "disabled",
     }
     command = [Path(sys.executable).with_name("serve"), "run", file]
-    process = subprocess.Popen(command, env={**os.environ, **settings})
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, env={**os.environ, **settings}, stdout=output, stderr=output)
     url = f"http://127.0.0.1:{port}"
     try:
         while not is_healthy(url):
-            assert process.poll() is None
+            assert process.poll() is None, log.read_text()
             time.sleep(0.5)
-        yield url, psutil.Process(process.pid)
+        yield url, psutil.Process(process.pid), log
     finally:
         process.terminate()
         process.wait()
@@ -183,7 +270,7 @@ def replicas(server: psutil.Process) -> list[psutil.Process]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_images_are_those_of_vfmtok_serve(on_ray):
-    url, _ = on_ray
+    url, *_ = on_ray
     pipe = VFMTokPipeline.from_pretrained(DEFAULT_CHECKPOINT)
     prepare_cpu_program(pipe.vq_model, pipe.transformer)
     bodies = [{"inputs": seed, "parameters": {"seed": seed}} for seed in range(8)]
@@ -198,20 +285,21 @@ def test_images_are_those_of_vfmtok_serve(on_ray):
 @pytest.mark.timeout(900)
 def test_a_replica_killed_under_load_loses_nothing(on_ray):
     """Among malformed bodies, slow readers and clients that leave."""
-    url, server = on_ray
+    url, server, log = on_ray
+    before = {process.pid for process in replicas(server)}
 
-    async def kill() -> int:
+    async def kill() -> None:
         await asyncio.sleep(15)  # the first images are drawn alone
-        victim = replicas(server)[0]
-        victim.kill()
-        return victim.pid
+        replicas(server)[0].kill()
 
     async def killed_under_load():
         return await asyncio.gather(load(url, clients=32, seconds=40, num_images=8), kill())
 
-    figures, victim = asyncio.run(killed_under_load())
+    figures, _ = asyncio.run(killed_under_load())
     sys.stdout.write(json.dumps(figures))
     assert figures["wrong"] == []
     assert figures["images"] > 0
     assert {200, 400} <= figures["statuses"].keys() <= {200, 400, 429}
-    assert victim not in {process.pid for process in replicas(server)}
+    assert "its request is repeated" in log.read_text()
+    while {process.pid for process in replicas(server)} <= before:  # until the victim is replaced
+        time.sleep(0.5)

@@ -51,10 +51,6 @@ class Dtype(str, Enum):
     bf16 = "bf16"
     fp16 = "fp16"
 
-    @property
-    def torch_name(self) -> str:
-        return {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(self.value, self.value)
-
 
 ModelOption = Annotated[
     str | None,
@@ -173,53 +169,15 @@ def load_pipeline(
     encodes: bool = False,
     reconstructs: bool = False,
 ) -> "VFMTokPipeline | VFMTokDiTPipeline":
-    """
-    Load the pipeline on its device, with compiled kernels if available and without the libraries' progress bars.
-
-    Unless it `generates`, an image tokenizer alone is enough; if it `encodes`, the vision model of a light one is loaded. If it
-    `reconstructs`, it may also be a continuous autoencoder, alone or in its pipeline.
-    """
+    """The pipeline, by default the emoji checkpoint, on its device. Arguments as in `loading.load_pipeline`."""
     name_or_path = resolve_model(model)
     quiet_libraries()
 
-    import torch
-    from transformers import AutoConfig
-    from transformers.utils.hub import has_file
+    from vfmtok_hf.pipelines import loading
 
-    from vfmtok_hf import VFMTokDiTPipeline, VFMTokPipeline
-    from vfmtok_hf.cli.environment import default_device
-    from vfmtok_hf.cpu.programs import prepare_cpu_program
-
-    torch_dtype = getattr(torch, dtype.torch_name)
-    if generates:
-        pipe = VFMTokPipeline.from_pretrained(name_or_path, dtype=torch_dtype)
-    elif has_file(name_or_path, "config.json"):  # the root of a pipeline has none
-        if reconstructs and AutoConfig.from_pretrained(name_or_path).model_type == "vfmae":
-            pipe = VFMTokDiTPipeline.from_autoencoder(name_or_path, dtype=torch_dtype)
-        else:
-            pipe = VFMTokPipeline.from_image_tokenizer(name_or_path, dtype=torch_dtype)
-    elif reconstructs and pipeline_class_name(name_or_path) == "VFMTokDiTPipeline":
-        left_out = {"transformer": None, "guidance_transformer": None}
-        pipe = VFMTokDiTPipeline.from_pretrained(name_or_path, dtype=torch_dtype, **left_out)
-    else:
-        pipe = VFMTokPipeline.from_pretrained(name_or_path, dtype=torch_dtype, transformer=None)
-    if encodes and pipe.autoencoder.vision_model is None:
-        pipe.autoencoder.load_vision_model()
-    pipe.set_progress_bar_config(disable=True)
-    pipe.to(device or default_device())
-    if pipe.device.type == "cpu":
-        prepare_cpu_program(pipe.autoencoder, pipe.transformer)
+    pipe = loading.load_pipeline(name_or_path, device, dtype.value, generates, encodes, reconstructs)
     stopwatch.restart()
     return pipe
-
-
-def pipeline_class_name(name_or_path: str) -> str:
-    """Class of a saved pipeline."""
-    from diffusers import DiffusionPipeline
-
-    from vfmtok_hf.pipelines.portable_vfmtok import class_name
-
-    return class_name(DiffusionPipeline.load_config(name_or_path))
 
 
 def quiet_libraries() -> None:

@@ -1,7 +1,6 @@
 """`vfmtok serve`."""
 
 import socket
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -54,11 +53,10 @@ def serve(
         import uvicorn
 
         from vfmtok_hf import VFMTokPipeline
-        from vfmtok_hf.serving.app import create_app
+        from vfmtok_hf.serving.app import create_app, name_of_model
         from vfmtok_hf.serving.engines import VLLMEngine, without_weights
 
         name_or_path = resolve_model(model)
-        model_name = Path(name_or_path).name if Path(name_or_path).is_dir() else name_or_path
         with bound_socket(host, port) as listener:
             pipe = load_pipeline(model, device, dtype, generates=not engine)
             token_engines = []
@@ -66,7 +64,14 @@ def serve(
                 generator = without_weights(name_or_path)
                 pipe = VFMTokPipeline(pipe.vq_model, generator, pipe.image_processor, pipe.config.id2label)
                 token_engines = [VLLMEngine(url, generator, engine_timeout) for url in engine]
-            app = create_app(pipe, model_name, max_batch_size, max_queue_size, api_key, token_engines=token_engines)
+            app = create_app(
+                pipe,
+                name_of_model(name_or_path),
+                max_batch_size,
+                max_queue_size,
+                api_key,
+                token_engines=token_engines,
+            )
             uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=DRAIN_SECONDS)).run(sockets=[listener])
 
 

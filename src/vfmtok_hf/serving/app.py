@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import PIL.Image
@@ -303,10 +304,22 @@ def create_app(
     app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
     app.add_middleware(KeyCheck, api_key=api_key)
     app.add_middleware(RequestCount, counter=service.metrics.requests)
+    app.state.engine = engine
     add_errors(app)
     add_monitoring(app, service)
     add_generation(app, service, model_name)
     return app
+
+
+def name_of_model(name_or_path: str) -> str:
+    """The repository, or the last part of a folder's path."""
+    return Path(name_or_path).name if Path(name_or_path).is_dir() else name_or_path
+
+
+def list_of_models(model_name: str) -> dict[str, Any]:
+    """The reply of `/v1/models`."""
+    model = {"id": model_name, "object": "model", "created": int(time.time()), "owned_by": "vfmtok-hf"}
+    return {"object": "list", "data": [model]}
 
 
 def add_errors(app: FastAPI) -> None:
@@ -352,7 +365,7 @@ def add_monitoring(app: FastAPI, service: Service) -> None:
 
 def add_generation(app: FastAPI, service: Service, model_name: str) -> None:
     """Add the routes that use the model."""
-    config, started = service.pipe.vq_model.config, int(time.time())
+    config, models_reply = service.pipe.vq_model.config, list_of_models(model_name)
 
     def tokenize(image: bytes) -> list[int]:
         return service.pipe.tokenize(image)[0].tolist()
@@ -362,8 +375,7 @@ def add_generation(app: FastAPI, service: Service, model_name: str) -> None:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        model = {"id": model_name, "object": "model", "created": started, "owned_by": "vfmtok-hf"}
-        return {"object": "list", "data": [model]}
+        return models_reply
 
     @app.post("/v1/images/generations")
     async def generations(body: ImagesRequest, request: Request) -> Response:

@@ -12,20 +12,17 @@ import logging
 import os
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
-from pathlib import Path
-
-import torch
 from fastapi import FastAPI, HTTPException, Request, Response
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import Field
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp, Message, Scope
 
-from vfmtok_hf import DEFAULT_CHECKPOINT, VFMTokPipeline
-from vfmtok_hf.cpu.programs import prepare_cpu_program
+from vfmtok_hf import DEFAULT_CHECKPOINT
+from vfmtok_hf.pipelines.loading import load_pipeline
 from vfmtok_hf.serving.app import (
     KEY_HEADER,
     UNAUTHORIZED,
@@ -34,15 +31,19 @@ from vfmtok_hf.serving.app import (
     create_app,
     error_reply,
     is_authorized,
+    list_of_models,
+    name_of_model,
     unless_gone,
 )
 from vfmtok_hf.serving.engines import PAUSES, QueueFull, Unavailable
-from vfmtok_hf.serving.requests import Body
+from vfmtok_hf.serving.requests import MAX_IMAGES, Body
 
 
 logger = logging.getLogger(__name__)
 
 DRAIN_SECONDS = 60
+# What a replica needs to know of a request.
+SCOPE = ("type", "method", "path", "root_path", "query_string", "headers")
 
 
 class RayArguments(Body):
@@ -52,10 +53,12 @@ class RayArguments(Body):
     Args:
         model (`str`): pipeline folder or repository, which all nodes can read.
         replicas (`int`): number of servers, each with its own copy of the pipeline.
-        max_batch_size, max_queue_size, api_key: as in [`create_app`]. The queue is that of the whole application.
-        device (`str`, *optional*): device of the pipelines. Defaults to the accelerator, if available.
-        dtype (`str`): precision of the weights.
-        num_cpus (`float`), num_gpus (`float`): what Ray reserves for each replica. On CPUs it is also the number of threads.
+        max_batch_size (`int`): images that a replica generates at once. One with guidance counts twice.
+        max_queue_size (`int`): requests that can wait for a replica. Further ones get status 429.
+        api_key (`str`, *optional*): bearer token that clients must send. Defaults to `VFMTOK_API_KEY` where [`build`] runs.
+        device, dtype (`str`): as in [`load_pipeline`].
+        num_cpus (`float`), num_gpus (`float`): what Ray reserves for each replica. Unless `OMP_NUM_THREADS` is set, Ray sets it
+            to `num_cpus`, rounded down and at least 1.
     """
 
     model: str = DEFAULT_CHECKPOINT
@@ -70,7 +73,12 @@ class RayArguments(Body):
 
 
 async def messages_of(app: ASGIApp, scope: Scope, body: bytes) -> AsyncGenerator[Message, None]:
-    """Handle one request in this process and yield what `app` sends. Closing the generator cancels the request."""
+    """
+    Handle one request in this process and yield what `app` sends. Closing the generator cancels the request.
+
+    Raises:
+        Exception: the error of `app` that left the answer incomplete.
+    """
     sent: asyncio.Queue[Message | None] = asyncio.Queue()
     received = iter([{"type": "http.request", "body": body}])
 
@@ -82,12 +90,21 @@ async def messages_of(app: ASGIApp, scope: Scope, body: bytes) -> AsyncGenerator
     task = asyncio.ensure_future(app(scope, receive, sent.put))  # type: ignore[arg-type]
     task.add_done_callback(lambda _: sent.put_nowait(None))
     try:
+        is_complete = False
         while (message := await sent.get()) is not None:
             yield message
-        if error := task.exception():  # answered with status 500
-            logger.error("A request failed.", exc_info=error)
+            is_complete = is_last(message)
+        if error := task.exception():
+            if not is_complete:
+                raise error
+            logger.error("A request failed.", exc_info=error)  # answered with status 500
     finally:
         task.cancel()
+
+
+def is_last(message: Message) -> bool:
+    """Whether an ASGI message ends its answer."""
+    return message["type"] == "http.response.body" and not message.get("more_body")
 
 
 @serve.deployment(graceful_shutdown_timeout_s=DRAIN_SECONDS)
@@ -102,14 +119,11 @@ class Replica:
     async def __init__(self, arguments: RayArguments):  # type: ignore[misc]
         if os.nice(0) > 0:
             logger.warning("This worker has niceness %d. Start Ray with RAY_worker_niceness=0.", os.nice(0))
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        pipe = VFMTokPipeline.from_pretrained(arguments.model, dtype=arguments.dtype)
-        pipe.set_progress_bar_config(disable=True)
-        pipe.to(arguments.device or accelerator or "cpu")
-        if pipe.device.type == "cpu":
-            prepare_cpu_program(pipe.vq_model, pipe.transformer)
-        model_name = Path(arguments.model).name if Path(arguments.model).is_dir() else arguments.model
-        self.app = create_app(pipe, model_name, arguments.max_batch_size, arguments.max_queue_size, arguments.api_key)
+        pipe = load_pipeline(arguments.model, arguments.device, arguments.dtype, generates=True)
+        # Ray bounds the queue, by requests. What it has admitted is never refused here.
+        max_queue_size = MAX_IMAGES * num_ongoing_requests(arguments)
+        model_name = name_of_model(arguments.model)
+        self.app = create_app(pipe, model_name, arguments.max_batch_size, max_queue_size, arguments.api_key)
         await self.app.router.lifespan_context(self.app).__aenter__()
 
     async def respond(self, scope: Scope, body: bytes) -> AsyncIterator[Message]:
@@ -119,10 +133,8 @@ class Replica:
 
     async def check_health(self) -> None:
         """Called by Ray, which replaces the replica if this raises."""
-        scope = {"type": "http", "method": "GET", "path": "/health", "query_string": b"", "headers": []}
-        async for message in self.respond(scope, b""):
-            if message.get("status", 200) != 200:
-                raise RuntimeError("The batcher has ended.")
+        if not self.app.state.engine.is_running:
+            raise RuntimeError("The batcher has ended.")
 
 
 routes = FastAPI(title="vfmtok serve", docs_url=None, redoc_url=None, openapi_url=None)
@@ -138,11 +150,26 @@ class FrontEnd:
 
     Args:
         replicas (`DeploymentHandle`): the handle of [`Replica`].
+        model_name (`str`): name of the model in `/v1/models`.
         api_key (`str`, *optional*): bearer token that clients must send.
     """
 
-    def __init__(self, replicas: DeploymentHandle, api_key: str | None):
+    async def __init__(self, replicas: DeploymentHandle, model_name: str, api_key: str | None):  # type: ignore[misc]
         self.replicas, self.api_key = replicas.options(stream=True), api_key
+        self.models_reply = list_of_models(model_name)
+        await replicas.check_health.remote()  # waits for the first replica
+
+    @routes.get("/health")
+    async def health(self) -> dict[str, str]:
+        """Whether requests are accepted. Ray itself watches the replicas."""
+        return {"status": "ok"}
+
+    @routes.get("/v1/models")
+    async def models(self, request: Request) -> Response:
+        """The model, at once."""
+        if not is_authorized(request.scope, self.api_key):
+            return error_reply(*UNAUTHORIZED)
+        return JSONResponse(self.models_reply)
 
     @routes.get("/metrics")
     async def metrics(self) -> None:
@@ -154,7 +181,7 @@ class FrontEnd:
         """Answer a request with the messages of a replica."""
         if not is_authorized(request.scope, self.api_key):
             return error_reply(*UNAUTHORIZED)
-        scope = {name: request.scope[name] for name in ("type", "method", "path", "query_string", "headers")}
+        scope = {name: request.scope[name] for name in SCOPE}
         if KEY_HEADER not in request.headers:
             scope["headers"] = [*scope["headers"], (KEY_HEADER.encode(), uuid.uuid4().hex.encode())]
         messages = self.messages(scope, await request.body())
@@ -173,33 +200,47 @@ class FrontEnd:
 
     async def messages(self, scope: Scope, body: bytes) -> AsyncGenerator[Message, None]:
         """
-        Yield the ASGI messages that answer a request. A repeated request gives the same messages, so those that were already
-        yielded are skipped.
+        Yield the ASGI messages that answer a request. The start is held back until the first part of the body, which is the
+        whole one unless events are streamed. A repeated request gives the same messages, so those that were already yielded
+        are skipped.
 
         Raises:
-            QueueFull, Unavailable: no replica answered.
+            QueueFull: no replica is free, and the queue is full.
+            Unavailable: all tries failed.
+            RuntimeError: the answer to the repeated request begins differently, for example with an error.
         """
-        num_yielded = 0
+        started, num_yielded = None, 0
         for pause in (0, *PAUSES):
             await asyncio.sleep(pause)
             answer, number = self.replicas.respond.remote(scope, body), 0
             try:
+                start = await anext(answer)
+                if start["status"] == 503:
+                    continue
+                if started not in (None, start):
+                    raise RuntimeError("The answer to a repeated request begins differently.")
                 async for message in answer:
-                    if message.get("status") == 503:
-                        break
+                    if started is None:
+                        yield (started := start)
                     if number == num_yielded:
                         yield message
                         num_yielded += 1
                     number += 1
-                else:
-                    return
+                    if is_last(message):
+                        return
             except BackPressureError as error:
-                raise QueueFull("Too many requests are waiting.") from error
-            except RayActorError as error:
-                logger.warning("A replica died, its request is repeated: %s", error)
+                if started is None:
+                    raise QueueFull("Too many requests are waiting.") from error
+            except (RayActorError, RayTaskError) as error:
+                logger.warning("A replica failed, its request is repeated: %s", error)
             finally:
                 answer.cancel()
         raise Unavailable("No replica could answer.")
+
+
+def num_ongoing_requests(arguments: RayArguments) -> int:
+    """Twice the batch: the next requests wait in the replica, and few are repeated if it dies."""
+    return 2 * arguments.max_batch_size
 
 
 def build(arguments: RayArguments) -> serve.Application:
@@ -209,8 +250,7 @@ def build(arguments: RayArguments) -> serve.Application:
     Args:
         arguments ([`RayArguments`]): the arguments.
     """
-    # Twice the batch: the next images wait in the replica, and few are repeated if it dies.
-    num_ongoing = 2 * arguments.max_batch_size
+    num_ongoing = num_ongoing_requests(arguments)
     replicas = Replica.options(
         num_replicas=arguments.replicas,
         max_ongoing_requests=num_ongoing,
@@ -219,7 +259,9 @@ def build(arguments: RayArguments) -> serve.Application:
     ).bind(arguments)
     # Never the bottleneck, so that health checks and refusals need not wait.
     num_connections = 2 * (arguments.replicas * num_ongoing + arguments.max_queue_size)
-    return FrontEnd.options(max_ongoing_requests=num_connections).bind(replicas, arguments.api_key)
+    return FrontEnd.options(max_ongoing_requests=num_connections).bind(
+        replicas, name_of_model(arguments.model), arguments.api_key
+    )
 
 
 __all__ = ["RayArguments", "build"]
