@@ -12,6 +12,7 @@ import logging
 import os
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
+
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import Field
