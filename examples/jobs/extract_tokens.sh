@@ -1,5 +1,5 @@
 #!/bin/bash
-# Encode a data set to image tokens on Hugging Face Jobs, on one machine with eight GPUs, and publish them.
+# Encode a data set to image tokens on Hugging Face Jobs, on one machine with eight GPUs, in a bucket.
 #
 #     DATASET=you/images BUCKET=you/tokens TOKENIZER=you/vfmtok-pipeline bash examples/jobs/extract_tokens.sh
 #

@@ -27,6 +27,7 @@ SLURM = {
     "SLURM_JOB_NODELIST": "node[1-4]",
     "SLURM_JOB_NUM_NODES": "4",
     "SLURM_GPUS_ON_NODE": "8",
+    "SLURM_CPUS_PER_TASK": "64",
 }
 JOBS = {"DATASET": "you/images", "BUCKET": "you/bucket", "TOKENIZER": "you/vfmtok-pipeline"}
 ENDPOINT = {"REPO": "you/vfmtok-pipeline", "IMAGE": "you/vfmtok-serve:latest"}
@@ -80,7 +81,8 @@ def test_slurm_starts_a_launcher_per_node(stubs, tmp_path):
     (tmp_path / "run.yaml").write_text("train_data: images\ntokenizer: tokenizer\noutput: run\n")
     script = stubs.start("examples/slurm/train.sbatch", "generator", str(tmp_path / "run.yaml"), **SLURM)
     assert script.wait() == 0
-    (arguments,) = stubs.calls("srun")
+    ((flag, num_cpus, *arguments),) = stubs.calls("srun")
+    assert (flag, num_cpus) == ("--cpus-per-task", "64")
     options = launched(arguments)
     assert (options.num_machines, options.num_processes, options.rdzv_backend) == (4, 32, "c10d")
     assert options.main_process_ip == "node1"
@@ -106,7 +108,7 @@ def test_slurm_job_that_fails_is_not_queued_again(stubs):
 
 
 def test_slurm_submits_the_extraction(stubs):
-    script = stubs.start("examples/slurm/extract_tokens.sbatch", "data", "tokens", "model")
+    script = stubs.start("examples/slurm/extract_tokens.sh", "data", "tokens", "model")
     assert script.wait() == 0
     ((command, *arguments),) = stubs.calls("vfmtok")
     options = typer.main.get_command(app).commands[command].make_context(command, arguments).params

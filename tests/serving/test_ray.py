@@ -23,8 +23,9 @@ from tests.serving.servers import free_port, running
 from tests.serving.test_app import Blocked, post
 from vfmtok_hf import DEFAULT_CHECKPOINT, VFMTokPipeline
 from vfmtok_hf.cpu.programs import prepare_cpu_program
-from vfmtok_hf.serving.app import create_app
+from vfmtok_hf.serving.app import create_app, list_of_models
 from vfmtok_hf.serving.engines import QueueFull, Unavailable
+from vfmtok_hf.serving.requests import MAX_IMAGES
 
 
 pytest.importorskip("ray", reason="vfmtok-hf[ray] brings it")
@@ -53,6 +54,8 @@ class Answer:
         return self
 
     async def __anext__(self):
+        if not self.messages:
+            raise StopAsyncIteration
         if isinstance(message := self.messages.pop(0), Exception):
             raise message
         return message
@@ -129,8 +132,10 @@ def test_the_prefix_of_the_application_is_passed_on():
         raise Unavailable
         yield
 
+    received = [{"type": "http.request", "body": b""}]
+
     async def receive():
-        return {"type": "http.request", "body": b""}
+        return received.pop() if received else await asyncio.Future()  # a client that stays
 
     scope = {"type": "http", "method": "GET", "path": "/emoji/v1/tokens", "root_path": "/emoji", "query_string": b""}
     request = Request({**scope, "headers": []}, receive)
@@ -139,15 +144,36 @@ def test_the_prefix_of_the_application_is_passed_on():
     assert scopes[0]["root_path"] == "/emoji"
 
 
-def test_replicas_refuse_nothing_that_ray_admits():
-    """`build` and `Replica` agree on the number of requests."""
-    arguments = ray_app.RayArguments(model="tiny", max_batch_size=2)
-    application = ray_app.build(arguments)
-    deployment = application._bound_deployment.init_args[0]._bound_deployment
-    assert deployment.max_ongoing_requests == ray_app.num_ongoing_requests(arguments) == 4
+def test_the_list_of_models_needs_the_key():
+    front_end = SimpleNamespace(api_key="secret", models_reply=list_of_models("tiny"))
+
+    def reply(*headers):
+        request = Request({"type": "http", "method": "GET", "path": "/v1/models", "headers": headers})
+        return asyncio.run(ray_app.FrontEnd.func_or_class.models(front_end, request))
+
+    assert reply().status_code == 401
+    assert json.loads(reply((b"authorization", b"Bearer secret")).body)["data"][0]["id"] == "tiny"
 
 
 # -- a replica
+
+
+def test_a_replica_queues_all_that_ray_admits(monkeypatch):
+    """And it is healthy until its engine ends."""
+    monkeypatch.setattr(ray_app, "load_pipeline", lambda *arguments, **options: tiny_pipeline())
+    arguments = ray_app.RayArguments(model="tiny", max_batch_size=2, max_queue_size=1)
+    deployment = ray_app.build(arguments)._bound_deployment.init_args[0]._bound_deployment
+    replica = SimpleNamespace()
+
+    async def started_and_stopped():
+        await ray_app.Replica.func_or_class.__init__(replica, arguments)
+        await ray_app.Replica.func_or_class.check_health(replica)
+        await replica.app.state.engine.stop()
+        with pytest.raises(RuntimeError, match="ended"):
+            await ray_app.Replica.func_or_class.check_health(replica)
+
+    asyncio.run(started_and_stopped())
+    assert replica.app.state.engine.max_queue_size == deployment.max_ongoing_requests * MAX_IMAGES
 
 
 def test_messages_are_those_that_a_server_sends():

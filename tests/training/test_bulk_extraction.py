@@ -20,6 +20,9 @@ from vfmtok_hf.training import token_extraction
 
 
 pytest.importorskip("datatrove", reason="vfmtok-hf[datatrove] brings it")
+from vfmtok_hf.training.bulk_extraction import WriteShards
+
+
 OPTIONS = ["--num-crops", "2", "--shard-size", "3"]
 
 
@@ -130,7 +133,8 @@ def contents(folder):
 
 def test_tasks_write_the_same_bytes(tokenizer, images, expected, tmp_path):
     assert len(expected) == 5
-    run(tokenizer, images, tmp_path / "tokens", "--executor", "local", "--tasks", "3", "--workers", "1")
+    options = ["--executor", "local", "--tasks", "3", "--workers", "2", "--num-workers", "1"]
+    run(tokenizer, images, tmp_path / "tokens", *options)
     assert contents(tmp_path / "tokens") == expected
     modes = {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "tokens").iterdir() if file.is_file()}
     (tmp_path / "mine").touch()
@@ -165,19 +169,54 @@ def test_slurm_gets_an_array_and_the_index_after_it(tokenizer, images, tmp_path,
     sbatch.chmod(0o755)
     monkeypatch.setenv("PATH", f"{sbatch.parent}{os.pathsep}{os.environ['PATH']}")
     options = ["--executor", "slurm", "--tasks", "4", "--workers", "2", "--partition", "gpu", "--time", "1:00:00"]
+    options += ["--num-workers", "3"]
     run(tokenizer, images, tmp_path / "tokens", *options)
     scripts = (tmp_path / "scripts").read_text()
     assert re.search(r"#SBATCH --array=0-3%2", scripts)
     assert re.search(r"#SBATCH --dependency=after\w+:7", scripts)
     # The array, the index, and after each datatrove's own job that adds up statistics.
     assert scripts.count("#SBATCH --partition=gpu") == 4
+    assert scripts.count("#SBATCH --cpus-per-task=4") == 2
+    assert scripts.count("#SBATCH --mem-per-cpu=4G") == 2
+    assert "--gpus" not in scripts  # of tasks on CPUs
+    assert "--qos" not in scripts
 
 
-def test_slurm_needs_a_partition(tokenizer, images, tmp_path):
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--executor", "slurm"], "--partition"),
+        (["--tasks", "4"], "--tasks"),
+        (["--executor", "local", "--gpus-per-task", "1"], "--gpus-per-task"),
+        (["--executor", "ray", "--qos", "high"], "--qos"),
+    ],
+)
+def test_options_that_do_not_fit_the_executor_are_refused(tokenizer, images, tmp_path, options, named):
     arguments = ["extract-tokens", str(images), "--output", str(tmp_path), "--model", str(tokenizer)]
-    result = CliRunner().invoke(app, [*arguments, "--executor", "slurm"])
+    result = CliRunner().invoke(app, [*arguments, *options])
     assert result.exit_code == 1
-    assert "--partition" in result.output
+    assert named in result.output
+
+
+def test_images_are_looked_for_before_datatrove_is_imported(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datatrove", None)
+    monkeypatch.delitem(sys.modules, "vfmtok_hf.training.bulk_extraction", raising=False)
+    arguments = ["extract-tokens", str(tmp_path / "absent"), "--output", str(tmp_path), "--model", str(tokenizer)]
+    result = CliRunner().invoke(app, [*arguments, "--executor", "local"])
+    assert result.exit_code == 1
+    assert "absent" in result.output
+
+
+def test_tasks_share_the_devices(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+
+    def devices(device):
+        return [str(WriteShards(None, device).device_of(rank)) for rank in range(3)]
+
+    assert devices(None) == devices("cuda") == ["cuda:0", "cuda:1", "cuda:0"]
+    assert devices("cuda:1") == ["cuda:1"] * 3
+    assert devices("cpu") == ["cpu"] * 3
 
 
 @pytest.mark.slow

@@ -23,8 +23,20 @@ train_app = typer.Typer(help="Train image tokenizers and generators.", no_args_i
 # The trainers have their own parser, which also handles --help.
 OWN_PARSER = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
+# The executors that use an option.
+DATATROVE = ("local", "slurm", "ray")
+USED_BY = {
+    "tasks": DATATROVE,
+    "workers": DATATROVE,
+    "gpus_per_task": ("slurm", "ray"),
+    "partition": ("slurm",),
+    "qos": ("slurm",),
+    "time": ("slurm",),
+}
+
 
 def extract_tokens(
+    context: typer.Context,
     data: Annotated[
         str,
         typer.Argument(
@@ -53,6 +65,9 @@ def extract_tokens(
     model: ModelOption = None,
     device: DeviceOption = None,
     batch_size: BatchSizeOption = 32,
+    num_workers: Annotated[
+        int, typer.Option(min=0, help="Processes that read images; on Slurm and Ray a task gets one CPU more.")
+    ] = 0,
     executor: Annotated[
         Literal["accelerate", "local", "slurm", "ray"],
         typer.Option(help="This process (or those of `accelerate launch`), or tasks of datatrove."),
@@ -60,7 +75,10 @@ def extract_tokens(
     tasks: Annotated[int, typer.Option(min=1, help="With datatrove: number of tasks that share the files.")] = 1,
     workers: Annotated[int, typer.Option(help="With datatrove: number of tasks at a time; -1 is all.")] = -1,
     partition: Annotated[str | None, typer.Option(help="With `slurm`: partition of the jobs.")] = None,
-    gpus_per_task: Annotated[int, typer.Option(min=0, help="With `slurm` and `ray`.")] = 1,
+    qos: Annotated[str | None, typer.Option(help="With `slurm`: quality of service of the jobs.")] = None,
+    gpus_per_task: Annotated[
+        int | None, typer.Option(min=0, help="With `slurm` and `ray`. *Default: 1, or 0 with `--device cpu`.*")
+    ] = None,
     time: Annotated[str, typer.Option(help="With `slurm`: time limit of a task.")] = "8:00:00",
 ) -> None:
     """
@@ -68,14 +86,25 @@ def extract_tokens(
 
     Several processes: `torchrun --nproc_per_node N -m vfmtok_hf.training.extract_tokens`, or `--executor local --tasks N`.
     """
-    if executor != "accelerate":
-        with one_line_errors("datatrove"):
+    with one_line_errors("train" if executor == "accelerate" else "datatrove"):
+        from vfmtok_hf.data.files import check_source
+        from vfmtok_hf.data.output_files import check_output_folder
+
+        for name, executors in USED_BY.items():
+            if executor not in executors and context.get_parameter_source(name).name != "DEFAULT":
+                raise ValueError(f"--{name.replace('_', '-')} has no effect with --executor {executor}.")
+        if executor == "slurm" and partition is None:
+            raise ValueError("Slurm needs a --partition.")
+        check_output_folder(output)
+        check_source(data)
+        name_or_path = resolve_model(model)
+        if executor != "accelerate":
             from vfmtok_hf.training.arguments import ExtractionArguments
             from vfmtok_hf.training.bulk_extraction import extract_with_datatrove
 
             arguments = ExtractionArguments(
                 data=data,
-                tokenizer=resolve_model(model),
+                tokenizer=name_or_path,
                 output=str(output),
                 crops=crops,
                 num_crops=num_crops,
@@ -86,23 +115,17 @@ def extract_tokens(
                 shard_size=shard_size,
                 seed=seed,
                 batch_size=batch_size,
+                num_workers=num_workers,
             )
-            if executor == "slurm" and partition is None:
-                raise ValueError("Slurm wants a --partition.")
+            if gpus_per_task is None:
+                gpus_per_task = int(device != "cpu")
             options = {
                 "local": {},
                 "ray": {"gpus_per_task": gpus_per_task},
-                "slurm": {"gpus_per_task": gpus_per_task, "partition": partition, "time": time},
+                "slurm": {"gpus_per_task": gpus_per_task, "partition": partition, "qos": qos, "time": time},
             }[executor]
             extract_with_datatrove(arguments, executor, tasks, workers, device, **options)
-        return
-    with one_line_errors("train"):
-        from vfmtok_hf.data.files import check_source
-        from vfmtok_hf.data.output_files import check_output_folder
-
-        check_output_folder(output)
-        check_source(data)
-        name_or_path = resolve_model(model)
+            return
         quiet_libraries()
 
         from vfmtok_hf.cli.environment import default_device
@@ -130,6 +153,7 @@ def extract_tokens(
                 codebook_top_k,
                 shard_size,
                 batch_size,
+                num_workers,
                 progress_callback=progress_callback,
             )
         for name in index["unreadable"]:

@@ -210,7 +210,7 @@ class FrontEnd:
             Unavailable: all tries failed.
             RuntimeError: the answer to the repeated request begins differently, for example with an error.
         """
-        started, num_yielded = None, 0
+        started, num_yielded, is_complete = None, 0, False
         for pause in (0, *PAUSES):
             await asyncio.sleep(pause)
             answer, number = self.replicas.respond.remote(scope, body), 0
@@ -227,8 +227,7 @@ class FrontEnd:
                         yield message
                         num_yielded += 1
                     number += 1
-                    if is_last(message):
-                        return
+                    is_complete = is_last(message)
             except BackPressureError as error:
                 if started is None:
                     raise QueueFull("Too many requests are waiting.") from error
@@ -236,6 +235,8 @@ class FrontEnd:
                 logger.warning("A replica failed, its request is repeated: %s", error)
             finally:
                 answer.cancel()
+            if is_complete:
+                return
         raise Unavailable("No replica could answer.")
 
 

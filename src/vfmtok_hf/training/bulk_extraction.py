@@ -5,6 +5,7 @@ A task writes the shards `rank`, `rank + tasks`, ... The content of a shard depe
 when it is complete. A repeated task, or a repeated extraction, therefore writes only the missing shards.
 """
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,12 +15,14 @@ from datatrove.pipeline.base import PipelineStep
 
 from vfmtok_hf.training.arguments import ExtractionArguments
 from vfmtok_hf.training.logs import logger
-from vfmtok_hf.training.token_extraction import TokenExtraction, open_extraction
+from vfmtok_hf.training.token_extraction import open_extraction
 
 
 EXECUTORS = {"local": LocalPipelineExecutor, "slurm": SlurmPipelineExecutor, "ray": RayPipelineExecutor}
 # Next to the shards, on a file system that all nodes see.
 LOGS = ".datatrove"
+# Main memory of a task.
+MIN_MEMORY_GB = 16
 
 
 class ExtractionStep(PipelineStep):
@@ -28,7 +31,8 @@ class ExtractionStep(PipelineStep):
 
     Args:
         arguments (`ExtractionArguments`): tokenizer, images, output and settings.
-        device (`str`, *optional*): device of the tokenizer. Defaults to the accelerator, if available.
+        device (`str`, *optional*): device of the tokenizers. Defaults to the accelerator, if available. Tasks on one machine
+            share its devices, unless a number such as in `"cuda:1"` chooses one.
     """
 
     type = "VFMTok"
@@ -37,12 +41,13 @@ class ExtractionStep(PipelineStep):
         super().__init__()
         self.arguments, self.device = arguments, device
 
-    def open(self) -> TokenExtraction:
-        """Open the extraction, with its tokenizer on the device."""
+    def device_of(self, rank: int) -> torch.device:
+        """The device of task `rank`."""
         accelerator = torch.accelerator.current_accelerator(check_available=True)
-        extraction = open_extraction(self.arguments, torch.device(self.device or accelerator or "cpu"))
-        extraction.tokenizer.eval()
-        return extraction
+        device = torch.device(self.device or accelerator or "cpu")
+        if device.type == "cpu" or device.index is not None:
+            return device
+        return torch.device(device.type, rank % torch.accelerator.device_count())
 
 
 class WriteShards(ExtractionStep):
@@ -52,7 +57,8 @@ class WriteShards(ExtractionStep):
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Any:
         """Called by datatrove for task `rank` of `world_size`, with `data` of the step before."""
-        extraction = self.open()
+        extraction = open_extraction(self.arguments, self.device_of(rank))
+        extraction.tokenizer.eval()
         for number in range(rank, extraction.num_shards, world_size):
             if extraction.is_missing(number):
                 extraction.write_shard(number)
@@ -67,7 +73,7 @@ class WriteIndex(ExtractionStep):
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Any:
         """Called by datatrove for task `rank` of `world_size`, with `data` of the step before."""
-        self.open().write_index()
+        open_extraction(self.arguments, torch.device("cpu")).write_index()
         return data
 
 
@@ -87,14 +93,14 @@ def extract_with_datatrove(
         executor (`str`): `"local"`, `"slurm"` or `"ray"`.
         tasks (`int`): number of tasks that share the shards.
         workers (`int`): tasks that run at the same time. -1 means all.
-        device (`str`, *optional*): device of the tokenizers. Defaults to the accelerator, if available.
+        device (`str`, *optional*): device of the tokenizers, as for [`WriteShards`]. This process needs none.
         options: more arguments of datatrove's executor, such as `partition` and `time` for Slurm.
 
     Raises:
         ValueError: `output` contains other tokens, or no image can be decoded.
     """
     step = WriteShards(arguments, device)
-    extraction = step.open()
+    extraction = open_extraction(arguments, torch.device("cpu"))
     if extraction.finished() is not None:
         logger.info("%s is complete", arguments.output)
         return
@@ -102,11 +108,14 @@ def extract_with_datatrove(
     logs = Path(arguments.output).absolute() / LOGS
     # Files show which shards exist. datatrove's notes of an earlier run may be out of date.
     options = {**options, "workers": workers, "skip_completed": False}
+    if executor != "local":
+        num_cpus = arguments.num_workers + 1
+        options |= {"cpus_per_task": num_cpus, "mem_per_cpu_gb": max(math.ceil(MIN_MEMORY_GB / num_cpus), 2)}
     if executor == "slurm":
-        options |= {"job_name": "vfmtok-tokens", "cpus_per_task": 8, "slurm_logs_folder": str(logs / "slurm")}
+        options |= {"job_name": "vfmtok-tokens", "slurm_logs_folder": str(logs / "slurm")}
     shards = EXECUTORS[executor](pipeline=[step], tasks=tasks, logging_dir=str(logs / "shards"), **options)
     index = EXECUTORS[executor](
-        pipeline=[WriteIndex(arguments, device)], tasks=1, logging_dir=str(logs / "index"), depends=shards, **options
+        pipeline=[WriteIndex(arguments)], tasks=1, logging_dir=str(logs / "index"), depends=shards, **options
     )
     index.run()
 
