@@ -21,7 +21,7 @@ from vfmtok_hf.training.token_extraction import open_extraction
 EXECUTORS = {"local": LocalPipelineExecutor, "slurm": SlurmPipelineExecutor, "ray": RayPipelineExecutor}
 # Next to the shards, on a file system that all nodes see.
 LOGS = ".datatrove"
-# Main memory of a task.
+# Main memory of a task on Slurm.
 MIN_MEMORY_GB = 16
 
 
@@ -108,10 +108,11 @@ def extract_with_datatrove(
     logs = Path(arguments.output).absolute() / LOGS
     # Files show which shards exist. datatrove's notes of an earlier run may be out of date.
     options = {**options, "workers": workers, "skip_completed": False}
+    num_cpus = arguments.num_workers + 1
     if executor != "local":
-        num_cpus = arguments.num_workers + 1
-        options |= {"cpus_per_task": num_cpus, "mem_per_cpu_gb": max(math.ceil(MIN_MEMORY_GB / num_cpus), 2)}
+        options["cpus_per_task"] = num_cpus
     if executor == "slurm":
+        options["mem_per_cpu_gb"] = max(math.ceil(MIN_MEMORY_GB / num_cpus), 2)
         options |= {"job_name": "vfmtok-tokens", "slurm_logs_folder": str(logs / "slurm")}
     shards = EXECUTORS[executor](pipeline=[step], tasks=tasks, logging_dir=str(logs / "shards"), **options)
     index = EXECUTORS[executor](
