@@ -14,7 +14,7 @@ import PIL.Image
 
 import inpainting
 from inspection import decode_tokens, inspect, to_url
-from model import GRID_SIZE, INPAINTING_PIPE, gpu
+from model import CAN_INPAINT, GRID_SIZE, gpu
 from neighbors import EXAMPLES, nearest
 from pictures import picture_upload, pixel_values_of
 from sampling import generate_at_once, generate_stepwise
@@ -255,15 +255,19 @@ def guidance_tab() -> None:
     start.click(None, js=SHOW_RESULT % "comparison", **QUIET)
 
 
+def few_examples(image: gr.Image) -> None:
+    """One example of each class; a click puts it into `image`."""
+    with gr.Column(elem_classes="vt-examples"):
+        gr.Examples([[str(path)] for path in FEW_EXAMPLES], image, label="Examples", examples_per_page=20)
+
+
 def inspector_tab() -> gr.Image:
     """An upload and the view in `page/inspector.js`, which edits tokens and has them decoded here. Returns the upload."""
     with gr.Tab("Inside") as tab, gr.Row(elem_classes="vt-tool"):
-        with gr.Column(scale=2, min_width=260):
-            image = picture_upload(height=240, elem_classes="vt-upload", elem_id="inspected")
-            with gr.Column(elem_classes="vt-examples"):
-                gr.Examples([[str(path)] for path in FEW_EXAMPLES], image, label="Examples", examples_per_page=20)
-        with gr.Column(scale=5, min_width=320):
+        image = picture_upload(height=240, elem_classes="vt-upload", elem_id="inspected")
+        with gr.Column(elem_classes="vt-result"):
             inspector = view("inspector.html", "tokens, sampling locations, images", "inspector.js", edited=None)
+        few_examples(image)
     tab.select(first_example, image, image, **QUIET)
     image.change(look_inside, image, inspector, show_progress="minimal", **MODEL_EVENT)
     inspector.input(
@@ -276,15 +280,14 @@ def inspector_tab() -> gr.Image:
 def nearest_tab() -> None:
     """An upload or an example, and its neighbors."""
     with gr.Tab("Nearest") as tab, gr.Row(elem_classes="vt-tool"):
-        with gr.Column(scale=2, min_width=260):
-            image = picture_upload(height=240, elem_classes="vt-upload", elem_id="query")
-            with gr.Column(elem_classes="vt-examples"):
-                gallery = gr.Gallery(
-                    EXAMPLES, label="Examples", show_label=False, container=False, height="auto", allow_preview=False,
-                    interactive=False, object_fit="contain", buttons=[], elem_classes="vt-gallery vt-pool",
-                )  # fmt: skip
-        with gr.Column(scale=5, min_width=320):
+        image = picture_upload(height=240, elem_classes="vt-upload", elem_id="query")
+        with gr.Column(elem_classes="vt-result"):
             neighbors = view("neighbors.html", "nearest examples by tokens and by embedding", elem_id="neighbors")
+        with gr.Column(elem_classes="vt-examples"):
+            gallery = gr.Gallery(
+                EXAMPLES, label="Examples", show_label=False, container=False, height="auto", allow_preview=False,
+                interactive=False, object_fit="contain", buttons=[], elem_classes="vt-gallery vt-pool",
+            )  # fmt: skip
     tab.select(first_example, image, image, **QUIET)
     gallery.select(chosen_example, outputs=image, **QUIET)
     image.change(find_nearest, image, neighbors, show_progress="minimal", **MODEL_EVENT)
@@ -292,24 +295,22 @@ def nearest_tab() -> None:
 
 def inpaint_tab() -> gr.Image:
     """An upload, the editor of `page/mask.js` and the repainted image. Returns the upload."""
-    with gr.Tab("Inpaint") as tab, gr.Row(elem_classes="vt-tool"):
-        with gr.Column(scale=2, min_width=260):
-            image = picture_upload(height=200, elem_classes="vt-upload", elem_id="painted")
-            with gr.Column(elem_classes="vt-form"):
-                label = class_picker("inpainted-class")
-                seed = seed_with_dice()
-                start = gr.Button("Inpaint", variant="primary")
-            with gr.Column(elem_classes="vt-examples"):
-                gr.Examples([[str(path)] for path in FEW_EXAMPLES], image, label="Examples", examples_per_page=20)
-        with gr.Column(scale=3, min_width=300):
+    with gr.Tab("Inpaint") as tab, gr.Row(elem_classes="vt-tool vt-inpaint"):
+        image = picture_upload(height=200, elem_classes="vt-upload", elem_id="painted")
+        with gr.Column(elem_classes="vt-editor"):
             mask = gr.HTML(
                 [], html_template=template("mask.html"), js_on_load=template("mask.js"), grid=GRID_SIZE, picture=None
             )
             mask.api_info = lambda: {"type": "array", "items": {"type": "integer"}, "description": "cells to repaint"}
-        with gr.Column(scale=3, min_width=300, elem_classes="vt-result"):
-            result = view("inpainted.html", "the repainted image", elem_id="inpainted")
+        with gr.Column():
+            label = class_picker("inpainted-class")
+            seed = seed_with_dice()
+            start = gr.Button("Inpaint", variant="primary")
+        with gr.Column(elem_classes="vt-result"):
+            result = view("inpainted.html", "the repainted image", "inpainted.js", elem_id="inpainted")
+        few_examples(image)
     tab.select(first_example, image, image, **QUIET)
-    image.change(image_to_mark, image, [mask, result], show_progress="hidden", api_visibility="private", **MODEL_EVENT)
+    image.change(image_to_mark, image, [mask, result], show_progress="hidden", api_visibility="private")
     start.click(inpaint, [image, mask, label, seed], result, show_progress="minimal", **MODEL_EVENT)
     start.click(None, js=SHOW_RESULT % "inpainted", **QUIET)
     return image
@@ -325,7 +326,7 @@ def build_page() -> gr.Blocks:
         inspected = inspector_tab()
         nearest_tab()
         sheet.inside(chosen_image, history, inspected, **QUIET).then(None, js=SHOW_TAB % "Inside", **QUIET)
-        if INPAINTING_PIPE is not None:
+        if CAN_INPAINT:
             painted = inpaint_tab()
             sheet.inpaint(chosen_image, history, painted, **QUIET).then(None, js=SHOW_TAB % "Inpaint", **QUIET)
         gr.api(decode, **MODEL_EVENT)

@@ -4,7 +4,7 @@ import gradio as gr
 import PIL.Image
 import torch
 
-from model import INPAINTING_PIPE, NUM_TOKENS
+from model import NUM_TOKENS, PIPE
 from pictures import data_url, pixel_values_of
 from settings import Settings
 from views import download_name, image_captions
@@ -12,7 +12,7 @@ from views import download_name, image_captions
 
 def inpaint(picture: PIL.Image.Image | None, cells: list[int], settings: Settings) -> dict:
     """
-    Sample the tokens of `cells`, numbered in raster order, anew and decode the image. JSON-serializable.
+    Regenerate the tokens of `cells`, numbered in raster order, and decode the image. JSON-serializable.
 
     Raises:
         gr.Error: there is no image, or `cells` are not numbers of cells.
@@ -24,6 +24,6 @@ def inpaint(picture: PIL.Image.Image | None, cells: list[int], settings: Setting
     mask = torch.zeros(NUM_TOKENS, dtype=torch.bool)
     mask[cells] = True
     generator = torch.Generator().manual_seed(settings.seed)
-    [image] = INPAINTING_PIPE.inpaint(picture, settings.label, mask, generator=generator).images
+    [image] = PIPE.inpaint(picture, settings.label, mask, generator=generator).images
     [caption] = image_captions(settings)
     return {"url": data_url(image), "caption": caption, "file": download_name(caption)}

@@ -27,20 +27,11 @@ def load_pipeline(name_or_path: str | Path) -> VFMTokPipeline:
     return pipe
 
 
-def inpainting_pipeline() -> VFMTokPipeline | None:
-    """A pipeline whose generator samples tokens in any order, which inpainting needs: the page's own, or one for the same classes."""
-    if PIPE.transformer.config.model_type == "vfmtok_rar":
-        return PIPE
-    if IS_DEFAULT_CHECKPOINT and RAR_CHECKPOINT.is_dir():
-        return load_pipeline(RAR_CHECKPOINT)
-    return None
-
-
-RAR_CHECKPOINT = Path(DEFAULT_CHECKPOINT).with_name("emoji_rar")
 MODEL = os.environ.get("VFMTOK_MODEL", DEFAULT_CHECKPOINT)
 IS_DEFAULT_CHECKPOINT = MODEL == DEFAULT_CHECKPOINT
 PIPE = load_pipeline(MODEL)
-INPAINTING_PIPE = inpainting_pipeline()
+# Inpainting needs a generator that samples tokens in any order.
+CAN_INPAINT = PIPE.transformer.config.model_type == "vfmtok_rar"
 NUM_TOKENS = PIPE.vq_model.config.num_anchors
 GRID_SIZE = PIPE.vq_model.config.anchor_grid_size
 CODEBOOK_SIZE = PIPE.vq_model.config.codebook_size

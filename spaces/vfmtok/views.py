@@ -2,7 +2,7 @@
 
 import PIL.Image
 
-from model import GRID_SIZE, INPAINTING_PIPE, NUM_TOKENS, PIPE
+from model import CAN_INPAINT, GRID_SIZE, NUM_TOKENS, PIPE
 from neighbors import EXAMPLES
 from pictures import data_url
 from sampling import Generation
@@ -46,7 +46,7 @@ def generation_view(settings: Settings, generation: Generation) -> dict:
         ],
         "columns": grid_columns(settings.images),
         "whole": finished,
-        "inpaint": INPAINTING_PIPE is not None,
+        "inpaint": CAN_INPAINT,
         "veil": "" if finished else veil(set(range(generation.tokens_generated))),
         "percent": round(100 * generation.tokens_generated / NUM_TOKENS),
         "tokens": f"{generation.tokens_generated} / {NUM_TOKENS}",

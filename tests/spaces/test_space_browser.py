@@ -217,8 +217,7 @@ def test_a_generated_image_is_sent_to_the_inspector(visit):
     page = visit("?label=heart&images=2&seed=3")
     page.get_by_label("Look inside heart, seed 4").click()
     expect(page.locator("[data-text=quality]")).to_contain_text("dB", timeout=PATIENCE)
-    tabs = page.get_by_role("tab").all_inner_texts()
-    assert tabs == list(dict.fromkeys(tabs))
+    assert page.get_by_role("tab").all_inner_texts() == ["Generate", "Guidance", "Inside", "Nearest"]
     expect(page.get_by_role("tab", name="Inside")).to_have_attribute("aria-selected", "true")
     expect(page.locator("#inspected img")).to_be_visible()
 
@@ -352,6 +351,7 @@ def test_a_marked_part_is_repainted(device, scheme, visit, rar_space):
     expect(page.locator("#inpainted img")).to_have_attribute("alt", re.compile("seed 1, repainted"), timeout=PATIENCE)
     expect(page.locator("#inpainted")).to_be_in_viewport(timeout=PATIENCE)
     assert page.locator(".vt-marks button[aria-pressed=true]").count() == 4
+    expect(page.locator("[aria-live=polite] img")).to_be_visible()
     assert fits_its_width(page)
     assert page.evaluate(LOW_CONTRAST) == []
     photograph(page, f"{'phone' if device is PHONE else 'laptop'}-{scheme}-inpaint")
@@ -360,6 +360,7 @@ def test_a_marked_part_is_repainted(device, scheme, visit, rar_space):
 def test_cells_are_marked_by_keyboard_and_a_new_image_has_none(visit, rar_space):
     page = visit(url=rar_space.url)
     page.get_by_label(re.compile("^Inpaint .*seed 1$")).click()
+    assert page.get_by_role("tab").all_inner_texts() == ["Generate", "Guidance", "Inside", "Nearest", "Inpaint"]
     expect(page.get_by_role("tab", name="Inpaint")).to_have_attribute("aria-selected", "true")
     expect(page.locator(".vt-marks img")).to_be_visible(timeout=PATIENCE)
     marked = page.locator(".vt-marks button[aria-pressed=true]")
@@ -367,8 +368,54 @@ def test_cells_are_marked_by_keyboard_and_a_new_image_has_none(visit, rar_space)
     for key in ("Space", "ArrowRight", "ArrowDown", "Enter"):
         page.keyboard.press(key)
     expect(marked).to_have_count(2)
-    expect(page.get_by_label("Row 2, column 2", exact=True)).to_have_attribute("aria-pressed", "true")
+    last = page.get_by_label("Row 2, column 2", exact=True)
+    expect(last).to_have_attribute("aria-pressed", "true")
+    press(page, "Clear")
+    expect(marked).to_have_count(0)
+    expect(last).to_be_focused()
+    page.get_by_label("Row 9, column 9", exact=True).evaluate("cell => cell.click()")  # as a screen reader does
+    expect(marked).to_have_count(1)
     page.locator("#painted input[type=file]").set_input_files(SPACE / "examples" / "zodiac_noto_264f.png")
     expect(marked).to_have_count(0, timeout=PATIENCE)
     press(page, "Inpaint")
     expect(page.get_by_test_id("toast-body")).to_contain_text("Mark at least one cell", timeout=PATIENCE)
+
+
+def test_a_drag_marks_cells_until_it_ends(visit, rar_space):
+    page = visit(url=rar_space.url)
+    page.evaluate("delete PointerEvent.prototype.getCoalescedEvents")  # as on a page without https
+    show_tab(page, "Inpaint")
+    expect(page.locator(".vt-marks img")).to_be_visible(timeout=PATIENCE)
+    cells, marked = page.locator(".vt-marks button"), page.locator(".vt-marks button[aria-pressed=true]")
+    cells.nth(13).click(button="right")
+    expect(marked).to_have_count(0)
+    cells.nth(13).hover()
+    page.mouse.down()
+    cells.nth(14).hover()
+    expect(marked).to_have_count(2)
+    page.evaluate("window.dispatchEvent(new PointerEvent('pointercancel'))")
+    cells.nth(15).hover()
+    page.mouse.up()
+    expect(marked).to_have_count(2)
+    page.mouse.down()
+    expect(marked).to_have_count(3)
+    page.evaluate(
+        "window.addEventListener('pointerup', (event) => event.stopImmediatePropagation(), { capture: true })"
+    )
+    page.mouse.up()
+    cells.nth(16).hover()
+    expect(marked).to_have_count(3)
+
+
+def test_a_phone_shows_the_inpaint_tab_in_the_order_of_its_elements(visit, rar_space):
+    page = visit(url=rar_space.url, **PHONE)
+    show_tab(page, "Inpaint")
+    expect(page.locator(".vt-marks img")).to_be_visible(timeout=PATIENCE)
+    used = ("#painted", ".vt-mask", "[role=radiogroup]", "#inpainted", ".vt-examples")
+    for elements in (
+        [page.locator(".vt-inpaint").locator(part) for part in used],
+        page.locator(".vt-inpaint > *").all(),
+    ):
+        tops = [element.bounding_box()["y"] for element in elements]
+        assert tops == sorted(tops)
+        assert len(tops) == 5

@@ -329,7 +329,7 @@ def test_marked_cells_are_repainted_as_the_pipeline_does(rar_pipeline, monkeypat
     from neighbors import EXAMPLES
     from settings import Settings
 
-    monkeypatch.setattr(inpainting, "INPAINTING_PIPE", rar_pipeline)
+    monkeypatch.setattr(inpainting, "PIPE", rar_pipeline)
     picture, cells = PIL.Image.open(EXAMPLES[0]), [5, 6, 17, 18]
     repainted = inpainting.inpaint(picture, cells, Settings("heart", images=1, seed=3))
     mask = torch.zeros(144, dtype=torch.bool).index_fill(0, torch.tensor(cells), True)

@@ -3,7 +3,7 @@
 const root = element.querySelector(".vt-mask");
 const clear = root.querySelector("[data-action=clear]");
 const group = root.querySelector("[role=group]");
-let marking = null;   // while the pointer is down: whether it marks or unmarks cells
+let marking = null;   // during a drag: whether it marks or unmarks cells
 
 const cells = Array.from({ length: props.grid ** 2 }, (_, cell) => {
   const button = document.createElement("button");
@@ -23,7 +23,7 @@ function show() {
   if (props.picture) root.querySelector("img").src = props.picture;
   cells.forEach((button, cell) => button.setAttribute("aria-pressed", isMarked(cell)));
   const count = props.value.length;
-  root.querySelector(".vt-hint").textContent = count ? `${count} of ${cells.length} tokens will be sampled anew.` : "Click or drag over the part to repaint.";
+  root.querySelector(".vt-hint").textContent = count ? `${count} of ${cells.length} tokens will be regenerated.` : "Click or drag over the part to repaint, or use the arrow keys and Space.";
   clear.disabled = !count;
 }
 
@@ -40,30 +40,38 @@ function cellAt(event) {
 
 group.addEventListener("pointerdown", (event) => {
   const cell = cellAt(event);
-  if (cell === null) return;
+  if (cell === null || event.button !== 0) return;
   event.preventDefault();
   marking = !isMarked(cell);
   mark(cell, marking);
 });
 group.addEventListener("pointermove", (event) => {
+  if (!event.buttons) marking = null;   // released outside of the window
   if (marking === null) return;
-  for (const point of event.getCoalescedEvents()) {
+  for (const point of event.getCoalescedEvents?.() ?? [event]) {   // only in secure contexts
     const cell = cellAt(point);
     if (cell !== null) mark(cell, marking);
   }
 });
-window.addEventListener("pointerup", () => { marking = null; });
+for (const end of ["pointerup", "pointercancel"]) window.addEventListener(end, () => { marking = null; });
+// Keys and assistive technology click without a pointer.
+group.addEventListener("click", (event) => {
+  const cell = event.target.dataset.cell;
+  if (event.detail === 0 && cell !== undefined) mark(Number(cell), !isMarked(Number(cell)));
+});
 group.addEventListener("keydown", (event) => {
   const cell = Number(event.target.dataset.cell);
   const next = cells[cell + { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -props.grid, ArrowDown: props.grid }[event.key]];
-  if (next) {
-    event.target.tabIndex = -1;
-    next.tabIndex = 0;
-    next.focus();
-  } else if (event.key === "Enter" || event.key === " ") mark(cell, !isMarked(cell));
-  else return;
+  if (!next) return;
   event.preventDefault();
+  event.target.tabIndex = -1;
+  next.tabIndex = 0;
+  next.focus();
 });
-clear.addEventListener("click", () => { props.value = []; show(); });
+clear.addEventListener("click", () => {
+  props.value = [];
+  show();
+  cells.find((button) => button.tabIndex === 0).focus();   // a disabled button loses the focus
+});
 watch(["value", "picture"], show);
 show();

@@ -1,0 +1,3 @@
+// Screen readers announce the repainted image.
+
+element.setAttribute("aria-live", "polite");
