@@ -133,8 +133,8 @@ def inpaint(image: PIL.Image.Image | None, cells: list[int], label: str, seed: i
 
 
 def image_to_mark(image: PIL.Image.Image | None) -> tuple[dict, None]:
-    """An image in the editor of cells, as the model crops it, with no cell marked. The earlier result is removed."""
-    return gr.update(value=[], picture=None if image is None else to_url(pixel_values_of(image))), None
+    """An image in the editor of cells, as the model crops it. The earlier result is removed."""
+    return gr.update(picture=None if image is None else to_url(pixel_values_of(image))), None
 
 
 def first_example(image: PIL.Image.Image | None) -> str | dict:

@@ -3,6 +3,7 @@
 const root = element.querySelector(".vt-mask");
 const clear = root.querySelector("[data-action=clear]");
 const group = root.querySelector("[role=group]");
+let picture = null;   // the one whose cells are marked
 let marking = null;   // during a drag: whether it marks or unmarks cells
 
 const cells = Array.from({ length: props.grid ** 2 }, (_, cell) => {
@@ -19,8 +20,12 @@ group.replaceChildren(...cells);
 const isMarked = (cell) => props.value.includes(cell);
 
 function show() {
-  root.toggleAttribute("data-empty", !props.picture);
-  if (props.picture) root.querySelector("img").src = props.picture;
+  if (props.picture !== picture) {   // gradio may send the same one again
+    picture = props.picture;
+    props.value = [];
+    root.toggleAttribute("data-empty", !picture);
+    if (picture) root.querySelector("img").src = picture;
+  }
   cells.forEach((button, cell) => button.setAttribute("aria-pressed", isMarked(cell)));
   const count = props.value.length;
   root.querySelector(".vt-hint").textContent = count ? `${count} of ${cells.length} tokens will be regenerated.` : "Click or drag over the part to repaint, or use the arrow keys and Space.";
