@@ -81,7 +81,11 @@ def test_a_key_stands_for_the_seed_of_a_request_without_one(url):
         post(url, "/", {"inputs": "heart"}, **{"Idempotency-Key": key}).json() for key in ("one", "one", "two")
     )
     assert first == again != other
-    assert post(url, "/", {"inputs": "heart"}).json() != post(url, "/", {"inputs": "heart"}).json()
+    for headers in ({}, {"Idempotency-Key": ""}):
+        assert (
+            post(url, "/", {"inputs": "heart"}, **headers).json()
+            != post(url, "/", {"inputs": "heart"}, **headers).json()
+        )
 
 
 def test_openai_stream_grows_to_the_whole_image(client):

@@ -1,10 +1,12 @@
 """The server in front of token engines, which are stubs here: right images as long as one engine works."""
 
+import asyncio
 import base64
 import io
 import json
 import random
 import re
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import anyio
@@ -12,15 +14,19 @@ import httpx
 import PIL.Image
 import pytest
 from fastapi import FastAPI, Request, Response
+from fastapi.responses import StreamingResponse
+from typer.testing import CliRunner
 
 from benchmarks.serving import server
 from tests.pipelines.tiny_pipeline import tiny_pipeline
 from tests.serving.servers import free_port, running, wait_until
 from tests.serving.test_app import metric, opened, post
 from vfmtok_hf import DEFAULT_CHECKPOINT, VFMTokPipeline
+from vfmtok_hf.cli import app as command
 from vfmtok_hf.serving import engines
 from vfmtok_hf.serving.app import create_app
-from vfmtok_hf.serving.engines import VLLMEngine, without_weights
+from vfmtok_hf.serving.decoding import Drawing
+from vfmtok_hf.serving.engines import EnginePool, Unavailable, VLLMEngine, without_weights
 
 
 class StubEngine:
@@ -81,6 +87,25 @@ async def leaves_the_codebook(stub, request, body):
     return reply([stub.codebook_size] * body["sampling_params"]["max_tokens"])
 
 
+async def has_no_tokens(stub, request, body):
+    return reply(None)
+
+
+async def has_text_for_tokens(stub, request, body):
+    return reply(["a"] * body["sampling_params"]["max_tokens"])
+
+
+async def drips(stub, request, body):
+    """Each byte arrives in time, but the answer never ends."""
+
+    async def spaces():
+        while True:
+            yield b" "
+            await anyio.sleep(0.05)
+
+    return StreamingResponse(spaces())
+
+
 async def talks_nonsense(stub, request, body):
     return Response("<html>", 200)
 
@@ -135,7 +160,20 @@ def test_engines_share_the_images():
     assert [opened(image).tobytes() for image in images] == [image_of(stubs[0], pipe, seed) for seed in range(8)]
 
 
-@pytest.mark.parametrize("behavior", [fails, dies, hangs, stops_early, leaves_the_codebook, talks_nonsense])
+@pytest.mark.parametrize(
+    "behavior",
+    [
+        fails,
+        dies,
+        hangs,
+        drips,
+        stops_early,
+        leaves_the_codebook,
+        has_no_tokens,
+        has_text_for_tokens,
+        talks_nonsense,
+    ],
+)
 def test_another_engine_gives_the_same_image(behavior):
     pipe, broken, sound = tiny_pipeline(), StubEngine(64, [behavior] * 9), StubEngine(64)
     with (
@@ -151,6 +189,65 @@ def test_another_engine_gives_the_same_image(behavior):
     assert [body == broken.bodies[0] for body in sound.bodies] == [True, True]
 
 
+def test_engines_have_their_own_limits():
+    """The places of an engine that rests do not go to another one."""
+    running_now, peaks = 0, []
+
+    async def counts(stub, request, body):
+        nonlocal running_now
+        running_now += 1
+        peaks.append(running_now)
+        await anyio.sleep(0.05)
+        running_now -= 1
+        return reply(stub.tokens(body))
+
+    pipe, broken, sound = tiny_pipeline(), StubEngine(64, [fails]), StubEngine(64, [counts] * 9)
+    with (
+        running(broken.app) as first,
+        running(sound.app) as second,
+        running(front(pipe, first, second, max_batch_size=2)) as url,
+    ):
+        assert draw(url).status_code == 200
+        assert draw(url, num_images_per_label=8).status_code == 200
+    assert len(broken.bodies) == 1
+    assert max(peaks) == 2
+
+
+def test_engines_that_all_rest_share_the_images():
+    async def waits_for_the_other(stub, request, body):
+        while not all(len(other.bodies) > 2 for other in stubs):
+            await anyio.sleep(0.01)
+        return reply(stub.tokens(body))
+
+    pipe, stubs = tiny_pipeline(), [StubEngine(64, [fails] * 2 + [waits_for_the_other]) for _ in range(2)]
+    with running(stubs[0].app) as first, running(stubs[1].app) as second, running(front(pipe, first, second)) as url:
+        assert draw(url).status_code == 503
+        assert draw(url, num_images_per_label=2).status_code == 200
+
+
+@pytest.mark.parametrize("status", [400, 422])
+def test_a_refused_request_is_the_clients_error(status, caplog):
+    async def refuses(stub, request, body):
+        return Response("top_p is wrong", status)
+
+    pipe, stubs = tiny_pipeline(), [StubEngine(64, [refuses]), StubEngine(64)]
+    with running(stubs[0].app) as first, running(stubs[1].app) as second, running(front(pipe, first, second)) as url:
+        refused = draw(url)
+        assert refused.status_code == 400
+        assert refused.json()["error"]["message"] == "The engines refuse these settings."
+        assert draw(url).status_code == 200
+    assert "top_p is wrong" in caplog.text
+    # It was not repeated, and the engine does not rest.
+    assert [len(stub.bodies) for stub in stubs] == [2, 0]
+
+
+def test_top_k_ends_at_the_codebook():
+    pipe, stub = tiny_pipeline(), StubEngine(64)
+    with running(stub.app) as engine, running(front(pipe, engine)) as url:
+        assert draw(url, top_k=10**9).status_code == 200
+    assert stub.bodies[0]["sampling_params"]["top_k"] == 64
+
+
 def test_an_engine_that_cannot_be_reached_is_passed_over():
     pipe, stub = tiny_pipeline(), StubEngine(64)
     with free_port() as closed, running(stub.app) as engine:
@@ -159,13 +256,16 @@ def test_an_engine_that_cannot_be_reached_is_passed_over():
             assert opened(draw(url).json()).tobytes() == image_of(stub, pipe)
 
 
-def test_without_a_working_engine_it_is_503_until_one_works():
+def test_without_a_working_engine_it_is_503_until_one_works(caplog):
     pipe, stubs = tiny_pipeline(), [StubEngine(64, [fails] * 2) for _ in range(2)]
     with running(stubs[0].app) as first, running(stubs[1].app) as second, running(front(pipe, first, second)) as url:
         refused = draw(url)
         assert refused.status_code == 503
         assert refused.headers["Retry-After"]
-        assert re.search("500", refused.json()["error"]["message"])
+        # The cause is logged, and clients do not learn the engines' addresses.
+        assert refused.json()["error"]["message"] == "No engine generated the image."
+        assert all(address in caplog.text for address in (first, second))
+        assert httpx.get(f"{url}/health").status_code == 200
         assert [len(stub.bodies) for stub in stubs] == [2, 2]
         assert opened(draw(url).json()).tobytes() == image_of(stubs[0], pipe)
 
@@ -191,6 +291,72 @@ def test_a_full_queue_answers_429():
             wait_until(lambda: metric(url, "vfmtok_images_waiting") == 1)
             assert draw(url).status_code == 429
             assert held.result().status_code == waiting.result().status_code == 200
+
+
+def test_a_request_that_can_never_fit_is_400():
+    pipe, stub = tiny_pipeline(), StubEngine(64)
+    with running(stub.app) as engine, running(front(pipe, engine, max_batch_size=2, max_queue_size=1)) as url:
+        refused = draw(url, num_images_per_label=4)
+        assert refused.status_code == 400
+        assert "up to 3 images at once, not 4" in refused.json()["error"]["message"]
+        assert draw(url, num_images_per_label=3).status_code == 200
+
+
+def test_a_pool_needs_places():
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        EnginePool(tiny_pipeline(), [], max_batch_size=0)
+
+
+class SlowEngine:
+    """A token engine that generates when `released`."""
+
+    def __init__(self):
+        self.released, self.is_closed = asyncio.Event(), False
+
+    async def draw(self, label, seed, settings):
+        await self.released.wait()
+        assert not self.is_closed
+        return [0] * 16
+
+    async def close(self):
+        self.is_closed = True
+
+
+def test_stop_finishes_the_accepted_work():
+    pipe, engine = tiny_pipeline(), SlowEngine()
+    pool = EnginePool(pipe, [engine])
+    drawing = Drawing(1, 7, pipe.transformer.sampling_settings())
+
+    async def scenario():
+        await pool.start()
+        image = asyncio.create_task(pool.draw([drawing]))
+        await asyncio.sleep(0)
+        stopping = asyncio.create_task(pool.stop())
+        await asyncio.sleep(0)
+        with pytest.raises(Unavailable, match="shutting down"):
+            await pool.draw([drawing])
+        engine.released.set()
+        assert len(await image) == 1
+        await stopping
+        assert engine.is_closed
+
+    asyncio.run(scenario())
+
+
+def test_stop_leaves_the_event_loop_free():
+    """A call whose client has gone still occupies the decoder."""
+    pool, released = EnginePool(tiny_pipeline(), [SlowEngine()]), threading.Event()
+
+    async def scenario():
+        await pool.start()
+        call = asyncio.create_task(pool.call(lambda: released.wait(10)))
+        await asyncio.sleep(0.05)
+        call.cancel()
+        asyncio.get_running_loop().call_later(0.05, released.set)
+        await pool.stop()
+        assert released.is_set()
+
+    asyncio.run(scenario())
 
 
 def test_guidance_is_the_engines():
@@ -229,6 +395,13 @@ def test_a_generator_without_weights_has_the_settings(tmp_path):
     assert outline.device.type == "meta"
     assert outline.config.to_diff_dict() == pipe.transformer.config.to_diff_dict()
     assert outline.sampling_settings.resolve({}, outline.generation_config).guidance_scale_pow == 2.5
+
+
+@pytest.mark.parametrize("url", ["localhost:8001", "127.0.0.1:8001", "http://", "ftp://host"])
+def test_command_refuses_other_addresses_than_http(url):
+    result = CliRunner().invoke(command, ["serve", "--model", "nowhere", "--engine", url])
+    assert result.exit_code == 2
+    assert "is not a URL like http://HOST:8001" in " ".join(result.output.replace("│", " ").split())
 
 
 def test_command_with_engines():

@@ -22,8 +22,10 @@ def server(references):
     process = subprocess.Popen([*command, *options])
     url = f"http://127.0.0.1:{port}"
     try:
+        end = time.monotonic() + 300
         while not answers(f"{url}/health"):
             assert process.poll() is None, "the server ended"
+            assert time.monotonic() < end, "the server did not start"
             time.sleep(0.5)
         yield url
     finally:

@@ -2,6 +2,7 @@
 
 import socket
 from typing import Annotated
+from urllib.parse import urlsplit
 
 import typer
 
@@ -20,6 +21,19 @@ from vfmtok_hf.cli.options import (
 DRAIN_SECONDS = 60
 
 
+def http_url(text: str) -> str:
+    """
+    Validate the URL of an engine.
+
+    Raises:
+        typer.BadParameter: it is not an HTTP address.
+    """
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise typer.BadParameter(f"{text!r} is not a URL like http://HOST:8001.")
+    return text
+
+
 def serve(
     model: ModelOption = None,
     host: Annotated[str, typer.Option(help="`0.0.0.0` accepts other machines.")] = "127.0.0.1",
@@ -34,10 +48,14 @@ def serve(
     ] = None,
     engine: Annotated[
         list[str] | None,
-        typer.Option(help="URL of a vLLM server that generates the tokens. *May be repeated: they share the work.*"),
+        typer.Option(
+            parser=http_url,
+            metavar="URL",
+            help="URL of a vLLM server that generates the tokens. *May be repeated: they share the work.*",
+        ),
     ] = None,
     engine_timeout: Annotated[
-        float, typer.Option(min=1, help="Seconds after which an engine's image is asked for again, elsewhere.")
+        float, typer.Option(min=1, help="Seconds after which an image is requested from another engine.")
     ] = 120,
     device: DeviceOption = None,
     dtype: DtypeOption = Dtype.float32,

@@ -157,7 +157,7 @@ class Metrics:
     Prometheus metrics of a server.
 
     Args:
-        engine (`Engine`): what generates its images.
+        engine (`Engine`): its engine.
     """
 
     def __init__(self, engine: Engine):
@@ -180,7 +180,7 @@ class Service:
 
     Args:
         pipe ([`VFMTokPipeline`]): the pipeline, on its device.
-        engine (`Engine`): what generates images of that pipeline.
+        engine (`Engine`): generates images of that pipeline.
     """
 
     def __init__(self, pipe: VFMTokPipeline, engine: Engine):
@@ -194,7 +194,7 @@ class Service:
         num_images_per_label: int = 1,
     ) -> list[Drawing]:
         """
-        The images of a request. Image i uses the request's seed + i. If there is none, `key` determines it.
+        The images of a request. Image i uses the request's seed + i. If there is none, `key` determines it, unless it is empty.
 
         Raises:
             ValueError: an unknown class, a setting out of range, or too many images.
@@ -203,7 +203,7 @@ class Service:
         if len(class_ids) > MAX_IMAGES:
             raise ValueError(f"A request may have {MAX_IMAGES} images, got {len(class_ids)}.")
         settings = parameters.settings(self.pipe.transformer)
-        seed = random.Random(key).getrandbits(31) if parameters.seed is None else parameters.seed
+        seed = random.Random(key or None).getrandbits(31) if parameters.seed is None else parameters.seed
         return [Drawing(class_id, seed + number, settings) for number, class_id in enumerate(class_ids)]
 
     async def draw(self, drawings: list[Drawing]) -> list[PIL.Image.Image]:
@@ -282,7 +282,7 @@ def create_app(
         token_engines (`Sequence[TokenEngine]`, *optional*): where image tokens are generated instead of in this process.
 
     Raises:
-        ValueError: the pipeline has no generator, `max_batch_size` is below 2, or the key is empty.
+        ValueError: the pipeline has no generator, the key is empty, or `max_batch_size` is below 2 (below 1 with token engines).
     """
     if api_key == "":
         raise ValueError("The API key is empty.")

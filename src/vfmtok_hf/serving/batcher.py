@@ -14,7 +14,7 @@ import torch
 
 from vfmtok_hf.pipelines import VFMTokPipeline
 from vfmtok_hf.serving.decoding import DecodeBatch, Drawing
-from vfmtok_hf.serving.engines import QueueFull, Unavailable
+from vfmtok_hf.serving.engines import Unavailable, check_capacity
 
 
 logger = logging.getLogger(__name__)
@@ -96,12 +96,9 @@ class Batcher:
 
     def _accept(self, count: int, enqueue: Callable[[], None]) -> None:
         with self._changed:
-            if self._stopping or not self._thread.is_alive():
+            if not self.is_running:
                 raise Unavailable("The server is shutting down.")
-            if count > self.max_queue_size:
-                raise ValueError(f"This server accepts up to {self.max_queue_size} images at once, not {count}.")
-            if len(self.waiting) + len(self.calls) + count > self.max_queue_size:
-                raise QueueFull(f"The queue is full: {self.max_queue_size} images are waiting.")
+            check_capacity(count, len(self.waiting) + len(self.calls), self.max_queue_size)
             enqueue()
             self._changed.notify()
 
@@ -114,10 +111,10 @@ class Batcher:
             while self._wait_for_work():
                 try:
                     self._work(step)
-                except Exception as error:
+                except Exception:
                     logger.exception("A decode step failed. Its images are dropped.")
                     for drawing in self.batch.drawings:
-                        self._fail(drawing.future, Unavailable(f"Generation failed: {error}"))
+                        self._fail(drawing.future, Unavailable("Generation failed."))
                     self.batch = self._new_batch()
                 step += 1
         finally:

@@ -1,16 +1,17 @@
 """
-Engines: what generates the images of a server.
+An engine generates the images of a server.
 
-[`Batcher`] is one, in this process. [`EnginePool`] is another: it asks servers for the image tokens, such as vLLM's, and decodes
-the tokens to pixels in this process.
+[`Batcher`] generates them in this process. [`EnginePool`] requests image tokens from other servers, such as vLLM's, and decodes
+them to pixels in this process.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import httpx
@@ -45,7 +46,7 @@ class Unavailable(RuntimeError):
 
 
 class Engine(Protocol):
-    """What generates the images of a server. Its methods are called in one event loop."""
+    """Generates the images of a server. Its methods are called in one event loop."""
 
     @property
     def is_running(self) -> bool:
@@ -71,6 +72,7 @@ class Engine(Protocol):
 
         Raises:
             QueueFull, Unavailable: the images are not accepted, or could not be generated.
+            ValueError: there are more images than the engine ever accepts, or it does not support their settings.
         """
 
     async def call(self, function: Callable[[], T]) -> T:
@@ -80,6 +82,20 @@ class Engine(Protocol):
         Raises:
             QueueFull, Unavailable: the call is not accepted.
         """
+
+
+def check_capacity(count: int, num_accepted: int, capacity: int) -> None:
+    """
+    Check that an engine of `capacity` images, which has `num_accepted`, can accept `count` more.
+
+    Raises:
+        ValueError: it never can.
+        QueueFull: it can later.
+    """
+    if count > capacity:
+        raise ValueError(f"This server accepts up to {capacity} images at once, not {count}.")
+    if num_accepted + count > capacity:
+        raise QueueFull("The queue is full.")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -109,7 +125,7 @@ class TokenEngine(Protocol):
 
         Raises:
             TokenEngineError: the engine gave none.
-            ValueError: no engine of this kind supports `settings`.
+            ValueError: the engine does not support `settings`. Others of the pool do not either.
         """
 
     async def close(self) -> None:
@@ -123,17 +139,17 @@ class VLLMEngine:
     Args:
         url (`str`): its address.
         generator ([`VFMTokARForImageGeneration`] or [`VFMTokRARForImageGeneration`]): its model. The weights are not used.
-        timeout (`float`): seconds after which an image counts as failed.
+        timeout (`float`): seconds from the request to the last byte of the answer after which an image counts as failed.
     """
 
     def __init__(self, url: str, generator: Generator, timeout: float = 120.0):
-        self.url, self.config = url, generator.config
+        self.url, self.config, self.timeout = url, generator.config, timeout
         self.num_condition_tokens = generator.num_condition_tokens
         # The server applies guidance at its start, and one schedule to all requests.
         self.guidance_scales = self._scales(generator.sampling_settings.resolve({}, generator.generation_config))
         # The pool bounds the connections. Idle ones end before the server closes them, after 5 seconds.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=2.0)
-        self.client = httpx.AsyncClient(base_url=url, timeout=httpx.Timeout(timeout, connect=5.0), limits=limits)
+        self.client = httpx.AsyncClient(base_url=url, timeout=httpx.Timeout(None, connect=5.0), limits=limits)
 
     def _scales(self, settings: SamplingSettings) -> list[float]:
         return settings.guidance_scales(self.config.num_image_tokens)
@@ -144,15 +160,24 @@ class VLLMEngine:
             raise ValueError(
                 "This server's engines have one guidance scale, the checkpoint's: leave guidance_scale out."
             )
+        request = self.client.post("/inference/v1/generate", json=self._body(label, seed, settings))
         try:
-            reply = await self.client.post("/inference/v1/generate", json=self._body(label, seed, settings))
-            reply.raise_for_status()
-            tokens = reply.json()["choices"][0]["token_ids"]
+            reply = await asyncio.wait_for(request, self.timeout)
+        except (httpx.HTTPError, asyncio.TimeoutError) as error:
+            raise TokenEngineError(f"{self.url}: {error!r}") from error
+        if reply.status_code in (400, 422):
+            logger.warning("%s refused a request: %s", self.url, reply.text)
+            raise ValueError("The engines refuse these settings.")
+        return self._tokens(reply)
+
+    def _tokens(self, reply: httpx.Response) -> list[int]:
+        num_tokens, codebook = self.config.num_image_tokens, range(self.config.codebook_size)
+        try:
+            tokens = reply.raise_for_status().json()["choices"][0]["token_ids"]
+            if len(tokens) != num_tokens or not all(type(token) is int and token in codebook for token in tokens):
+                raise ValueError(f"its tokens are not {num_tokens} of this model's codebook")
         except (httpx.HTTPError, LookupError, TypeError, ValueError) as error:
-            raise TokenEngineError(f"{self.url}: {error or type(error).__name__}") from error
-        expected = self.config.num_image_tokens
-        if len(tokens) != expected or not all(0 <= token < self.config.codebook_size for token in tokens):
-            raise TokenEngineError(f"{self.url}: its tokens are not {expected} of this model's codebook.")
+            raise TokenEngineError(f"{self.url}: {error!r}") from error
         return tokens
 
     def _body(self, label: int, seed: int, settings: SamplingSettings) -> dict[str, Any]:
@@ -160,7 +185,7 @@ class VLLMEngine:
         sampling = {
             "seed": seed,
             "temperature": settings.temperature if settings.do_sample else 0.0,
-            "top_k": settings.top_k,
+            "top_k": min(settings.top_k, self.config.codebook_size),
             "top_p": settings.top_p,
             "min_tokens": num_tokens,
             "max_tokens": num_tokens,
@@ -176,44 +201,43 @@ class VLLMEngine:
         await self.client.aclose()
 
 
+@dataclass
 class Member:
     """
     A token engine of a pool.
 
     Args:
-        engine (`TokenEngine`).
+        engine (`TokenEngine`): the engine.
+        num_running (`int`): images that it generates.
+        rests_until (`float`): end of its rest, by `time.monotonic()`.
     """
 
-    def __init__(self, engine: TokenEngine):
-        self.engine = engine
-        self.num_running = 0
-        self.rests_until = 0.0  # by time.monotonic()
+    engine: TokenEngine
+    num_running: int = 0
+    rests_until: float = 0.0
 
-    async def draw(self, drawing: Drawing) -> list[int]:
-        """Generate the tokens of `drawing`, counted as running. An engine that fails rests for a while."""
-        self.num_running += 1
-        try:
-            return await self.engine.draw(drawing.label, drawing.seed, drawing.settings)
-        except TokenEngineError:
-            self.rests_until = time.monotonic() + REST_SECONDS
-            raise
-        finally:
-            self.num_running -= 1
+    @property
+    def is_resting(self) -> bool:
+        """Whether it failed a short time ago."""
+        return time.monotonic() < self.rests_until
 
 
 class EnginePool:
     """
     Generates image tokens on the least busy of several token engines, and decodes them in this process.
 
-    A failed image is tried again, preferably elsewhere and with the same seed, up to three times with growing
-    pauses. Tokens are decoded to pixels one image at a time, because rounding differs between batch sizes. There are no partial
-    images.
+    An engine that fails rests: it gets images only while all engines rest. The failed image is tried again with the same seed, up
+    to three times with growing pauses. Tokens are decoded to pixels one image at a time, because rounding differs between batch
+    sizes. There are no partial images.
 
     Args:
         pipe ([`VFMTokPipeline`]): the pipeline. Its generator's weights are not used.
         token_engines (`Sequence[TokenEngine]`): engines with the pipeline's generator.
         max_batch_size (`int`): images that one engine generates at once.
         max_queue_size (`int`): images and calls that can wait.
+
+    Raises:
+        ValueError: `max_batch_size` is below 1.
     """
 
     def __init__(
@@ -223,12 +247,16 @@ class EnginePool:
         max_batch_size: int = 32,
         max_queue_size: int = 256,
     ):
-        self.pipe, self.max_queue_size = pipe, max_queue_size
+        if max_batch_size < 1:
+            raise ValueError(f"max_batch_size must be at least 1, got {max_batch_size}.")
+        self.pipe, self.max_batch_size = pipe, max_batch_size
         self.members = [Member(engine) for engine in token_engines]
-        self.num_places = max_batch_size * len(self.members)
+        self.capacity = max_batch_size * len(self.members) + max_queue_size
         self.num_accepted = 0
         self.is_running = False
-        self._places = asyncio.Semaphore(self.num_places)
+        self._turn = asyncio.Lock()
+        self._changed, self._idle = asyncio.Event(), asyncio.Event()
+        self._idle.set()
         self._decoder = ThreadPoolExecutor(1, "vfmtok-decoder")
 
     @property
@@ -246,11 +274,12 @@ class EnginePool:
         self.is_running = True
 
     async def stop(self) -> None:
-        """Refuse work and close the connections. The server has finished its requests."""
+        """Finish the accepted work and close the connections. New work is refused."""
         self.is_running = False
+        await self._idle.wait()
         for member in self.members:
             await member.engine.close()
-        self._decoder.shutdown()
+        await asyncio.to_thread(self._decoder.shutdown)
 
     async def draw(self, drawings: Sequence[Drawing]) -> list[PIL.Image.Image]:
         """Arguments, result and errors as in [`Engine.draw`]."""
@@ -271,17 +300,18 @@ class EnginePool:
     def _accepted(self, count: int) -> Iterator[None]:
         if not self.is_running:
             raise Unavailable("The server is shutting down.")
-        if self.num_accepted + count > self.num_places + self.max_queue_size:
-            raise QueueFull(f"The queue is full: {self.max_queue_size} images are waiting.")
+        check_capacity(count, self.num_accepted, self.capacity)
         self.num_accepted += count
+        self._idle.clear()
         try:
             yield
         finally:
             self.num_accepted -= count
+            if self.num_accepted == 0:
+                self._idle.set()
 
     async def _image(self, drawing: Drawing) -> PIL.Image.Image:
-        async with self._places:
-            tokens = await self._tokens(drawing)
+        tokens = await self._tokens(drawing)
         return await self._decode(lambda: self.pipe.detokenize([tokens])[0])
 
     async def _tokens(self, drawing: Drawing) -> list[int]:
@@ -289,21 +319,39 @@ class EnginePool:
         Raises:
             Unavailable: the last try failed as well.
         """
-        for pause in PAUSES:
-            try:
-                return await self._next_member().draw(drawing)
-            except TokenEngineError as error:
-                logger.warning("Seed %d of class %d is tried again. %s", drawing.seed, drawing.label, error)
+        for pause in (0.0, *PAUSES):
             await asyncio.sleep(pause)
+            try:
+                async with self._engine() as engine:
+                    return await engine.draw(drawing.label, drawing.seed, drawing.settings)
+            except TokenEngineError as error:
+                logger.warning("An image of class %d with seed %d failed. %s", drawing.label, drawing.seed, error)
+        raise Unavailable("No engine generated the image.")
+
+    @asynccontextmanager
+    async def _engine(self) -> AsyncIterator[TokenEngine]:
+        """
+        A place on the least busy engine that does not rest. If all rest, on the least busy one. Images wait for places in the
+        order of their arrival.
+        """
+        async with self._turn:
+            while (member := self._next_member()).num_running >= self.max_batch_size:
+                self._changed.clear()
+                await self._changed.wait()
+            member.num_running += 1
         try:
-            return await self._next_member().draw(drawing)
-        except TokenEngineError as error:
-            raise Unavailable(f"Generation failed: {error}") from error
+            yield member.engine
+        except TokenEngineError:
+            member.rests_until = time.monotonic() + REST_SECONDS
+            asyncio.get_running_loop().call_later(REST_SECONDS, self._changed.set)
+            raise
+        finally:
+            member.num_running -= 1
+            self._changed.set()
 
     def _next_member(self) -> Member:
-        """The least busy engine that does not rest. If all do, the one that failed first."""
-        now = time.monotonic()
-        return min(self.members, key=lambda member: (max(member.rests_until, now), member.num_running))
+        # Of equally busy engines, the one that failed least recently.
+        return min(self.members, key=lambda member: (member.is_resting, member.num_running, member.rests_until))
 
     async def _decode(self, function: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._decoder, function)
@@ -317,5 +365,6 @@ __all__ = [
     "TokenEngineError",
     "Unavailable",
     "VLLMEngine",
+    "check_capacity",
     "without_weights",
 ]

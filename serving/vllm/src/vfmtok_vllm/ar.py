@@ -161,7 +161,7 @@ class VFMTokARForImageGeneration(ImageTokenGenerator):
             intermediate_tensors, inputs_embeds: of pipeline parallelism and multimodal models; unused.
 
         Returns:
-            `torch.Tensor`: what `compute_logits` reads.
+            `torch.Tensor`: the input of `compute_logits`.
         """
         unconditional = torch.where(self.is_class(input_ids), self.null_class, input_ids)
         hidden_states = self.embed_input_ids(self.with_twins(input_ids, unconditional))

@@ -105,9 +105,9 @@ class ImageTokenGenerator(nn.Module):
 
     def to_tokens(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """
-        Final hidden states `(rows, hidden_size)` as what `compute_logits` gets of each token: `(tokens, hidden_size)`, or
-        with guidance `(tokens, 2 * hidden_size + 1)`. The last column is the guidance scale, since vLLM tells
-        `compute_logits` no positions.
+        Convert final hidden states `(rows, hidden_size)` to the input of `compute_logits`: `(tokens, hidden_size)`, or with
+        guidance `(tokens, 2 * hidden_size + 1)`. The last column is the guidance scale, because vLLM does not pass positions
+        to `compute_logits`.
         """
         if self.config.num_streams == 1:
             return rows
