@@ -331,7 +331,7 @@ def test_a_step_that_fails_is_503_and_the_server_goes_on():
         failed = post(url, "/", {"inputs": 1})
         assert failed.status_code == 503
         assert failed.headers["Retry-After"]
-        assert "out of memory" in failed.json()["error"]["message"]
+        assert failed.json()["error"]["message"] == "Generation failed."  # the cause is only in the server's log
         assert post(url, "/", {"inputs": 1}).status_code == 200
         assert httpx.get(f"{url}/health").status_code == 200
 
