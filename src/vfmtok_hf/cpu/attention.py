@@ -25,7 +25,7 @@ def blockwise_attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """
     Causal softmax attention in blocks of queries, each over the keys up to its end, so most masked pairs are not
-    computed. With a mask, as in a decode step, and in non-causal modules it is [`eager_attention_forward`].
+    computed. With a mask or a single query, as in a decode step, and in non-causal modules it is [`eager_attention_forward`].
 
     Args:
         module (`torch.nn.Module`): dropout applies only if `module.training`, and the causal mask only if `is_causal`.
@@ -38,9 +38,10 @@ def blockwise_attention_forward(
         `(torch.Tensor, None)`: `(batch_size, length, heads, head_dim)`, and no weights.
     """
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast returns matmuls in another dtype than norms
-    if attention_mask is not None and query.shape[2] == 1 and not module.training:
+    if query.shape[2] == 1 and not module.training:
         # As few operations as possible: they, not the arithmetic, take the time of a decode step.
-        weights = ((query * scaling) @ key.transpose(2, 3) + attention_mask).softmax(dim=-1)
+        scores = (query * scaling) @ key.transpose(2, 3)
+        weights = (scores if attention_mask is None else scores + attention_mask).softmax(dim=-1)
         return (weights @ value).transpose(1, 2), None
     if attention_mask is not None or not getattr(module, "is_causal", True):
         return eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout)[0], None

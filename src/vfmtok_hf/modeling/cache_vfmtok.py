@@ -52,7 +52,7 @@ class LayerCache(FixedTensors):
         self,
         keys: torch.Tensor,
         values: torch.Tensor,
-        position: torch.Tensor | None,
+        position: int | torch.Tensor | None,
         attention_mask: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -61,8 +61,7 @@ class LayerCache(FixedTensors):
         Args:
             keys, values (`torch.Tensor` of shape `(rows, heads, length, head_dim)`):
                 Keys and values of the first positions of a sequence, or of the single one at `position`, for the first rows.
-            position (`torch.LongTensor` of shape `()` or `(rows,)`, *optional*): one for all rows, or one per row.
-            attention_mask (`torch.Tensor` of shape `(1 or rows, 1, 1, visible_length)`, *optional*): for a single position.
+            position, attention_mask: returned by `DecodeCache.place`; None for the first positions.
 
         Returns:
             `tuple(torch.Tensor)`: the arguments if they start the sequence, otherwise the cached ones of these rows, `(rows,
@@ -77,11 +76,13 @@ class LayerCache(FixedTensors):
             return keys, values
         own_keys, own_values = self.keys[: keys.shape[0]], self.values[: keys.shape[0]]
         for cached, new in ((own_keys, keys), (own_values, values)):
-            if position.ndim == 0:
+            if isinstance(position, int):
+                cached[:, :, position : position + 1] = new
+            elif position.ndim == 0:
                 cached[:, :, position[None]] = new.to(cached.dtype)
             else:
                 cached[torch.arange(len(new), device=new.device), :, position] = new[:, :, 0].to(cached.dtype)
-        length = attention_mask.shape[-1]
+        length = position + 1 if attention_mask is None else attention_mask.shape[-1]
         return own_keys[:, :, :length], own_values[:, :, :length]
 
 
@@ -111,21 +112,30 @@ class DecodeCache(FixedTensors):
         self.max_length = max_length
         self.visible_length = max_length
         self.length_step = 1 if num_lengths is None else -(-max_length // num_lengths)
+        self.shows_filled = False  # whether all visible positions are filled after a step
         self.modulated_steps = 0  # following steps with precomputed modulations (RAR)
 
     def show(self, length: int) -> None:
-        """Limit steps to the first `length` positions, rounded up to one of `num_lengths` lengths."""
+        """Limit the next step, which fills the position `length - 1`, to the first `length` positions, rounded up to one of
+        `num_lengths` lengths."""
         self.visible_length = min(-(-length // self.length_step) * self.length_step, self.max_length)
+        self.shows_filled = self.length_step == 1
 
-    def mask(self, position: torch.Tensor) -> torch.Tensor:
+    def place(self, position: torch.Tensor) -> tuple[int | torch.Tensor, torch.Tensor | None]:
         """
-        Mask `(1 or rows, 1, 1, visible_length)` for attention scores: the lowest number after `position` `()` or `(rows,)`.
+        Where a step at `position` `()` or `(rows,)` stores its keys and values, and the mask of its attention scores.
+
+        Returns:
+            `position` and a mask `(1 or rows, 1, 1, visible_length)`, the lowest number after `position`. If all visible
+            positions are filled, which is faster, the last of them as a Python number, and None.
         """
+        if self.shows_filled and position.ndim == 0:
+            return self.visible_length - 1, None
         dtype = self.layers[0].keys.dtype
         hidden = torch.arange(self.visible_length, device=position.device) > position.reshape(-1, 1, 1, 1)
         mask = torch.zeros(hidden.shape, dtype=dtype, device=position.device)
         # Not -inf: compiled softmax on CPUs subtracts the maximum of each lane, which may contain only masked positions.
-        return mask.masked_fill(hidden, torch.finfo(dtype).min)
+        return position, mask.masked_fill(hidden, torch.finfo(dtype).min)
 
     def embeds_at(self, position: torch.Tensor, token_embeds: torch.Tensor) -> torch.Tensor:
         """
