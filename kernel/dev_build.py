@@ -36,6 +36,9 @@ else:
 
 KERNEL_DIR = Path(__file__).resolve().parent
 COMMON_FLAGS = ["-std=c++20", "-O3", "-DNDEBUG", "-DPy_LIMITED_API=0x03090000"]
+# Some toolchains link the C++ library statically. If a part of that copy were replaced with torch's C++ library of another version,
+# formatting a message would end the process.
+EXPORTS = "{ global: PyInit_*; local: *; };\n"
 SANITIZER_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g"]
 
 # kernel-builder generates these two files; here they are ours.
@@ -122,12 +125,13 @@ def compile_commands(
     return commands
 
 
-def link_command(objects: list[Path], backend: str, extra: list[str], target: Path) -> list[str]:
+def link_command(objects: list[Path], backend: str, extra: list[str], exports: Path, target: Path) -> list[str]:
     libraries = ["-lc10", "-ltorch", "-ltorch_cpu"]
     if backend == "cuda":
         libraries += ["-lc10_cuda", "-ltorch_cuda"]
     paths = [f"-L{path}" for path in cpp_extension.library_paths(device_type="cpu")]
-    return [os.environ.get("CXX", "g++"), "-shared", *extra, *map(str, objects), *paths, *libraries, "-o", str(target)]
+    link = [os.environ.get("CXX", "g++"), "-shared", f"-Wl,--version-script={exports}", *extra]
+    return [*link, *map(str, objects), *paths, *libraries, "-o", str(target)]
 
 
 def run(command: list[str]) -> None:
@@ -165,7 +169,7 @@ def build(backend: str, *, sanitize: bool = False, output: Path | None = None) -
     files, capabilities, flags = sources_of(config, backend)
     extra = SANITIZER_FLAGS if sanitize else []
     python_files = package_files(config)
-    settings = [torch.__version__, backend, *capabilities, *flags, *extra, REGISTRATION_H, OPS_PY]
+    settings = [torch.__version__, backend, *capabilities, *flags, *extra, REGISTRATION_H, EXPORTS, OPS_PY]
     unique = digest([Path(__file__), *files, *python_files], settings)
     package = config["general"]["name"].replace("-", "_")
     identifier = f"_{package}_{backend}_{unique}"
@@ -188,7 +192,9 @@ def build(backend: str, *, sanitize: bool = False, output: Path | None = None) -
         with ThreadPoolExecutor(jobs) as pool:
             list(pool.map(run, (command for command, _ in commands)))
         # Not linked with -fopenmp: a second OpenMP runtime beside torch's own would bring its own threads.
-        run(link_command([target for _, target in commands], backend, extra, staged / library_name))
+        exports = objects / "exports.map"
+        exports.write_text(EXPORTS)
+        run(link_command([target for _, target in commands], backend, extra, exports, staged / library_name))
         for file in python_files:
             shutil.copy(file, staged)
         (staged / "_ops.py").write_text(OPS_PY.format(identifier=identifier))
