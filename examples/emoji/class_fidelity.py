@@ -2,12 +2,13 @@
 Measure how often pipelines generate the requested class, according to a classifier.
 
     python examples/emoji/class_fidelity.py --data data/emoji64 --classifier data/efficientnet_lite0_classifier \\
-        --pipelines src/vfmtok_hf/checkpoints/emoji
+        --second-judge data/judge --pipelines src/vfmtok_hf/checkpoints/emoji
 
 The classifier is a logistic regression on EfficientNet-Lite0's pooled features of the training images. The emoji tokenizer
-uses the same network, which may favor its samples. The script prints a Markdown table: the share of correctly classified
-held-out images, reconstructions and samples; precision and recall (Kynkäänniemi et al. 2019) of the samples against training
-images in the same features, which distinguish quality from diversity; and the loss on held-out images.
+uses the same network, which may favor its samples; `--second-judge` is a network of its own, trained by
+`examples/claims/judge.py --image-size 64`. The script prints a Markdown table: the share of correctly classified held-out
+images, reconstructions and samples; precision and recall (Kynkäänniemi et al. 2019) of the samples against training images in
+EfficientNet's features, which distinguish quality from diversity; and the loss on held-out images.
 """
 
 import argparse
@@ -91,29 +92,44 @@ def held_out_loss(pipe: VFMTokPipeline, files: list[list[Path]]) -> float:
     return sum(losses) / len(losses)
 
 
-def compare(pipes: dict[str, VFMTokPipeline], data: Path, classifier: str, samples: int = SAMPLES) -> str:
+def compare(
+    pipes: dict[str, VFMTokPipeline], data: Path, classifier: str, second_judge: str, samples: int = SAMPLES
+) -> str:
     """The table of pipelines by name, with `samples` per class and reconstructions by the last one's tokenizer."""
-    extractor = VisionModelFeatures(classifier, INPUT_SIZE)
+    extractor, second = VisionModelFeatures(classifier, INPUT_SIZE), VisionModelFeatures(second_judge)
     train = [features_of(map(Image.open, files), extractor) for files in image_files(data / "train")]
     judge, reference = train_judge(train), spread_evenly(train, samples)
 
     files = image_files(data / "validation")
     *_, last = pipes.values()
     columns = {
-        "held-out images": [features_of(map(Image.open, of_class), extractor) for of_class in files],
-        "reconstructions": [features_of(last.reconstruct(of_class).images, extractor) for of_class in files],
+        "held-out images": [[Image.open(file) for file in of_class] for of_class in files],
+        "reconstructions": [last.reconstruct(of_class).images for of_class in files],
     }
-    cells = {name: class_cells(judge, features) + ["", "", ""] for name, features in columns.items()}
+    cells = {}
+    for name, pictures in columns.items():
+        features = [features_of(of_class, extractor) for of_class in pictures]
+        cells[name] = [*class_cells(judge, features), second_share(second, pictures), "", "", ""]
     for name, pipe in pipes.items():
-        features = [features_of(images, extractor) for images in draw(pipe, samples)]
+        pictures = draw(pipe, samples)
+        features = [features_of(of_class, extractor) for of_class in pictures]
         precision, recall = precision_recall(torch.cat(features), reference)
         others = [f"{precision:.0%}", f"{recall:.0%}", f"{held_out_loss(pipe, files):.3f}"]
-        cells[name] = class_cells(judge, features) + others
+        cells[name] = [*class_cells(judge, features), second_share(second, pictures), *others]
 
     labels = [last.id2label[label].split(",")[0] for label in sorted(last.id2label)]
-    names = [*labels, "**mean of classes**", "precision", "recall", "loss, nats per token"]
+    names = [*labels, "**mean of classes**", "**mean, second judge**", "precision", "recall", "loss, nats per token"]
     rows = [["classified correctly", *cells], ["---"] * (1 + len(cells)), *zip(names, *cells.values(), strict=True)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def second_share(judge: VisionModelFeatures, pictures: list[list[Image.Image]]) -> str:
+    """Share that a classifier recognizes, as the mean over classes."""
+    shares = []
+    for label, of_class in enumerate(pictures):
+        batches = torch.stack([to_tensor(picture) for picture in of_class]).split(BATCH_SIZE)
+        shares.append((torch.cat([judge(batch).logits.argmax(-1) for batch in batches]) == label).float().mean())
+    return f"**{torch.stack(shares).mean().item():.0%}**"
 
 
 def class_cells(judge: Pipeline, features: list[torch.Tensor]) -> list[str]:
@@ -126,13 +142,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="output folder of prepare_data.py")
     parser.add_argument("--classifier", required=True, help="output folder of vision_model.py --classifier")
+    parser.add_argument("--second-judge", required=True, help="output folder of examples/claims/judge.py")
     parser.add_argument("--pipelines", type=Path, nargs="+", required=True, help="pipeline folders")
     parser.add_argument(
         "--samples", type=int, default=SAMPLES, help="samples per class, at most the number of its training images"
     )
     arguments = parser.parse_args()
     pipes = {str(folder): load(folder) for folder in arguments.pipelines}
-    print(compare(pipes, arguments.data, arguments.classifier, arguments.samples))
+    print(compare(pipes, arguments.data, arguments.classifier, arguments.second_judge, arguments.samples))
 
 
 if __name__ == "__main__":
