@@ -46,8 +46,10 @@ def test_fits_the_wheel():
 def test_card_and_notices_are_there():
     card = (Path(DEFAULT_CHECKPOINT) / "README.md").read_text()
     assert re.search(r"PSNR is \*\*\d\d\.\d\d dB\*\*", card)
-    for name in ("ATTRIBUTION.md", "LICENSE.efficientnet-lite0", "samples.png", "reconstructions.png"):
+    for name in ("ATTRIBUTION.md", "LICENSE.efficientnet-lite0"):
         assert (Path(DEFAULT_CHECKPOINT) / name).stat().st_size > 0
+    shown = re.findall(r"^!\[.+\]\((.+)\)$", card, flags=re.MULTILINE)
+    assert sorted(shown) == sorted(file.name for file in Path(DEFAULT_CHECKPOINT).glob("*.png"))
 
 
 def test_the_generic_class_loads_it(pipe):
@@ -58,9 +60,10 @@ def test_the_generic_class_loads_it(pipe):
     assert loaded.id2label == pipe.id2label
 
 
-@pytest.mark.parametrize("model_class", [VFMTokModel, VFMTokARForImageGeneration])
-def test_a_model_names_its_subfolder(model_class, pipe):
-    folder = {VFMTokModel: "vq_model", VFMTokARForImageGeneration: "transformer"}[model_class]
+@pytest.mark.parametrize(
+    ("model_class", "folder"), [(VFMTokModel, "vq_model"), (VFMTokRARForImageGeneration, "transformer")]
+)
+def test_a_model_names_its_subfolder(model_class, folder):
     with pytest.raises(ValueError, match=f"whole pipeline: load its {model_class.__name__} with subfolder='{folder}'"):
         model_class.from_pretrained(DEFAULT_CHECKPOINT)
     assert type(model_class.from_pretrained(DEFAULT_CHECKPOINT, subfolder=folder)) is model_class
@@ -68,7 +71,7 @@ def test_a_model_names_its_subfolder(model_class, pipe):
 
 def test_a_class_that_it_lacks_gets_no_hint():
     with pytest.raises((OSError, ValueError)) as caught:
-        VFMTokRARForImageGeneration.from_pretrained(DEFAULT_CHECKPOINT)
+        VFMTokARForImageGeneration.from_pretrained(DEFAULT_CHECKPOINT)
     assert "subfolder" not in str(caught.value)
 
 
@@ -105,6 +108,18 @@ def test_same_seed_same_tokens_in_any_batch(pipe):
     ).images
     alone = pipe("heart", generator=[torch.Generator().manual_seed(6)], output_type="tokens").images
     assert torch.equal(together[1:], alone)
+
+
+def test_inpainting_keeps_the_other_tokens(pipe):
+    size = pipe.vq_model.config.image_size
+    mask = Image.new("L", (size, size))
+    mask.paste(255, (0, size // 2, size, size))
+    repainted = pipe.token_mask(mask)
+    seeds = [torch.Generator().manual_seed(seed) for seed in range(2)]
+    edited = pipe.inpaint(IMAGES[:2], "heart", mask, generator=seeds, output_type="tokens").images
+    before = pipe.tokenize(IMAGES[:2])
+    assert torch.equal(edited[:, ~repainted], before[:, ~repainted])
+    assert (edited[:, repainted] != before[:, repainted]).any()
 
 
 def test_names_asked_for_by_others_exist(pipe):

@@ -164,9 +164,9 @@ def inpaint(
     dtype: DtypeOption = Dtype.float32,
 ) -> None:
     """
-    Repaint a part of an image. This needs a pipeline with a RAR generator.
+    Repaint a part of an image. This needs a pipeline with a RAR generator, as the default one has.
 
-    `vfmtok inpaint photo.png heart --mask mask.png --model runs/rar/pipeline`
+    `vfmtok inpaint photo.png heart --mask mask.png`
     """
     with one_line_errors():
         from vfmtok_hf.data.output_files import check_picture_output
