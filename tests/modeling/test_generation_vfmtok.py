@@ -302,6 +302,21 @@ def test_steps_look_at_a_few_lengths_that_hold_all_positions_so_far(length):
     assert seen[-1] == length
 
 
+def test_only_steps_that_see_unfilled_positions_need_a_mask():
+    exact, rounded = DecodeCache(1, 9), DecodeCache(1, 9, num_lengths=3)
+    for cache in (exact, rounded):
+        cache.layers[0].update(torch.zeros(2, 1, 1, 4), torch.zeros(2, 1, 1, 4), None, None)
+    position = torch.tensor(4)
+    assert exact.place(position)[1].shape[-1] == 9
+    exact.show(5)
+    rounded.show(5)
+    assert exact.place(position) == (4, None)
+    for cache, positions, visible in ((rounded, position, 6), (exact, torch.tensor([4, 2]), 5)):
+        place, mask = cache.place(positions)
+        assert place is positions
+        assert torch.equal(mask[:, 0, 0] == 0, torch.arange(visible) <= positions.reshape(-1, 1))
+
+
 def test_a_seed_gives_the_same_tokens_in_any_batch_split(model):
     together = model.generate(LABELS, guidance_scale=1.5, generator=generators(1, 2, 3, 4))
     halves = [model.generate(LABELS[:2], guidance_scale=1.5, generator=generators(1, 2))]
