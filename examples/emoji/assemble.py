@@ -45,10 +45,11 @@ tags:
 # Emoji: the checkpoint that ships with vfmtok-hf
 
 A small VFMTok pipeline that demonstrates every part of the package without a download. It generates {image_size} x {image_size} emoji of
-{num_classes} classes without classifier-free guidance, {class_names}, and repaints parts of images.
+{num_classes} classes without classifier-free guidance ({class_names})
+and repaints parts of images.
 
 It generates only emoji. Its tokenizer was trained for an hour and a half on one CPU, and its generator for four minutes on one NVIDIA
-H200. Its quality does not tell how good VFMTok is at full size.
+H200 that also trained the AR below. Its quality does not tell how good VFMTok is at full size.
 
 ![Four samples of each class](samples.png)
 
@@ -86,7 +87,8 @@ folder, PSNR is **{psnr:.2f} dB**; **{usage:.1%}** of the codebook is used.
 
 {comparison}
 
-The classifier is a logistic regression on EfficientNet-Lite0's features of the training images. The tokenizer uses the same network, which
+*AR before* is the next-token generator of the previous checkpoint at temperature 0.9, *AR* one trained for the same time as this generator
+(`configs/emoji/generator.yaml`), at temperature 0.8. The classifier is a logistic regression on EfficientNet-Lite0's features of the training images. The tokenizer uses the same network, which
 may favor its samples. The second judge, a ResNet trained from scratch on the same images, shares no weights with it. Precision and recall
 compare samples with training images in EfficientNet's features. The loss is measured on held-out images. `examples/emoji/class_fidelity.py`
 reproduces the table.
@@ -115,7 +117,12 @@ def main() -> None:
     parser.add_argument("--classifier", required=True, help="output folder of vision_model.py --classifier")
     parser.add_argument("--second-judge", required=True, help="output folder of examples/claims/judge.py")
     parser.add_argument(
-        "--compare", nargs=2, action="append", default=[], metavar=("NAME", "FOLDER"), help="pipeline for a column"
+        "--compare",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "FOLDER"),
+        help="a pipeline with the same tokenizer, for a column of the table",
     )
     parser.add_argument("--output", type=Path, required=True, help="pipeline folder to write")
     arguments = parser.parse_args()

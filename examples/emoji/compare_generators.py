@@ -1,10 +1,10 @@
 """
-Compare the two generators trained on the emoji tokenizer's tokens, and inpaint images with the RAR.
+Compare the two generators trained on the emoji tokenizer's tokens.
 
     python examples/emoji/compare_generators.py --pipeline src/vfmtok_hf/checkpoints/emoji \\
         --ar runs/emoji/generator --rar runs/emoji/generator_rar --images examples/images --output docs/assets
 
-Writes `generators.png`, `inpainting.png` and `token_regions.png`, and prints the table of docs/generators.md.
+Writes `generators.png` and `token_regions.png`, and prints the table of docs/generators.md.
 """
 
 import argparse
@@ -14,14 +14,14 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from vfmtok_hf import VFMTokARForImageGeneration, VFMTokPipeline, VFMTokRARForImageGeneration
 from vfmtok_hf.evaluation.tokens import anchor_attention
 from vfmtok_hf.plotting import image_grid, plot_sampling_locations, save_figure
 
 
-SAMPLING = {"temperature": 0.9, "top_k": 100}
+SAMPLING = {"temperature": 0.8, "top_k": 100}
 SAMPLES = 4
 
 
@@ -59,22 +59,6 @@ def token_regions(pipe: VFMTokPipeline, image: Path) -> Figure:
     )
 
 
-def inpaint(pipe: VFMTokPipeline, files: list[Path]) -> Image.Image:
-    """For each file: original, mask, reconstruction, three results with the lower half inpainted for its class."""
-    size = pipe.vq_model.config.image_size
-    mask = Image.new("L", (size, size))
-    ImageDraw.Draw(mask).rectangle((0, size // 2, size, size), 255)
-    row = []
-    for file in files:
-        original = Image.open(file).convert("RGB")
-        results = [
-            pipe.inpaint(original, file.stem, mask, generator=generator, **SAMPLING).images[0]
-            for generator in generators(3)
-        ]
-        row += [original, mask.convert("RGB"), pipe.reconstruct(original).images[0], *results]
-    return image_grid(row, 6)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("pipeline", "ar", "rar", "images", "output"):
@@ -107,8 +91,6 @@ def main() -> None:
         for picture in pictures[name][label * SAMPLES : (label + 1) * SAMPLES]
     ]
     image_grid(by_class, 2 * SAMPLES).save(arguments.output / "generators.png")
-    files = [arguments.images / f"{name}.png" for name in ("smiley", "heart", "person", "clock")]
-    inpaint(generator_pipe, files).save(arguments.output / "inpainting.png")
     save_figure(token_regions(pipe, arguments.images / "smiley.png"), arguments.output / "token_regions.png")
 
 
