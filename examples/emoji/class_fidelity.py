@@ -2,7 +2,7 @@
 Measure how often pipelines generate the requested class, according to a classifier.
 
     python examples/emoji/class_fidelity.py --data data/emoji64 --classifier data/efficientnet_lite0_classifier \\
-        --second-judge data/judge --pipelines src/vfmtok_hf/checkpoints/emoji
+        --second-judge data/judge64 --pipelines src/vfmtok_hf/checkpoints/emoji
 
 The classifier is a logistic regression on EfficientNet-Lite0's pooled features of the training images. The emoji tokenizer
 uses the same network, which may favor its samples; `--second-judge` is a network of its own, trained by
