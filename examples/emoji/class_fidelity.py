@@ -8,7 +8,8 @@ The classifier is a logistic regression on EfficientNet-Lite0's pooled features 
 uses the same network, which may favor its samples; `--second-judge` is a network of its own, trained by
 `examples/claims/judge.py --image-size 64`. The script prints a Markdown table: the share of correctly classified held-out
 images, reconstructions and samples; precision and recall (Kynkäänniemi et al. 2019) of the samples against training images in
-EfficientNet's features, which distinguish quality from diversity; and the loss on held-out images.
+EfficientNet's features, which distinguish quality from diversity; the distance to the nearest training image, which shows
+whether training images are repeated; and the loss on held-out images.
 """
 
 import argparse
@@ -109,16 +110,23 @@ def compare(
     cells = {}
     for name, pictures in columns.items():
         features = [features_of(of_class, extractor) for of_class in pictures]
-        cells[name] = [*class_cells(judge, features), second_share(second, pictures), "", "", ""]
+        cells[name] = [
+            *class_cells(judge, features),
+            second_share(second, pictures),
+            nearest(features, train),
+            *[""] * 3,
+        ]
     for name, pipe in pipes.items():
         pictures = draw(pipe, samples)
         features = [features_of(of_class, extractor) for of_class in pictures]
         precision, recall = precision_recall(torch.cat(features), reference)
         others = [f"{precision:.0%}", f"{recall:.0%}", f"{held_out_loss(pipe, files):.3f}"]
-        cells[name] = [*class_cells(judge, features), second_share(second, pictures), *others]
+        shares = [*class_cells(judge, features), second_share(second, pictures)]
+        cells[name] = [*shares, nearest(features, train), *others]
 
     labels = [last.id2label[label].split(",")[0] for label in sorted(last.id2label)]
-    names = [*labels, "**mean of classes**", "**mean, second judge**", "precision", "recall", "loss, nats per token"]
+    names = [*labels, "**mean of classes**", "**mean, second judge**", "distance to the nearest training image"]
+    names += ["precision", "recall", "loss, nats per token"]
     rows = [["classified correctly", *cells], ["---"] * (1 + len(cells)), *zip(names, *cells.values(), strict=True)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
@@ -130,6 +138,13 @@ def second_share(judge: VisionModelFeatures, pictures: list[list[Image.Image]]) 
         batches = torch.stack([to_tensor(picture) for picture in of_class]).split(BATCH_SIZE)
         shares.append((torch.cat([judge(batch).logits.argmax(-1) for batch in batches]) == label).float().mean())
     return f"**{torch.stack(shares).mean().item():.0%}**"
+
+
+def nearest(features: list[torch.Tensor], train: list[torch.Tensor]) -> str:
+    """Median distance to the nearest training image, in standardized features."""
+    deviations, means = torch.std_mean(torch.cat(train), dim=0)
+    scaled, references = (torch.cat(rows).sub(means) / deviations.clamp_min(1e-6) for rows in (features, train))
+    return f"{torch.cdist(scaled, references).amin(1).median():.1f}"
 
 
 def class_cells(judge: Pipeline, features: list[torch.Tensor]) -> list[str]:
