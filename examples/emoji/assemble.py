@@ -87,12 +87,12 @@ folder, PSNR is **{psnr:.2f} dB**; **{usage:.1%}** of the codebook is used.
 
 {comparison}
 
-*AR before* is the next-token generator of the previous checkpoint at temperature 0.9, *AR* one trained for the same time as this generator
-(`configs/emoji/generator.yaml`), at temperature 0.8. The classifier is a logistic regression on EfficientNet-Lite0's features of the training images. The tokenizer uses the same network, which
-may favor its samples. The second judge, a ResNet trained from scratch on the same images, shares no weights with it. Precision and recall
-compare samples with training images in EfficientNet's features, where the distance to the nearest training image tells memorized samples: they would be closer than
-reconstructions of held-out images. The loss is measured on held-out images. `examples/emoji/class_fidelity.py`
-reproduces the table.
+*AR before* is the next-token generator of the previous checkpoint at temperature 0.9; *AR* was trained for the same time as this generator
+(`configs/emoji/generator.yaml`) and samples at temperature 0.8. The classifier is a logistic regression on EfficientNet-Lite0's features of the
+training images. The tokenizer uses the same network, which may favor its samples. The second judge, a ResNet trained from scratch on the
+same images, shares no weights with it. Precision and recall compare samples with training images in EfficientNet's features. Memorized samples
+would be closer to their nearest training image than reconstructions of held-out images are. The loss is measured on held-out images.
+`examples/emoji/class_fidelity.py` reproduces the table.
 
 ## Data
 The generator was trained on {num_training:,} images of Noto Emoji and FxEmoji (Apache-2.0), Twemoji, EmojiTwo and Streamline (CC-BY-4.0)
