@@ -150,6 +150,8 @@ emoji-checkpoint: data/emoji64 data/efficientnet_lite0 data/efficientnet_lite0_c
 	$(BIN)/python examples/emoji/assemble.py --tokenizer runs/emoji/decoder/model --generator runs/emoji/generator_rar/model \
 		--data data/emoji64 --vision-model data/efficientnet_lite0 --classifier data/efficientnet_lite0_classifier \
 		--second-judge data/judge64 --output src/vfmtok_hf/checkpoints/emoji
+	cp src/vfmtok_hf/checkpoints/emoji/samples.png docs/assets/samples.png
+	cp src/vfmtok_hf/checkpoints/emoji/inpaint.png docs/assets/inpainting.png
 
 clean:
 	rm -rf $(VENV) $(OLDEST) $(OLDEST_EXTRAS) $(VLLM) .venv-demo outputs site .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

@@ -130,7 +130,8 @@ def link_command(objects: list[Path], backend: str, extra: list[str], exports: P
     if backend == "cuda":
         libraries += ["-lc10_cuda", "-ltorch_cuda"]
     paths = [f"-L{path}" for path in cpp_extension.library_paths(device_type="cpu")]
-    link = [os.environ.get("CXX", "g++"), "-shared", f"-Wl,--version-script={exports}", *extra]
+    visibility = [f"-Wl,--version-script={exports}"] if platform.system() == "Linux" else []
+    link = [os.environ.get("CXX", "g++"), "-shared", *visibility, *extra]
     return [*link, *map(str, objects), *paths, *libraries, "-o", str(target)]
 
 
@@ -169,7 +170,7 @@ def build(backend: str, *, sanitize: bool = False, output: Path | None = None) -
     files, capabilities, flags = sources_of(config, backend)
     extra = SANITIZER_FLAGS if sanitize else []
     python_files = package_files(config)
-    settings = [torch.__version__, backend, *capabilities, *flags, *extra, REGISTRATION_H, EXPORTS, OPS_PY]
+    settings = [torch.__version__, backend, *capabilities, *flags, *extra, REGISTRATION_H, OPS_PY]
     unique = digest([Path(__file__), *files, *python_files], settings)
     package = config["general"]["name"].replace("-", "_")
     identifier = f"_{package}_{backend}_{unique}"

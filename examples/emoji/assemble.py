@@ -49,7 +49,7 @@ A small VFMTok pipeline that demonstrates every part of the package without a do
 and repaints parts of images.
 
 It generates only emoji. Its tokenizer was trained for an hour and a half on one CPU, and its generator for four minutes on one NVIDIA
-H200 that also trained the AR below. Its quality does not tell how good VFMTok is at full size.
+H200. Its quality does not tell how good VFMTok is at full size.
 
 ![Four samples of each class](samples.png)
 
@@ -87,17 +87,16 @@ folder, PSNR is **{psnr:.2f} dB**; **{usage:.1%}** of the codebook is used.
 
 {comparison}
 
-*AR before* is the next-token generator of the previous checkpoint at temperature 0.9; *AR* was trained for the same time as this generator
-(`configs/emoji/generator.yaml`) and samples at temperature 0.8. The classifier is a logistic regression on EfficientNet-Lite0's features of the
-training images. The tokenizer uses the same network, which may favor its samples. The second judge, a ResNet trained from scratch on the
-same images, shares no weights with it. Precision and recall compare samples with training images in EfficientNet's features. Memorized samples
-would be closer to their nearest training image than reconstructions of held-out images are. The loss is measured on held-out images.
-`examples/emoji/class_fidelity.py` reproduces the table.
+The classifier is a logistic regression on EfficientNet-Lite0's features of the training images. The tokenizer uses the same network, which may
+favor its samples. The second judge, a ResNet trained from scratch on the same images, shares no weights with it. Precision, recall and the
+distance to the nearest training image are measured in EfficientNet's features; memorized samples would be as close to a training image as
+reconstructions of training images are. The loss is measured on held-out images. `examples/emoji/class_fidelity.py` computes these numbers.
 
 ## Data
 The generator was trained on {num_training:,} images of Noto Emoji and FxEmoji (Apache-2.0), Twemoji, EmojiTwo and Streamline (CC-BY-4.0)
-and Fluent Emoji (MIT), the tokenizer on an earlier version with 3,806 images in seven of the nine styles. `ATTRIBUTION.md` lists sources and
-notices. Some classes have fewer than 100 images.
+and Fluent Emoji (MIT), the tokenizer on an earlier version with 3,806 images in seven of the nine styles, which
+contained some of the held-out flowers. `ATTRIBUTION.md` lists sources and notices. Some classes have fewer than 100 images, and their samples may
+resemble training images.
 
 ## Recipe
 `make emoji-checkpoint` reproduces the checkpoint. `examples/emoji` prepares the data, and `configs/emoji` contains the settings of the

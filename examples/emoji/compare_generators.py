@@ -9,7 +9,6 @@ Writes `generators.png` and `token_regions.png`, and prints the table of docs/ge
 
 import argparse
 import json
-import time
 from pathlib import Path
 
 import torch
@@ -30,23 +29,19 @@ def generators(count: int) -> list[torch.Generator]:
 
 
 def training_facts(run: Path) -> dict[str, float]:
-    """Last validation loss, training sequences, and seconds from the first to the last line of the log."""
+    """Last validation loss and training sequences."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     batch_size = int(next(x for x in (run / "arguments.yaml").read_text().split("\n") if "batch_size" in x).split()[1])
     return {
         "validation loss": [line["loss"] for line in lines if line["kind"] == "validation"][-1],
         "sequences": lines[-1]["step"] * batch_size,
-        "minutes": (lines[-1]["time"] - lines[0]["time"]) / 60,
     }
 
 
-def draw(pipe: VFMTokPipeline) -> tuple[list[Image.Image], float]:
-    """`SAMPLES` images of each class, and the seconds that one image takes alone."""
+def draw(pipe: VFMTokPipeline) -> list[Image.Image]:
+    """`SAMPLES` images of each class."""
     labels = list(range(len(pipe.id2label)))
-    images = pipe(labels, num_images_per_label=SAMPLES, generator=generators(SAMPLES * len(labels)), **SAMPLING).images
-    start = time.perf_counter()
-    pipe(0, output_type="tokens")
-    return images, time.perf_counter() - start
+    return pipe(labels, num_images_per_label=SAMPLES, generator=generators(SAMPLES * len(labels)), **SAMPLING).images
 
 
 def token_regions(pipe: VFMTokPipeline, image: Path) -> Figure:
@@ -72,16 +67,12 @@ def main() -> None:
         transformer = model_class.from_pretrained(run / "model").eval()
         generator_pipe = VFMTokPipeline(pipe.vq_model, transformer, pipe.image_processor)
         generator_pipe.set_progress_bar_config(disable=True)
-        pictures[name], seconds = draw(generator_pipe)
+        pictures[name] = draw(generator_pipe)
         facts = training_facts(run)
-        rows.append(
-            f"| {name} | {transformer.num_parameters():,} | {facts['sequences']:,.0f} | {facts['minutes']:.0f} | "
-            f"{facts['validation loss']:.3f} | {seconds:.2f} |"
-        )
-    print(
-        "| generator | parameters | training sequences | minutes | validation loss (nats / token) | seconds per image |"
-    )
-    print("|---|---|---|---|---|---|")
+        sequences, loss = facts["sequences"], facts["validation loss"]
+        rows.append(f"| {name} | {transformer.num_parameters():,} | {sequences:,.0f} | {loss:.3f} |")
+    print("| generator | parameters | training sequences | validation loss (nats / token) |")
+    print("|---|---|---|---|")
     print("\n".join(rows))
 
     by_class = [

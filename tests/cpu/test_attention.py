@@ -7,6 +7,7 @@ from torch import nn
 
 from tests.modeling.generators import tiny_ar, tiny_batch, tiny_rar
 from vfmtok_hf.cpu.attention import BLOCK_LENGTH, BLOCKWISE_ATTENTION, blockwise_attention_forward
+from vfmtok_hf.modeling.attention_vfmtok import eager_attention_forward
 
 
 def heads(length: int) -> list[torch.Tensor]:
@@ -46,6 +47,14 @@ def test_dropout_takes_its_share_of_the_weights_and_only_in_training():
     torch.testing.assert_close(shown.sum(-1)[..., 100:].mean().item(), 1.0, atol=0.02, rtol=0)
     whole = blockwise_attention_forward(module.eval(), query, key, value, None, scaling=1.0, dropout=0.25)[0]
     torch.testing.assert_close(whole.sum(-1), torch.ones(whole.shape[:-1]))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_single_query_sees_all_keys(training):
+    query, key, value = heads(5)
+    module = nn.Identity().train(training)
+    arguments = (module, query[:, :, -1:], key, value, None, 0.3)
+    torch.testing.assert_close(blockwise_attention_forward(*arguments)[0], eager_attention_forward(*arguments)[0])
 
 
 @pytest.mark.parametrize("tiny", [tiny_ar, tiny_rar])

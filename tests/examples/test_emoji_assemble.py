@@ -10,6 +10,8 @@ from PIL import Image
 
 from tests.modeling.generators import tiny_rar
 from tests.testing import tiny_model
+
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "emoji"))
 
 import assemble

@@ -278,14 +278,16 @@ def test_the_cache_is_float32_at_least_on_cpus(model, dtype, expected):
     torch.testing.assert_close(logits, whole, atol=0.1 if dtype == torch.bfloat16 else 1e-5, rtol=0)
 
 
-def test_keys_and_values_keep_their_dtypes():
+@pytest.mark.parametrize("is_number", [True, False])
+def test_keys_and_values_keep_their_dtypes(is_number):
     """Under autocast a norm leaves keys in float32, values come from a product in half precision."""
     cache = LayerCache(3)
     keys, values = torch.randn(1, 2, 3, 4, dtype=torch.float64), torch.randn(1, 2, 3, 4)
     cache.update(keys[:, :, :1], values[:, :, :1], None, None)
     for position in (1, 2):
         step, mask = slice(position, position + 1), torch.zeros(1, 1, 1, position + 1)
-        kept = cache.update(keys[:, :, step], values[:, :, step], torch.tensor(position), mask)
+        arguments = (position, None) if is_number else (torch.tensor(position), mask)
+        kept = cache.update(keys[:, :, step], values[:, :, step], *arguments)
     assert torch.equal(kept[0], keys)
     assert torch.equal(kept[1], values)
 
@@ -307,14 +309,30 @@ def test_only_steps_that_see_unfilled_positions_need_a_mask():
     for cache in (exact, rounded):
         cache.layers[0].update(torch.zeros(2, 1, 1, 4), torch.zeros(2, 1, 1, 4), None, None)
     position = torch.tensor(4)
-    assert exact.place(position)[1].shape[-1] == 9
-    exact.show(5)
-    rounded.show(5)
-    assert exact.place(position) == (4, None)
-    for cache, positions, visible in ((rounded, position, 6), (exact, torch.tensor([4, 2]), 5)):
-        place, mask = cache.place(positions)
-        assert place is positions
+    exact.show(5, filled=True)
+    rounded.show(5, filled=True)
+    assert exact.position_and_mask(position) == (4, None)
+    cases = [(rounded, position, 6), (exact, torch.tensor([4, 2]), 5)]
+    for cache, positions, visible in cases:
+        returned, mask = cache.position_and_mask(positions)
+        assert returned is positions
         assert torch.equal(mask[:, 0, 0] == 0, torch.arange(visible) <= positions.reshape(-1, 1))
+
+
+@torch.no_grad()
+def test_one_limit_may_serve_several_steps(model):
+    tokens = torch.randint(model.config.codebook_size, (4, 9))
+    limited, exact = model.new_cache(), model.new_cache()
+    for cache in (limited, exact):
+        model(LABELS, tokens[:, :1], cache=cache)
+    limited.show(limited.max_length - 1)
+    for position in range(model.num_condition_tokens + 1, limited.max_length - 1):
+        token, position = tokens[:, position - model.num_condition_tokens], torch.tensor(position)
+        exact.show(int(position) + 1, filled=True)
+        for cache in (limited, exact):
+            model.prepare_step(position, cache)
+        logits = model.decode_step(token, position, limited)
+        torch.testing.assert_close(logits, model.decode_step(token, position, exact), atol=1e-5, rtol=0)
 
 
 def test_a_seed_gives_the_same_tokens_in_any_batch_split(model):

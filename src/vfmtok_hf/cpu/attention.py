@@ -43,7 +43,7 @@ def blockwise_attention_forward(
         scores = (query * scaling) @ key.transpose(2, 3)
         weights = (scores if attention_mask is None else scores + attention_mask).softmax(dim=-1)
         return (weights @ value).transpose(1, 2), None
-    if attention_mask is not None or not getattr(module, "is_causal", True):
+    if attention_mask is not None or query.shape[2] == 1 or not getattr(module, "is_causal", True):
         return eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout)[0], None
     attended = [
         eager_attention_forward(

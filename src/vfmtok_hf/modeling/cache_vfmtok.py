@@ -61,7 +61,10 @@ class LayerCache(FixedTensors):
         Args:
             keys, values (`torch.Tensor` of shape `(rows, heads, length, head_dim)`):
                 Keys and values of the first positions of a sequence, or of the single one at `position`, for the first rows.
-            position, attention_mask: returned by `DecodeCache.place`; None for the first positions.
+            position (`int` or `torch.LongTensor` of shape `()` or `(rows,)`, *optional*):
+                One for all rows, or one per row. Returned by `DecodeCache.position_and_mask`; None for the first positions.
+            attention_mask (`torch.Tensor` of shape `(1 or rows, 1, 1, visible_length)`, *optional*):
+                For a single position, unless it is an `int`: then all earlier ones are visible.
 
         Returns:
             `tuple(torch.Tensor)`: the arguments if they start the sequence, otherwise the cached ones of these rows, `(rows,
@@ -115,19 +118,24 @@ class DecodeCache(FixedTensors):
         self.shows_filled = False  # whether all visible positions are filled after a step
         self.modulated_steps = 0  # following steps with precomputed modulations (RAR)
 
-    def show(self, length: int) -> None:
-        """Limit the next step, which fills the position `length - 1`, to the first `length` positions, rounded up to one of
-        `num_lengths` lengths."""
-        self.visible_length = min(-(-length // self.length_step) * self.length_step, self.max_length)
-        self.shows_filled = self.length_step == 1
-
-    def place(self, position: torch.Tensor) -> tuple[int | torch.Tensor, torch.Tensor | None]:
+    def show(self, length: int, filled: bool = False) -> None:
         """
-        Where a step at `position` `()` or `(rows,)` stores its keys and values, and the mask of its attention scores.
+        Limit steps to the first `length` positions, rounded up to one of `num_lengths` lengths.
+
+        Args:
+            length (`int`): number of visible positions.
+            filled (`bool`): the next step fills the last of them, in all rows. If lengths are not rounded, it needs no mask.
+        """
+        self.visible_length = min(-(-length // self.length_step) * self.length_step, self.max_length)
+        self.shows_filled = filled and self.length_step == 1
+
+    def position_and_mask(self, position: torch.Tensor) -> tuple[int | torch.Tensor, torch.Tensor | None]:
+        """
+        Where a step at `position` `()` or `(rows,)` stores keys and values, and the mask of its attention scores.
 
         Returns:
-            `position` and a mask `(1 or rows, 1, 1, visible_length)`, the lowest number after `position`. If all visible
-            positions are filled, which is faster, the last of them as a Python number, and None.
+            `position`, and a mask `(1 or rows, 1, 1, visible_length)`, the lowest number after `position`. If all visible
+            positions are filled, the last of them as a Python number, and None.
         """
         if self.shows_filled and position.ndim == 0:
             return self.visible_length - 1, None

@@ -500,7 +500,7 @@ class VFMTokGenerationMixin(GenerationMixin):
             if step > first_step:
                 position += 1
                 self.prepare_step(position, cache)
-                cache.show(self.num_condition_tokens + step)
+                cache.show(self.num_condition_tokens + step, filled=True)
                 inputs = self, tokens[:, step - 1].repeat(passes).to(position.device), position, cache
             if step > first_step and logits_processor is None:
                 drawn, largest = run(decode_and_draw, *inputs, scales, numbers, settings)

@@ -54,7 +54,7 @@ class VFMTokARAttention(nn.Module):
         position_embeddings: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         cache: LayerCache | None = None,
-        place: int | torch.Tensor | None = None,
+        position: int | torch.Tensor | None = None,
     ) -> torch.Tensor:
         # (batch, length, hidden) -> (batch, heads, length, head_dim)
         head_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
@@ -64,7 +64,7 @@ class VFMTokARAttention(nn.Module):
         # Both at once, because the time of a decode step grows with the number of operations.
         query, key = apply_rotary(torch.cat([query, key], dim=1), position_embeddings).chunk(2, dim=1)
         if cache is not None:
-            key, value = cache.update(key, value, place, attention_mask)
+            key, value = cache.update(key, value, position, attention_mask)
         attention = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
         attended, _ = attention(
@@ -107,10 +107,10 @@ class VFMTokARDecoderLayer(GradientCheckpointingLayer):
         position_embeddings: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         cache: LayerCache | None = None,
-        place: int | torch.Tensor | None = None,
+        position: int | torch.Tensor | None = None,
     ) -> torch.Tensor:
         normed = self.input_layernorm(hidden_states)
-        hidden_states = hidden_states + self.self_attn(normed, position_embeddings, attention_mask, cache, place)
+        hidden_states = hidden_states + self.self_attn(normed, position_embeddings, attention_mask, cache, position)
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
@@ -185,8 +185,8 @@ class VFMTokARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGener
     def decode_step(self, tokens: torch.Tensor, position: torch.Tensor, cache: DecodeCache) -> torch.Tensor:
         """Arguments as in [`VFMTokGenerationMixin.decode_step`]. Position 0 is the class."""
         hidden_states = cache.embeds_at(position, self.embed_tokens(tokens))[:, None]
-        place, attention_mask = cache.place(position)
-        hidden_states = self._run_layers(hidden_states, position.reshape(-1), attention_mask, cache, place)
+        layer_position, attention_mask = cache.position_and_mask(position)
+        hidden_states = self._run_layers(hidden_states, position.reshape(-1), attention_mask, cache, layer_position)
         return self.lm_head(hidden_states)[:, 0].float()
 
     def _run_layers(
@@ -195,16 +195,16 @@ class VFMTokARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGener
         positions: torch.Tensor,
         attention_mask: torch.Tensor | None,
         cache: DecodeCache | None,
-        place: int | torch.Tensor | None = None,
+        position: int | torch.Tensor | None = None,
     ) -> torch.Tensor:
         """`(batch_size, length, hidden_size)` embeddings to states after the final norm."""
         config = self.config
         position_embeddings = rotary_table(positions, config.grid_size, config.head_dim, config.rope_theta)
-        if place is not None:  # positions of rows, not of a sequence
+        if position is not None:  # positions of rows, not of a sequence
             position_embeddings = position_embeddings[:, :, None, None]
         caches = [None] * len(self.layers) if cache is None else cache.layers
         for layer, layer_cache in zip(self.layers, caches, strict=True):
-            hidden_states = layer(hidden_states, position_embeddings, attention_mask, layer_cache, place)
+            hidden_states = layer(hidden_states, position_embeddings, attention_mask, layer_cache, position)
         return self.norm(hidden_states)
 
     @can_return_tuple

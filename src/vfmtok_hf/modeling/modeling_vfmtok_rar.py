@@ -111,7 +111,7 @@ class VFMTokRARAttention(nn.Module):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         cache: LayerCache | None = None,
-        place: int | torch.Tensor | None = None,
+        position: int | torch.Tensor | None = None,
     ) -> torch.Tensor:
         # (batch, length, hidden) -> (batch, heads, length, head_dim)
         head_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
@@ -119,7 +119,7 @@ class VFMTokRARAttention(nn.Module):
         key = self.k_norm(self.k_proj(hidden_states).view(head_shape)).transpose(1, 2)
         value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
         if cache is not None:
-            key, value = cache.update(key, value, place, attention_mask)
+            key, value = cache.update(key, value, position, attention_mask)
         attention = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
         attended, _ = attention(
@@ -162,12 +162,12 @@ class VFMTokRARDecoderLayer(GradientCheckpointingLayer):
         modulation: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         cache: LayerCache | None = None,
-        place: int | torch.Tensor | None = None,
+        position: int | torch.Tensor | None = None,
     ) -> torch.Tensor:
         modulation = self.modulation(condition) if modulation is None else modulation
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
         normed = modulate(self.norm1(hidden_states), shift1, scale1)
-        hidden_states = hidden_states + gate1 * self.self_attn(normed, attention_mask, cache, place)
+        hidden_states = hidden_states + gate1 * self.self_attn(normed, attention_mask, cache, position)
         return hidden_states + gate2 * self.mlp(modulate(self.norm2(hidden_states), shift2, scale2))
 
 
@@ -325,10 +325,10 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
         num_rows, index = tokens.shape[0], (position - cache.first_modulated).reshape(-1)[:1]
         hidden_states = cache.embeds_at(position, self.embed_tokens(tokens))[:, None]
         hidden_states = hidden_states + at_position(cache.position_embeds[:num_rows], position)
-        place, attention_mask = cache.place(position)
+        layer_position, attention_mask = cache.position_and_mask(position)
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
             modulation = modulation_at(index, layer_cache.modulations, num_rows)  # type: ignore[arg-type]
-            hidden_states = layer(hidden_states, None, modulation, attention_mask, layer_cache, place)
+            hidden_states = layer(hidden_states, None, modulation, attention_mask, layer_cache, layer_position)
         modulation = modulation_at(index, cache.norm_modulations, num_rows)
         return self.lm_head(self.norm_out(hidden_states, modulation))[:, 0].float()
 

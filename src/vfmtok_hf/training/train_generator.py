@@ -1,9 +1,9 @@
 """
 Train a class-conditional generator of image tokens, from scratch or from a trained one.
 
-    python -m vfmtok_hf.training.train_generator --config configs/emoji/generator.yaml
-    accelerate launch -m vfmtok_hf.training.train_generator --config configs/emoji/generator.yaml --generator rar
-    python -m vfmtok_hf.training.train_generator --config configs/emoji/generator.yaml --resume true
+    python -m vfmtok_hf.training.train_generator --config configs/emoji/generator_rar.yaml
+    accelerate launch -m vfmtok_hf.training.train_generator --config configs/emoji/generator_rar.yaml
+    python -m vfmtok_hf.training.train_generator --config configs/emoji/generator_rar.yaml --resume true
 
 The data are images, which are encoded once (`num_crops` of each) or in every step, or a token set by
 `extract_tokens.py`. The run's folder contains `model/` (averaged weights, for `from_pretrained`), `pipeline/`,
