@@ -77,9 +77,9 @@ def draw(pipe: VFMTokPipeline, count: int) -> list[list[Image.Image]]:
     ]
 
 
-def spread_evenly(features: list[torch.Tensor], count: int) -> torch.Tensor:
-    """The same number of rows per class, spread evenly over its rows."""
-    return torch.cat([rows[torch.linspace(0, len(rows) - 1, count).long()] for rows in features])
+def spread_evenly(length: int, count: int) -> torch.Tensor:
+    """`count` indices, spread evenly over a class of `length` images."""
+    return torch.linspace(0, length - 1, count).long()
 
 
 @torch.no_grad()
@@ -98,31 +98,29 @@ def compare(
 ) -> str:
     """The table of pipelines by name, with `samples` per class and reconstructions by the last one's tokenizer."""
     extractor, second = VisionModelFeatures(classifier, INPUT_SIZE), VisionModelFeatures(second_judge)
-    train = [features_of(map(Image.open, files), extractor) for files in image_files(data / "train")]
-    judge, reference = train_judge(train), spread_evenly(train, samples)
+    train_files = image_files(data / "train")
+    train = [features_of(map(Image.open, of_class), extractor) for of_class in train_files]
+    judge, reference = train_judge(train), torch.cat([rows[spread_evenly(len(rows), samples)] for rows in train])
 
     files = image_files(data / "validation")
     *_, last = pipes.values()
     columns = {
         "held-out images": [[Image.open(file) for file in of_class] for of_class in files],
         "reconstructions": [last.reconstruct(of_class).images for of_class in files],
+        "of training images": [
+            last.reconstruct([of_class[index] for index in spread_evenly(len(of_class), samples)]).images
+            for of_class in train_files
+        ],
     }
     cells = {}
-    for name, pictures in columns.items():
+    for name, pictures in {**columns, **{name: draw(pipe, samples) for name, pipe in pipes.items()}}.items():
         features = [features_of(of_class, extractor) for of_class in pictures]
-        cells[name] = [
-            *class_cells(judge, features),
-            second_share(second, pictures),
-            nearest(features, train),
-            *[""] * 3,
-        ]
-    for name, pipe in pipes.items():
-        pictures = draw(pipe, samples)
-        features = [features_of(of_class, extractor) for of_class in pictures]
-        precision, recall = precision_recall(torch.cat(features), reference)
-        others = [f"{precision:.0%}", f"{recall:.0%}", f"{held_out_loss(pipe, files):.3f}"]
-        shares = [*class_cells(judge, features), second_share(second, pictures)]
-        cells[name] = [*shares, nearest(features, train), *others]
+        cells[name] = [*class_cells(judge, features), second_share(second, pictures), nearest(features, train)]
+        if name in pipes:
+            precision, recall = precision_recall(torch.cat(features), reference)
+            cells[name] += [f"{precision:.0%}", f"{recall:.0%}", f"{held_out_loss(pipes[name], files):.3f}"]
+        else:
+            cells[name] += ["", "", ""]
 
     labels = [last.id2label[label].split(",")[0] for label in sorted(last.id2label)]
     names = [*labels, "**mean of classes**", "**mean, second judge**", "distance to the nearest training image"]
