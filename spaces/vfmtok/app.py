@@ -8,17 +8,18 @@ Run it with `python app.py`. `VFMTOK_MODEL` selects another pipeline, a folder o
 import os
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 
 import gradio as gr
 import PIL.Image
 
 import inpainting
 from inspection import decode_tokens, inspect, to_url
-from model import CAN_INPAINT, GRID_SIZE, gpu
+from model import CAN_INPAINT, GRID_SIZE, SAMPLING, gpu
 from neighbors import EXAMPLES, nearest
 from pictures import picture_upload, pixel_values_of
 from sampling import generate_at_once, generate_stepwise
-from settings import DEFAULT_LABEL, RANGES, Settings, random_seed
+from settings import DEFAULT_LABEL, RANGES, Settings, class_choices, random_seed
 from theme import STYLE, THEME, template
 from views import class_thumbnails, comparison_view, generation_view, image_captions, neighbors_view, page_facts
 
@@ -29,8 +30,11 @@ SEARCHABLE = 40
 # Two visitors at a time; others wait in a queue of limited length.
 MODEL_EVENT = {"concurrency_id": "model", "concurrency_limit": 2}
 QUIET = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+# A RAR generator increases guidance from token to token, unless its checkpoint makes it constant.
+GUIDANCE_RISES = " It increases from 1 to this scale, token by token." if getattr(SAMPLING, "guidance_scale_pow", 0) else ""
 # The first example of each class.
 FEW_EXAMPLES = list({path.stem.split("_")[0]: path for path in reversed(EXAMPLES)}.values())[::-1]
+FIRST_EXAMPLE = FEW_EXAMPLES[-3:][0]
 LINK = """(...values) => {
   const link = new URL(window.location.origin + window.location.pathname);
   %s.forEach((name, index) => link.searchParams.set(name, values[index]));
@@ -139,7 +143,23 @@ def image_to_mark(image: PIL.Image.Image | None) -> tuple[dict, None]:
 
 def first_example(image: PIL.Image.Image | None) -> str | dict:
     """An example if there is no image."""
-    return str(FEW_EXAMPLES[-3:][0]) if image is None else gr.skip()
+    return str(FIRST_EXAMPLE) if image is None else gr.skip()
+
+
+def first_example_and_class(image: PIL.Image.Image | None) -> tuple:
+    """The same with its class."""
+    return first_example(image), example_class(FIRST_EXAMPLE) if image is None else gr.skip()
+
+
+def example_class(path: Path) -> str | dict:
+    """The class that an example's file name begins with, if the model has it."""
+    name = path.stem.split("_")[0]
+    return name if name in dict(class_choices()).values() else gr.skip()
+
+
+def class_of_chosen_example(event: gr.SelectData) -> str | dict:
+    """The class of the example that was clicked."""
+    return example_class(FEW_EXAMPLES[event.index])
 
 
 def chosen_example(event: gr.SelectData) -> str:
@@ -150,6 +170,11 @@ def chosen_example(event: gr.SelectData) -> str:
 def chosen_image(history: list, event: gr.EventData) -> PIL.Image.Image:
     """The generated image whose button was clicked."""
     return history[event.index][0]
+
+
+def chosen_image_and_class(history: list, event: gr.EventData) -> tuple[PIL.Image.Image, str]:
+    """The same with its class."""
+    return history[event.index][0], event.label
 
 
 def settings_of_link(request: gr.Request) -> list:
@@ -206,7 +231,7 @@ def generate_tab(page: gr.Blocks) -> tuple[gr.HTML, gr.State]:
                 stop = gr.Button("Stop", min_width=80, visible=False)
             images = number_slider("images", "Images")
             seed = seed_with_dice()
-            guidance = number_slider("guidance", "Guidance scale", info="1 is off: one forward pass per token.")
+            guidance = number_slider("guidance", "Guidance scale", info=f"1 is off: one forward pass per token.{GUIDANCE_RISES}")
             with gr.Accordion("Sampling", open=False):
                 temperature = number_slider("temperature", "Temperature")
                 top_k = number_slider("top_k", "Top-k", info="0 is off.")
@@ -246,7 +271,7 @@ def guidance_tab() -> None:
         with gr.Column(scale=2, min_width=300):
             label = class_picker("guided-class")
             start = gr.Button("Generate both", variant="primary")
-            guidance = number_slider("guidance", "Guidance scale", value=1.25, info="For the right side.")
+            guidance = number_slider("guidance", "Guidance scale", value=2, info=f"For the right side.{GUIDANCE_RISES}")
             images = number_slider("images", "Images")
             seed = seed_with_dice()
         with gr.Column(scale=5, min_width=300):
@@ -255,10 +280,10 @@ def guidance_tab() -> None:
     start.click(None, js=SHOW_RESULT % "comparison", **QUIET)
 
 
-def few_examples(image: gr.Image) -> None:
+def few_examples(image: gr.Image) -> gr.Dataset:
     """One example of each class; a click puts it into `image`."""
     with gr.Column(elem_classes="vt-examples"):
-        gr.Examples([[str(path)] for path in FEW_EXAMPLES], image, label="Examples", examples_per_page=20)
+        return gr.Examples([[str(path)] for path in FEW_EXAMPLES], image, label="Examples", examples_per_page=20).dataset
 
 
 def inspector_tab() -> gr.Image:
@@ -293,8 +318,8 @@ def nearest_tab() -> None:
     image.change(find_nearest, image, neighbors, show_progress="minimal", **MODEL_EVENT)
 
 
-def inpaint_tab() -> gr.Image:
-    """An upload, the editor of `page/mask.js` and the repainted image. Returns the upload."""
+def inpaint_tab() -> tuple[gr.Image, gr.HTML]:
+    """An upload, the editor of `page/mask.js` and the repainted image. Returns the upload and the class."""
     with gr.Tab("Inpaint") as tab, gr.Row(elem_classes="vt-tool vt-inpaint"):
         image = picture_upload(height=200, elem_classes="vt-upload", elem_id="painted")
         with gr.Column(elem_classes="vt-editor"):
@@ -308,12 +333,13 @@ def inpaint_tab() -> gr.Image:
             start = gr.Button("Inpaint", variant="primary")
         with gr.Column(elem_classes="vt-result"):
             result = view("inpainted.html", "the repainted image", "inpainted.js", elem_id="inpainted")
-        few_examples(image)
-    tab.select(first_example, image, image, **QUIET)
+        examples = few_examples(image)
+    tab.select(first_example_and_class, image, [image, label], **QUIET)
+    examples.select(class_of_chosen_example, outputs=label, **QUIET)
     image.change(image_to_mark, image, [mask, result], show_progress="hidden", api_visibility="private")
     start.click(inpaint, [image, mask, label, seed], result, show_progress="minimal", **MODEL_EVENT)
     start.click(None, js=SHOW_RESULT % "inpainted", **QUIET)
-    return image
+    return image, label
 
 
 def build_page() -> gr.Blocks:
@@ -328,7 +354,7 @@ def build_page() -> gr.Blocks:
         sheet.inside(chosen_image, history, inspected, **QUIET).then(None, js=SHOW_TAB % "Inside", **QUIET)
         if CAN_INPAINT:
             painted = inpaint_tab()
-            sheet.inpaint(chosen_image, history, painted, **QUIET).then(None, js=SHOW_TAB % "Inpaint", **QUIET)
+            sheet.inpaint(chosen_image_and_class, history, painted, **QUIET).then(None, js=SHOW_TAB % "Inpaint", **QUIET)
         gr.api(decode, **MODEL_EVENT)
     return page.queue(max_size=32)
 

@@ -30,6 +30,8 @@ def load_pipeline(name_or_path: str | Path) -> VFMTokPipeline:
 MODEL = os.environ.get("VFMTOK_MODEL", DEFAULT_CHECKPOINT)
 IS_DEFAULT_CHECKPOINT = MODEL == DEFAULT_CHECKPOINT
 PIPE = load_pipeline(MODEL)
+# The checkpoint's own sampling options.
+SAMPLING = PIPE.transformer.sampling_settings.resolve({}, PIPE.transformer.generation_config)
 # Inpainting needs a generator that samples tokens in any order.
 CAN_INPAINT = PIPE.transformer.config.model_type == "vfmtok_rar"
 NUM_TOKENS = PIPE.vq_model.config.num_anchors

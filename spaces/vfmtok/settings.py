@@ -10,7 +10,7 @@ from functools import cache
 
 import gradio as gr
 
-from model import CODEBOOK_SIZE, IS_DEFAULT_CHECKPOINT, PIPE
+from model import CODEBOOK_SIZE, IS_DEFAULT_CHECKPOINT, PIPE, SAMPLING
 
 
 # Name -> lowest value, highest value, step of the slider. Integer steps make integers.
@@ -20,8 +20,7 @@ RANGES = {
     "temperature": (0.1, 2.0, 0.05),
     "top_k": (0, CODEBOOK_SIZE, 1),
     "top_p": (0.05, 1.0, 0.05),
-    # Above a scale of 2, the images of the emoji checkpoint fall apart.
-    "guidance": (1.0, 2.0 if IS_DEFAULT_CHECKPOINT else 4.0, 0.05),
+    "guidance": (1.0, 4.0, 0.05),
 }
 
 
@@ -50,9 +49,9 @@ class Settings:
     label: str
     images: int = 4
     seed: int = 1
-    temperature: float = PIPE.transformer.generation_config.temperature or 1.0
-    top_k: int = PIPE.transformer.generation_config.top_k or 0
-    top_p: float = PIPE.transformer.generation_config.top_p or 1.0
+    temperature: float = SAMPLING.temperature
+    top_k: int = SAMPLING.top_k
+    top_p: float = SAMPLING.top_p
     guidance: float = 1.0
 
     @classmethod

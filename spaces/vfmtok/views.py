@@ -44,6 +44,7 @@ def generation_view(settings: Settings, generation: Generation) -> dict:
             {"url": data_url(image), "caption": caption, "file": download_name(caption)}
             for image, caption in zip(generation.images, image_captions(settings), strict=True)
         ],
+        "label": settings.label,
         "columns": grid_columns(settings.images),
         "whole": finished,
         "inpaint": CAN_INPAINT,

@@ -74,7 +74,8 @@ def test_onnx_decoder_draws_the_same_8_bit_pictures(emoji, emoji_onnx):
 
 def test_onnx_decode_step_draws_the_models_greedy_tokens(emoji, emoji_onnx):
     labels = torch.tensor([3, 8, 11])
-    tokens = greedy(onnx_graph(emoji_onnx / "decode_step.onnx"), emoji, labels)
+    raster_order = torch.arange(144).expand(3, -1)
+    tokens = greedy(onnx_graph(emoji_onnx / "decode_step.onnx"), emoji, labels, raster_order)
     assert torch.equal(tokens, emoji.transformer.generate(labels, do_sample=False))
 
 

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import anyio
 import httpx
 import PIL.Image
+import PIL.ImageChops
 import pytest
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
@@ -34,7 +35,7 @@ class StubEngine:
 
     def __init__(self, codebook_size: int, behaviors=()):
         self.codebook_size, self.behaviors = codebook_size, list(behaviors)
-        self.bodies, self.num_disconnects = [], 0
+        self.bodies, self.num_disconnects, self.released = [], 0, False
         self.app = FastAPI()
         self.app.post("/inference/v1/generate")(self.generate)
 
@@ -77,6 +78,12 @@ async def hangs(stub, request, body):
         await anyio.sleep(0.01)
     stub.num_disconnects += 1
     return Response()
+
+
+async def waits(stub, request, body):
+    while not stub.released:
+        await anyio.sleep(0.01)
+    return reply(stub.tokens(body))
 
 
 async def stops_early(stub, request, body):
@@ -281,15 +288,16 @@ def test_work_of_clients_that_have_gone_is_dropped():
 
 
 def test_a_full_queue_answers_429():
-    pipe, stub = tiny_pipeline(), StubEngine(64, [hangs] * 2)
+    pipe, stub = tiny_pipeline(), StubEngine(64, [waits] * 2)
     with running(stub.app) as engine:
-        app = front(pipe, engine, timeout=1.0, max_batch_size=2, max_queue_size=1)
+        app = front(pipe, engine, max_batch_size=2, max_queue_size=1)
         with running(app) as url, ThreadPoolExecutor(2) as threads:
             held = threads.submit(post, url, "/", {"inputs": [1, 2]})
             wait_until(lambda: metric(url, "vfmtok_images_running") == 2)
             waiting = threads.submit(draw, url)
             wait_until(lambda: metric(url, "vfmtok_images_waiting") == 1)
             assert draw(url).status_code == 429
+            stub.released = True
             assert held.result().status_code == waiting.result().status_code == 200
 
 
@@ -411,5 +419,7 @@ def test_command_with_engines():
     with running(stub.app) as engine, server("--engine", engine) as (url, _):
         image = opened(draw(url).json())
     (body,) = stub.bodies
-    assert body["token_ids"][0] == pipe.transformer.config.codebook_size + label
-    assert image.tobytes() == pipe.detokenize([stub.tokens(body)])[0].tobytes()
+    assert body["token_ids"] == [pipe.transformer.config.codebook_size + label] * pipe.transformer.num_condition_tokens
+    # The command packs the decoder's weights for the CPU, so rounding may cross the border between two of the 256 levels.
+    expected = pipe.detokenize([stub.tokens(body)])[0]
+    assert max(high for _, high in PIL.ImageChops.difference(image, expected).getextrema()) <= 1

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.modeling.generators import tiny_rar
+from tests.modeling.generators import tiny_ar
 from vfmtok_hf import DEFAULT_CHECKPOINT, VFMTokPipeline
 
 from .browsing import FLAGS
@@ -92,22 +92,14 @@ def space(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def rar_pipeline():
-    """The emoji pipeline with a random generator that samples tokens in any order."""
+def ar_space(tmp_path_factory):
+    """The page with a random generator that samples tokens only in raster order."""
     pipe = VFMTokPipeline.from_pretrained(DEFAULT_CHECKPOINT)
     config = pipe.transformer.config
     sizes = {name: getattr(config, name) for name in ("codebook_size", "num_image_tokens", "num_classes", "id2label")}
-    positions = config.num_image_tokens + 2
     torch.manual_seed(0)
-    rar = tiny_rar(**sizes, num_position_embeddings=positions, num_timestep_embeddings=positions)
-    return VFMTokPipeline(pipe.vq_model, rar, pipe.image_processor)
-
-
-@pytest.fixture(scope="session")
-def rar_space(rar_pipeline, tmp_path_factory):
-    """The page with that pipeline."""
-    folder = tmp_path_factory.mktemp("rar_space")
-    rar_pipeline.save_pretrained(folder / "pipeline")
+    folder = tmp_path_factory.mktemp("ar_space")
+    VFMTokPipeline(pipe.vq_model, tiny_ar(**sizes), pipe.image_processor).save_pretrained(folder / "pipeline")
     with running_space(folder, VFMTOK_MODEL=str(folder / "pipeline")) as running:
         yield running
 

@@ -141,8 +141,7 @@ def test_guidance_starts_where_the_images_are_good(visit):
     page = visit()
     show_tab(page, "Guidance")
     slider = page.get_by_role("tabpanel").filter(visible=True).get_by_label("range slider for Guidance scale")
-    assert 1.25 <= float(slider.input_value()) <= 1.5
-    assert slider.get_attribute("max") == "2"
+    assert slider.input_value() == "2"
 
 
 def test_a_class_is_chosen_by_click_or_by_keyboard(visit):
@@ -217,7 +216,7 @@ def test_a_generated_image_is_sent_to_the_inspector(visit):
     page = visit("?label=heart&images=2&seed=3")
     page.get_by_label("Look inside heart, seed 4").click()
     expect(page.locator("[data-text=quality]")).to_contain_text("dB", timeout=PATIENCE)
-    assert page.get_by_role("tab").all_inner_texts() == ["Generate", "Guidance", "Inside", "Nearest"]
+    assert page.get_by_role("tab").all_inner_texts() == ["Generate", "Guidance", "Inside", "Nearest", "Inpaint"]
     expect(page.get_by_role("tab", name="Inside")).to_have_attribute("aria-selected", "true")
     expect(page.locator("#inspected img")).to_be_visible()
 
@@ -336,8 +335,8 @@ def test_an_example_can_be_chosen_for_its_neighbors(visit):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("device", [LAPTOP, PHONE], ids=["laptop", "phone"])
-def test_a_marked_part_is_repainted(device, scheme, visit, rar_space):
-    page = visit(url=rar_space.url, **device, color_scheme=scheme)
+def test_a_marked_part_is_repainted(device, scheme, visit):
+    page = visit(**device, color_scheme=scheme)
     show_tab(page, "Inpaint")
     cells = page.locator(".vt-marks button")
     expect(page.locator(".vt-marks img")).to_be_visible(timeout=PATIENCE)
@@ -357,10 +356,9 @@ def test_a_marked_part_is_repainted(device, scheme, visit, rar_space):
     photograph(page, f"{'phone' if device is PHONE else 'laptop'}-{scheme}-inpaint")
 
 
-def test_cells_are_marked_by_keyboard_and_a_new_image_has_none(visit, rar_space):
-    page = visit(url=rar_space.url)
+def test_cells_are_marked_by_keyboard_and_a_new_image_has_none(visit):
+    page = visit()
     page.get_by_label(re.compile("^Inpaint .*seed 1$")).click()
-    assert page.get_by_role("tab").all_inner_texts() == ["Generate", "Guidance", "Inside", "Nearest", "Inpaint"]
     expect(page.get_by_role("tab", name="Inpaint")).to_have_attribute("aria-selected", "true")
     expect(page.locator(".vt-marks img")).to_be_visible(timeout=PATIENCE)
     marked = page.locator(".vt-marks button[aria-pressed=true]")
@@ -381,8 +379,8 @@ def test_cells_are_marked_by_keyboard_and_a_new_image_has_none(visit, rar_space)
     expect(page.get_by_test_id("toast-body")).to_contain_text("Mark at least one cell", timeout=PATIENCE)
 
 
-def test_a_drag_marks_cells_until_it_ends(visit, rar_space):
-    page = visit(url=rar_space.url)
+def test_a_drag_marks_cells_until_it_ends(visit):
+    page = visit()
     page.evaluate("delete PointerEvent.prototype.getCoalescedEvents")  # as on a page without https
     show_tab(page, "Inpaint")
     expect(page.locator(".vt-marks img")).to_be_visible(timeout=PATIENCE)
@@ -407,8 +405,8 @@ def test_a_drag_marks_cells_until_it_ends(visit, rar_space):
     expect(marked).to_have_count(3)
 
 
-def test_a_phone_shows_the_inpaint_tab_in_the_order_of_its_elements(visit, rar_space):
-    page = visit(url=rar_space.url, **PHONE)
+def test_a_phone_shows_the_inpaint_tab_in_the_order_of_its_elements(visit):
+    page = visit(**PHONE)
     show_tab(page, "Inpaint")
     expect(page.locator(".vt-marks img")).to_be_visible(timeout=PATIENCE)
     used = ("#painted", ".vt-mask", "[role=radiogroup]", "#inpainted", ".vt-examples")

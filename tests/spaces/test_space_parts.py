@@ -63,7 +63,7 @@ def test_an_empty_link_is_the_default_without_guidance(warnings):
 
     settings = Settings.from_link({"__theme": "dark"})
     assert settings == Settings(DEFAULT_LABEL)
-    assert (settings.guidance, settings.temperature, settings.top_k) == (1.0, 0.9, 100)
+    assert (settings.guidance, settings.temperature, settings.top_k) == (1.0, 0.8, 100)
     assert warnings == []
 
 
@@ -205,7 +205,7 @@ def test_images_grow_row_by_row_into_what_the_pipeline_generates():
     )
     assert all(later.seconds > earlier.seconds for earlier, later in zip(generations, generations[1:], strict=False))
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
-    expected = PIPE("clock", num_images_per_label=2, temperature=0.9, top_k=100, generator=generators).images
+    expected = PIPE("clock", num_images_per_label=2, generator=generators).images
     assert [picture.tobytes() for picture in generations[-1].images] == [picture.tobytes() for picture in expected]
 
 
@@ -324,16 +324,16 @@ def test_wrong_tokens_get_a_friendly_word(tokens):
 # -- inpainting
 
 
-def test_marked_cells_are_repainted_as_the_pipeline_does(rar_pipeline, monkeypatch):
+def test_marked_cells_are_repainted_as_the_pipeline_does():
     import inpainting
+    from model import PIPE
     from neighbors import EXAMPLES
     from settings import Settings
 
-    monkeypatch.setattr(inpainting, "PIPE", rar_pipeline)
     picture, cells = PIL.Image.open(EXAMPLES[0]), [5, 6, 17, 18]
     repainted = inpainting.inpaint(picture, cells, Settings("heart", images=1, seed=3))
     mask = torch.zeros(144, dtype=torch.bool).index_fill(0, torch.tensor(cells), True)
-    [expected] = rar_pipeline.inpaint(picture, "heart", mask, generator=torch.Generator().manual_seed(3)).images
+    [expected] = PIPE.inpaint(picture, "heart", mask, generator=torch.Generator().manual_seed(3)).images
     assert PIL.Image.open(io.BytesIO(base64.b64decode(repainted["url"].split(",")[1]))).tobytes() == expected.tobytes()
     assert (repainted["caption"], repainted["file"]) == ("heart, seed 3", "heart-seed-3.png")
 
