@@ -31,7 +31,9 @@ SEARCHABLE = 40
 MODEL_EVENT = {"concurrency_id": "model", "concurrency_limit": 2}
 QUIET = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 # A RAR generator increases guidance from token to token, unless its checkpoint makes it constant.
-GUIDANCE_RISES = " It increases from 1 to this scale, token by token." if getattr(SAMPLING, "guidance_scale_pow", 0) else ""
+GUIDANCE_NOTE = (
+    " It increases from 1 to this scale, token by token." if getattr(SAMPLING, "guidance_scale_pow", 0) else ""
+)
 # The first example of each class.
 FEW_EXAMPLES = list({path.stem.split("_")[0]: path for path in reversed(EXAMPLES)}.values())[::-1]
 FIRST_EXAMPLE = FEW_EXAMPLES[-3:][0]
@@ -231,7 +233,9 @@ def generate_tab(page: gr.Blocks) -> tuple[gr.HTML, gr.State]:
                 stop = gr.Button("Stop", min_width=80, visible=False)
             images = number_slider("images", "Images")
             seed = seed_with_dice()
-            guidance = number_slider("guidance", "Guidance scale", info=f"1 is off: one forward pass per token.{GUIDANCE_RISES}")
+            guidance = number_slider(
+                "guidance", "Guidance scale", info=f"1 is off: one forward pass per token.{GUIDANCE_NOTE}"
+            )
             with gr.Accordion("Sampling", open=False):
                 temperature = number_slider("temperature", "Temperature")
                 top_k = number_slider("top_k", "Top-k", info="0 is off.")
@@ -271,7 +275,7 @@ def guidance_tab() -> None:
         with gr.Column(scale=2, min_width=300):
             label = class_picker("guided-class")
             start = gr.Button("Generate both", variant="primary")
-            guidance = number_slider("guidance", "Guidance scale", value=2, info=f"For the right side.{GUIDANCE_RISES}")
+            guidance = number_slider("guidance", "Guidance scale", value=2, info=f"For the right side.{GUIDANCE_NOTE}")
             images = number_slider("images", "Images")
             seed = seed_with_dice()
         with gr.Column(scale=5, min_width=300):
@@ -283,7 +287,9 @@ def guidance_tab() -> None:
 def few_examples(image: gr.Image) -> gr.Dataset:
     """One example of each class; a click puts it into `image`."""
     with gr.Column(elem_classes="vt-examples"):
-        return gr.Examples([[str(path)] for path in FEW_EXAMPLES], image, label="Examples", examples_per_page=20).dataset
+        return gr.Examples(
+            [[str(path)] for path in FEW_EXAMPLES], image, label="Examples", examples_per_page=20
+        ).dataset
 
 
 def inspector_tab() -> gr.Image:
@@ -354,7 +360,9 @@ def build_page() -> gr.Blocks:
         sheet.inside(chosen_image, history, inspected, **QUIET).then(None, js=SHOW_TAB % "Inside", **QUIET)
         if CAN_INPAINT:
             painted = inpaint_tab()
-            sheet.inpaint(chosen_image_and_class, history, painted, **QUIET).then(None, js=SHOW_TAB % "Inpaint", **QUIET)
+            sheet.inpaint(chosen_image_and_class, history, painted, **QUIET).then(
+                None, js=SHOW_TAB % "Inpaint", **QUIET
+            )
         gr.api(decode, **MODEL_EVENT)
     return page.queue(max_size=32)
 

@@ -64,6 +64,18 @@ def test_results_are_documented_as_objects(client):
         assert endpoints[name]["returns"][0]["type"]["type"] == "object"
 
 
+def test_a_generator_of_raster_order_has_no_endpoint_to_repaint(ar_space):
+    endpoints = new_client(ar_space).view_api(return_format="dict")["named_endpoints"]
+    assert "/generate" in endpoints
+    assert "/inpaint" not in endpoints
+
+
+def test_a_marked_cell_is_repainted(client):
+    repainted = client.predict(upload(EXAMPLES / "heart_noto_1f9e1.png"), [78, 79], "heart", 1, api_name="/inpaint")
+    assert repainted["caption"] == "heart, seed 1"
+    assert decoded(repainted["url"]).size == (64, 64)
+
+
 def test_two_visitors_at_once_get_what_each_gets_alone(space):
     clients = [new_client(space), new_client(space)]
     tasks = [("heart", 1), ("clock", 2)]

@@ -55,11 +55,15 @@ def visible(page, selector):
 def settings_of(page) -> dict[str, str]:
     panel = page.get_by_role("tabpanel").filter(visible=True)
     return {
-        "label": panel.get_by_role("radio", checked=True).inner_text(),
+        "label": chosen_class(page).inner_text(),
         "seed": panel.get_by_label("Seed", exact=True).input_value(),
         "images": panel.get_by_label("number input for Images").input_value(),
         "guidance": panel.get_by_label("number input for Guidance scale").input_value(),
     }
+
+
+def chosen_class(page):
+    return page.get_by_role("tabpanel").filter(visible=True).get_by_role("radio", checked=True)
 
 
 def photograph(page, name):
@@ -357,10 +361,11 @@ def test_a_marked_part_is_repainted(device, scheme, visit):
 
 
 def test_cells_are_marked_by_keyboard_and_a_new_image_has_none(visit):
-    page = visit()
-    page.get_by_label(re.compile("^Inpaint .*seed 1$")).click()
+    page = visit("?label=moon&seed=1")
+    page.get_by_label("Inpaint moon, seed 1").click()
     expect(page.get_by_role("tab", name="Inpaint")).to_have_attribute("aria-selected", "true")
     expect(page.locator(".vt-marks img")).to_be_visible(timeout=PATIENCE)
+    expect(chosen_class(page)).to_have_text("moon")
     marked = page.locator(".vt-marks button[aria-pressed=true]")
     page.get_by_label("Row 1, column 1", exact=True).focus()
     for key in ("Space", "ArrowRight", "ArrowDown", "Enter"):
@@ -377,6 +382,25 @@ def test_cells_are_marked_by_keyboard_and_a_new_image_has_none(visit):
     expect(marked).to_have_count(0, timeout=PATIENCE)
     press(page, "Inpaint")
     expect(page.get_by_test_id("toast-body")).to_contain_text("Mark at least one cell", timeout=PATIENCE)
+
+
+def test_an_example_to_repaint_brings_its_class_along(visit):
+    page = visit()
+    show_tab(page, "Inpaint")
+    expect(page.locator(".vt-marks img")).to_be_visible(timeout=PATIENCE)
+    expect(chosen_class(page)).to_have_text("smiley")
+    before = page.locator(".vt-marks img").get_attribute("src")
+    visible(page, ".vt-examples .gallery-item").nth(2).click()
+    expect(page.locator(".vt-marks img")).not_to_have_attribute("src", before, timeout=PATIENCE)
+    expect(chosen_class(page)).to_have_text("cat")
+
+
+def test_a_generator_of_raster_order_cannot_repaint(visit, ar_space):
+    page = visit(url=ar_space.url)
+    assert page.get_by_role("tab").all_inner_texts() == ["Generate", "Guidance", "Inside", "Nearest"]
+    expect(page.get_by_role("button", name=re.compile("^Look inside"))).to_have_count(4)
+    expect(page.get_by_role("button", name=re.compile("^Inpaint"))).to_have_count(0)
+    expect(page.get_by_text("It increases from 1")).to_have_count(0)
 
 
 def test_a_drag_marks_cells_until_it_ends(visit):
