@@ -400,7 +400,7 @@ def test_a_generator_of_raster_order_cannot_repaint(visit, ar_space):
     assert page.get_by_role("tab").all_inner_texts() == ["Generate", "Guidance", "Inside", "Nearest"]
     expect(page.get_by_role("button", name=re.compile("^Look inside"))).to_have_count(4)
     expect(page.get_by_role("button", name=re.compile("^Inpaint"))).to_have_count(0)
-    expect(page.get_by_text("It increases from 1")).to_have_count(0)
+    expect(page.get_by_text("increases to this scale")).to_have_count(0)
 
 
 def test_a_drag_marks_cells_until_it_ends(visit):
