@@ -19,13 +19,13 @@ from pathlib import Path
 import torch
 from decode import draw
 from measuring import machine, median_seconds, usable_dtypes
-from random_models import generator_config, random_generator
+from random_models import Generator, generator_config, random_generator
 from result_tables import show_table
 from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
-from transformers import TorchAoConfig
+from transformers import AutoModel, TorchAoConfig
 from transformers.image_utils import load_image
 
-from vfmtok_hf import DEFAULT_CHECKPOINT, VFMTokARForImageGeneration
+from vfmtok_hf import DEFAULT_CHECKPOINT
 from vfmtok_hf.cpu.packing import pack_weights
 from vfmtok_hf.cpu.quantization import PackedQuantizedLinear
 from vfmtok_hf.evaluation.features import OwnVisionFeatures
@@ -44,10 +44,10 @@ def usable(sides: list[str]) -> list[str]:
     return [side for side in sides if "bfloat16" not in side or torch.bfloat16 in usable_dtypes("cpu")]
 
 
-def load_side(folder: str | Path, side: str) -> VFMTokARForImageGeneration:
+def load_side(folder: str | Path, side: str) -> Generator:
     """The generator in `folder` as `side` says: "KIND", or "KIND, packed"; KIND is a dtype or a quantization of float32."""
     kind, _, packed = side.partition(", ")
-    model = VFMTokARForImageGeneration.from_pretrained(
+    model = AutoModel.from_pretrained(
         folder,
         dtype=torch.float32 if kind in QUANTIZATIONS else getattr(torch, kind),
         quantization_config=TorchAoConfig(QUANTIZATIONS[kind]) if kind in QUANTIZATIONS else None,
@@ -66,7 +66,7 @@ def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     yield from (part for part in parts if part is not None)
 
 
-def bytes_in_memory(model: VFMTokARForImageGeneration) -> int:
+def bytes_in_memory(model: Generator) -> int:
     """Bytes of all weights, scales included."""
     quantized = {name: module for name, module in model.named_modules() if isinstance(module, PackedQuantizedLinear)}
     tensors = [tensor for name, tensor in model.state_dict().items() if name.rpartition(".")[0] not in quantized]
@@ -75,7 +75,7 @@ def bytes_in_memory(model: VFMTokARForImageGeneration) -> int:
     return sum(part.numel() * part.element_size() for tensor in tensors for part in plain_tensors(tensor))
 
 
-def bytes_on_disk(model: VFMTokARForImageGeneration) -> int:
+def bytes_on_disk(model: Generator) -> int:
     """Bytes of the files of weights that `save_pretrained` writes."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
@@ -188,7 +188,7 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     speed = commands.add_parser("speed")
     speed.set_defaults(measure=measure_speed)
-    speed.add_argument("--model", default="AR-B", help="AR-B, AR-L, ...")
+    speed.add_argument("--model", default="AR-B", help="AR-B, RAR-L, ...")
     speed.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
     speed.add_argument("--steps", type=int, default=64, help="tokens per image; a whole image has 256")
     speed.add_argument("--runs", type=int, default=3)

@@ -51,7 +51,7 @@ def generator_config(name: str, tiny: bool = False) -> GeneratorConfig:
     family, variant = name.split("-")
     config_class = {"AR": VFMTokARConfig, "RAR": VFMTokRARConfig}[family]
     if tiny:
-        checkpoint = VFMTokARConfig.from_pretrained(Path(DEFAULT_CHECKPOINT, "transformer"))
+        checkpoint = VFMTokRARConfig.from_pretrained(Path(DEFAULT_CHECKPOINT, "transformer"))
         return config_class(**{field: getattr(checkpoint, field) for field in SIZES})
     return config_class(**RAR_B) if name == "RAR-B" else config_class.from_variant(variant)
 

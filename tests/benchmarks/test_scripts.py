@@ -12,7 +12,13 @@ import pytest
 import torch
 
 from tests.testing import tiny_config
-from vfmtok_hf import DEFAULT_CHECKPOINT, VFMTokARConfig
+from vfmtok_hf import (
+    DEFAULT_CHECKPOINT,
+    VFMTokARConfig,
+    VFMTokARForImageGeneration,
+    VFMTokRARConfig,
+    VFMTokRARForImageGeneration,
+)
 
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -62,6 +68,32 @@ def test_preprocessing_and_peaks_of_images(tmp_path, capsys):
     assert len(table_of(tmp_path, "preprocessing")) == 2 + 4
     images.print_peak("decode", "packed float32", 2, tiny_config())
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["bytes"] >= 0
+
+
+@pytest.mark.parametrize(
+    ("name", "model_class"), [("AR-B", VFMTokARForImageGeneration), ("RAR-L", VFMTokRARForImageGeneration)]
+)
+def test_tiny_generators_have_the_sizes_of_the_checkpoint(name, model_class):
+    from random_models import SIZES, generator_config, random_generator
+
+    model = random_generator(generator_config(name, tiny=True))
+    shipped = VFMTokRARConfig.from_pretrained(Path(DEFAULT_CHECKPOINT, "transformer"))
+    assert type(model) is model_class
+    assert {field: getattr(model.config, field) for field in SIZES} == {
+        field: getattr(shipped, field) for field in SIZES
+    }
+
+
+def test_quantized_sides_of_the_checkpoint():
+    pytest.importorskip("torchao", reason="needs vfmtok-hf[quantization]")
+    import quantization
+
+    folder = Path(DEFAULT_CHECKPOINT) / "transformer"
+    plain, packed = (quantization.load_side(folder, side) for side in ("float32", "int8, packed"))
+    assert type(packed) is VFMTokRARForImageGeneration
+    assert quantization.bytes_in_memory(packed) < quantization.bytes_in_memory(plain) / 2
+    labels = torch.arange(2)
+    assert packed.generate(labels, do_sample=False).shape == plain.generate(labels, do_sample=False).shape
 
 
 def test_graphs_of_vfmae(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from PIL import Image
 
-from vfmtok_hf import DEFAULT_CHECKPOINT, VFMTokARForImageGeneration, VFMTokPipeline
+from vfmtok_hf import DEFAULT_CHECKPOINT, VFMTokPipeline, VFMTokRARForImageGeneration
 
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +52,7 @@ def test_the_plain_loop_trains_on_the_classes_of_the_folder(names):
 
 def test_adapters_train_alone_merge_and_load(names):
     assert names["adapter_losses"][-1] < names["adapter_losses"][0]
-    base = VFMTokARForImageGeneration.from_pretrained(DEFAULT_CHECKPOINT, subfolder="transformer")
+    base = VFMTokRARForImageGeneration.from_pretrained(DEFAULT_CHECKPOINT, subfolder="transformer")
     base.resize_class_embeddings(list(CLASSES))
     before = base.lm_head.weight.clone()
     loaded = PeftModel.from_pretrained(base, names["folder"] / "adapter").merge_and_unload().eval()
@@ -66,5 +66,5 @@ def test_adapters_train_alone_merge_and_load(names):
 def test_the_trainer_trains_and_saves(names):
     assert names["result"].global_step == 3
     assert names["metrics"]["eval_loss"] < names["losses"][0]
-    saved = VFMTokARForImageGeneration.from_pretrained(names["folder"] / "photos-generator")
+    saved = VFMTokRARForImageGeneration.from_pretrained(names["folder"] / "photos-generator")
     assert saved.config.id2label == names["generator"].config.id2label

@@ -23,11 +23,11 @@ from vfmtok_hf import (
 
 SIZES = {"codebook_size": 200, "num_classes": 14, "num_image_tokens": 64, "num_hidden_layers": 3}
 # Width of a head after which it is padded: 100 as of AR-3B, 88 as of RAR-XXL.
-WIDE_AR = {**SIZES, "hidden_size": 200, "num_attention_heads": 2, "intermediate_size": 256}
+AR = {**SIZES, "hidden_size": 200, "num_attention_heads": 2, "intermediate_size": 256}
 RAR = {**SIZES, "hidden_size": 176, "num_attention_heads": 2, "intermediate_size": 256, "num_timestep_embeddings": 66}
 # Engine options of the server's guidance, as `generate` takes them.
 GUIDANCE = {
-    "emoji": {"guidance_scale": 2.0, "guidance_interval": 40},
+    "ar": {"guidance_scale": 2.0, "guidance_interval": 40},
     "rar": {"guidance_scale": 3.0, "guidance_scale_pow": 2.5},
 }
 
@@ -43,8 +43,8 @@ def randomized(model):
 def main(folder: Path) -> None:
     torch.manual_seed(0)
     models = {
-        "emoji": VFMTokARForImageGeneration.from_pretrained(DEFAULT_CHECKPOINT, subfolder="transformer"),
-        "wide": randomized(VFMTokARForImageGeneration(VFMTokARConfig(**WIDE_AR))),
+        "emoji": VFMTokRARForImageGeneration.from_pretrained(DEFAULT_CHECKPOINT, subfolder="transformer"),
+        "ar": randomized(VFMTokARForImageGeneration(VFMTokARConfig(**AR))),
         "rar": randomized(VFMTokRARForImageGeneration(VFMTokRARConfig(**RAR))),
     }
     references = {}

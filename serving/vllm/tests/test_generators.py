@@ -10,7 +10,7 @@ def emoji(references):
         yield llm
 
 
-def test_ar(emoji, references):
+def test_the_shipped_rar(emoji, references):
     """Its heads are padded from 48 to 64."""
     assert draw_all(emoji) == references["emoji"]["tokens"]
 
@@ -40,19 +40,21 @@ def test_a_seed_gives_the_same_image_in_any_company(emoji):
         assert list(alone.outputs[0].token_ids) == images[seed]
 
 
+def test_ar(references):
+    """Its heads are padded from 100 to 112."""
+    with engine(references["ar"]["folder"]) as llm:
+        assert draw_all(llm) == references["ar"]["tokens"]
+
+
 def test_guidance_of_ar(references):
-    emoji = references["emoji"]
-    with engine(emoji["folder"], hf_overrides=emoji["guidance"]) as llm:
-        assert llm.model_config.hf_config.guidance_scales == [*emoji["guidance_scales"], 1.0]
-        assert draw_all(llm) == emoji["guided_tokens"]
-
-
-def test_heads_of_100(references):
-    with engine(references["wide"]["folder"]) as llm:
-        assert draw_all(llm) == references["wide"]["tokens"]
+    ar = references["ar"]
+    with engine(ar["folder"], hf_overrides=ar["guidance"]) as llm:
+        assert llm.model_config.hf_config.guidance_scales == [*ar["guidance_scales"], 1.0]
+        assert draw_all(llm) == ar["guided_tokens"]
 
 
 def test_rar(references):
+    """Its heads are padded from 88 to 96."""
     with engine(references["rar"]["folder"]) as llm:
         assert draw_all(llm) == references["rar"]["tokens"]
 
