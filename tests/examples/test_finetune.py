@@ -1,0 +1,55 @@
+"""The images that a fine-tuned generator recognizes."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.modeling.generators import tiny_rar
+
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "finetune"))
+
+import recognize
+
+
+NAMES = ["blue heart", "clock", "dark hand", "full moon", "light hand"]
+
+
+class HeldOut(list):
+    """In place of a `TokenSet`: greedy images of every class of a generator, which are most likely under that class."""
+
+    class_names = NAMES
+
+    def __init__(self, generator):
+        tokens = generator.generate(list(range(len(NAMES))), do_sample=False)
+        super().__init__({"label": label, "image_tokens": row} for label, row in enumerate(tokens))
+
+
+def test_greedy_images_are_most_likely_under_their_own_class():
+    generator = tiny_rar(codebook_size=64)
+    image_tokens = torch.stack([row["image_tokens"] for row in HeldOut(generator)])
+    assert recognize.most_likely_classes(generator, image_tokens).tolist() == list(range(len(NAMES)))
+
+
+def test_counts_before_and_after(tmp_path, monkeypatch, capsys):
+    generator = tiny_rar(codebook_size=64, id2label=dict(enumerate(NAMES)))
+    generator.save_pretrained(tmp_path / "model")
+    before = tiny_rar(codebook_size=64, id2label={label: f"other {label}" for label in range(len(NAMES))})
+    before.save_pretrained(tmp_path / "before")
+    (tmp_path / "arguments.yaml").write_text(f"init_from: {tmp_path / 'before'}\n")
+    monkeypatch.setattr(recognize, "TokenSet", lambda folder: HeldOut(generator))
+    monkeypatch.setattr(sys, "argv", ["recognize.py", str(tmp_path)])
+    recognize.main()
+    before, after = capsys.readouterr().out.splitlines()
+    # All classes equal the null class, so the first one is found.
+    assert before.startswith("before: 1 of 5 recognized: blue heart 1/1, clock 0/1, ")
+    assert after.startswith("after: 5 of 5 recognized: ")
+
+
+def test_an_unfinished_run_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["recognize.py", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        recognize.main()
+    assert "contains no finished run" in capsys.readouterr().err
