@@ -13,10 +13,10 @@ from PIL import Image
 from tests.modeling.generators import tiny_ar, tiny_rar
 from tests.testing import tiny_model
 from vfmtok_hf import VFMTokImageProcessor, VFMTokPipeline
-from vfmtok_hf.training import train_generator
+from vfmtok_hf.training import generator_training, train_generator
 from vfmtok_hf.training.arguments import GeneratorArguments
 from vfmtok_hf.training.finetuning import add_lora, load_generator, load_tokenizer
-from vfmtok_hf.training.generator_training import parameter_groups
+from vfmtok_hf.training.generator_training import parameter_groups, scaled_class_steps
 from vfmtok_hf.training.schedule import set_learning_rate
 
 
@@ -155,6 +155,48 @@ def test_weight_decay(make):
     assert ("embed_tokens.weight" in decayed_names) == (make is tiny_ar)
     assert not any(name.startswith(("norm", "position", "target_position", "timestep")) for name in decayed_names)
     assert all(parameter.ndim == 1 or make is tiny_rar for parameter in plain["params"])
+
+
+def stepped(make, scale, lora_rank=0):
+    """Class embeddings and other embeddings of their table, before and after a step of AdamW, and the other weights after it."""
+    torch.manual_seed(0)
+    model = make(class_dropout=0.0)
+    if lora_rank:
+        add_lora(model, lora_rank, alpha=4, dropout=0.0)
+    table, first = model.class_embedding_table()
+    before = table.weight.detach().clone()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, weight_decay=0.0)
+    model(torch.arange(5), torch.arange(45).view(5, 9) % 32, return_loss=True).loss.backward()
+    with scaled_class_steps(model, scale):
+        optimizer.step()
+    moved = table.weight.detach() - before
+    others = [p.detach().clone() for name, p in model.named_parameters() if p is not table.weight]
+    return moved[first:], moved[:first], others
+
+
+def test_classes_of_a_rar_take_larger_steps_than_its_image_tokens():
+    classes, tokens, others = stepped(tiny_rar, 1.0)
+    scaled_classes, scaled_tokens, scaled_others = stepped(tiny_rar, 3.0)
+    assert classes[:5].abs().min() > 0
+    torch.testing.assert_close(scaled_classes, 3 * classes, atol=1e-6, rtol=1e-4)
+    assert torch.equal(scaled_tokens, tokens)
+    assert all(torch.equal(*pair) for pair in zip(others, scaled_others, strict=True))
+
+
+@pytest.mark.parametrize(("make", "lora_rank"), [(tiny_ar, 0), (tiny_ar, 2), (tiny_rar, 2)])
+def test_classes_in_a_table_of_their_own_are_scaled_by_their_parameter_group_alone(make, lora_rank):
+    plain = stepped(make, 1.0, lora_rank)
+    scaled = stepped(make, 3.0, lora_rank)
+    assert torch.equal(plain[0], scaled[0])
+    assert all(torch.equal(*pair) for pair in zip(plain[2], scaled[2], strict=True))
+
+
+def test_a_sharded_rar_cannot_scale_its_classes(images, tmp_path, monkeypatch):
+    generator = tiny_rar(codebook_size=64, id2label=OLD_NAMES)
+    VFMTokPipeline(tiny_model(), generator, VFMTokImageProcessor()).save_pretrained(tmp_path / "rar")
+    monkeypatch.setattr(generator_training, "sharding_of", lambda accelerator: "FSDP")
+    with pytest.raises(ValueError, match="A sharded RAR cannot scale"):
+        finetune(tmp_path / "rar", images, tmp_path / "run", class_learning_rate_scale=2)
 
 
 @pytest.mark.parametrize(

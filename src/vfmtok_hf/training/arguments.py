@@ -231,7 +231,7 @@ class GeneratorArguments(TrainingArguments):
     weight_decay: Changeable[float] = argument(default=0.05, help="Weight decay of AdamW.")
     class_learning_rate_scale: float = argument(
         default=1.0,
-        help="Learning rate factor of class embeddings; new classes may need more (AR, and RAR with LoRA).",
+        help="Learning rate factor of class embeddings; new classes may need more. Not for a sharded RAR.",
     )
     # Samples
     sample_every: Changeable[int] = argument(default=1000, help="Steps between sample grids.")

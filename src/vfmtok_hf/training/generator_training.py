@@ -1,5 +1,7 @@
 """Training of generators: the model, validation, samples and the loop of `train_generator.py`."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from vfmtok_hf.training.distributed import (
     gathered,
     prepare_model,
     save_together,
+    sharding_of,
     start_accelerator,
 )
 from vfmtok_hf.training.ema import EMA
@@ -55,7 +58,8 @@ WITHOUT_DECAY = {
     "vfmtok_ar": (),
     "vfmtok_rar": ("embed_tokens", "position_embeddings", "timestep_embeddings", "norm_modulation"),
 }
-# Class embeddings of an AR and of a RAR's adapters. Otherwise a RAR has one table for classes and image tokens.
+# Class embeddings of an AR and of a RAR's adapters. Otherwise a RAR has one table for classes and image tokens, whose rows
+# `scaled_class_steps` treats separately.
 CLASS_TABLES = ("class_embedding", "trainable_tokens_delta")
 
 
@@ -110,6 +114,28 @@ def parameter_groups(model: Generator, arguments: GeneratorArguments) -> list[di
         {"params": plain, "weight_decay": 0.0},
         {"params": classes, "weight_decay": class_decay, "lr_scale": arguments.class_learning_rate_scale},
     ]
+
+
+def shares_class_table(model: Generator) -> bool:
+    """Whether classes are trained as rows of a table that also contains image tokens: those of a RAR without adapters."""
+    table, first = model.class_embedding_table()
+    return first > 0 and table.weight.requires_grad
+
+
+@contextmanager
+def scaled_class_steps(model: Generator, scale: float) -> Iterator[None]:
+    """
+    Multiply the optimizer step of class embeddings in a shared table by `scale`, because a parameter group cannot contain single
+    rows. Class embeddings in their own table are left unchanged.
+    """
+    if scale == 1 or not shares_class_table(model):
+        yield
+        return
+    table, first = model.class_embedding_table()
+    classes = table.weight.detach()[first:]
+    before = classes.clone()
+    yield
+    classes.copy_(before.lerp(classes, scale))
 
 
 @torch.no_grad()
@@ -185,6 +211,10 @@ def train(arguments: GeneratorArguments, tokenizer: VFMTokModel | None = None) -
     model.set_attn_implementation(choose_attention(arguments.attention, accelerator.device, precision, dropout))
     if arguments.gradient_checkpointing:
         recompute_activations(model)
+    if arguments.class_learning_rate_scale != 1 and shares_class_table(model) and sharding_of(accelerator):
+        raise ValueError(
+            "A sharded RAR cannot scale the learning rate of its classes: leave --class_learning_rate_scale out."
+        )
     adapted = None
     if arguments.lora_rank:
         adapted = add_lora(model, arguments.lora_rank, arguments.lora_alpha, arguments.lora_dropout)
@@ -227,7 +257,8 @@ def train(arguments: GeneratorArguments, tokenizer: VFMTokModel | None = None) -
         values = {"loss": torch.stack(losses).mean()}
         norms = {"gradient_norm": clip_gradients(accelerator, model, arguments.max_gradient_norm)}
         check_losses(accelerator, step, values, norms, train_data.name, torch.cat(indices))
-        optimizer.step()
+        with scaled_class_steps(model, arguments.class_learning_rate_scale):
+            optimizer.step()
         optimizer.zero_grad()
         ema.update()
         progress.step += 1
