@@ -31,9 +31,7 @@ SEARCHABLE = 40
 MODEL_EVENT = {"concurrency_id": "model", "concurrency_limit": 2}
 QUIET = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 # A RAR generator increases guidance from token to token, unless its checkpoint makes it constant.
-GUIDANCE_NOTE = (
-    " Guidance increases to this scale gradually." if getattr(SAMPLING, "guidance_scale_pow", 0) else ""
-)
+GUIDANCE_NOTE = " Guidance increases to this scale gradually." if getattr(SAMPLING, "guidance_scale_pow", 0) else ""
 # The first example of each class.
 FEW_EXAMPLES = list({path.stem.split("_")[0]: path for path in reversed(EXAMPLES)}.values())[::-1]
 FIRST_EXAMPLE = FEW_EXAMPLES[-3:][0]
