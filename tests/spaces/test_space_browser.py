@@ -146,6 +146,7 @@ def test_guidance_starts_where_the_images_are_good(visit):
     show_tab(page, "Guidance")
     slider = page.get_by_role("tabpanel").filter(visible=True).get_by_label("range slider for Guidance scale")
     assert slider.input_value() == "2"
+    expect(visible(page, ":text('increases to this scale')").first).to_be_visible()
 
 
 def test_a_class_is_chosen_by_click_or_by_keyboard(visit):
