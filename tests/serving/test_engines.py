@@ -296,8 +296,9 @@ def test_a_full_queue_answers_429():
             wait_until(lambda: metric(url, "vfmtok_images_running") == 2)
             waiting = threads.submit(draw, url)
             wait_until(lambda: metric(url, "vfmtok_images_waiting") == 1)
-            assert draw(url).status_code == 429
-            stub.released = True
+            refused = draw(url)
+            stub.released = True  # before anything is asserted: the pool waits for its threads
+            assert refused.status_code == 429
             assert held.result().status_code == waiting.result().status_code == 200
 
 
