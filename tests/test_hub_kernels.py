@@ -260,6 +260,16 @@ def test_kernel_repository_passes_its_own_tests(kernel_build, instructions):
 # Where a layer comes from
 
 
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm of binutils")
+def test_a_local_build_exports_only_its_init_function(kernel_build):
+    """Otherwise a statically linked C++ library is mixed with torch's."""
+    libraries = list(kernel_build.rglob("_vfmtok_msda_*.so"))
+    assert libraries
+    for library in libraries:
+        printed = subprocess.run(["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True)
+        assert [line.split()[-1] for line in printed.stdout.splitlines()] == [f"PyInit_{library.name.split('.')[0]}"]
+
+
 def test_order_of_sources(python_kernel, monkeypatch, tmp_path):
     explicit, local, checkout = (python_kernel(identifier=name) for name in ("_explicit", "_local", "_checkout"))
     (checkout / "build.toml").touch()
