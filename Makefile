@@ -14,6 +14,9 @@ NEW_ENVIRONMENT := $(PYTHON) -m venv --upgrade-deps
 INSTALL_INTO = $(1)/bin/python -m pip install --quiet
 endif
 
+# Images of containers often forbid it, and each process that the tests start would then compile torch anew: 30 s, not 10.
+export PYTHONDONTWRITEBYTECODE :=
+
 include kernel/kernel.mk
 
 .DEFAULT_GOAL := install
