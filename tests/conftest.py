@@ -23,8 +23,8 @@ def _seed():
     torch.manual_seed(0)
 
 
-# Files whose tests fork processes that train.
-FORKING = ("tests/training/", "tests/benchmarks/test_plan_training.py")
+# Files whose tests fork processes that compute.
+FORKING = ("tests/training/", "tests/benchmarks/test_plan_training.py", "tests/evaluation/test_killed_generation.py")
 
 # Marks of whole files and folders.
 MARKS = {
@@ -44,7 +44,6 @@ MARKS = {
         "tests/examples/test_notebooks.py",
     ),
     "process": (
-        "tests/evaluation/test_killed_generation.py",
         "tests/hub/test_endpoints.py",
         "tests/hub/test_loading.py",
         "tests/hub/test_portable.py",
