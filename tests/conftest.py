@@ -58,7 +58,8 @@ def pytest_collection_modifyitems(config, items):
     """
     Mark whole files, leave slow tests out unless they are asked for, and put those that fork first. Once torch has started
     autograd threads in a process, as a backward pass on tensors without values does, it refuses backward passes in all that
-    are forked from it; no other test's doings are to reach these.
+    are forked from it; no other test's doings are to reach these. Then come files that take minutes, for which no process is to
+    wait at the end; not those of browsers, as Playwright leaves an event loop running.
     """
     for item in items:
         for mark, places in MARKS.items():
@@ -68,4 +69,5 @@ def pytest_collection_modifyitems(config, items):
     if slow and "slow" not in config.option.markexpr:
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in slow]
-    items.sort(key=lambda item: not item.nodeid.startswith(FORKING))
+    long = (*MARKS["kernel"], *MARKS["docs"], *MARKS["process"])
+    items.sort(key=lambda item: (not item.nodeid.startswith(FORKING), not item.nodeid.startswith(long)))
