@@ -59,29 +59,33 @@ for start in (toolkit, hf_serve):
 """
 
 
-@pytest.mark.parametrize("packaged", [False, True])
-def test_both_loaders_start_a_saved_pipeline(folder, hub, tmp_path, packaged):
-    with Client(hub, tmp_path, packaged=packaged, offline=True) as container:
-        container(LOADERS + REQUESTS.format(folder=str(folder)))
+@pytest.fixture(scope="module", params=[False, True], ids=["without the package", "with it"])
+def container(request, hub, tmp_path_factory):
+    with Client(hub, tmp_path_factory.mktemp("container"), packaged=request.param, offline=True) as container:
+        yield container
 
 
-def test_half_precision_files_are_served_in_float32(published, hub, tmp_path):
+def test_both_loaders_start_a_saved_pipeline(folder, container):
+    container(LOADERS + REQUESTS.format(folder=str(folder)))
+
+
+def test_half_precision_files_are_served_in_float32(published, container, tmp_path):
     pipe = shutil.copytree(published / "pipe", tmp_path / "pipe")
     for weights in pipe.glob("*/model*.safetensors*"):
         if ".fp16" in weights.name:
             weights.rename(weights.with_name(weights.name.replace(".fp16", "")))
         else:
             weights.unlink()
-    with Client(hub, tmp_path, packaged=False, offline=True) as container:
-        container(LOADERS + f"\nimport torch\nassert toolkit({str(pipe)!r}).pipe.vq_model.dtype == torch.float32")
+    container(LOADERS + f"import torch\nassert toolkit({str(pipe)!r}).pipe.vq_model.dtype == torch.float32")
 
 
-def test_the_toolkit_needs_the_handler(folder, hub, tmp_path):
+@pytest.mark.parametrize("container", [True], indirect=True)
+def test_the_toolkit_needs_the_handler(folder, container, tmp_path):
     """It takes pipeline.py, which diffusers needs, for its own legacy format."""
     bare = shutil.copytree(folder, tmp_path / "bare")
     (bare / "handler.py").unlink()
-    with Client(hub, tmp_path, offline=True) as container, pytest.raises(AssertionError, match="PreTrainedPipeline"):
-        container(LOADERS + f"\ntoolkit({str(bare)!r})")
+    with pytest.raises(AssertionError, match="PreTrainedPipeline"):
+        container(LOADERS + f"toolkit({str(bare)!r})")
 
 
 def test_pushes_deploy_and_list_nothing_of_it_as_left_out(folder):
