@@ -56,23 +56,25 @@ def use_program(model, program):
 
 @pytest.fixture(scope="module")
 def generators():
-    """The tiny generators, each with its exported decode step, for any batch."""
+    """Each tiny generator as it is, compiled, and with an exported decode step for any batch."""
     torch.manual_seed(0)
-    models = {"ar": (tiny_ar(), DecodeStep), "rar": (tiny_rar(), RARDecodeStep)}
-    return {name: (model, export_program(part(model), None).module()) for name, (model, part) in models.items()}
+    torch._dynamo.reset()
+    families = {}
+    for name, model, part in (("ar", tiny_ar(), DecodeStep), ("rar", tiny_rar(), RARDecodeStep)):
+        compiled, exported = copy.deepcopy(model), copy.deepcopy(model)
+        compiled.compile_decoding(backend="aot_eager")
+        use_program(exported, export_program(part(model), None).module())
+        families[name] = model, compiled, exported
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation_vfmtok, "COMPILED_LENGTHS", 2)
+        yield families
 
 
 @pytest.mark.parametrize(
     ("family", "settings"),
     [("ar", name) for name in SETTINGS] + [("rar", name) for name in RAR_SETTINGS],
 )
-def test_eager_compiled_and_exported_steps_generate_the_same_tokens(family, settings, generators, monkeypatch):
-    model, program = generators[family]
-    exported, compiled = copy.deepcopy(model), copy.deepcopy(model)
-    expected = generate(model, RAR_SETTINGS[settings])
-    use_program(exported, program)
-    assert torch.equal(generate(exported, RAR_SETTINGS[settings]), expected)
-    monkeypatch.setattr(generation_vfmtok, "COMPILED_LENGTHS", 2)
-    torch._dynamo.reset()
-    compiled.compile_decoding(backend="aot_eager")
-    assert torch.equal(generate(compiled, RAR_SETTINGS[settings]), expected)
+def test_eager_compiled_and_exported_steps_generate_the_same_tokens(family, settings, generators):
+    expected, compiled, exported = (generate(model, RAR_SETTINGS[settings]) for model in generators[family])
+    assert torch.equal(compiled, expected)
+    assert torch.equal(exported, expected)
