@@ -67,7 +67,6 @@ def running_space(folder: Path, **variables: str) -> Iterator[RunningSpace]:
         "GRADIO_TEMP_DIR": str(temp_folder),
         "HOME": str(home),
         "XDG_CACHE_HOME": str(folder / "caches"),  # libraries' own, which they fill when they like
-        "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]),
         **variables,
     }
