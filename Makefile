@@ -135,6 +135,10 @@ data/emoji64: install
 	$(BIN)/python -m pip install --quiet --editable ".[emoji]"
 	$(BIN)/python examples/emoji/prepare_data.py --output data/emoji64
 
+data/emoji128: install
+	$(BIN)/python -m pip install --quiet --editable ".[emoji]"
+	$(BIN)/python examples/emoji/prepare_data.py --size 128 --output data/emoji128
+
 data/efficientnet_lite0: install
 	$(BIN)/python -m pip install --quiet --editable ".[emoji]"
 	$(BIN)/python examples/emoji/vision_model.py --output data/efficientnet_lite0
@@ -146,12 +150,16 @@ data/efficientnet_lite0_classifier: install
 data/judge64: data/emoji64
 	$(BIN)/python examples/claims/judge.py --data data/emoji64 --image-size 64 --epochs 16 --output data/judge64
 
-emoji-checkpoint: data/emoji64 data/efficientnet_lite0 data/efficientnet_lite0_classifier data/judge64  ## train the shipped checkpoint again (needs a GPU, or most of a day)
+# First for 64 x 64 pixels, then for 128 x 128 with the same number of tokens.
+emoji-checkpoint: data/emoji64 data/emoji128 data/efficientnet_lite0 data/efficientnet_lite0_classifier data/judge64  ## train the shipped checkpoint again (needs a GPU, or most of a day)
 	$(BIN)/python -m vfmtok_hf.training.train_tokenizer --config configs/emoji/tokenizer.yaml
 	$(BIN)/python -m vfmtok_hf.training.train_tokenizer --config configs/emoji/decoder.yaml
 	$(BIN)/python -m vfmtok_hf.training.train_generator --config configs/emoji/generator_rar.yaml
-	$(BIN)/python examples/emoji/assemble.py --tokenizer runs/emoji/decoder/model --generator runs/emoji/generator_rar/model \
-		--data data/emoji64 --vision-model data/efficientnet_lite0 --classifier data/efficientnet_lite0_classifier \
+	$(BIN)/python examples/emoji/double_image_size.py --tokenizer runs/emoji/decoder/model --output runs/emoji/doubled
+	$(BIN)/python -m vfmtok_hf.training.train_tokenizer --config configs/emoji/tokenizer_128.yaml
+	$(BIN)/python -m vfmtok_hf.training.train_generator --config configs/emoji/generator_rar_128.yaml
+	$(BIN)/python examples/emoji/assemble.py --tokenizer runs/emoji/tokenizer_128/model --generator runs/emoji/generator_rar_128/model \
+		--data data/emoji128 --vision-model data/efficientnet_lite0 --classifier data/efficientnet_lite0_classifier \
 		--second-judge data/judge64 --output src/vfmtok_hf/checkpoints/emoji
 	cp src/vfmtok_hf/checkpoints/emoji/samples.png docs/assets/samples.png
 	cp src/vfmtok_hf/checkpoints/emoji/inpaint.png docs/assets/inpainting.png

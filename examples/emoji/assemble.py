@@ -2,8 +2,8 @@
 Assemble the trained parts into the pipeline folder that ships with the package, in half precision, with a card that contains
 the results.
 
-    python examples/emoji/assemble.py --tokenizer runs/emoji/decoder/model --generator runs/emoji/generator_rar/model \\
-        --data data/emoji64 --vision-model data/efficientnet_lite0 --classifier data/efficientnet_lite0_classifier \\
+    python examples/emoji/assemble.py --tokenizer runs/emoji/tokenizer_128/model --generator runs/emoji/generator_rar_128/model \\
+        --data data/emoji128 --vision-model data/efficientnet_lite0 --classifier data/efficientnet_lite0_classifier \\
         --second-judge data/judge64 --output src/vfmtok_hf/checkpoints/emoji
 """
 
@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from class_fidelity import SAMPLES, compare, load, to_tensor
+from class_fidelity import JUDGED_SIZE, SAMPLES, compare, load, resized
 from PIL import Image
 
 from vfmtok_hf import VFMTokImageProcessor, VFMTokModel, VFMTokPipeline, VFMTokRARForImageGeneration
@@ -48,8 +48,8 @@ A small VFMTok pipeline that demonstrates every part of the package without a do
 {num_classes} classes without classifier-free guidance ({class_names})
 and repaints parts of images.
 
-It generates only emoji. Its tokenizer was trained for an hour and a half on one CPU, and its generator for four minutes on one NVIDIA
-H200. Its quality does not tell how good VFMTok is at full size.
+It generates only emoji. Its tokenizer was trained for two hours on one CPU, and its generator for four minutes on one NVIDIA H200 and 45
+minutes on that CPU. Its quality does not tell how good VFMTok is at full size.
 
 ![Four samples of each class](samples.png)
 
@@ -81,9 +81,9 @@ guidance.*
 
 ## Results
 On {num_validation} held-out images (whole emoji were held out, in all styles and skin tones), with the weights of this
-folder, PSNR is **{psnr:.2f} dB**; **{usage:.1%}** of the codebook is used.
+folder, PSNR is **{psnr:.2f} dB**, and {reduced_psnr:.2f} dB if the images are reduced to {judged_size} x {judged_size}; **{usage:.1%}** of the codebook is used.
 
-{samples_per_class} samples of each class, not cherry-picked:
+{samples_per_class} samples of each class, not cherry-picked, judged at {judged_size} x {judged_size}:
 
 {comparison}
 
@@ -93,10 +93,10 @@ distance to the nearest training image are measured in EfficientNet's features; 
 reconstructions of training images are. The loss is measured on held-out images. `examples/emoji/class_fidelity.py` computes these numbers.
 
 ## Data
-The generator was trained on {num_training:,} images of Noto Emoji and FxEmoji (Apache-2.0), Twemoji, EmojiTwo and Streamline (CC-BY-4.0)
-and Fluent Emoji (MIT), the tokenizer on an earlier version with 3,806 images in seven of the nine styles, which
-contained some of the held-out flowers. `ATTRIBUTION.md` lists sources and notices. Some classes have fewer than 100 images, and their samples may
-resemble training images.
+The training set has {num_training:,} images of Noto Emoji and FxEmoji (Apache-2.0), Twemoji, EmojiTwo and Streamline (CC-BY-4.0) and Fluent
+Emoji (MIT). For 64 x 64 pixels, with which it began, the tokenizer was trained on an earlier version with 3,806 images in seven of the nine
+styles, which contained some of the held-out flowers. `ATTRIBUTION.md` lists sources and notices. Some classes have fewer than 100 images, and
+their samples may resemble training images.
 
 ## Recipe
 `make emoji-checkpoint` reproduces the checkpoint. `examples/emoji` prepares the data, and `configs/emoji` contains the settings of the
@@ -122,7 +122,7 @@ def main() -> None:
         action="append",
         default=[],
         metavar=("NAME", "FOLDER"),
-        help="a pipeline with the same tokenizer, for a column of the table",
+        help="a pipeline for a column of the table",
     )
     parser.add_argument("--output", type=Path, required=True, help="pipeline folder to write")
     arguments = parser.parse_args()
@@ -181,6 +181,10 @@ def inpainting_grid(pipe: VFMTokPipeline, files: list[Path], results: int = 3) -
     return image_grid(pictures, columns=2 * (2 + results))
 
 
+def mean_psnr(originals: list[Image.Image], reconstructions: list[Image.Image], size: int) -> float:
+    return psnr(resized(originals, size), resized(reconstructions, size)).mean().item()
+
+
 def write_card(folder: Path, data: Path, comparison: str, samples_per_class: int = 4) -> None:
     pipe = load(folder)
     names = [name.split(",")[0] for _, name in sorted(pipe.id2label.items())]
@@ -195,8 +199,7 @@ def write_card(folder: Path, data: Path, comparison: str, samples_per_class: int
 
     files = sorted((data / "validation").glob("*/*.png"))
     tokens = pipe.tokenize(files)
-    originals, reconstructions = map(Image.open, files), pipe.detokenize(tokens)
-    ratios = psnr(*(torch.stack([to_tensor(picture) for picture in side]) for side in (originals, reconstructions)))
+    originals, reconstructions = [Image.open(file) for file in files], pipe.detokenize(tokens)
     shown = files[:: len(files) // 32][:32]
     pairs = list(zip(map(Image.open, shown), pipe.reconstruct(shown).images, strict=True))
     rows = [pairs[start : start + 8] for start in range(0, len(pairs), 8)]
@@ -224,7 +227,9 @@ def write_card(folder: Path, data: Path, comparison: str, samples_per_class: int
         num_validation=len(files),
         samples_per_class=SAMPLES,
         comparison=comparison,
-        psnr=ratios.mean().item(),
+        psnr=mean_psnr(originals, reconstructions, pipe.vq_model.config.image_size),
+        reduced_psnr=mean_psnr(originals, reconstructions, JUDGED_SIZE),
+        judged_size=JUDGED_SIZE,
         usage=tokens.unique().numel() / pipe.vq_model.config.codebook_size,
     )
     (folder / "README.md").write_text(card)

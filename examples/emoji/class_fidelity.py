@@ -1,7 +1,7 @@
 """
 Measure how often pipelines generate the requested class, according to a classifier.
 
-    python examples/emoji/class_fidelity.py --data data/emoji64 --classifier data/efficientnet_lite0_classifier \\
+    python examples/emoji/class_fidelity.py --data data/emoji128 --classifier data/efficientnet_lite0_classifier \\
         --second-judge data/judge64 --pipelines src/vfmtok_hf/checkpoints/emoji
 
 The classifier is a logistic regression on EfficientNet-Lite0's pooled features of the training images. The emoji tokenizer
@@ -9,7 +9,7 @@ uses the same network, which may favor its samples; `--second-judge` is a networ
 `examples/claims/judge.py --image-size 64`. The script prints a Markdown table: the share of correctly classified held-out
 images, reconstructions and samples; precision and recall (Kynkäänniemi et al. 2019) of the samples against training images in
 EfficientNet's features, which distinguish quality from diversity; the distance to the nearest training image, which shows
-whether training images are repeated; and the loss on held-out images.
+whether training images are repeated; and the loss on held-out images. All images are judged at 64 x 64.
 """
 
 import argparse
@@ -21,13 +21,15 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
+from torchvision.transforms.functional import pil_to_tensor
 
 from vfmtok_hf import VFMTokPipeline
 from vfmtok_hf.evaluation.features import VisionModelFeatures
 from vfmtok_hf.evaluation.metrics import precision_recall
 
 
-INPUT_SIZE = 128  # input size of the classifier, twice that of the emoji
+JUDGED_SIZE = 64  # all images are reduced to it, so that tables of pipelines of several image sizes compare
+INPUT_SIZE = 128  # input size of the classifier
 BATCH_SIZE = 28
 SAMPLES = 40  # per class; the smallest class has 47 training images
 
@@ -38,14 +40,13 @@ def image_files(folder: Path) -> list[list[Path]]:
 
 
 def features_of(pictures: Iterable[Image.Image], extractor: VisionModelFeatures) -> torch.Tensor:
-    images = torch.stack([to_tensor(picture) for picture in pictures])
-    return torch.cat([extractor(batch).pooled for batch in images.split(BATCH_SIZE)])
+    return torch.cat([extractor(batch).pooled for batch in resized(pictures, JUDGED_SIZE).split(BATCH_SIZE)])
 
 
-def to_tensor(picture: Image.Image) -> torch.Tensor:
-    """`(3, height, width)` uint8."""
-    values = torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8)
-    return values.view(picture.height, picture.width, 3).permute(2, 0, 1)
+def resized(pictures: Iterable[Image.Image], size: int) -> torch.Tensor:
+    """`(num_images, 3, size, size)` uint8."""
+    images = (picture.convert("RGB").resize((size, size), Image.Resampling.LANCZOS) for picture in pictures)
+    return torch.stack([pil_to_tensor(image) for image in images])
 
 
 def train_judge(features: list[torch.Tensor]) -> Pipeline:
@@ -133,8 +134,9 @@ def second_share(judge: VisionModelFeatures, pictures: list[list[Image.Image]]) 
     """Share that a classifier recognizes, as the mean over classes."""
     shares = []
     for label, of_class in enumerate(pictures):
-        batches = torch.stack([to_tensor(picture) for picture in of_class]).split(BATCH_SIZE)
-        shares.append((torch.cat([judge(batch).logits.argmax(-1) for batch in batches]) == label).float().mean())
+        batches = resized(of_class, JUDGED_SIZE).split(BATCH_SIZE)
+        predictions = torch.cat([judge(batch).logits.argmax(-1) for batch in batches])
+        shares.append((predictions == label).float().mean())
     return f"**{torch.stack(shares).mean().item():.0%}**"
 
 
