@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
 from transformers import AutoModel
 
 from vfmtok_hf import (
@@ -33,9 +34,7 @@ def pipe():
 
 
 def as_tensor(pictures):
-    return torch.stack(
-        [torch.frombuffer(bytearray(p.convert("RGB").tobytes()), dtype=torch.uint8).view(64, 64, 3) for p in pictures]
-    ).permute(0, 3, 1, 2)
+    return torch.stack([pil_to_tensor(picture.convert("RGB")) for picture in pictures])
 
 
 def test_fits_the_wheel():

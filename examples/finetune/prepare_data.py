@@ -2,7 +2,7 @@
 Write a small image folder with new classes: emoji that the shipped checkpoint knows as "heart", "hand" and "moon", divided by
 color, skin tone and phase.
 
-    python examples/finetune/prepare_data.py --emoji data/emoji64 --output data/finetune
+    python examples/finetune/prepare_data.py --emoji data/emoji128 --output data/finetune
 """
 
 import argparse

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 DEFAULT_CHECKPOINT = str(Path(__file__).parent / "checkpoints" / "emoji")
-"""Folder of the small pipeline that ships with the package: 64 x 64 emoji in fourteen classes."""
+"""Folder of the small pipeline that ships with the package: 128 x 128 emoji in fourteen classes."""
 
 _MODULES = {
     "VFMAEConfig": "modeling.configuration_vfmae",

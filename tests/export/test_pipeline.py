@@ -86,7 +86,7 @@ def test_snippets_of_the_page_run(emoji, emoji_onnx, monkeypatch):
     names = {}
     for block in blocks:
         exec(block.replace("emoji-onnx", emoji_onnx.as_posix()), names)
-    assert names["reconstruction"].shape == names["images"].shape == (1, 3, 64, 64)
+    assert names["reconstruction"].shape == names["images"].shape == (1, 3, 128, 128)
     assert np.array_equal(names["tokens"], emoji.transformer.generate(torch.tensor([8]), do_sample=False))
 
 

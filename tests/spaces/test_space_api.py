@@ -47,7 +47,7 @@ def test_images_stream_while_they_grow(client):
     assert [generation["whole"] for generation in generations[:-2]] == [False] * (len(generations) - 2)
     assert (generations[-1]["tokens"], generations[-1]["whole"], generations[-1]["passes"]) == ("144 / 144", True, 1)
     assert [image["caption"] for image in generations[-1]["images"]] == ["heart, seed 0", "heart, seed 1"]
-    assert decoded(generations[-1]["images"][0]["url"]).size == (64, 64)
+    assert decoded(generations[-1]["images"][0]["url"]).size == (128, 128)
 
 
 def test_the_gallery_holds_the_earlier_images_of_a_session_newest_first(space):
@@ -73,7 +73,7 @@ def test_a_generator_of_raster_order_has_no_endpoint_to_repaint(ar_space):
 def test_a_marked_cell_is_repainted(client):
     repainted = client.predict(upload(EXAMPLES / "heart_noto_1f9e1.png"), [78, 79], "heart", 1, api_name="/inpaint")
     assert repainted["caption"] == "heart, seed 1"
-    assert decoded(repainted["url"]).size == (64, 64)
+    assert decoded(repainted["url"]).size == (128, 128)
 
 
 def test_two_visitors_at_once_get_what_each_gets_alone(space):

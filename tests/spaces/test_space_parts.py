@@ -122,7 +122,7 @@ def test_uploads_of_usual_formats_open(tmp_path, warnings):
     for suffix in (".png", ".jpg", ".webp", ".gif", ".bmp", ".tiff"):
         picture = open_upload(picture_file(tmp_path, suffix))
         assert picture.size == (80, 60)
-        assert pixel_values_of(picture).shape == (1, 3, 64, 64)
+        assert pixel_values_of(picture).shape == (1, 3, 128, 128)
     assert warnings == []
 
 

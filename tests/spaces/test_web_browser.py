@@ -167,7 +167,7 @@ def test_a_visitor_gets_the_packages_image_and_edits_it(context, url, pipe):
     with page.expect_download() as download:
         press(page, "Download")
     assert download.value.suggested_filename == "heart-8.png"
-    assert PIL.Image.open(download.value.path()).size == (64, 64)
+    assert PIL.Image.open(download.value.path()).size == (128, 128)
 
     press(page, "Edit its tokens")
     expect(page.locator("#quality")).to_have_text("equal")
