@@ -1,7 +1,7 @@
 """
 Compare the two generators trained on the emoji tokenizer's tokens.
 
-    python examples/emoji/compare_generators.py --pipeline src/vfmtok_hf/checkpoints/emoji \\
+    python examples/emoji/compare_generators.py --tokenizer runs/emoji/decoder/model \\
         --ar runs/emoji/generator --rar runs/emoji/generator_rar --images examples/images --output docs/assets
 
 Writes `generators.png` and `token_regions.png`, and prints the table of docs/generators.md.
@@ -15,7 +15,13 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from vfmtok_hf import VFMTokARForImageGeneration, VFMTokPipeline, VFMTokRARForImageGeneration
+from vfmtok_hf import (
+    VFMTokARForImageGeneration,
+    VFMTokImageProcessor,
+    VFMTokModel,
+    VFMTokPipeline,
+    VFMTokRARForImageGeneration,
+)
 from vfmtok_hf.evaluation.tokens import anchor_attention
 from vfmtok_hf.plotting import image_grid, plot_sampling_locations, save_figure
 
@@ -56,18 +62,20 @@ def token_regions(pipe: VFMTokPipeline, image: Path) -> Figure:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("pipeline", "ar", "rar", "images", "output"):
+    for name in ("tokenizer", "ar", "rar", "images", "output"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     arguments = parser.parse_args()
 
-    pipe = VFMTokPipeline.from_pretrained(arguments.pipeline)
+    tokenizer = VFMTokModel.from_pretrained(arguments.tokenizer)
+    size = tokenizer.config.image_size
+    processor = VFMTokImageProcessor(size={"height": size, "width": size})
     pictures, rows = {}, []
     models = (("AR", VFMTokARForImageGeneration, arguments.ar), ("RAR", VFMTokRARForImageGeneration, arguments.rar))
     for name, model_class, run in models:
         transformer = model_class.from_pretrained(run / "model").eval()
-        generator_pipe = VFMTokPipeline(pipe.vq_model, transformer, pipe.image_processor)
-        generator_pipe.set_progress_bar_config(disable=True)
-        pictures[name] = draw(generator_pipe)
+        pipe = VFMTokPipeline(tokenizer, transformer, processor)
+        pipe.set_progress_bar_config(disable=True)
+        pictures[name] = draw(pipe)
         facts = training_facts(run)
         sequences, loss = facts["sequences"], facts["validation loss"]
         rows.append(f"| {name} | {transformer.num_parameters():,} | {sequences:,.0f} | {loss:.3f} |")
