@@ -120,7 +120,7 @@ def tokens_in_cells(page) -> list[int]:
 
 def pixels_of(page, canvas) -> np.ndarray:
     code = "canvas => [...canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data]"
-    return np.array(page.locator(canvas).evaluate(code)).reshape(64, 64, 4)[..., :3]
+    return np.array(page.locator(canvas).evaluate(code)).reshape(128, 128, 4)[..., :3]
 
 
 def photograph(page, name):
@@ -191,7 +191,7 @@ def test_an_image_becomes_the_packages_tokens(context, url, pipe):
     photograph(page, "laptop-edit")
     blank = pipe.tokenize(PIL.Image.new("RGB", (64, 64), "white"))[0, 40].item()
     assert tokens_in_cells(page) == [*tokens[:40], blank, *tokens[41:]]
-    page.wait_for_function("document.querySelector('#edited').getContext('2d').getImageData(24, 16, 1, 1).data[2] > 0")
+    page.wait_for_function("document.querySelector('#edited').getContext('2d').getImageData(48, 32, 1, 1).data[2] > 0")
     press(page, "Undo")
     expect(page.locator("#changed")).to_have_text("0")
 

@@ -47,7 +47,7 @@ def tokenizer(images, tmp_path_factory):
     root = tmp_path_factory.mktemp("tokenizer")
     options = {
         "model": MODEL,
-        "max_steps": 200,
+        "max_steps": 260,
         "warmup_steps": 20,
         "learning_rate": 2e-3,
         "ema_decay": 0.98,
