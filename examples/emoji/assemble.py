@@ -2,9 +2,9 @@
 Assemble the trained parts into the pipeline folder that ships with the package, in half precision, with a card that contains
 the results.
 
-    python examples/emoji/assemble.py --tokenizer runs/emoji/tokenizer_128/model --generator runs/emoji/generator_rar_128/model \\
-        --data data/emoji128 --vision-model data/efficientnet_lite0 --classifier data/efficientnet_lite0_classifier \\
-        --second-judge data/judge64 --output src/vfmtok_hf/checkpoints/emoji
+    python examples/emoji/assemble.py --tokenizer runs/emoji/tokenizer_128/model \\
+        --generator runs/emoji/generator_rar_128_longer/model --data data/emoji128 --vision-model data/efficientnet_lite0 \\
+        --classifier data/efficientnet_lite0_classifier --second-judge data/judge64 --output src/vfmtok_hf/checkpoints/emoji
 """
 
 import argparse
