@@ -24,7 +24,7 @@ from statistics import mean, stdev
 
 import torch
 from matplotlib.figure import Figure
-from measure import NUM_IMAGES, PROBE, log_of, table, training_images
+from measure import NUM_IMAGES, PROBE, table, training_images
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -99,16 +99,15 @@ class Judge:
             labels (`torch.Tensor` of shape `(images,)`): their classes.
 
         Returns:
-            Fréchet `distance` to the reference, `precision`, `recall`, and the share of images that are classified `right`, as
-            the mean over classes.
+            Fréchet `distance` to the reference, `recall`, and the share of images that are classified `right`, as the mean over
+            classes.
         """
         features = self.features(pixels)
         right = torch.from_numpy(self.classifier.predict(features.numpy())) == labels
-        precision, recall = precision_recall(features, self.reference)
+        _, recall = precision_recall(features, self.reference)
         return {
             "distance": frechet_distance(FeatureStatistics.of(features), FeatureStatistics.of(self.reference)),
             "right": mean(right[labels == label].float().mean().item() for label in labels.unique()),
-            "precision": precision,
             "recall": recall,
         }
 
@@ -135,7 +134,7 @@ def measure_run(folder: Path, data: Path, judges: list[Judge], reference: Images
     def judged(pixels: torch.Tensor, labels: torch.Tensor) -> dict[str, dict[str, float]]:
         return {judge.name: judge.values(pixels, labels) for judge in judges}
 
-    def samples(guidance_scale: float = 1.0) -> torch.Tensor:
+    def samples(guidance_scale: float = GUIDANCE_SCALES[0]) -> torch.Tensor:
         generators = [torch.Generator().manual_seed(seed) for seed in range(NUM_IMAGES)]
         options = {"output_type": "uint8", "decode_batch_size": BATCH_SIZE, "guidance_scale": guidance_scale}
         return pipe(labels.tolist(), generator=generators, **options).images.cpu()
@@ -150,14 +149,17 @@ def measure_run(folder: Path, data: Path, judges: list[Judge], reference: Images
     for step in STEPS:
         with at_step(generator, folder / "generator", step):
             convergence[step] = judged(samples(), labels)
+    # The saved weights are those of the last step, so samples without guidance would be the same.
+    guidance = {GUIDANCE_SCALES[0]: convergence[STEPS[-1]]}
+    for scale in GUIDANCE_SCALES[1:]:
+        guidance[scale] = judged(samples(scale), labels)
     return {
         **{name: reconstruction[name] for name in ("psnr", "ssim", "codebook_usage", "codebook_perplexity")},
         "held_out": judged(held_out.pixels, held_out.labels),
         "reconstructions": judged(reconstructed, reference.labels),
         "probes": {name: result.mean_class_accuracy for name, result in probes.items()},
-        "losses": dict(zip(*log_of(folder / "generator", "validation", "loss"), strict=True)),
         "convergence": convergence,
-        "guidance": {scale: judged(samples(scale), labels) for scale in GUIDANCE_SCALES},
+        "guidance": guidance,
     }
 
 
@@ -243,10 +245,9 @@ def tables(runs: dict[str, list[dict]]) -> list[str]:
         for quantity, shown_quantity in QUANTITIES.items()
     }
     guidance_rows = {
-        f"{name}, {scale}": results
-        for name in VARIANTS.values()
+        f"{name}, {scale}": [result["guidance"][str(scale)] for result in runs[variant]]
+        for variant, name in VARIANTS.items()
         for scale in GUIDANCE_SCALES
-        for results in [rows("guidance", str(scale))[name]]
     }
     gain_columns = {
         f"{scale}, {shown}": gain_column(judge, scale)

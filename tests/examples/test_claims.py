@@ -1,7 +1,9 @@
 """The claims' configurations, their VQGAN baseline, and how runs are compared."""
 
 import importlib
+import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,9 +12,11 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 
+from tests.modeling.generators import tiny_ar
 from tests.testing import tiny_config, tiny_images, tiny_model
 from tests.training.tiny_runs import write_images, write_vision_model
 from vfmtok_hf import VFMTokARForImageGeneration
+from vfmtok_hf.data.files import find_images
 from vfmtok_hf.training.arguments import GeneratorArguments, TokenizerArguments, parse_arguments
 from vfmtok_hf.training.objective import TokenizerObjective
 
@@ -150,6 +154,33 @@ def test_judges_are_those_of_the_tables(claims, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         claims.compare.main()
     assert "folders named efficientnet_lite0_classifier and judge" in capsys.readouterr().err
+
+
+def test_measured_runs_fill_the_tables(claims, tmp_path, monkeypatch):
+    """The trained parts are replaced: checkpoints, judges and probes. Samples of the last step are not drawn again."""
+    for part in ("train", "validation"):
+        write_images(tmp_path / "data" / part)
+    tiny_vqgan(claims).save_pretrained(tmp_path / "tokenizer" / "model")
+    tiny_ar(num_image_tokens=81, codebook_size=64, num_classes=2).save_pretrained(tmp_path / "generator" / "model")
+    probes = dict.fromkeys(("image_embeds", "token_embeddings", "pixels"), SimpleNamespace(mean_class_accuracy=0.5))
+    monkeypatch.setattr(claims.compare, "NUM_IMAGES", 4)
+    monkeypatch.setattr(claims.compare, "at_step", lambda *arguments: nullcontext())
+    monkeypatch.setattr(claims.compare, "evaluate_linear_probe", lambda *arguments: probes)
+    judged = []
+
+    def values(pixels, labels):
+        assert len(pixels) == len(labels)
+        judged.append(len(pixels))
+        return {"distance": 10 / len(judged), "right": 0.5, "recall": 0.1}
+
+    judges = [SimpleNamespace(name=name, values=values) for name in claims.compare.JUDGES]
+    reference = claims.compare.Images(list(find_images([tmp_path / "data" / "train"]).values()))
+    results = claims.compare.measure_run(tmp_path, tmp_path / "data", judges, reference, "cpu")
+    drawn = len(claims.compare.STEPS) + len(claims.compare.GUIDANCE_SCALES) - 1
+    assert sorted(judged) == sorted(len(judges) * ([16, 16] + drawn * [4]))
+    assert results["guidance"][1.0] == results["convergence"][1200]
+    seeds = [json.loads(json.dumps(results))] * 2
+    assert len(claims.compare.tables({"region_adaptive": seeds, "vqgan": seeds})) == 6
 
 
 @pytest.mark.parametrize(("target", "step"), [(9, 100), (6, 150), (4, 200), (3, 250), (1, None)])
