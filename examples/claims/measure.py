@@ -4,9 +4,12 @@ Evaluate the models of `train.py`, and plot the figures of docs/claims.md.
     python examples/emoji/vision_model.py --output data/efficientnet_lite0_classifier --classifier
     python examples/claims/measure.py --runs runs/claims/seed_0 --data data/emoji64 --features data/efficientnet_lite0_classifier \\
         --output docs/assets
+    python examples/claims/measure.py --runs runs/claims/seed_1 --data data/emoji64 --features data/efficientnet_lite0_classifier \\
+        --output docs/assets --name claims_seed_1
 
-Unfinished variants are skipped, and existing results in the runs' `measurements.json` are reused. The output folder gets the
-figures and `claims.json` with all results; the tables are printed.
+Unfinished variants are skipped, and existing results in the runs' `measurements.json` are reused. All results are written to
+`NAME.json` in the output folder, the figures to `NAME_convergence.png`, `NAME_probes.png` and `NAME_guidance.png`. The tables
+are printed.
 """
 
 import argparse
@@ -78,13 +81,12 @@ def measure_tokenizer(run: Path, data: Path, extractor: VisionModelFeatures) -> 
         "rfid": frechet_distance(FeatureStatistics.of(reconstructions), FeatureStatistics.of(originals)),
         "outside_cell": anchors["outside_cell"],
         "probe_mean_class_accuracy": {name: result.mean_class_accuracy for name, result in probes.items()},
-        "probe_top1": {name: result.top1 for name, result in probes.items()},
     }
 
 
-def measure_generator(
+def measure_samples(
     run: Path, tokenizer_run: Path, data: Path, extractor: VisionModelFeatures, guidance_scale: float = 1.0
-) -> dict:
+) -> dict[str, list[float]]:
     """Each metric of `NUM_DRAWS` independent sets of samples, as a list. Their differences are the sampling noise."""
     tokenizer = VFMTokModel.from_pretrained(tokenizer_run / "model").eval()
     generator = VFMTokARForImageGeneration.from_pretrained(run / "model").eval()
@@ -92,7 +94,7 @@ def measure_generator(
     pipe = VFMTokPipeline(tokenizer, generator, VFMTokImageProcessor(size=size))
     pipe.set_progress_bar_config(disable=True)
     real = extract_features(FolderImages(training_images(data), size), extractor).pooled
-    values: dict = {"loss": log_of(run, "validation", "loss")[1][-1], **{metric: [] for metric in SAMPLE_METRICS}}
+    values: dict[str, list[float]] = {metric: [] for metric in SAMPLE_METRICS}
     for draw in range(NUM_DRAWS):
         settings = SampleFolderSettings(NUM_IMAGES, seed=draw * NUM_IMAGES, guidance_scale=guidance_scale)
         folder = run / "evaluation" / f"guidance_{guidance_scale:g}_seed_{settings.seed}"
@@ -135,20 +137,20 @@ def probe_figure(tokenizers: dict[str, dict]) -> Figure:
         heights = [100 * values["probe_mean_class_accuracy"][name] for name in names]
         axes.bar(places, heights, width, color=COLORS[variant], label=variant.replace("_", " "))
     axes.set_xticks(range(len(names)), [name.replace("_", " ") for name in names])
-    axes.set(ylabel="accuracy, mean over classes (%)", ylim=(0, 100), title="linear probes, 214 held-out images")
+    axes.set(ylabel="accuracy, mean over classes (%)", ylim=(0, 100), title="linear probes, held-out images")
     axes.legend(frameon=False, ncols=2)
     return figure
 
 
-def plot_figures(runs: Path, measurements: dict[str, dict], features: str, output: Path) -> None:
-    save_figure(convergence_figure(runs, measurements), output / "claims_convergence.png")
-    save_figure(probe_figure(measurements["tokenizer"]), output / "claims_probes.png")
+def plot_figures(runs: Path, measurements: dict[str, dict], features: str, output: Path, name: str) -> None:
+    save_figure(convergence_figure(runs, measurements), output / f"{name}_convergence.png")
+    save_figure(probe_figure(measurements["tokenizer"]), output / f"{name}_probes.png")
     means = {
         float(scale): {metric: mean(values[metric]) for metric in SAMPLE_METRICS}
         for scale, values in measurements["guidance"].items()
     }
     if means:
-        save_figure(plot_guidance(list(means), list(means.values()), features), output / "claims_guidance.png")
+        save_figure(plot_guidance(list(means), list(means.values()), features), output / f"{name}_guidance.png")
 
 
 def with_range(values: list[float], digits: int) -> str:
@@ -175,13 +177,13 @@ PROBE_COLUMNS = {
     name: lambda m, name=name: f"{m['probe_mean_class_accuracy'][name]:.1%}"
     for name in ("image_embeds", "token_embeddings", "vision_model", "pixels")
 }
-GENERATOR_COLUMNS = {
-    "loss (nats / token)": lambda m: f"{m['loss']:.3f}",
+SAMPLE_COLUMNS = {
     "FD ↓": lambda m: with_range(m["fid"], 0),
     "IS ↑": lambda m: with_range(m["inception_score"], 2),
     "precision ↑": lambda m: with_range(m["precision"], 2),
     "recall ↑": lambda m: with_range(m["recall"], 3),
 }
+GENERATOR_COLUMNS = {"loss (nats / token)": lambda m: f"{m['loss']:.3f}", **SAMPLE_COLUMNS}
 
 
 def tables(measurements: dict[str, dict]) -> list[str]:
@@ -190,7 +192,7 @@ def tables(measurements: dict[str, dict]) -> list[str]:
         table("variant", measurements["tokenizer"], TOKENIZER_COLUMNS),
         table("variant", measurements["tokenizer"], PROBE_COLUMNS),
         table("variant", measurements["generator"], GENERATOR_COLUMNS),
-        table("guidance scale", measurements["guidance"], GENERATOR_COLUMNS),
+        table("guidance scale", measurements["guidance"], SAMPLE_COLUMNS),
     ]
 
 
@@ -198,6 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("runs", "data", "features", "output"):
         parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--name", default="claims", help="start of the names of the output files [claims]")
     arguments = parser.parse_args()
     extractor = VisionModelFeatures(str(arguments.features), FEATURE_SIZE)
     file = arguments.runs / "measurements.json"
@@ -216,15 +219,16 @@ def main() -> None:
     for variant in COLORS:
         folder = arguments.runs / variant
         if is_finished(folder / "generator") and variant not in measurements["generator"]:
-            values = measure_generator(folder / "generator", folder / "tokenizer", arguments.data, extractor)
-            keep("generator", variant, values)
+            loss = log_of(folder / "generator", "validation", "loss")[1][-1]
+            samples = measure_samples(folder / "generator", folder / "tokenizer", arguments.data, extractor)
+            keep("generator", variant, {"loss": loss, **samples})
     first = arguments.runs / "region_adaptive"
     for scale in GUIDANCE_SCALES:
         if is_finished(first / "generator") and str(scale) not in measurements["guidance"]:
-            values = measure_generator(first / "generator", first / "tokenizer", arguments.data, extractor, scale)
+            values = measure_samples(first / "generator", first / "tokenizer", arguments.data, extractor, scale)
             keep("guidance", str(scale), values)
-    plot_figures(arguments.runs, measurements, extractor.name, arguments.output)
-    shutil.copyfile(file, arguments.output / "claims.json")
+    plot_figures(arguments.runs, measurements, extractor.name, arguments.output, arguments.name)
+    shutil.copyfile(file, arguments.output / f"{arguments.name}.json")
     print(*tables(measurements), sep="\n\n")
 
 

@@ -183,6 +183,30 @@ def test_measured_runs_fill_the_tables(claims, tmp_path, monkeypatch):
     assert len(claims.compare.tables({"region_adaptive": seeds, "vqgan": seeds})) == 6
 
 
+def test_seeds_are_written_side_by_side(claims, tmp_path, monkeypatch):
+    """With what was measured before, as neither seed has a finished run here."""
+    (tmp_path / "output").mkdir()
+    monkeypatch.setattr(claims.measure, "VisionModelFeatures", lambda *arguments: SimpleNamespace(name="features"))
+    for seed, name in enumerate(("claims", "claims_seed_1")):
+        runs = tmp_path / f"seed_{seed}"
+        measured = json.loads((CLAIMS.parents[1] / "docs" / "assets" / "claims_seed_1.json").read_text())
+        for variant in measured["tokenizer"]:
+            log = runs / variant / "tokenizer" / "log.jsonl"
+            log.parent.mkdir(parents=True)
+            log.write_text('{"kind": "validation", "step": 1, "psnr": 10}')
+        measured["tokenizer"]["region_adaptive"]["psnr"] = seed
+        (runs / "measurements.json").write_text(json.dumps(measured))
+        options = {"runs": runs, "data": "data", "features": "features", "output": tmp_path / "output", "name": name}
+        argv = [text for option, value in options.items() for text in (f"--{option}", str(value))]
+        monkeypatch.setattr(sys, "argv", ["measure.py", *argv])
+        claims.measure.main()
+    for seed, name in enumerate(("claims", "claims_seed_1")):
+        written = json.loads((tmp_path / "output" / f"{name}.json").read_text())
+        assert written["tokenizer"]["region_adaptive"]["psnr"] == seed
+        for figure in ("convergence", "probes"):
+            assert (tmp_path / "output" / f"{name}_{figure}.png").is_file()
+
+
 @pytest.mark.parametrize(("target", "step"), [(9, 100), (6, 150), (4, 200), (3, 250), (1, None)])
 def test_steps_to_a_quality_are_interpolated(claims, target, step):
     assert claims.compare.steps_to_reach([100, 200, 300], [8, 4, 2], target) == step
