@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from class_fidelity import JUDGED_SIZE, SAMPLES, compare, load, resized
 from PIL import Image
+from prepare_data import attribution
 
 from vfmtok_hf import VFMTokImageProcessor, VFMTokModel, VFMTokPipeline, VFMTokRARForImageGeneration
 from vfmtok_hf.evaluation.reconstruction import psnr
@@ -33,6 +34,13 @@ from vfmtok_hf import VFMTokPipeline
 
 __all__ = ["VFMTokPipeline"]
 '''
+
+# Remove the second paragraph if the tokenizer was trained on today's data from the start.
+TRAINED_ON = """The weights in this folder were trained on emoji of these styles, scaled to 64 x 64 and 128 x 128 pixels on white.
+`reconstructions.png` and `inpaint.png` show held-out emoji of the same styles.
+
+For 64 x 64 pixels, with which it began, the tokenizer was trained on an earlier version of the data, with `noto` from
+`emoji-datasource-google@16.0.0` and `twemoji` from `emoji-datasource-twitter@16.0.0`, and without `fxemoji` and `streamline`."""
 
 CARD = """---
 license: apache-2.0
@@ -130,7 +138,7 @@ def main() -> None:
     partial = arguments.output.with_name(arguments.output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     save_pipeline(arguments.tokenizer, arguments.generator, partial)
-    shutil.copy(arguments.data / "ATTRIBUTION.md", partial)
+    (partial / "ATTRIBUTION.md").write_text(attribution(TRAINED_ON))
     shutil.copy(arguments.vision_model / "LICENSE", partial / "LICENSE.efficientnet-lite0")
     pipes = {name: load(folder) for name, folder in arguments.compare} | {"samples": load(partial)}
     comparison = compare(pipes, arguments.data, arguments.classifier, arguments.second_judge)

@@ -248,18 +248,22 @@ def write_dataset(
         "held_out": {label: sorted(validation[label]) for label in labels},
     }
     (output / "classes.json").write_text(json.dumps(summary, indent=2) + "\n")
-    (output / "ATTRIBUTION.md").write_text(attribution(image_size))
+    introduction = (
+        f"The images in this folder are emoji, scaled to {image_size} x {image_size} pixels on white.\n"
+        "File names begin with the style."
+    )
+    (output / "ATTRIBUTION.md").write_text(attribution(introduction))
     return summary
 
 
-def attribution(image_size: int) -> str:
+def attribution(introduction: str) -> str:
+    """The text of ATTRIBUTION.md: `introduction`, then authors and licenses of all styles."""
     rows = "\n".join(
         f"| `{s.style}` | {s.author} | {s.license} | {s.url} | `{s.package}@{s.version}` |" for s in SOURCES
     )
     return f"""# Attribution
 
-The pictures in this folder are emoji, scaled to {image_size} x {image_size} pixels on white.
-File names begin with the style.
+{introduction}
 
 | style | drawn by | license | project | package |
 |---|---|---|---|---|

@@ -16,6 +16,10 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "emoji"))
 
 import assemble
 import class_fidelity
+from prepare_data import attribution
+from sources import SOURCES
+
+from vfmtok_hf import DEFAULT_CHECKPOINT
 
 
 NAMES = ["cat", "clock", "heart", "moon", "smiley"]
@@ -54,6 +58,12 @@ def test_the_models_are_in_half_precision_and_without_code(folder):
         assert json.loads((folder / part / "config.json").read_text())["dtype"] == "float16"
     generation_config = class_fidelity.load(folder).transformer.generation_config
     assert generation_config.top_k == assemble.SAMPLING["top_k"]
+
+
+def test_the_shipped_attribution_is_the_one_that_is_written():
+    text = (Path(DEFAULT_CHECKPOINT) / "ATTRIBUTION.md").read_text()
+    assert text == attribution(assemble.TRAINED_ON)
+    assert re.findall(r"^\| `(\w+)`", text, re.MULTILINE) == [source.style for source in SOURCES]
 
 
 def test_the_card_describes_the_generator_and_shows_its_pictures(folder, data):

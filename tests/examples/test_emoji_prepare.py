@@ -1,5 +1,6 @@
 """The pure parts of examples/emoji: classes, split, compositing, download checks, key rules. No network needed."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -48,6 +49,14 @@ def test_class_names_and_synonyms_are_unambiguous_lower_case():
     assert len(names) == len(set(names))
     assert all(name == name.lower() and "," not in name for name in names)
     assert {"smiley", "heart"} <= set(CLASSES)
+
+
+def test_the_notice_credits_every_style():
+    notice = " ".join((EXAMPLE.parents[1] / "NOTICE").read_text().split())
+    for source in SOURCES:
+        drawings = re.search(r"\(([^,)]+)", source.author)  # "Google (Noto Emoji, first version)"
+        name = drawings[1] if drawings else source.author.removesuffix(" contributors")
+        assert f"{name} ({source.license})" in notice
 
 
 def test_excluded_styles_exist():
