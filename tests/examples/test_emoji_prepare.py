@@ -165,6 +165,18 @@ def test_failed_download_reports_what_npm_said_and_leaves_nothing(tmp_path, monk
     assert not list(cache.iterdir())
 
 
+def test_the_steps_of_the_readme_are_those_of_the_makefile():
+    def commands(text):
+        lines = text.replace("\\\n", " ").replace("$(BIN)/", "").splitlines()
+        return [" ".join(line.split()) for line in lines if line.strip().startswith("python ")]
+
+    makefile = (EXAMPLE.parents[1] / "Makefile").read_text()
+    recipe = makefile[makefile.index("\ndata/emoji64:") : makefile.index("\nclean:")]
+    in_makefile = [command for command in commands(recipe) if not command.startswith("python -m pip ")]
+    (block,) = re.findall(r"```bash\n(.*?)```", (EXAMPLE / "README.md").read_text(), flags=re.DOTALL)
+    assert commands(block) == in_makefile
+
+
 def test_existing_dataset_is_kept_and_a_foreign_folder_refused(tmp_path, capsys):
     (tmp_path / "classes.json").write_text("{}")
     assert prepare_data.main(["--output", str(tmp_path)]) == 0
