@@ -133,7 +133,9 @@ def test_sampling_locations_are_plotted_by_level_and_weight():
     weights = torch.zeros(1, 4, 3, 2, 5)
     weights[0, 3, :, 0] = 0.1
     weights[0, 3, :, 1] = 0.2
-    (axes,) = plot_sampling_locations([picture("red")], locations, weights, anchors=[3]).axes
+    # As the model returns them outside of `torch.no_grad`.
+    gradients = locations.clone().requires_grad_(), weights.clone().requires_grad_()
+    (axes,) = plot_sampling_locations([picture("red")], *gradients, anchors=[3]).axes
     fine, coarse = axes.collections
     assert torch.equal(torch.tensor(fine.get_offsets().data), locations[0, 3, :, 0].reshape(-1, 2))
     assert fine.get_sizes() * 2 == pytest.approx(coarse.get_sizes())

@@ -232,13 +232,14 @@ def plot_sampling_locations(
 
     side = math.isqrt(sampling_locations.shape[1])
     grid = figure.subplots(len(images), len(anchors), squeeze=False)
-    for image, locations, weights, row in zip(images, sampling_locations, attention_weights, grid, strict=True):
+    values = (tensor.detach().float().cpu() for tensor in (sampling_locations, attention_weights))
+    for image, locations, weights, row in zip(images, *values, grid, strict=True):
         for anchor, axes in zip(anchors, row, strict=True):
             axes.imshow(image, extent=(0, 1, 1, 0), alpha=0.55)
             left, top = anchor % side / side, anchor // side / side
             for level, color in zip(range(locations.shape[2]), cycle(LEVEL_COLORS), strict=False):
-                x, y = locations[anchor, :, level].reshape(-1, 2).float().cpu().T.numpy()
-                strength = (weights[anchor, :, level] / weights[anchor].max()).flatten().float().cpu().numpy()
+                x, y = locations[anchor, :, level].reshape(-1, 2).T.numpy()
+                strength = (weights[anchor, :, level] / weights[anchor].max()).flatten().numpy()
                 axes.scatter(x, y, s=90 * strength, color=color, alpha=0.6, linewidths=0)
             axes.add_patch(
                 Rectangle((left, top), 1 / side, 1 / side, fill=False, edgecolor="black", linewidth=2, zorder=3)
