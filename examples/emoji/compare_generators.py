@@ -2,9 +2,9 @@
 Compare the two generators trained on the emoji tokenizer's tokens.
 
     python examples/emoji/compare_generators.py --tokenizer runs/emoji/decoder/model \\
-        --ar runs/emoji/generator --rar runs/emoji/generator_rar --images examples/images --output docs/assets
+        --ar runs/emoji/generator --rar runs/emoji/generator_rar --output docs/assets
 
-Writes `generators.png` and `token_regions.png`, and prints the table of docs/generators.md.
+Writes `generators.png` and prints the table of docs/generators.md.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
+import yaml
 from PIL import Image
 
 from vfmtok_hf import (
@@ -22,8 +22,7 @@ from vfmtok_hf import (
     VFMTokPipeline,
     VFMTokRARForImageGeneration,
 )
-from vfmtok_hf.evaluation.tokens import anchor_attention
-from vfmtok_hf.plotting import image_grid, plot_sampling_locations, save_figure
+from vfmtok_hf.plotting import image_grid
 
 
 SAMPLING = {"temperature": 0.8, "top_k": 100}
@@ -37,7 +36,7 @@ def generators(count: int) -> list[torch.Generator]:
 def training_facts(run: Path) -> dict[str, float]:
     """Last validation loss and training sequences."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    batch_size = int(next(x for x in (run / "arguments.yaml").read_text().split("\n") if "batch_size" in x).split()[1])
+    batch_size = yaml.safe_load((run / "arguments.yaml").read_text())["batch_size"]
     return {
         "validation loss": [line["loss"] for line in lines if line["kind"] == "validation"][-1],
         "sequences": lines[-1]["step"] * batch_size,
@@ -50,19 +49,9 @@ def draw(pipe: VFMTokPipeline) -> list[Image.Image]:
     return pipe(labels, num_images_per_label=SAMPLES, generator=generators(SAMPLES * len(labels)), **SAMPLING).images
 
 
-def token_regions(pipe: VFMTokPipeline, image: Path) -> Figure:
-    """Where three anchors look in an image, in the encoder's last layer."""
-    attention = anchor_attention(pipe, [image])
-    side = pipe.vq_model.config.anchor_grid_size
-    anchors = [4 * side + 4, 6 * side + 8, 9 * side + 3]
-    return plot_sampling_locations(
-        attention.images, attention.sampling_locations, attention.attention_weights, anchors
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("tokenizer", "ar", "rar", "images", "output"):
+    for name in ("tokenizer", "ar", "rar", "output"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     arguments = parser.parse_args()
 
@@ -85,12 +74,11 @@ def main() -> None:
 
     by_class = [
         picture
-        for label in range(len(pipe.id2label))
-        for name in pictures
-        for picture in pictures[name][label * SAMPLES : (label + 1) * SAMPLES]
+        for start in range(0, len(pictures["AR"]), SAMPLES)
+        for of_generator in pictures.values()
+        for picture in of_generator[start : start + SAMPLES]
     ]
     image_grid(by_class, 2 * SAMPLES).save(arguments.output / "generators.png")
-    save_figure(token_regions(pipe, arguments.images / "smiley.png"), arguments.output / "token_regions.png")
 
 
 if __name__ == "__main__":
