@@ -9,7 +9,8 @@ would. `--only` restricts a run to the named sides. `--device cuda` skips packed
 
 `limit` is the achieved share of the memory bandwidth: the bytes of weights and filled cache that a step must read, divided by
 its time, relative to a large matrix-vector multiplication (on CUDA, a copy) in the same run. Set
-`ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2` to restrict torch and oneDNN to AVX2.
+`ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2` to restrict torch and oneDNN to AVX2, with a TORCHINDUCTOR_CACHE_DIR of its
+own for `--compile`: torch's cache does not distinguish instruction sets, and code from the other run gave NaN.
 """
 
 import argparse
