@@ -160,3 +160,35 @@ def test_loading_of_a_pipeline(capsys):
     for side in startup.LOADING:
         startup.print_loading(DEFAULT_CHECKPOINT, side)
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    ("storage", "bytes_per_weight", "tolerance"),
+    [
+        ("float32", 4, 0),
+        ("float16 where exact (what is written)", 4, 0),
+        ("all in float16", 2, 1e-3),
+        ("int8 by channel", 1, 2e-2),
+    ],
+)
+def test_stored_weights_are_restored(tmp_path, storage, bytes_per_weight, tolerance):
+    onnx = pytest.importorskip("onnx", reason="needs vfmtok-hf[export]")
+    from export_weights import STORAGES, store
+
+    from vfmtok_hf.export.onnx import onnx_graph
+
+    torch.manual_seed(0)
+    weight, inputs = torch.randn(64, 64), torch.eye(64)
+    value = partial(onnx.helper.make_tensor_value_info, elem_type=onnx.TensorProto.FLOAT, shape=[64, 64])
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("MatMul", ["inputs", "weight"], ["outputs"])],
+        "product",
+        [value("inputs")],
+        [value("outputs")],
+        [onnx.numpy_helper.from_array(weight.numpy(), "weight")],
+    )
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)]), tmp_path / "graph.onnx")
+    store(tmp_path / "graph.onnx", tmp_path / "stored.onnx", STORAGES[storage])
+    size = (tmp_path / "stored.onnx").stat().st_size
+    assert bytes_per_weight * weight.numel() < size < bytes_per_weight * weight.numel() + 1500
+    torch.testing.assert_close(onnx_graph(tmp_path / "stored.onnx")(inputs)[0], weight, rtol=0, atol=tolerance)
