@@ -7,9 +7,10 @@ Measure how often pipelines generate the requested class, according to a classif
 The classifier is a logistic regression on EfficientNet-Lite0's pooled features of the training images. The emoji tokenizer
 uses the same network, which may favor its samples; `--second-judge` is a network of its own, trained by
 `examples/claims/judge.py --image-size 64`. The script prints a Markdown table: the share of correctly classified held-out
-images, reconstructions and samples; precision and recall (Kynkäänniemi et al. 2019) of the samples against training images in
-EfficientNet's features, which distinguish quality from diversity; the distance to the nearest training image, which shows
-whether training images are repeated; and the loss on held-out images. All images are judged at 64 x 64.
+images, reconstructions and samples; the distance to the nearest training image, which shows whether training images are
+repeated; precision and recall (Kynkäänniemi et al. 2019) of the samples against training images in EfficientNet's features,
+which distinguish quality from diversity; the losses on held-out images; and how close and how sharp their reconstructions
+are. All images are judged at 64 x 64, and reconstructions are compared at the size of the data.
 """
 
 import argparse
@@ -26,12 +27,13 @@ from torchvision.transforms.functional import pil_to_tensor
 from vfmtok_hf import VFMTokPipeline
 from vfmtok_hf.evaluation.features import VisionModelFeatures
 from vfmtok_hf.evaluation.metrics import precision_recall
+from vfmtok_hf.evaluation.reconstruction import psnr
 
 
 JUDGED_SIZE = 64  # all images are reduced to it, so that tables of pipelines of several image sizes compare
 INPUT_SIZE = 128  # input size of the classifier
 BATCH_SIZE = 28
-SAMPLES = 40  # per class; the smallest class has 47 training images
+SAMPLES = 40  # per class; the smallest class has 68 training images
 
 
 def image_files(folder: Path) -> list[list[Path]]:
@@ -84,14 +86,33 @@ def spread_evenly(length: int, count: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def held_out_loss(pipe: VFMTokPipeline, files: list[list[Path]]) -> float:
-    """Nats per token, with equal weights for all images."""
-    losses = []
+def held_out_losses(pipe: VFMTokPipeline, files: list[list[Path]]) -> list[float]:
+    """Nats per token in raster order, and in one random order per image, with equal weights for all images."""
+    losses = torch.zeros(2)
+    randomness = torch.Generator().manual_seed(0)
     for label, of_class in enumerate(files):
         tokens = pipe.tokenize(of_class)
-        loss = pipe.transformer(torch.full((len(tokens),), label), tokens, return_loss=True).loss
-        losses += [loss.item()] * len(tokens)
-    return sum(losses) / len(losses)
+        labels = torch.full((len(tokens),), label)
+        random_orders = torch.rand(tokens.shape, generator=randomness).argsort(-1)
+        for index, orders in enumerate((None, random_orders)):
+            losses[index] += len(tokens) * pipe.transformer(labels, tokens, orders=orders, return_loss=True).loss
+    return (losses / sum(map(len, files))).tolist()
+
+
+def image_quality(pipe: VFMTokPipeline, files: list[list[Path]]) -> list[str]:
+    """PSNR of reconstructions, and their sharpness relative to the originals. Smaller images are enlarged."""
+    originals = [Image.open(file) for of_class in files for file in of_class]
+    size = originals[0].width
+    references = resized(originals, size)
+    reconstructions = resized((image for of_class in files for image in pipe.reconstruct(of_class).images), size)
+    decibels = psnr(references, reconstructions).mean()
+    return [f"{decibels:.2f} dB", f"{sharpness(reconstructions) / sharpness(references):.0%}"]
+
+
+def sharpness(images: torch.Tensor) -> torch.Tensor:
+    """Root mean square of the differences between neighboring pixels, which blur reduces."""
+    squares = [images.float().diff(dim=dim).square().mean() for dim in (-2, -1)]
+    return torch.stack(squares).mean().sqrt()
 
 
 def compare(
@@ -107,8 +128,8 @@ def compare(
     *_, last = pipes.values()
     columns = {
         "held-out images": [[Image.open(file) for file in of_class] for of_class in files],
-        "reconstructions": [last.reconstruct(of_class).images for of_class in files],
-        "of training images": [
+        "reconstructions, held-out": [last.reconstruct(of_class).images for of_class in files],
+        "reconstructions, training": [
             last.reconstruct([of_class[index] for index in spread_evenly(len(of_class), samples)]).images
             for of_class in train_files
         ],
@@ -118,14 +139,17 @@ def compare(
         features = [features_of(of_class, extractor) for of_class in pictures]
         cells[name] = [*class_cells(judge, features), second_share(second, pictures), nearest(features, train)]
         if name in pipes:
-            precision, recall = precision_recall(torch.cat(features), reference)
-            cells[name] += [f"{precision:.0%}", f"{recall:.0%}", f"{held_out_loss(pipes[name], files):.3f}"]
+            shares = precision_recall(torch.cat(features), reference)
+            losses = held_out_losses(pipes[name], files)
+            cells[name] += [f"{share:.0%}" for share in shares] + [f"{loss:.3f}" for loss in losses]
+            cells[name] += image_quality(pipes[name], files)
         else:
-            cells[name] += ["", "", ""]
+            cells[name] += [""] * 6
 
     labels = [last.id2label[label].split(",")[0] for label in sorted(last.id2label)]
     names = [*labels, "**mean of classes**", "**mean, second judge**", "distance to the nearest training image"]
-    names += ["precision", "recall", "loss, nats per token"]
+    names += ["precision", "recall", "loss, nats per token", "loss in random orders"]
+    names += ["PSNR of reconstructions", "sharpness of reconstructions, relative to the originals"]
     rows = [["classified correctly", *cells], ["---"] * (1 + len(cells)), *zip(names, *cells.values(), strict=True)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
@@ -137,7 +161,7 @@ def second_share(judge: VisionModelFeatures, pictures: list[list[Image.Image]]) 
         batches = resized(of_class, JUDGED_SIZE).split(BATCH_SIZE)
         predictions = torch.cat([judge(batch).logits.argmax(-1) for batch in batches])
         shares.append((predictions == label).float().mean())
-    return f"**{torch.stack(shares).mean().item():.0%}**"
+    return f"**{torch.stack(shares).mean().item():.1%}**"
 
 
 def nearest(features: list[torch.Tensor], train: list[torch.Tensor]) -> str:
@@ -150,7 +174,7 @@ def nearest(features: list[torch.Tensor], train: list[torch.Tensor]) -> str:
 def class_cells(judge: Pipeline, features: list[torch.Tensor]) -> list[str]:
     """Share of correctly classified images, per class and as the mean over classes."""
     shares = shares_right(judge, features)
-    return [*(f"{share:.0%}" for share in shares), f"**{sum(shares) / len(shares):.0%}**"]
+    return [*(f"{share:.1%}" for share in shares), f"**{sum(shares) / len(shares):.1%}**"]
 
 
 def main() -> None:

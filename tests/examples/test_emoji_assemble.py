@@ -1,4 +1,4 @@
-"""Assembly of the shipped checkpoint, with tiny models and images of noise. The comparison table needs trained weights."""
+"""Assembly of the shipped checkpoint and its table of results, with tiny models and images of noise in a color per class."""
 
 import json
 import re
@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
+import torch
+from PIL import Image, ImageFilter
+from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
 from tests.modeling.generators import tiny_rar
 from tests.testing import tiny_model
@@ -22,7 +24,8 @@ from sources import SOURCES
 from vfmtok_hf import DEFAULT_CHECKPOINT
 
 
-NAMES = ["cat", "clock", "heart", "moon", "smiley"]
+COLORS = {"cat": "orange", "clock": "black", "heart": "red", "moon": "white", "smiley": "blue"}
+NAMES = list(COLORS)
 SIZES = {"codebook_size": 64, "id2label": {label: f"{name}, a {name}" for label, name in enumerate(NAMES)}}
 
 
@@ -43,8 +46,31 @@ def data(tmp_path_factory):
         for name in NAMES:
             (data / split / name).mkdir(parents=True)
             for index in range(7):
-                Image.effect_noise((32, 32), 60).convert("RGB").save(data / split / name / f"{index}.png")
+                noise = Image.effect_noise((32, 32), 60).convert("RGB")
+                color = Image.new("RGB", noise.size, COLORS[name])
+                Image.blend(noise, color, 0.9).save(data / split / name / f"{index}.png")
     return data
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory):
+    """A classifier with random weights, whose features tell colors apart."""
+    torch.manual_seed(0)
+    config = TimmWrapperConfig(
+        architecture="resnet18",
+        model_args={"channels": [16, 32, 32, 64]},
+        id2label=dict(enumerate(NAMES)),
+        pretrained_cfg={"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": [3, 64, 64]},
+    )
+    folder = tmp_path_factory.mktemp("judge")
+    TimmWrapperForImageClassification(config).eval().save_pretrained(folder)
+    return str(folder)
+
+
+def read_table(text):
+    """Column by header, each a dict by row name."""
+    header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines())
+    return {name: {row[0]: row[index] for row in rows} for index, name in enumerate(header)}
 
 
 def test_the_models_are_in_half_precision_and_without_code(folder):
@@ -78,3 +104,38 @@ def test_the_card_describes_the_generator_and_shows_its_pictures(folder, data):
     picture = Image.open(folder / "inpaint.png")
     assert picture.width > 10 * 32
     assert 3 * 32 < picture.height < 4 * 32
+
+
+def test_the_table_of_results(folder, data, judge):
+    """Held-out colors are recognized; the random models' images are not like them, and their loss is that of a guess."""
+    pipes = {name: class_fidelity.load(folder) for name in ("again", "samples")}
+    table = read_table(class_fidelity.compare(pipes, data, judge, judge, samples=4))
+    assert list(table) == [
+        "classified correctly",
+        "held-out images",
+        "reconstructions, held-out",
+        "reconstructions, training",
+        "again",
+        "samples",
+    ]
+    assert table["held-out images"]["**mean of classes**"] == "**100.0%**"
+    assert table["samples"] == table["again"]
+    random = table["samples"]
+    assert random["**mean of classes**"] != "**100.0%**"
+    assert random["recall"] == "0%"
+    assert float(random["PSNR of reconstructions"].removesuffix(" dB")) < 20
+
+    files = sorted((data / "validation").glob("*/*.png"))
+    labels = torch.tensor([NAMES.index(file.parent.name) for file in files])
+    tokens = pipes["samples"].tokenize(files)
+    loss = pipes["samples"].transformer(labels, tokens, return_loss=True).loss
+    assert float(random["loss, nats per token"]) == pytest.approx(loss.item(), abs=1e-3)
+    assert random["loss in random orders"] != random["loss, nats per token"]
+
+
+def test_sharpness_falls_with_blur():
+    sharp = Image.effect_noise((32, 32), 60).convert("RGB")
+    images = class_fidelity.resized([sharp, sharp.filter(ImageFilter.GaussianBlur(1))], 32)
+    half = class_fidelity.resized([sharp.resize((16, 16))], 32)
+    assert class_fidelity.sharpness(images[:1]) > 2 * class_fidelity.sharpness(images[1:])
+    assert class_fidelity.sharpness(images[:1]) > 1.5 * class_fidelity.sharpness(half)
