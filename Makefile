@@ -158,9 +158,7 @@ emoji-checkpoint: data/emoji64 data/emoji128 data/efficientnet_lite0 data/effici
 	$(BIN)/python examples/emoji/double_image_size.py --tokenizer runs/emoji/decoder/model --output runs/emoji/doubled
 	$(BIN)/python -m vfmtok_hf.training.train_tokenizer --config configs/emoji/tokenizer_128.yaml
 	$(BIN)/python -m vfmtok_hf.training.train_generator --config configs/emoji/generator_rar_128.yaml
-	$(BIN)/python -m vfmtok_hf.training.train_generator --config configs/emoji/generator_rar_128.yaml \
-		--init_from runs/emoji/generator_rar_128/model --output runs/emoji/generator_rar_128_longer \
-		--max_steps 480 --rar_random_until 0.1 --rar_raster_from 0.4
+	$(BIN)/python -m vfmtok_hf.training.train_generator --config configs/emoji/generator_rar_128_longer.yaml
 	$(BIN)/python examples/emoji/assemble.py --tokenizer runs/emoji/tokenizer_128/model --generator runs/emoji/generator_rar_128_longer/model \
 		--data data/emoji128 --vision-model data/efficientnet_lite0 --classifier data/efficientnet_lite0_classifier \
 		--second-judge data/judge64 --output src/vfmtok_hf/checkpoints/emoji
