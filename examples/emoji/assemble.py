@@ -9,16 +9,16 @@ the results.
 
 import argparse
 import json
-import os
 import shutil
 from pathlib import Path
 
 import torch
-from class_fidelity import JUDGED_SIZE, SAMPLES, compare, load, resized
+from class_fidelity import JUDGED_SIZE, SAMPLES, check_classes, compare, load, resized
 from PIL import Image
 from prepare_data import attribution
 
 from vfmtok_hf import VFMTokImageProcessor, VFMTokModel, VFMTokPipeline, VFMTokRARForImageGeneration
+from vfmtok_hf.data.output_files import check_model_folder, whole_folder
 from vfmtok_hf.evaluation.reconstruction import psnr
 from vfmtok_hf.pipelines.portable_vfmtok import ENTRY_MODULES, INDEX_FILE, REQUIREMENTS_FILE, use_this_code
 from vfmtok_hf.plotting import image_grid
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="output folder of prepare_data.py")
     parser.add_argument("--vision-model", type=Path, required=True, help="output folder of vision_model.py")
     parser.add_argument("--classifier", required=True, help="output folder of vision_model.py --classifier")
-    parser.add_argument("--second-judge", required=True, help="output folder of examples/claims/judge.py")
+    parser.add_argument("--second-judge", type=Path, required=True, help="output folder of examples/claims/judge.py")
     parser.add_argument(
         "--compare",
         nargs=2,
@@ -132,19 +132,24 @@ def main() -> None:
         metavar=("NAME", "FOLDER"),
         help="a pipeline for a column of the table",
     )
-    parser.add_argument("--output", type=Path, required=True, help="pipeline folder to write")
+    parser.add_argument("--output", type=Path, required=True, help="pipeline folder to write, or to replace")
     arguments = parser.parse_args()
 
-    partial = arguments.output.with_name(arguments.output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    save_pipeline(arguments.tokenizer, arguments.generator, partial)
-    (partial / "ATTRIBUTION.md").write_text(attribution(TRAINED_ON))
-    shutil.copy(arguments.vision_model / "LICENSE", partial / "LICENSE.efficientnet-lite0")
-    pipes = {name: load(folder) for name, folder in arguments.compare} | {"samples": load(partial)}
-    comparison = compare(pipes, arguments.data, arguments.classifier, arguments.second_judge)
-    write_card(partial, arguments.data, comparison)
-    shutil.rmtree(arguments.output, ignore_errors=True)
-    os.replace(partial, arguments.output)
+    replaces = (arguments.output / INDEX_FILE).is_file()
+    generators = [arguments.generator, *(Path(folder) / "transformer" for _, folder in arguments.compare)]
+    try:
+        check_model_folder(arguments.output, overwrite=replaces)
+        check_classes(arguments.data, [*generators, arguments.second_judge])
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+
+    with whole_folder(arguments.output, overwrite=replaces) as folder:
+        save_pipeline(arguments.tokenizer, arguments.generator, folder)
+        (folder / "ATTRIBUTION.md").write_text(attribution(TRAINED_ON))
+        shutil.copy(arguments.vision_model / "LICENSE", folder / "LICENSE.efficientnet-lite0")
+        pipes = {name: load(compared) for name, compared in arguments.compare} | {"samples": load(folder)}
+        comparison = compare(pipes, arguments.data, arguments.classifier, str(arguments.second_judge))
+        write_card(folder, arguments.data, comparison)
 
 
 def save_pipeline(tokenizer: Path, generator: Path, folder: Path) -> None:

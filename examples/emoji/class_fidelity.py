@@ -14,7 +14,9 @@ are. All images are judged at 64 x 64, and reconstructions are compared at the s
 """
 
 import argparse
+from collections import defaultdict
 from collections.abc import Iterable
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -23,8 +25,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torchvision.transforms.functional import pil_to_tensor
+from transformers import AutoConfig
 
 from vfmtok_hf import VFMTokPipeline
+from vfmtok_hf.data.files import check_file, find_images
 from vfmtok_hf.evaluation.features import VisionModelFeatures
 from vfmtok_hf.evaluation.metrics import precision_recall
 from vfmtok_hf.evaluation.reconstruction import psnr
@@ -36,9 +40,35 @@ BATCH_SIZE = 28
 SAMPLES = 40  # per class; the smallest class has 68 training images
 
 
-def image_files(folder: Path) -> list[list[Path]]:
+def image_files(folder: Path) -> dict[str, list[Path]]:
     """By class, in the order of their names, which is that of the labels."""
-    return [sorted(path.glob("*.png")) for path in sorted(folder.iterdir())]
+    files = defaultdict(list)
+    for file in find_images([folder]).values():
+        files[file.parent.name].append(file)
+    return dict(sorted(files.items()))
+
+
+def class_names(id2label: dict[int, str]) -> list[str]:
+    """The first name of each class."""
+    return [id2label[label].split(",")[0] for label in sorted(id2label)]
+
+
+def check_classes(data: Path, models: Iterable[Path]) -> None:
+    """
+    Check in advance that the class folders of both splits are the classes of all models, in the order of their labels.
+
+    Raises:
+        FileNotFoundError: there is no model, or a split has no images.
+        ValueError: classes differ.
+    """
+    splits = {folder: list(image_files(folder)) for folder in (data / "train", data / "validation")}
+    for model in models:
+        check_file(model / "config.json")
+        expected = class_names(AutoConfig.from_pretrained(model).id2label or {})
+        for folder, found in splits.items():
+            for label, (of_data, of_model) in enumerate(zip_longest(found, expected, fillvalue="missing")):
+                if of_data != of_model:
+                    raise ValueError(f"Class {label} is {of_data} in {folder}, but {of_model} in {model}.")
 
 
 def features_of(pictures: Iterable[Image.Image], extractor: VisionModelFeatures) -> torch.Tensor:
@@ -120,11 +150,11 @@ def compare(
 ) -> str:
     """The table of pipelines by name, with `samples` per class and reconstructions by the last one's tokenizer."""
     extractor, second = VisionModelFeatures(classifier, INPUT_SIZE), VisionModelFeatures(second_judge)
-    train_files = image_files(data / "train")
+    train_files = list(image_files(data / "train").values())
     train = [features_of(map(Image.open, of_class), extractor) for of_class in train_files]
     judge, reference = train_judge(train), torch.cat([rows[spread_evenly(len(rows), samples)] for rows in train])
 
-    files = image_files(data / "validation")
+    files = list(image_files(data / "validation").values())
     *_, last = pipes.values()
     columns = {
         "held-out images": [[Image.open(file) for file in of_class] for of_class in files],
@@ -146,8 +176,12 @@ def compare(
         else:
             cells[name] += [""] * 6
 
-    labels = [last.id2label[label].split(",")[0] for label in sorted(last.id2label)]
-    names = [*labels, "**mean of classes**", "**mean, second judge**", "distance to the nearest training image"]
+    names = [
+        *class_names(last.id2label),
+        "**mean of classes**",
+        "**mean, second judge**",
+        "distance to the nearest training image",
+    ]
     names += ["precision", "recall", "loss, nats per token", "loss in random orders"]
     names += ["PSNR of reconstructions", "sharpness of reconstructions, relative to the originals"]
     rows = [["classified correctly", *cells], ["---"] * (1 + len(cells)), *zip(names, *cells.values(), strict=True)]
@@ -181,14 +215,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="output folder of prepare_data.py")
     parser.add_argument("--classifier", required=True, help="output folder of vision_model.py --classifier")
-    parser.add_argument("--second-judge", required=True, help="output folder of examples/claims/judge.py")
+    parser.add_argument("--second-judge", type=Path, required=True, help="output folder of examples/claims/judge.py")
     parser.add_argument("--pipelines", type=Path, nargs="+", required=True, help="pipeline folders")
     parser.add_argument(
         "--samples", type=int, default=SAMPLES, help="samples per class, at most the number of its training images"
     )
     arguments = parser.parse_args()
+    generators = [folder / "transformer" for folder in arguments.pipelines]
+    try:
+        check_classes(arguments.data, [*generators, arguments.second_judge])
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     pipes = {str(folder): load(folder) for folder in arguments.pipelines}
-    print(compare(pipes, arguments.data, arguments.classifier, arguments.second_judge, arguments.samples))
+    print(compare(pipes, arguments.data, arguments.classifier, str(arguments.second_judge), arguments.samples))
 
 
 if __name__ == "__main__":

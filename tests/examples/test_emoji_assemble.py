@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -65,6 +66,22 @@ def judge(tmp_path_factory):
     folder = tmp_path_factory.mktemp("judge")
     TimmWrapperForImageClassification(config).eval().save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture
+def refusal(monkeypatch, capsys):
+    """The error with which a script ends before it loads a model."""
+
+    def refusal(script, **options):
+        argv = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *argv])
+        for name in ("load", "save_pipeline"):
+            monkeypatch.setattr(script, name, None, raising=False)
+        with pytest.raises(SystemExit):
+            script.main()
+        return capsys.readouterr().err
+
+    return refusal
 
 
 def read_table(text):
@@ -131,6 +148,87 @@ def test_the_table_of_results(folder, data, judge):
     loss = pipes["samples"].transformer(labels, tokens, return_loss=True).loss
     assert float(random["loss, nats per token"]) == pytest.approx(loss.item(), abs=1e-3)
     assert random["loss in random orders"] != random["loss, nats per token"]
+
+
+@pytest.fixture
+def assembled(folder, data, judge, tmp_path):
+    """Options of `assemble.py`."""
+    (tmp_path / "LICENSE").write_text("the license")
+    return {
+        "tokenizer": folder.parent / "tokenizer",
+        "generator": folder.parent / "generator",
+        "data": data,
+        "vision_model": tmp_path,
+        "classifier": judge,
+        "second_judge": judge,
+        "output": tmp_path / "output",
+    }
+
+
+@pytest.mark.parametrize("file", ["notes.txt", "config.json"])
+def test_only_a_pipeline_is_replaced(assembled, refusal, file):
+    output = assembled["output"]
+    output.mkdir()
+    (output / file).write_text("{}")
+    assert "output exists and is not empty" in refusal(assemble, **assembled)
+    assert [path.name for path in output.iterdir()] == [file]
+
+
+def test_a_pipeline_is_replaced_as_a_whole(assembled, monkeypatch):
+    output = assembled["output"]
+    output.mkdir()
+    (output / "model_index.json").write_text("{}")
+    (output / "old.txt").touch()
+    sibling = output.with_name("output.partial")
+    sibling.mkdir()
+    argv = [text for name, value in assembled.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    monkeypatch.setattr(sys, "argv", ["assemble.py", *argv])
+    monkeypatch.setattr(assemble, "compare", lambda *arguments: "(the table)")
+    assemble.main()
+    assert {"README.md", "ATTRIBUTION.md", "LICENSE.efficientnet-lite0", "vq_model"} <= {
+        p.name for p in output.iterdir()
+    }
+    assert not (output / "old.txt").exists()
+    assert {path.name for path in output.parent.iterdir()} == {"LICENSE", "output", "output.partial"}
+
+
+def test_classes_of_data_and_models_are_compared_first(folder, assembled, data, judge, refusal, tmp_path):
+    shutil.copytree(data, tmp_path / "lacking")
+    shutil.rmtree(tmp_path / "lacking" / "validation" / "clock")
+    shutil.copytree(data, tmp_path / "renamed")
+    for part in ("train", "validation"):
+        (tmp_path / "renamed" / part / "moon").rename(tmp_path / "renamed" / part / "sun")
+    refused = {
+        "lacking": "Class 1 is heart in {data}/validation, but clock in ",
+        "renamed": "Class 3 is smiley in {data}/train, but moon in ",
+        "nowhere": "There is no file or folder {data}/train.",
+    }
+    measured = {"classifier": judge, "second_judge": judge, "pipelines": folder}
+    for name, error in refused.items():
+        changed = {"data": tmp_path / name}
+        expected = error.format(data=tmp_path / name)
+        assert expected in refusal(class_fidelity, **measured, **changed)
+        assert expected in refusal(assemble, **assembled | changed)
+    assert not assembled["output"].exists()
+
+
+def test_the_second_judge_has_the_classes_of_the_data(data, judge, tmp_path):
+    shutil.copytree(judge, tmp_path / "judge")
+    config = json.loads((tmp_path / "judge" / "config.json").read_text())
+    config["label_names"].reverse()
+    (tmp_path / "judge" / "config.json").write_text(json.dumps(config))
+    class_fidelity.check_classes(data, [Path(judge)])
+    with pytest.raises(ValueError, match="Class 0 is cat in .*train, but smiley in .*judge"):
+        class_fidelity.check_classes(data, [tmp_path / "judge"])
+
+
+def test_files_beside_the_class_folders_are_no_classes(data, tmp_path):
+    shutil.copytree(data / "train", tmp_path / "train")
+    (tmp_path / "train" / ".DS_Store").touch()
+    (tmp_path / "train" / "notes.txt").touch()
+    files = class_fidelity.image_files(tmp_path / "train")
+    assert list(files) == NAMES
+    assert all(len(of_class) == 7 for of_class in files.values())
 
 
 def test_sharpness_falls_with_blur():
