@@ -22,6 +22,7 @@ from vfmtok_hf import (
     VFMTokPipeline,
     VFMTokRARForImageGeneration,
 )
+from vfmtok_hf.data.output_files import check_output_file, save_picture
 from vfmtok_hf.plotting import image_grid
 
 
@@ -54,6 +55,11 @@ def main() -> None:
     for name in ("tokenizer", "ar", "rar", "output"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     arguments = parser.parse_args()
+    output = arguments.output / "generators.png"
+    try:
+        check_output_file(output)
+    except OSError as error:
+        parser.error(str(error))
 
     tokenizer = VFMTokModel.from_pretrained(arguments.tokenizer)
     size = tokenizer.config.image_size
@@ -78,7 +84,7 @@ def main() -> None:
         for of_generator in pictures.values()
         for picture in of_generator[start : start + SAMPLES]
     ]
-    image_grid(by_class, 2 * SAMPLES).save(arguments.output / "generators.png")
+    save_picture(image_grid(by_class, 2 * SAMPLES), output)
 
 
 if __name__ == "__main__":

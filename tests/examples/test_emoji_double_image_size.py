@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.testing import tiny_model
@@ -41,6 +42,16 @@ def test_the_new_level_repeats_pixels(tmp_path, monkeypatch):
     with torch.no_grad():
         features = large.extract_vision_features(images)
         torch.testing.assert_close(large.encode_features(features), small.encode_features(features))
+
+
+def test_a_file_is_no_output(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(
+        sys, "argv", ["double_image_size.py", "--tokenizer", "nope", "--output", str(tmp_path / "file")]
+    )
+    with pytest.raises(SystemExit):
+        double_image_size.main()
+    assert "is a file, not a folder" in capsys.readouterr().err
 
 
 def test_it_trains():

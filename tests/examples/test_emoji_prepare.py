@@ -186,6 +186,18 @@ def test_existing_dataset_is_kept_and_a_foreign_folder_refused(tmp_path, capsys)
     assert "--output" in capsys.readouterr().err
 
 
+def test_existing_vision_model_is_kept_and_anything_else_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(vision_model, "load_package_weights", None)
+    (tmp_path / "config.json").write_text("{}")
+    assert vision_model.main(["--output", str(tmp_path)]) == 0
+    assert "already there" in capsys.readouterr().out
+    assert vision_model.main(["--output", str(tmp_path / "config.json")]) == 1
+    assert "is a file" in capsys.readouterr().err
+    (tmp_path / "config.json").rename(tmp_path / "notes.json")
+    assert vision_model.main(["--output", str(tmp_path)]) == 1
+    assert "is not empty" in capsys.readouterr().err
+
+
 def package_keys():
     """Names of all tensors of the EfficientNet-Lite0 package."""
     norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")

@@ -1,5 +1,6 @@
-"""The images that a fine-tuned generator recognizes."""
+"""The images that a generator is fine-tuned on, and those that it recognizes."""
 
+import runpy
 import sys
 from pathlib import Path
 
@@ -53,3 +54,45 @@ def test_an_unfinished_run_is_refused(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         recognize.main()
     assert "contains no finished run" in capsys.readouterr().err
+
+
+@pytest.fixture
+def prepare(monkeypatch):
+    """Run `prepare_data.py`, whose module name is also that of another example."""
+
+    def prepare(emoji, output):
+        monkeypatch.setattr(sys, "argv", ["prepare_data.py", "--emoji", str(emoji), "--output", str(output)])
+        return runpy.run_path(str(Path(recognize.__file__).with_name("prepare_data.py")), run_name="__main__")
+
+    return prepare
+
+
+def test_every_class_has_images_or_nothing_is_written(tmp_path, prepare, capsys):
+    emoji, output = tmp_path / "emoji", tmp_path / "output"
+    emoji.mkdir()
+    with pytest.raises(SystemExit):
+        prepare(emoji, output)
+    assert "emoji has no images of blue heart" in capsys.readouterr().err
+    assert not output.exists()
+
+    codepoints = {
+        "heart": ["1f499", "1f49a", "1f49b", "1f49c", "1f5a4"],
+        "hand": ["1f44b-1f3fb", "1f44b-1f3ff"],
+        "moon": ["1f312", "1f315"],
+        "clock": ["1f550", "1f551"],
+    }
+    for name, stems in codepoints.items():
+        (emoji / "train" / name).mkdir(parents=True)
+        for stem in stems:
+            (emoji / "train" / name / f"noto_{stem}.png").touch()
+    classes = prepare(emoji, output)["CLASSES"]
+    assert {folder.name for folder in output.iterdir()} == classes.keys()
+    assert len(list(output.glob("*/*.png"))) == 11
+    assert [file.name for file in (output / "dark hand").iterdir()] == ["noto_1f44b-1f3ff.png"]
+
+
+def test_a_file_is_no_output(tmp_path, prepare, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        prepare(tmp_path, tmp_path / "file")
+    assert "is a file, not a folder" in capsys.readouterr().err
