@@ -34,6 +34,7 @@ from vqgan import load_tokenizer
 from vfmtok_hf import VFMTokARForImageGeneration, VFMTokImageProcessor, VFMTokPipeline
 from vfmtok_hf.data.files import find_images
 from vfmtok_hf.data.image_sets import FolderImages
+from vfmtok_hf.data.output_files import check_output_folder
 from vfmtok_hf.evaluation.features import VisionModelFeatures
 from vfmtok_hf.evaluation.generation import balanced_labels
 from vfmtok_hf.evaluation.linear_probe import LabeledImages, evaluate_linear_probe
@@ -62,11 +63,12 @@ class Images:
 
     Args:
         files (`list[Path]`): in folders of their classes.
+        class_names (`list[str]`): in the order of the labels. Not all need to have files.
     """
 
-    def __init__(self, files: list[Path]):
-        names = sorted({file.parent.name for file in files})
-        self.labels = torch.tensor([names.index(file.parent.name) for file in files])
+    def __init__(self, files: list[Path], class_names: list[str]):
+        self.class_names = class_names
+        self.labels = torch.tensor([class_names.index(file.parent.name) for file in files])
         self.pixels = torch.cat(list(FolderImages(files, IMAGE_SIZE).batches(BATCH_SIZE)))
 
 
@@ -112,6 +114,10 @@ class Judge:
         }
 
 
+def class_names(folder: Path) -> list[str]:
+    return sorted({file.parent.name for file in find_images([folder]).values()})
+
+
 @contextmanager
 def at_step(generator: VFMTokARForImageGeneration, run: Path, step: int) -> Iterator[None]:
     """Within the block, the generator has the averaged weights of its run's checkpoint."""
@@ -140,7 +146,7 @@ def measure_run(folder: Path, data: Path, judges: list[Judge], reference: Images
         return pipe(labels.tolist(), generator=generators, **options).images.cpu()
 
     held_out_files = list(find_images([data / "validation"]).values())
-    held_out = Images(held_out_files)
+    held_out = Images(held_out_files, reference.class_names)
     reconstruction = evaluate_reconstruction(pipe, held_out_files).values
     reconstructed = pipe.detokenize(pipe.tokenize(list(reference.pixels)), "uint8").cpu()
     parts = (LabeledImages.open(data / part) for part in ("train", "validation"))
@@ -290,6 +296,26 @@ def convergence_figure(runs: dict[str, list[dict]]) -> Figure:
     return figure
 
 
+def check_report(output: Path, files: dict[str, list[Path]], missing: list[Path]) -> None:
+    """Check in advance that the results of all variants and seeds will exist, and that the output can be written."""
+    for file in (file for of_variant in files.values() for file in of_variant):
+        if file.parent not in missing and not file.is_file():
+            raise FileNotFoundError(
+                f"--output needs all variants and seeds, and there is no finished run in {file.parent}"
+            )
+    if any(len(of_variant) < 2 for of_variant in files.values()):
+        raise ValueError("--output shows deviations over seeds: pass two or more --seeds")
+    check_output_folder(output)
+
+
+def check_same_classes(data: Path) -> None:
+    """Raise unless both splits have the same classes."""
+    train, validation = (class_names(data / part) for part in ("train", "validation"))
+    if train != validation:
+        differing = ", ".join(sorted({*train} ^ {*validation}))
+        raise ValueError(f"train and validation in {data} have different classes: {differing}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, required=True, help="output folder of train.py")
@@ -305,23 +331,34 @@ def main() -> None:
         parser.error(f"--judges must be folders named {' and '.join(JUDGES)}, as the tables show them")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folders = [arguments.runs / f"seed_{seed}" / variant for seed in arguments.seeds for variant in arguments.variants]
+    files = {
+        v: [arguments.runs / f"seed_{seed}" / v / "comparison.json" for seed in arguments.seeds] for v in VARIANTS
+    }
     missing = [
         folder
         for folder in folders
         if is_finished(folder / "generator") and not (folder / "comparison.json").is_file()
     ]
+    if not missing and not any((folder / "comparison.json").is_file() for folder in folders):
+        parser.error(f"no finished run in {arguments.runs}")
+    try:
+        if arguments.output:
+            check_report(arguments.output, files, missing)
+        if missing:
+            check_same_classes(arguments.data)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     if missing:
-        train = Images(list(find_images([arguments.data / "train"]).values()))
-        reference = Images(training_images(arguments.data))
+        names = class_names(arguments.data / "train")
+        train = Images(list(find_images([arguments.data / "train"]).values()), names)
+        reference = Images(training_images(arguments.data), names)
         judges = [Judge(folder, train, reference, device) for folder in arguments.judges]
     for folder in missing:
         results = measure_run(folder, arguments.data, judges, reference, device)
         (folder / "comparison.json").write_text(json.dumps(results, indent=1))
     if arguments.output:
-        files = {
-            v: [arguments.runs / f"seed_{seed}" / v / "comparison.json" for seed in arguments.seeds] for v in VARIANTS
-        }
         runs = {variant: [json.loads(file.read_text()) for file in files[variant]] for variant in VARIANTS}
+        arguments.output.mkdir(parents=True, exist_ok=True)
         (arguments.output / "claims_vqgan.json").write_text(json.dumps(runs, indent=1))
         save_figure(convergence_figure(runs), arguments.output / "claims_vqgan.png")
         print(*tables(runs), sep="\n\n")

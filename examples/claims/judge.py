@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
 from vfmtok_hf.data.image_datasets import ImageDataset
-from vfmtok_hf.data.sources import open_records
+from vfmtok_hf.data.output_files import check_output_folder
+from vfmtok_hf.data.sources import ImageRecords, open_records
 from vfmtok_hf.data.transforms import Augmentation
 
 
@@ -42,6 +43,26 @@ def enlarge(pixel_values: torch.Tensor) -> torch.Tensor:
     return F.interpolate(pixel_values, (INPUT_SIZE, INPUT_SIZE), mode="bicubic", antialias=True)
 
 
+def open_data(data: Path) -> tuple[ImageRecords, ImageRecords]:
+    """
+    Training and held-out images, whose labels have the same numbers.
+
+    Raises:
+        FileNotFoundError: a split does not exist or has no images.
+        ValueError: the splits have different classes, or there are too few images for a step of training.
+    """
+    for folder in (data / "train", data / "validation"):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"There is no folder {folder}.")
+    train, test = (open_records(data / part) for part in ("train", "validation"))
+    if train.class_names != test.class_names:
+        differing = ", ".join(sorted({*train.class_names} ^ {*test.class_names}))
+        raise ValueError(f"{train.source} and {test.source} have different classes: {differing}.")
+    if len(train) < BATCH_SIZE:
+        raise ValueError(f"{train.source} has {len(train)} images, and a step of training needs {BATCH_SIZE}.")
+    return train, test
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
@@ -49,9 +70,15 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
+    if arguments.epochs < 1:
+        parser.error("--epochs must be 1 or more")
+    try:
+        check_output_folder(arguments.output)
+        train, test = open_data(arguments.data)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     set_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    train, test = (open_records(arguments.data / part) for part in ("train", "validation"))
     augmentation = Augmentation(arguments.image_size, (0.85, 1.15), horizontal_flip=True)
     images = ImageDataset(train, augmentation, cache_images=True)
     batches = DataLoader(images, BATCH_SIZE, shuffle=True, drop_last=True)

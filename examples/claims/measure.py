@@ -26,6 +26,7 @@ from train import is_finished
 from vfmtok_hf import VFMTokARForImageGeneration, VFMTokImageProcessor, VFMTokModel, VFMTokPipeline
 from vfmtok_hf.data.files import find_images
 from vfmtok_hf.data.image_sets import FolderImages
+from vfmtok_hf.data.output_files import check_output_folder
 from vfmtok_hf.evaluation.features import VisionModelFeatures, extract_features
 from vfmtok_hf.evaluation.generation import SampleFolder, SampleFolderSettings, generate_samples, model_fingerprint
 from vfmtok_hf.evaluation.linear_probe import LabeledImages, ProbeSettings, evaluate_linear_probe
@@ -202,11 +203,17 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--name", default="claims", help="start of the names of the output files [claims]")
     arguments = parser.parse_args()
-    extractor = VisionModelFeatures(str(arguments.features), FEATURE_SIZE)
     file = arguments.runs / "measurements.json"
     measurements = (
         json.loads(file.read_text()) if file.is_file() else {"tokenizer": {}, "generator": {}, "guidance": {}}
     )
+    if not measurements["tokenizer"] and not any(is_finished(arguments.runs / name / "tokenizer") for name in COLORS):
+        parser.error(f"no finished run in {arguments.runs}")
+    try:
+        check_output_folder(arguments.output)
+    except OSError as error:
+        parser.error(str(error))
+    extractor = VisionModelFeatures(str(arguments.features), FEATURE_SIZE)
 
     def keep(part: str, name: str, values: dict) -> None:
         measurements[part][name] = values

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,7 +23,7 @@ from vfmtok_hf.training.objective import TokenizerObjective
 
 
 CLAIMS = Path(__file__).parents[2] / "examples" / "claims"
-MODULES = ("compare", "measure", "train", "vqgan")
+MODULES = ("compare", "judge", "measure", "train", "vqgan")
 
 
 @pytest.fixture
@@ -32,6 +33,20 @@ def claims(monkeypatch):
     yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
     for name in MODULES:
         sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def refusal(monkeypatch, capsys):
+    """The error with which a script ends."""
+
+    def refusal(script, **options):
+        argv = [text for name, value in options.items() for text in (f"--{name}", *str(value).split())]
+        monkeypatch.setattr(sys, "argv", [script.__file__, *argv])
+        with pytest.raises(SystemExit):
+            script.main()
+        return capsys.readouterr().err
+
+    return refusal
 
 
 def tiny_vqgan(claims):
@@ -139,21 +154,65 @@ def test_a_fixed_grid_reads_the_center_of_each_cell(claims, tmp_path):
             assert not parameter.grad.any()
 
 
-def test_judges_are_those_of_the_tables(claims, monkeypatch, capsys):
-    argv = [
-        "compare.py",
-        "--runs",
-        "runs",
-        "--data",
-        "data",
-        "--judges",
-        "data/efficientnet_lite0_classifier",
-        "data/resnet",
-    ]
-    monkeypatch.setattr(sys, "argv", argv)
-    with pytest.raises(SystemExit):
-        claims.compare.main()
-    assert "folders named efficientnet_lite0_classifier and judge" in capsys.readouterr().err
+def test_judges_are_those_of_the_tables(claims, refusal):
+    judges = "data/efficientnet_lite0_classifier data/resnet"
+    error = refusal(claims.compare, runs="runs", data="data", judges=judges)
+    assert "folders named efficientnet_lite0_classifier and judge" in error
+
+
+def test_results_need_a_finished_run(claims, refusal, tmp_path):
+    output = tmp_path / "output"
+    output.mkdir()
+    figure = output / "claims_convergence.png"
+    figure.write_text("an earlier figure")
+    options = {"runs": "nope", "data": "nope"}
+    assert "no finished run in nope" in refusal(claims.measure, features="nope", output=output, **options)
+    judges = " ".join(claims.compare.JUDGES)
+    assert "no finished run in nope" in refusal(claims.compare, judges=judges, **options)
+    assert "no finished run in nope" in refusal(claims.compare, judges=judges, output=output, **options)
+    assert [figure.read_text()] == [file.read_text() for file in output.iterdir()]
+
+
+def test_a_comparison_needs_all_runs_and_several_seeds(claims, refusal, tmp_path):
+    for variant in claims.compare.VARIANTS:
+        (tmp_path / "seed_0" / variant).mkdir(parents=True)
+        (tmp_path / "seed_0" / variant / "comparison.json").write_text("{}")
+    options = {"runs": tmp_path, "data": "nope", "judges": " ".join(claims.compare.JUDGES), "output": tmp_path / "new"}
+    assert f"no finished run in {tmp_path}/seed_1/region_adaptive" in refusal(claims.compare, seeds="0 1", **options)
+    assert "two or more --seeds" in refusal(claims.compare, seeds="0", **options)
+    assert not (tmp_path / "new").exists()
+
+
+def test_classes_without_images_keep_their_numbers(claims, tmp_path):
+    write_images(tmp_path)
+    held_out = list(find_images([tmp_path / "disc"]).values())
+    assert claims.compare.class_names(tmp_path) == ["bar", "disc"]
+    assert claims.compare.Images(held_out, ["bar", "disc"]).labels.tolist() == [1] * 8
+
+
+def test_both_splits_have_the_same_classes(claims, tmp_path):
+    """With one class fewer, the numbers of the others would differ."""
+    for part in ("train", "validation"):
+        write_images(tmp_path / part, images_per_class=32)
+    claims.compare.check_same_classes(tmp_path)
+    train, test = claims.judge.open_data(tmp_path)
+    assert train.class_names == test.class_names == ["bar", "disc"]
+    shutil.rmtree(tmp_path / "validation" / "bar")
+    for check in (claims.compare.check_same_classes, claims.judge.open_data):
+        with pytest.raises(ValueError, match="different classes: bar"):
+            check(tmp_path)
+
+
+def test_a_judge_is_trained_only_if_it_can_be_saved(claims, refusal, tmp_path):
+    for part in ("train", "validation"):
+        write_images(tmp_path / part)
+    file, folder = tmp_path / "file", tmp_path / "judge"
+    file.touch()
+    assert "file is a file, not a folder" in refusal(claims.judge, data=tmp_path, output=file)
+    assert "There is no folder nope/train" in refusal(claims.judge, data="nope", output=folder)
+    assert "16 images, and a step of training needs 64" in refusal(claims.judge, data=tmp_path, output=folder)
+    assert "--epochs must be 1 or more" in refusal(claims.judge, data=tmp_path, output=folder, epochs=0)
+    assert not folder.exists()
 
 
 def test_measured_runs_fill_the_tables(claims, tmp_path, monkeypatch):
@@ -174,7 +233,8 @@ def test_measured_runs_fill_the_tables(claims, tmp_path, monkeypatch):
         return {"distance": 10 / len(judged), "right": 0.5, "recall": 0.1}
 
     judges = [SimpleNamespace(name=name, values=values) for name in claims.compare.JUDGES]
-    reference = claims.compare.Images(list(find_images([tmp_path / "data" / "train"]).values()))
+    files = list(find_images([tmp_path / "data" / "train"]).values())
+    reference = claims.compare.Images(files, ["bar", "disc"])
     results = claims.compare.measure_run(tmp_path, tmp_path / "data", judges, reference, "cpu")
     drawn = len(claims.compare.STEPS) + len(claims.compare.GUIDANCE_SCALES) - 1
     assert sorted(judged) == sorted(len(judges) * ([16, 16] + drawn * [4]))
@@ -185,7 +245,6 @@ def test_measured_runs_fill_the_tables(claims, tmp_path, monkeypatch):
 
 def test_seeds_are_written_side_by_side(claims, tmp_path, monkeypatch):
     """With what was measured before, as neither seed has a finished run here."""
-    (tmp_path / "output").mkdir()
     monkeypatch.setattr(claims.measure, "VisionModelFeatures", lambda *arguments: SimpleNamespace(name="features"))
     for seed, name in enumerate(("claims", "claims_seed_1")):
         runs = tmp_path / f"seed_{seed}"
