@@ -1,6 +1,6 @@
 """
-Count the held-out images whose tokens are most likely under their own class: with the fine-tuned generator, and with the
-one that it started from, whose new classes equal the null class.
+Count the held-out images whose tokens are most likely under their own class, and compute their losses: with the fine-tuned
+generator, and with the one that it started from, whose new classes equal the null class.
 
     python examples/finetune/recognize.py runs/finetune
 """
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 
+from vfmtok_hf import VFMTokRARForImageGeneration
 from vfmtok_hf.data.token_sets import TokenSet
 from vfmtok_hf.training.finetuning import Generator, load_generator
 
@@ -27,6 +28,17 @@ def most_likely_classes(generator: Generator, image_tokens: torch.Tensor) -> tor
         losses = F.cross_entropy(logits.transpose(1, 2), copies, reduction="none").sum(dim=1)
         found.append(losses.argmin())
     return torch.stack(found)
+
+
+@torch.no_grad()
+def losses(generator: Generator, labels: torch.Tensor, image_tokens: torch.Tensor) -> str:
+    """Nats per token in raster order and, of a RAR, in one random order per image."""
+    orders: dict[str, dict] = {"raster order": {}}
+    if isinstance(generator, VFMTokRARForImageGeneration):
+        numbers = torch.rand(image_tokens.shape, generator=torch.Generator().manual_seed(0))
+        orders["random orders"] = {"orders": numbers.argsort(dim=-1)}
+    values = {name: generator(labels, image_tokens, return_loss=True, **order).loss for name, order in orders.items()}
+    return ", ".join(f"{loss:.3f} nats per token in {name}" for name, loss in values.items())
 
 
 def main() -> None:
@@ -51,6 +63,7 @@ def main() -> None:
             for row, label in enumerate(data.class_names)
         ]
         print(f"{name}: {int(is_right.sum())} of {len(labels)} recognized: {', '.join(counts)}")
+        print(f"{name}: {losses(generator, labels, image_tokens)}")
 
 
 if __name__ == "__main__":
