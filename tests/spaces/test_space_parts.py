@@ -63,7 +63,7 @@ def test_an_empty_link_is_the_default_without_guidance(warnings):
 
     settings = Settings.from_link({"__theme": "dark"})
     assert settings == Settings(DEFAULT_LABEL)
-    assert (settings.guidance, settings.temperature, settings.top_k) == (1.0, 0.8, 100)
+    assert (settings.guidance, settings.temperature, settings.top_k) == (1.0, 0.7, 100)
     assert warnings == []
 
 

@@ -25,7 +25,6 @@ expect = sync_api.expect
 
 SCREENSHOTS = ROOT / "outputs" / "web-space"
 SMILEY = ROOT / "examples" / "images" / "smiley.png"
-SAMPLING = {"temperature": 0.8, "top_k": 100, "top_p": 1.0}
 
 
 @pytest.fixture(scope="module")
@@ -129,8 +128,8 @@ def photograph(page, name):
 
 
 def expected_tokens(pipe, label, seed, **settings):
-    generator = torch.Generator().manual_seed(seed)
-    return pipe.transformer.generate([label], generator=generator, **{**SAMPLING, **settings})
+    """With the checkpoint's own settings, which are the page's defaults, where `settings` do not name others."""
+    return pipe.transformer.generate([label], generator=torch.Generator().manual_seed(seed), **settings)
 
 
 def test_tokens_are_the_packages(context, url, pipe):
@@ -150,7 +149,7 @@ def test_tokens_are_the_packages(context, url, pipe):
     asked = [{**common, "label": label, "doSample": False, "guidance": {"scale": 1}} for label in (3, 8, 11)]
     asked.append({**common, "label": 11, "guidance": {"scale": 2.5, "power": 1}})
     greedy = pipe.transformer.generate([3, 8, 11], do_sample=False)
-    guided = expected_tokens(pipe, 11, 5, guidance_scale=2.5)
+    guided = expected_tokens(pipe, 11, 5, guidance_scale=2.5, temperature=0.8)
     assert page.evaluate(code, asked) == torch.cat([greedy, guided]).tolist()
     page.close()
 
