@@ -342,12 +342,14 @@ def test_progress_bar_counts_tokens(pipe, capsys):
     [
         ({"output_type": "jpeg"}, "output_type"),
         ({"num_images_per_label": 0}, "num_images_per_label"),
-        ({"generator": seeds(0, 1)}, "2 generators for 1"),
+        ({"decode_batch_size": 0}, "decode_batch_size must be at least 1"),
+        ({"generator": seeds(0, 1)}, "2 generators for 1 images"),
         ({"temperature": 0.0}, "temperature"),
         ({"guidance_scale": -1.0}, "guidance_scale"),
     ],
 )
-def test_bad_arguments_are_refused(pipe, kwargs, message):
+def test_bad_arguments_are_refused(pipe, kwargs, message, monkeypatch):
+    monkeypatch.setattr(pipe.transformer, "forward", None)  # nothing is sampled
     with pytest.raises(ValueError, match=message):
         pipe(0, **kwargs)
 
@@ -542,7 +544,68 @@ def test_a_mask_is_cropped_and_rounded_like_the_image(rar_pipe):
         assert rar_pipe.token_mask(picture).tolist() == [True] + [False] * 8
 
 
-def test_inpainting_refuses(ar_pipe, rar_pipe):
+def test_transparent_pixels_of_a_mask_are_not_marked(rar_pipe):
+    """An editor exports the layer of a mask with white strokes on transparent white."""
+    layer = PIL.Image.new("RGBA", (30, 30), (255, 255, 255, 0))
+    layer.paste((255, 255, 255, 255), (0, 20, 30, 30))
+    encoded = io.BytesIO()
+    layer.save(encoded, "PNG")
+    for mask in (layer, encoded.getvalue(), np.asarray(layer), layer.convert("LA")):
+        assert rar_pipe.token_mask(mask).tolist() == [False] * 6 + [True] * 3
+
+
+@pytest.mark.parametrize(
+    ("mask_size", "image_size"), [((20, 31), (40, 61)), ((40, 61), (20, 31)), ((32, 32), (40, 60)), ((3, 3), (99, 9))]
+)
+def test_a_mask_has_the_shape_of_its_image_or_of_the_crop(rar_pipe, mask_size, image_size):
+    mask = np.ones(mask_size, dtype=bool)
+    assert len(rar_pipe.inpaint(photograph(0, *image_size), 0, mask, output_type="tokens").images) == 1
+
+
+@pytest.mark.parametrize(
+    ("mask_size", "image_size"), [((20, 33), (40, 61)), ((40, 60), (32, 32)), ((40, 61), (61, 40))]
+)
+def test_a_mask_of_another_shape_would_mark_another_place(rar_pipe, mask_size, image_size, monkeypatch):
+    monkeypatch.setattr(rar_pipe.vq_model, "encode", None)  # nothing is encoded
+    with pytest.raises(
+        ValueError, match=r"mask has \d+ x \d+ pixels and its image \d+ x \d+, so the crop would move it"
+    ):
+        rar_pipe.inpaint([photograph(0, *image_size)], 0, np.ones(mask_size, dtype=bool))
+
+
+@pytest.mark.parametrize("convert", [torch.Tensor.clone, torch.Tensor.numpy])
+def test_a_mask_of_tokens_comes_from_any_library(rar_pipe, convert):
+    redraw = torch.arange(9) < 3
+    assert torch.equal(rar_pipe.token_mask(convert(redraw)), redraw)
+    assert len(rar_pipe.inpaint(photograph(), 0, convert(redraw)).images) == 1
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(9), r"mask of tokens must be bool of shape \(9,\), got torch.float32 of shape \(9,\)"),
+        (torch.arange(9), "mask of tokens must be bool .* got torch.int64"),
+        (np.ones(8, dtype=bool), r"mask of tokens must be bool .* of shape \(8,\)"),
+        (torch.ones(2, 9, dtype=torch.bool), r"The mask has 9 x 2 pixels, fewer than the 3 x 3 tokens.*\(9,\)"),
+        (torch.ones(1, 9, dtype=torch.bool), "The mask has 9 x 1 pixels"),
+        ([np.ones((40, 50), dtype=bool)] * 2, "Got 2 masks: pass one for all images"),
+        (torch.ones(2, 1, 40, 50), "Got 2 masks"),
+        ([], "Got 0 masks"),
+        (np.full((40, 50), 2.0), r"The mask cannot be used: Float images must be in \[0, 1\]"),
+        (torch.ones(40, 50, dtype=torch.int64), "The mask cannot be used: Images of int64"),
+        (None, "The mask cannot be used: .*empty"),
+        (b"no image", "The mask cannot be used: .*unknown"),
+    ],
+)
+def test_masks_that_are_refused(rar_pipe, mask, message, monkeypatch):
+    monkeypatch.setattr(rar_pipe, "tokenize", None)  # nothing is tokenized
+    with pytest.raises((ValueError, TypeError), match=message):
+        rar_pipe.inpaint([photograph(0), photograph(1)], 0, mask)
+
+
+def test_inpainting_refuses(ar_pipe, rar_pipe, monkeypatch):
+    for refusing in (ar_pipe, rar_pipe):
+        monkeypatch.setattr(refusing, "tokenize", None)  # nothing is tokenized
     redraw = torch.arange(9) < 3
     with pytest.raises(ValueError, match="only in raster order.*RAR"):
         ar_pipe.inpaint(photograph(), 0, redraw)
@@ -550,3 +613,7 @@ def test_inpainting_refuses(ar_pipe, rar_pipe):
         rar_pipe.inpaint(photograph(), 0, np.zeros((40, 50), dtype=np.uint8))
     with pytest.raises(ValueError, match="2 class labels for 3 images"):
         rar_pipe.inpaint([photograph()] * 3, [0, 1], redraw)
+    with pytest.raises(ValueError, match="1 generators for 2 images"):
+        rar_pipe.inpaint([photograph()] * 2, 0, redraw, generator=seeds(0))
+    with pytest.raises(ValueError, match="decode_batch_size must be at least 1"):
+        rar_pipe.inpaint(photograph(), 0, redraw, decode_batch_size=0)

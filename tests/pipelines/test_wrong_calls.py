@@ -42,10 +42,14 @@ def test_what_is_no_label_is_refused_in_words(ar_pipe, labels):
     [
         ({"prompt": "a bear"}, "pass class_labels instead"),
         ({"num_inference_steps": 20}, "num_inference_steps. Settings of sampling are guidance_scale"),
+        ({"decode_batch_size": 1.5}, "decode_batch_size must be an integer, got 1.5"),
+        ({"num_images_per_label": 1.5}, "num_images_per_label must be an integer, got 1.5"),
+        ({"num_images_per_label": "2"}, "num_images_per_label must be an integer, got '2'"),
         ({"generator": 0}, "must be a torch.Generator"),
         ({"generator": [np.random.default_rng(0)]}, "must be a torch.Generator"),
         ({"temperature": "1"}, "temperature must be a number"),
         ({"top_k": 1.5}, "top_k must be an integer"),
+        ({"top_k": True}, "top_k must be an integer, got True"),
         ({"guidance_scale": [1, 2]}, "guidance_scale must be a number"),
         ({"guidance_scale": 2, "guidance_interval": 2.5}, "guidance_interval must be an integer"),
         ({"generation_config": {"top_k": 5}}, "must be a GenerationConfig"),
@@ -80,7 +84,7 @@ def test_batches_have_images(ar_pipe, batch_size):
         lambda: ar_pipe.tokenize(PIL.Image.new("RGB", (40, 32)), batch_size),
         lambda: ar_pipe.detokenize(tokens, batch_size=batch_size),
     ):
-        with pytest.raises(ValueError, match="batch size must be at least 1"):
+        with pytest.raises(ValueError, match="batch_size must be at least 1"):
             call()
 
 

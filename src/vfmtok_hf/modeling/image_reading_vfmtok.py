@@ -1,4 +1,4 @@
-"""Read images of any type as upright 8-bit RGB on white, or raise an error that names the image."""
+"""Read images of any type as upright 8-bit RGB without transparency, or raise an error that names the image."""
 
 import io
 import os
@@ -25,7 +25,7 @@ UPRIGHT_BY_ORIENTATION = {
     8: Transpose.ROTATE_90,
 }
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
-WHITE = (255, 255, 255)
+BLACK, WHITE = (0, 0, 0), (255, 255, 255)
 
 
 class UnreadableImage(ValueError):
@@ -38,6 +38,7 @@ def read_image(
     min_side: int | None = None,
     input_data_format: str | None = None,
     timeout: float = 30.0,
+    background: tuple[int, int, int] = WHITE,
 ) -> PIL.Image.Image:
     """
     Read an image of any type as viewers show it: upright, 8-bit RGB, transparency on white.
@@ -55,6 +56,7 @@ def read_image(
             slightly from those of a decoded and resized image.
         input_data_format (`str`, *optional*): `"channels_first"` or `"channels_last"`, for arrays whose shape is ambiguous.
         timeout (`float`, defaults to 30): seconds to wait for the server of a URL.
+        background (`tuple[int, int, int]`, defaults to white): the color behind transparent pixels.
 
     Raises:
         UnreadableImage (a `ValueError`): damaged, of an unknown format, empty, too large for Pillow, or not downloadable.
@@ -63,11 +65,11 @@ def read_image(
         OSError: the file is missing (`FileNotFoundError`) or cannot be opened.
     """
     if isinstance(image, (np.ndarray, torch.Tensor)):
-        return image_of_array(image, input_data_format)
+        return image_of_array(image, input_data_format, background)
     name = name or image_name(image)
     encoded = None if isinstance(image, PIL.Image.Image) else encoded_bytes(image, name, timeout)
     try:
-        return flattened(image) if encoded is None else decoded(encoded, min_side)
+        return flattened(image, background) if encoded is None else decoded(encoded, min_side, background)
     # For damaged files, Pillow's readers raise nearly anything: OSError, SyntaxError, struct.error, ...
     except Exception as error:
         raise UnreadableImage(f"{name} cannot be read as an image: {reason_of(error, encoded)}") from error
@@ -126,12 +128,12 @@ def _fetched(url: str, name: str, timeout: float) -> bytes:
         raise UnreadableImage(f"{name} cannot be read: {error or type(error).__name__}") from error
 
 
-def decoded(encoded: bytes, min_side: int | None = None) -> PIL.Image.Image:
+def decoded(encoded: bytes, min_side: int | None = None, background: tuple[int, int, int] = WHITE) -> PIL.Image.Image:
     """Decode a file's content as [`read_image`] does. Raises the errors of Pillow."""
     with PIL.Image.open(io.BytesIO(encoded)) as image:
         if min_side is not None:
             image.draft(None, (min_side, min_side))
-        return flattened(image)
+        return flattened(image, background)
 
 
 def reason_of(error: Exception, encoded: bytes | None) -> str:
@@ -145,13 +147,13 @@ def reason_of(error: Exception, encoded: bytes | None) -> str:
     return f"{error or type(error).__name__}"
 
 
-def flattened(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Convert any PIL image to upright 8-bit RGB on white."""
+def flattened(image: PIL.Image.Image, background: tuple[int, int, int]) -> PIL.Image.Image:
+    """Convert any PIL image to upright 8-bit RGB on `background`."""
     image.load()
     if 0 in image.size:
         raise ValueError(f"it has no pixels: its size is {image.width} x {image.height}.")
     turn = UPRIGHT_BY_ORIENTATION.get(_orientation(image))
-    image = _over_white(_eight_bit(image))
+    image = _over(_eight_bit(image), background)
     if turn is not None:
         image = image.transpose(turn)
         image.info = {}  # otherwise PIL would apply the orientation again
@@ -184,7 +186,7 @@ def _eight_bit(image: PIL.Image.Image) -> PIL.Image.Image:
     return gray
 
 
-def _over_white(image: PIL.Image.Image) -> PIL.Image.Image:
+def _over(image: PIL.Image.Image, background: tuple[int, int, int]) -> PIL.Image.Image:
     if image.mode == "La":  # premultiplied, which PIL cannot convert directly to RGBA
         image = image.convert("LA")
     transparent = image.info.get("transparency")
@@ -194,14 +196,16 @@ def _over_white(image: PIL.Image.Image) -> PIL.Image.Image:
         image.info["transparency"] = tuple(level >> 8 for level in transparent)
     if transparent is not None or image.mode in ("RGBA", "RGBa", "LA", "PA"):
         image = image.convert("RGBA")
-        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, (*WHITE, 255)), image)
+        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, (*background, 255)), image)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def image_of_array(array: np.ndarray | torch.Tensor, input_data_format: str | None = None) -> PIL.Image.Image:
+def image_of_array(
+    array: np.ndarray | torch.Tensor, input_data_format: str | None, background: tuple[int, int, int]
+) -> PIL.Image.Image:
     """
-    Convert arrays `(height, width)`, `(channels, height, width)` or `(height, width, channels)` to RGB on white. One channel
-    is gray, four channels include alpha.
+    Convert arrays `(height, width)`, `(channels, height, width)` or `(height, width, channels)` to RGB on `background`. One
+    channel is gray, four channels include alpha.
 
     Raises:
         ValueError: no pixels, another shape, or floats outside of [0, 1].
@@ -219,7 +223,7 @@ def image_of_array(array: np.ndarray | torch.Tensor, input_data_format: str | No
         array = array[..., 0] if array.shape[-1] == 1 else array
     if array.ndim not in (2, 3):
         raise ValueError(f"An image has two dimensions and optionally a channel axis, got shape {array.shape}.")
-    return _over_white(PIL.Image.fromarray(np.ascontiguousarray(eight_bit_array(array))))
+    return _over(PIL.Image.fromarray(np.ascontiguousarray(eight_bit_array(array))), background)
 
 
 def eight_bit_array(image: np.ndarray) -> np.ndarray:

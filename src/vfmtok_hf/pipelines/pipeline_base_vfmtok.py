@@ -4,6 +4,7 @@ import base64
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,15 +53,30 @@ class VFMTokPipelineOutput(ImagePipelineOutput):
         )
 
 
-def batches(items: Iterable[Any], batch_size: int) -> Iterator[list[Any]]:
+def check_counts(**counts: int) -> None:
     """
-    Consecutive items, `batch_size` at a time; the last batch may be smaller.
+    Check numbers of images or steps, which errors call by their keyword.
 
     Raises:
-        ValueError: `batch_size` is below 1.
+        TypeError: a count is not an integer.
+        ValueError: a count is below 1.
     """
-    if batch_size < 1:
-        raise ValueError(f"The batch size must be at least 1, got {batch_size}.")
+    for name, count in counts.items():
+        if not isinstance(count, Integral):
+            raise TypeError(f"{name} must be an integer, got {count!r}.")
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}.")
+
+
+def check_generators(generator: torch.Generator | Sequence[torch.Generator] | None, num_images: int) -> None:
+    """Raise `ValueError` for a list of generators that is not one per image."""
+    if isinstance(generator, Sequence) and len(generator) != num_images:
+        raise ValueError(f"Got {len(generator)} generators for {num_images} images: pass one, or one per image.")
+
+
+def batches(items: Iterable[Any], batch_size: int) -> Iterator[list[Any]]:
+    """Consecutive items, `batch_size` at a time; the last batch may be smaller. Raises the errors of [`check_counts`]."""
+    check_counts(batch_size=batch_size)
     remaining = iter(items)
     while batch := list(islice(remaining, batch_size)):
         yield batch

@@ -5,12 +5,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Union
 
 import numpy as np
+import PIL.Image
 import torch
 import torch.nn.functional as F
 from transformers import GenerationConfig
 from transformers.image_utils import ImageInput
 
 from vfmtok_hf.modeling.image_processing_vfmtok import VFMTokImageProcessor
+from vfmtok_hf.modeling.image_reading_vfmtok import BLACK, each_image, read_image
 from vfmtok_hf.modeling.modeling_vfmtok import VFMTokModel
 from vfmtok_hf.modeling.modeling_vfmtok_ar import VFMTokARForImageGeneration
 from vfmtok_hf.modeling.modeling_vfmtok_rar import VFMTokRARForImageGeneration
@@ -21,6 +23,8 @@ from .pipeline_base_vfmtok import (
     InputImages,
     VFMTokPipelineBase,
     VFMTokPipelineOutput,
+    check_counts,
+    check_generators,
 )
 
 
@@ -163,8 +167,8 @@ class VFMTokPipeline(VFMTokPipelineBase):
             generation_config (`GenerationConfig`, *optional*):
                 Sampling options that replace those in the generator's own `generation_config`.
             generator (`torch.Generator` or a list of one per image, *optional*):
-                Random generators. With a list, an image depends only on its own generator: the same seed gives the same tokens
-                in any batch, and pixels that differ at most by rounding.
+                Random generators. With a list, an image depends only on its own generator: in float32, the same seed gives the
+                same tokens in any batch, and pixels that differ at most by rounding. In half precision, tokens can differ.
             output_type (`str`, defaults to `"pil"`):
                 `"pil"`, `"np"` (floats in [0, 1], channels last), `"pt"` (the same, channels first), `"uint8"` (8-bit tensors,
                 channels first), or `"tokens"` for the image tokens `(batch_size, num_image_tokens)` themselves.
@@ -187,12 +191,12 @@ class VFMTokPipeline(VFMTokPipelineBase):
 
         Raises:
             ValueError: unknown labels or output type, a number of images below 1, or invalid options of the generator.
-            TypeError: unknown arguments.
+            TypeError: unknown arguments, or arguments of the wrong type.
         """
         self._check_output_type(output_type)
-        if num_images_per_label < 1:
-            raise ValueError(f"num_images_per_label must be at least 1, got {num_images_per_label}.")
+        check_counts(num_images_per_label=num_images_per_label, decode_batch_size=decode_batch_size)
         class_ids = [class_id for class_id in self.get_label_ids(class_labels) for _ in range(num_images_per_label)]
+        check_generators(generator, len(class_ids))
         image_tokens = self._sample(
             class_ids,
             callback_on_step_end,
@@ -304,30 +308,39 @@ class VFMTokPipeline(VFMTokPipelineBase):
             images: one image or a list of them.
             class_labels: one label for all images, or one per image.
             mask:
-                An image that is white where to repaint. It is cropped like the images, and a token is repainted if more than half
-                of its cell is white. Or a bool tensor `(num_image_tokens,)` that is True where to repaint. One for all
-                images.
+                An image that is white where to repaint. A token is repainted if more than half of its cell is white. It is
+                cropped like the images, so it needs their aspect ratio; a square one belongs to what the crop keeps.
+                Transparent pixels are not marked. Or a bool tensor `(num_image_tokens,)` that is True where to repaint. One
+                for all images.
             generation_config, generator, output_type, return_dict, callback_on_step_end,
             callback_on_step_end_tensor_inputs, decode_batch_size, generate_kwargs: as in `__call__`.
 
         Raises:
-            ValueError: the generator supports only raster order, the mask is empty, or labels and images do not match.
+            ValueError: the generator supports only raster order, the mask is empty or does not fit the images, or labels,
+                generators and images do not match.
+            TypeError: arguments of the wrong type.
         """
         self._check_output_type(output_type)
+        check_counts(decode_batch_size=decode_batch_size)
         if "keep_mask" not in inspect.signature(self._generator_model().generate).parameters:
             raise ValueError(
                 f"{type(self.transformer).__name__} samples tokens only in raster order and cannot keep later ones: "
                 "load a pipeline with a RAR generator."
             )
         class_ids = self.get_label_ids(class_labels)
+        mask = self._read_mask(mask)
         redraw = self.token_mask(mask)
         if not redraw.any():
             raise ValueError("The mask marks no token: make more than half of at least one token's cell white.")
-        image_tokens = self.tokenize(images, decode_batch_size)
-        if len(class_ids) not in (1, len(image_tokens)):
+        images = list(each_image(images))
+        if len(class_ids) not in (1, len(images)):
             raise ValueError(
-                f"Got {len(class_ids)} class labels for {len(image_tokens)} images: pass one, or one per image."
+                f"Got {len(class_ids)} class labels for {len(images)} images: pass one, or one per image."
             )
+        check_generators(generator, len(images))
+        if isinstance(mask, PIL.Image.Image):
+            images = (image_fitting(mask, image) for image in images)  # one at a time, since they can be large
+        image_tokens = self.tokenize(images, decode_batch_size)
         edited_tokens = self._sample(
             class_ids * (len(image_tokens) // len(class_ids)),
             callback_on_step_end,
@@ -341,13 +354,64 @@ class VFMTokPipeline(VFMTokPipelineBase):
         return self._output(edited_tokens, output_type, return_dict, decode_batch_size)
 
     def token_mask(self, mask: ImageInput | torch.Tensor) -> torch.Tensor:
-        """`(num_image_tokens,)`, True for tokens with more than half of their cell white in the image `mask`."""
-        if isinstance(mask, torch.Tensor) and mask.ndim == 1:
+        """
+        `(num_image_tokens,)`, True for tokens with more than half of their cell white in the image `mask`.
+
+        Raises:
+            ValueError, TypeError, FileNotFoundError: the mask is not an image, has fewer pixels than tokens, or is a tensor
+                per token that is not bool or has another length.
+        """
+        mask = self._read_mask(mask)
+        if isinstance(mask, torch.Tensor):
             return mask
         pixels = self.image_processor(mask, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
         white = (pixels.float().mean(dim=1) > 127.5).float()
         share = F.adaptive_avg_pool2d(white, self.vq_model.config.anchor_grid_size)
         return share.flatten() > 0.5
+
+    def _read_mask(self, mask: ImageInput | torch.Tensor) -> torch.Tensor | PIL.Image.Image:
+        """A bool mask of tokens as a tensor, any other mask as an image. Raises the errors of `token_mask`."""
+        num_tokens, side = self.vq_model.config.num_anchors, self.vq_model.config.anchor_grid_size
+        if getattr(mask, "ndim", None) == 1:
+            tokens = torch.as_tensor(mask)
+            if tokens.dtype != torch.bool or len(tokens) != num_tokens:
+                raise ValueError(
+                    f"A mask of tokens must be bool of shape ({num_tokens},), got {tokens.dtype} of shape ({len(tokens)},)."
+                )
+            return tokens
+        masks = list(each_image(mask))
+        if len(masks) != 1:
+            raise ValueError(
+                f"Got {len(masks)} masks: pass one for all images, an image or a bool tensor of shape ({num_tokens},)."
+            )
+        try:
+            picture = read_image(masks[0], background=BLACK)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"The mask cannot be used: {error}") from error
+        if min(picture.size) < side:
+            raise ValueError(
+                f"The mask has {picture.width} x {picture.height} pixels, fewer than the {side} x {side} tokens. A mask of "
+                f"tokens has shape ({num_tokens},) and is for all images."
+            )
+        return picture
+
+
+def image_fitting(mask: PIL.Image.Image, image: ImageInput) -> PIL.Image.Image:
+    """
+    Read an image to which a mask belongs.
+
+    Raises:
+        ValueError: their aspect ratios differ, so the crop would move the mask, which is not square either.
+    """
+    picture = read_image(image)
+    # A resized mask has whole pixels, so its ratio can be off by one of them.
+    off = abs(mask.width * picture.height - mask.height * picture.width)
+    if mask.width != mask.height and off > max(picture.size):
+        raise ValueError(
+            f"The mask has {mask.width} x {mask.height} pixels and its image {picture.width} x {picture.height}, so the crop "
+            "would move it: give the mask the aspect ratio of the image, or make a square one for the cropped image."
+        )
+    return picture
 
 
 __all__ = ["VFMTokPipeline"]

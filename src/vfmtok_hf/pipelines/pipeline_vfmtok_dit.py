@@ -17,6 +17,8 @@ from .pipeline_base_vfmtok import (
     InputImages,
     VFMTokPipelineBase,
     VFMTokPipelineOutput,
+    check_counts,
+    check_generators,
 )
 
 
@@ -182,14 +184,14 @@ class VFMTokDiTPipeline(VFMTokPipelineBase):
         Raises:
             ValueError: unknown labels or output type, a number of images or steps below 1, a guidance scale below 1, or
                 latents of another shape.
+            TypeError: a number of images or steps that is not an integer.
         """
         self._check_output_type(output_type)
-        for name, count in (
-            ("num_images_per_label", num_images_per_label),
-            ("num_inference_steps", num_inference_steps),
-        ):
-            if count < 1:
-                raise ValueError(f"{name} must be at least 1, got {count}.")
+        check_counts(
+            num_images_per_label=num_images_per_label,
+            num_inference_steps=num_inference_steps,
+            decode_batch_size=decode_batch_size,
+        )
         if guidance_scale < 1:
             raise ValueError(f"guidance_scale must be at least 1, which is no guidance, got {guidance_scale}.")
         self._check_callback_inputs(callback_on_step_end_tensor_inputs)
@@ -226,10 +228,7 @@ class VFMTokDiTPipeline(VFMTokPipelineBase):
     ) -> torch.Tensor:
         shape = (num_images, *self._generator_model().config.latent_shape)
         if latents is None:
-            if isinstance(generator, Sequence) and len(generator) != num_images:
-                raise ValueError(
-                    f"There are {len(generator)} generators for {num_images} images: pass one, or one each."
-                )
+            check_generators(generator, num_images)
             generators = list(generator) if isinstance(generator, Sequence) else generator
             return randn_tensor(shape, generators, device, torch.float32)
         if latents.shape != shape:
