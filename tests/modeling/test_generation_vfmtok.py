@@ -567,6 +567,18 @@ def test_unusable_labels_are_refused_before_any_work(model, labels, error, messa
     assert rows == [2]
 
 
+@pytest.mark.parametrize("labels", [[], torch.tensor([], dtype=torch.int64)], ids=["list", "tensor"])
+def test_no_labels_are_refused(model, labels):
+    with pytest.raises(ValueError, match="no class labels: pass at least one"):
+        model.generate(labels)
+
+
+@pytest.mark.parametrize("name", ["guidance_scale", "guidance_interval", "temperature", "top_k", "top_p"])
+def test_a_switch_is_no_number(model, name):
+    with pytest.raises(TypeError, match=f"{name} must be .* got True"):
+        model.generate(LABELS, **{name: True})
+
+
 @pytest.mark.parametrize("do_sample", [True, False])
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
 def test_nan_in_the_weights_is_an_error(model, do_sample, guidance_scale):

@@ -309,8 +309,11 @@ def test_random_ratio_draws_orders_for_the_loss():
         (torch.zeros(3, 9, dtype=torch.int64), ValueError, "contain every position from 0 to 8 once"),
         (torch.arange(1, 10).expand(3, -1), ValueError, "orders must lie in 0 to 8, got 9"),
         (torch.arange(9.0).expand(3, -1), TypeError, "orders must be int64"),
+        (torch.arange(9).expand(2, -1), ValueError, r"orders must have shape \(3, 9\), got \(2, 9\)"),
+        (torch.arange(9).expand(1, 3, -1), ValueError, r"orders must have shape \(3, 9\), got \(1, 3, 9\)"),
+        ([list(range(9))] * 3, TypeError, "orders must be a tensor, got list"),
     ],
-    ids=["length", "repeated", "range", "dtype"],
+    ids=["length", "repeated", "range", "dtype", "rows", "dimensions", "list"],
 )
 def test_orders_that_are_no_permutations_are_refused(orders, error, message):
     model = tiny_rar()
@@ -440,10 +443,15 @@ def test_keeping_everything_or_nothing_is_allowed():
             ValueError,
             r"keep_mask must be bool of shape \(9,\)",
         ),
+        (
+            {"image_tokens": torch.zeros(3, 9, dtype=torch.int64), "keep_mask": KEEP.tolist()},
+            TypeError,
+            "keep_mask must be a tensor, got list",
+        ),
         ({"image_tokens": torch.full((3, 9), 32), "keep_mask": KEEP}, ValueError, "image_tokens must lie in 0 to 31"),
         ({"guidance_scale_pow": -1.0}, ValueError, "guidance_scale_pow must be"),
     ],
-    ids=["no tokens", "no mask", "mask shape", "token range", "power"],
+    ids=["no tokens", "no mask", "mask shape", "mask list", "token range", "power"],
 )
 def test_unusable_edits_are_refused_before_any_work(arguments, error, message):
     model = tiny_rar()

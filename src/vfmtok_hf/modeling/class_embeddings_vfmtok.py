@@ -9,6 +9,17 @@ from torch import nn
 from .class_names_vfmtok import match_class_names
 
 
+def check_tensor(name: str, value: Any) -> None:
+    """
+    Check that `value`, which the error calls `name`, is a tensor.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}: use torch.as_tensor.")
+
+
 def check_ids(name: str, ids: torch.Tensor, num_ids: int, wait_for_device: bool = False) -> None:
     """
     Check that `ids`, which errors call `name`, are int64 in 0 to `num_ids - 1`.
@@ -82,4 +93,4 @@ class ClassEmbeddingsMixin:
         return origins
 
 
-__all__ = ["ClassEmbeddingsMixin", "check_ids", "drop_labels"]
+__all__ = ["ClassEmbeddingsMixin", "check_ids", "check_tensor", "drop_labels"]

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
 
 from .cache_vfmtok import DecodeCache
-from .class_embeddings_vfmtok import check_ids
+from .class_embeddings_vfmtok import check_ids, check_tensor
 from .outputs_vfmtok import VFMTokModelOutput
 
 
@@ -184,7 +184,8 @@ class SamplingSettings:
     def __post_init__(self):
         for field in fields(self):
             value, wanted = getattr(self, field.name), Integral if field.type in (int, int | None) else Real
-            if value is not None and not isinstance(value, wanted):
+            is_switch = isinstance(value, bool) and field.type is not bool
+            if value is not None and (is_switch or not isinstance(value, wanted)):
                 raise TypeError(
                     f"{field.name} must be {'an integer' if wanted is Integral else 'a number'}, got {value!r}."
                 )
@@ -414,7 +415,7 @@ class VFMTokGenerationMixin(GenerationMixin):
             generation_config (`GenerationConfig`, *optional*):
                 Sampling options that replace those in the model's own `generation_config`.
             generator (`torch.Generator` or a sequence of one per label, *optional*):
-                Random generators, on any device. With one per label, an image does not depend on its batch.
+                Random generators, on any device. With one per label, an image does not depend on its batch, in float32.
             logits_processor (`LogitsProcessorList` or a list of processors, *optional*):
                 Called as `(tokens so far, guided logits)` before the temperature.
             callback (`Callable`, *optional*):
@@ -543,6 +544,8 @@ class VFMTokGenerationMixin(GenerationMixin):
                 ) from error
             if self.device.type != "meta":  # type: ignore[attr-defined]
                 class_labels = class_labels.to(self.device)  # type: ignore[attr-defined]
+        if not class_labels.numel():
+            raise ValueError("There are no class labels: pass at least one.")
         self._check_class_labels(class_labels, wait_for_device=True)
         return class_labels
 
@@ -558,8 +561,7 @@ class VFMTokGenerationMixin(GenerationMixin):
         return labels if image_tokens is None else image_tokens, labels is not None or wanted  # type: ignore[return-value]
 
     def _check_class_labels(self, class_labels: torch.Tensor, wait_for_device: bool = False) -> None:
-        if not isinstance(class_labels, torch.Tensor):
-            raise TypeError(f"class_labels must be a tensor, got {type(class_labels).__name__}: use torch.as_tensor.")
+        check_tensor("class_labels", class_labels)
         if class_labels.ndim != 1:
             raise ValueError(f"class_labels must have shape (batch_size,), got {tuple(class_labels.shape)}.")
         # The null class, one past the last label, is a valid condition.
@@ -568,8 +570,7 @@ class VFMTokGenerationMixin(GenerationMixin):
     def _check_image_tokens(
         self, image_tokens: torch.Tensor, class_labels: torch.Tensor, wait_for_device: bool = False
     ) -> None:
-        if not isinstance(image_tokens, torch.Tensor):
-            raise TypeError(f"image_tokens must be a tensor, got {type(image_tokens).__name__}: use torch.as_tensor.")
+        check_tensor("image_tokens", image_tokens)
         shape = (class_labels.shape[0], self.config.num_image_tokens)
         if tuple(image_tokens.shape) != shape:
             raise ValueError(

@@ -24,7 +24,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .attention_vfmtok import causal_mask, eager_attention_forward
 from .cache_vfmtok import DecodeCache, LayerCache, at_position
-from .class_embeddings_vfmtok import ClassEmbeddingsMixin, check_ids, drop_labels
+from .class_embeddings_vfmtok import ClassEmbeddingsMixin, check_ids, check_tensor, drop_labels
 from .class_names_vfmtok import ClassNames  # noqa: F401 - for the Hub, as CONTRIBUTING.md says
 from .configuration_vfmtok_rar import VFMTokRARConfig
 from .generation_vfmtok import (
@@ -429,7 +429,8 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
         settings = self.sampling_settings.resolve(sampling, generation_config, self.generation_config)
         class_labels = self._as_class_labels(class_labels)
         if orders is not None:
-            orders = orders.expand(len(class_labels), -1)
+            if isinstance(orders, torch.Tensor) and orders.ndim == 1:
+                orders = orders.expand(len(class_labels), -1)
             self._check_orders(orders, len(class_labels), wait_for_device=True)
         known_tokens = None
         if image_tokens is not None and keep_mask is not None:
@@ -446,6 +447,7 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
         return self._decode_tokens(class_labels, settings, generator, logits_processor, callback, orders, known_tokens)
 
     def _check_orders(self, orders: torch.Tensor, batch_size: int, wait_for_device: bool = False) -> None:
+        check_tensor("orders", orders)
         num_tokens = self.config.num_image_tokens
         if tuple(orders.shape) != (batch_size, num_tokens):
             raise ValueError(f"orders must have shape {(batch_size, num_tokens)}, got {tuple(orders.shape)}.")
@@ -455,6 +457,7 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
                 raise ValueError(f"Each row of orders must contain every position from 0 to {num_tokens - 1} once.")
 
     def _check_keep_mask(self, keep_mask: torch.Tensor) -> None:
+        check_tensor("keep_mask", keep_mask)
         if keep_mask.dtype != torch.bool or tuple(keep_mask.shape) != (self.config.num_image_tokens,):
             raise ValueError(
                 f"keep_mask must be bool of shape ({self.config.num_image_tokens},), one mask for the whole batch, got "
