@@ -108,12 +108,43 @@ def test_labels_are_arguments_too(model, tmp_path, words):
         ("--top-p", 0, "must be above 0 and at most 1"),
         ("--top-k", -1, "0"),
         ("--guidance-scale", -1, "must be 1 (none) or larger"),
+        ("--seed", 2**63, str(2**63 - 1)),
     ],
 )
 def test_settings_are_refused_in_the_words_of_the_command(option, value, message):
     _, stderr = vfmtok("generate", option, value, "--model", "./absent", code=2)
     assert option in stderr
     assert message in " ".join(re.sub(r"[│\n]", " ", stderr).split())
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["generate", "heart"],
+        ["extract-tokens", "."],
+        ["evaluate", "generation", "--reference", "."],
+        ["evaluate", "tokens", "."],
+    ],
+    ids=" ".join,
+)
+def test_an_empty_output_is_not_the_current_folder(command):
+    _, stderr = vfmtok(*command, "--output", "", code=2)
+    assert "is empty: pass a file or a folder" in stderr
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ('{"_class_name": "PixArtTransformer2DModel"}', "is not a VFMTok pipeline: .*config.json has no num_classes"),
+        ('{"num_classes": 5,', "config.json is damaged"),
+    ],
+)
+def test_pipelines_that_are_none(config, message, tmp_path):
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text(config)
+    for command in (["generate", "heart"], ["info", "--labels"]):
+        _, stderr = vfmtok(*command, "--model", tmp_path, code=1)
+        assert re.match(f"Error: .*{message}", stderr)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "bfloat16"])
@@ -462,6 +493,7 @@ def test_progress_fits_a_log(monkeypatch, capsys):
 MISTAKES = [
     ["generate", "hart"],
     ["generate", "heart", "--output", "file/grid.png"],
+    ["generate", "heart", "--output", "grid.gif"],
     ["tokenize", "absent/"],
     ["tokenize", ".", "--output", "tokens.txt"],
     ["detokenize", "absent.npy"],

@@ -69,6 +69,15 @@ def test_save_picture_knows_its_formats(tmp_path):
         assert PIL.Image.open(tmp_path / f"picture.{suffix}").format == name
 
 
+@pytest.mark.parametrize("name", ["x.gif", "x.TIFF", "x.bmp", "x.pdf"])
+def test_a_file_of_another_format_is_no_folder(name, tmp_path):
+    with pytest.raises(ValueError, match=rf"Image files end in \.png or \.jpg or \.jpeg or \.webp, got '{name}'"):
+        check_picture_output(tmp_path / name)
+    (tmp_path / name).mkdir()
+    for folder in (name, "samples", "v1.0"):
+        check_picture_output(tmp_path / folder)
+
+
 # -- names
 
 

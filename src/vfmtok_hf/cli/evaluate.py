@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vfmtok_hf.cli.options import (
+    MAX_SEED,
     BatchSizeOption,
     DeviceOption,
     Dtype,
@@ -19,6 +20,7 @@ from vfmtok_hf.cli.options import (
     load_pipeline,
     one_line_errors,
     output_console,
+    output_path,
     progress,
     quiet_libraries,
     report_written,
@@ -163,7 +165,14 @@ def generation(
         Path, typer.Option(help="Real images: a folder, or one of ADM's `.npz` files, with or without statistics.")
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for samples and results. An interrupted run resumes there.")
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            parser=output_path,
+            metavar="PATH",
+            help="Folder for samples and results. An interrupted run resumes there.",
+        ),
     ],
     num_samples: Annotated[int, typer.Option("--num-samples", "-n", min=2)] = 50_000,
     guidance_scale: Annotated[
@@ -183,7 +192,7 @@ def generation(
         float | None,
         typer.Option(help="Keep the most probable tokens up to this sum; 1 is off. *Default: the checkpoint's.*"),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Sample i uses seed + i.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Sample i uses seed + i.")] = 0,
     size: Annotated[
         int | None,
         typer.Option(min=8, help="Size of samples and reference; the paper uses 256. *Default: the model's.*"),
@@ -352,7 +361,7 @@ def linear_probe(
     ] = None,
     epochs: Annotated[int, typer.Option(min=1)] = 90,
     views: Annotated[int, typer.Option(min=1, help="Augmentations of each training image.")] = 8,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED)] = 0,
     output: ResultOption = None,
     dataset: DatasetOption = None,
     model: ModelOption = None,
@@ -407,7 +416,9 @@ def tokens(
     split: SplitOption = None,
     image_column: ImageColumnOption = None,
     streaming: StreamingOption = False,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the figures.")] = Path("tokens"),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", parser=output_path, metavar="PATH", help="Folder for the figures.")
+    ] = Path("tokens"),
     model: ModelOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = Dtype.float32,

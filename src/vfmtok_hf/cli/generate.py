@@ -9,6 +9,7 @@ from typing import Annotated
 import typer.core
 
 from vfmtok_hf.cli.options import (
+    MAX_SEED,
     BatchSizeOption,
     DeviceOption,
     Dtype,
@@ -53,7 +54,7 @@ TopPOption = Annotated[
         callback=requires(lambda value: 0 < value <= 1, "must be above 0 and at most 1 (off)."),
     ),
 ]
-SeedOption = Annotated[int, typer.Option(min=0, help="Image i uses seed + i, for any batch size.")]
+SeedOption = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Image i uses seed + i, for any batch size.")]
 
 
 class ManyLabelsCommand(typer.core.TyperCommand):

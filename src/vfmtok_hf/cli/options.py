@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 LOG_INTERVAL = 30  # seconds between two lines of progress where there is no terminal
+MAX_SEED = 2**63 - 1  # as in the server's requests; torch's limit is 2**64 - 1, so any image's seed + i fits
 
 output_console = Console()
 error_console = Console(stderr=True)
@@ -52,6 +53,13 @@ class Dtype(str, Enum):
     fp16 = "fp16"
 
 
+def output_path(value: str | Path) -> Path:
+    """An output as a path. The empty one, as from an unset variable of a shell, would be the current folder."""
+    if value == "":
+        raise typer.BadParameter("is empty: pass a file or a folder, such as '.'.")
+    return Path(value)
+
+
 ModelOption = Annotated[
     str | None,
     typer.Option(
@@ -66,7 +74,14 @@ BatchSizeOption = Annotated[
     int, typer.Option(min=1, help="Images per batch. It limits memory and does not change results.")
 ]
 PicturesOption = Annotated[
-    Path, typer.Option("--output", "-o", help="An image file for one grid, or a folder for single files.")
+    Path,
+    typer.Option(
+        "--output",
+        "-o",
+        parser=output_path,
+        metavar="PATH",
+        help="An image file (`.png`, `.jpg`, `.jpeg`, `.webp`) for one grid, or a folder for single files.",
+    ),
 ]
 ImagesArgument = Annotated[list[Path], typer.Argument(help="Image files and folders.", show_default=False)]
 
@@ -153,11 +168,21 @@ def check_sources(sources: Sequence[str], split: str | None) -> None:
 
 
 def saved_classes(name_or_path: str) -> tuple[dict[int, str], int] | None:
-    """Names and number of the classes of a pipeline, from its JSON files alone. None unless it is a folder with a generator."""
+    """
+    Names and number of the classes of a pipeline, from its JSON files alone. None unless it is a folder with a generator.
+
+    Raises:
+        ValueError: the generator's configuration is damaged, or of another model.
+    """
     file = Path(name_or_path) / "transformer" / "config.json"
     if not file.is_file():
         return None
-    config = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    if "num_classes" not in config:
+        raise ValueError(f"{name_or_path} is not a VFMTok pipeline: {file} has no num_classes.")
     return {int(number): name for number, name in (config.get("id2label") or {}).items()}, config["num_classes"]
 
 

@@ -7,10 +7,12 @@ from typing import Annotated, Literal
 import typer
 
 from vfmtok_hf.cli.options import (
+    MAX_SEED,
     BatchSizeOption,
     DeviceOption,
     ModelOption,
     one_line_errors,
+    output_path,
     progress,
     quiet_libraries,
     report_skipped,
@@ -45,7 +47,14 @@ def extract_tokens(
         ),
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder of the token set. An interrupted extraction is continued.")
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            parser=output_path,
+            metavar="PATH",
+            help="Folder of the token set. An interrupted extraction is continued.",
+        ),
     ],
     crops: Annotated[Literal["random", "ten", "center"], typer.Option(help="Views of each image.")] = "random",
     num_crops: Annotated[int, typer.Option(min=1, help="Random crops per image.")] = 4,
@@ -61,7 +70,7 @@ def extract_tokens(
     ] = 1,
     split: Annotated[str, typer.Option(help="Split of a data set.")] = "train",
     shard_size: Annotated[int, typer.Option(min=1, help="Images per file.")] = 4096,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED)] = 0,
     model: ModelOption = None,
     device: DeviceOption = None,
     batch_size: BatchSizeOption = 32,

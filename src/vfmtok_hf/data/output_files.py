@@ -38,9 +38,16 @@ def check_output_file(path: Path) -> None:
 
 
 def check_picture_output(path: Path) -> None:
-    """The same for an image file, or for a folder of images, which may exist."""
+    """
+    The same for an image file, or for a folder of images, which may exist.
+
+    Raises:
+        ValueError: the suffix of `path` is that of another format of images.
+    """
     if is_picture(path):
         check_output_file(path)
+    elif path.suffix.lower() in PIL.Image.registered_extensions() and not path.is_dir():
+        raise ValueError(f"Image files end in {' or '.join(PICTURE_SUFFIXES)}, got {path.name!r}.")
     else:
         check_output_folder(path)
 
