@@ -264,3 +264,8 @@ def test_a_misspelled_folder_is_not_asked_for_again_and_again(monkeypatch):
     with pytest.raises(FileNotFoundError, match="no folder phtos, and the Hub cannot be reached"):
         open_records("phtos")
     assert asked == [1]
+
+
+def test_a_misspelled_folder_may_look_like_a_repository():
+    with pytest.raises(FileNotFoundError, match="There is no folder absent/train. .*'absent/train'"):
+        open_records("absent/train")

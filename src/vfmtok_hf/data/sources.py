@@ -292,7 +292,12 @@ def load_dataset(source: str | Path, split: str, streaming: bool) -> Any:
         if path.is_dir() and has_metadata(path):
             _check_metadata(path)
             return datasets.load_dataset("imagefolder", data_dir=str(path), split=split, streaming=streaming)
-        return datasets.load_dataset(str(source), split=split, streaming=streaming)
+        try:
+            return datasets.load_dataset(str(source), split=split, streaming=streaming)
+        except (FileNotFoundError, ConnectionError) as error:
+            if path.is_dir():
+                raise
+            raise FileNotFoundError(f"There is no folder {source}. {error}") from error
 
 
 def features_of(dataset: Any) -> Any:
