@@ -27,7 +27,7 @@ from sklearn.preprocessing import StandardScaler
 from torchvision.transforms.functional import pil_to_tensor
 from transformers import AutoConfig
 
-from vfmtok_hf import VFMTokPipeline
+from vfmtok_hf import VFMTokPipeline, VFMTokRARForImageGeneration
 from vfmtok_hf.data.files import check_file, find_images
 from vfmtok_hf.evaluation.features import VisionModelFeatures
 from vfmtok_hf.evaluation.metrics import precision_recall
@@ -117,15 +117,15 @@ def spread_evenly(length: int, count: int) -> torch.Tensor:
 
 @torch.no_grad()
 def held_out_losses(pipe: VFMTokPipeline, files: list[list[Path]]) -> list[float]:
-    """Nats per token in raster order, and in one random order per image, with equal weights for all images."""
-    losses = torch.zeros(2)
+    """Nats per token in raster order, and of a RAR in one random order per image, with equal weights for all images."""
+    losses = torch.zeros(2 if isinstance(pipe.transformer, VFMTokRARForImageGeneration) else 1)
     randomness = torch.Generator().manual_seed(0)
     for label, of_class in enumerate(files):
         tokens = pipe.tokenize(of_class)
         labels = torch.full((len(tokens),), label)
         random_orders = torch.rand(tokens.shape, generator=randomness).argsort(-1)
-        for index, orders in enumerate((None, random_orders)):
-            losses[index] += len(tokens) * pipe.transformer(labels, tokens, orders=orders, return_loss=True).loss
+        for index, options in zip(range(len(losses)), ({}, {"orders": random_orders}), strict=False):
+            losses[index] += len(tokens) * pipe.transformer(labels, tokens, return_loss=True, **options).loss
     return (losses / sum(map(len, files))).tolist()
 
 
@@ -170,8 +170,8 @@ def compare(
         cells[name] = [*class_cells(judge, features), second_share(second, pictures), nearest(features, train)]
         if name in pipes:
             shares = precision_recall(torch.cat(features), reference)
-            losses = held_out_losses(pipes[name], files)
-            cells[name] += [f"{share:.0%}" for share in shares] + [f"{loss:.3f}" for loss in losses]
+            losses = [f"{loss:.3f}" for loss in held_out_losses(pipes[name], files)]
+            cells[name] += [f"{share:.0%}" for share in shares] + losses + [""] * (2 - len(losses))
             cells[name] += image_quality(pipes[name], files)
         else:
             cells[name] += [""] * 6

@@ -74,7 +74,7 @@ def main() -> None:
         facts = training_facts(run)
         sequences, loss = facts["sequences"], facts["validation loss"]
         rows.append(f"| {name} | {transformer.num_parameters():,} | {sequences:,.0f} | {loss:.3f} |")
-    print("| generator | parameters | training sequences | validation loss (nats / token) |")
+    print("| generator | parameters | training sequences | validation loss in the trainer's log (nats / token) |")
     print("|---|---|---|---|")
     print("\n".join(rows))
 

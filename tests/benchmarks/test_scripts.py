@@ -163,22 +163,23 @@ def test_loading_of_a_pipeline(capsys):
 
 
 @pytest.mark.parametrize(
-    ("storage", "bytes_per_weight", "tolerance"),
+    ("storage", "dtype", "bytes_per_weight", "tolerance"),
     [
-        ("float32", 4, 0),
-        ("float16 where exact (what is written)", 4, 0),
-        ("all in float16", 2, 1e-3),
-        ("int8 by channel", 1, 2e-2),
+        ("float32", torch.float32, 4, 0),
+        ("float16 where exact (what is written)", torch.float32, 4, 0),
+        ("float16 where exact (what is written)", torch.float16, 2, 0),
+        ("all in float16", torch.float32, 2, 1e-3),
+        ("int8 by channel", torch.float32, 1, 2e-2),
     ],
 )
-def test_stored_weights_are_restored(tmp_path, storage, bytes_per_weight, tolerance):
+def test_stored_weights_are_restored(tmp_path, storage, dtype, bytes_per_weight, tolerance):
     onnx = pytest.importorskip("onnx", reason="needs vfmtok-hf[export]")
     from export_weights import STORAGES, store
 
     from vfmtok_hf.export.onnx import onnx_graph
 
     torch.manual_seed(0)
-    weight, inputs = torch.randn(64, 64), torch.eye(64)
+    weight, inputs = torch.randn(64, 64).to(dtype).float(), torch.eye(64)
     value = partial(onnx.helper.make_tensor_value_info, elem_type=onnx.TensorProto.FLOAT, shape=[64, 64])
     graph = onnx.helper.make_graph(
         [onnx.helper.make_node("MatMul", ["inputs", "weight"], ["outputs"])],

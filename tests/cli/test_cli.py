@@ -124,6 +124,8 @@ def test_settings_are_refused_in_the_words_of_the_command(option, value, message
         ["extract-tokens", "."],
         ["evaluate", "generation", "--reference", "."],
         ["evaluate", "tokens", "."],
+        ["export"],
+        ["convert", "ar", "--checkpoint", "x"],
     ],
     ids=" ".join,
 )

@@ -555,7 +555,8 @@ def test_transparent_pixels_of_a_mask_are_not_marked(rar_pipe):
 
 
 @pytest.mark.parametrize(
-    ("mask_size", "image_size"), [((20, 31), (40, 61)), ((40, 61), (20, 31)), ((32, 32), (40, 60)), ((3, 3), (99, 9))]
+    ("mask_size", "image_size"),
+    [((20, 31), (40, 61)), ((40, 61), (20, 31)), ((4000, 6000), (427, 640)), ((32, 32), (40, 60)), ((3, 3), (99, 9))],
 )
 def test_a_mask_has_the_shape_of_its_image_or_of_the_crop(rar_pipe, mask_size, image_size):
     mask = np.ones(mask_size, dtype=bool)

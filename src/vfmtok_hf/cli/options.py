@@ -71,7 +71,7 @@ DeviceOption = Annotated[
 ]
 DtypeOption = Annotated[Dtype, typer.Option(help="Precision of the models.")]
 BatchSizeOption = Annotated[
-    int, typer.Option(min=1, help="Images per batch. It limits memory and does not change results.")
+    int, typer.Option(min=1, help="Images per batch. It limits memory and, in float32, does not change tokens.")
 ]
 PicturesOption = Annotated[
     Path,

@@ -46,7 +46,7 @@ def check_picture_output(path: Path) -> None:
     """
     if is_picture(path):
         check_output_file(path)
-    elif path.suffix.lower() in PIL.Image.registered_extensions() and not path.is_dir():
+    elif path.suffix and not path.is_dir() and path.suffix.lower() in PIL.Image.registered_extensions():
         raise ValueError(f"Image files end in {' or '.join(PICTURE_SUFFIXES)}, got {path.name!r}.")
     else:
         check_output_folder(path)

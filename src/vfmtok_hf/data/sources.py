@@ -297,7 +297,9 @@ def load_dataset(source: str | Path, split: str, streaming: bool) -> Any:
         except (FileNotFoundError, ConnectionError) as error:
             if path.is_dir():
                 raise
-            raise FileNotFoundError(f"There is no folder {source}. {error}") from error
+            raise FileNotFoundError(
+                f"There is no folder {source}, and no such data set could be loaded: {error}"
+            ) from error
 
 
 def features_of(dataset: Any) -> Any:

@@ -429,7 +429,7 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
         settings = self.sampling_settings.resolve(sampling, generation_config, self.generation_config)
         class_labels = self._as_class_labels(class_labels)
         if orders is not None:
-            if isinstance(orders, torch.Tensor) and orders.ndim == 1:
+            if isinstance(orders, torch.Tensor) and orders.shape[:-1] in ((), (1,)):
                 orders = orders.expand(len(class_labels), -1)
             self._check_orders(orders, len(class_labels), wait_for_device=True)
         known_tokens = None

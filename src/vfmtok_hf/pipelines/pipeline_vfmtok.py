@@ -310,8 +310,8 @@ class VFMTokPipeline(VFMTokPipelineBase):
             mask:
                 An image that is white where to repaint. A token is repainted if more than half of its cell is white. It is
                 cropped like the images, so it needs their aspect ratio; a square one belongs to what the crop keeps.
-                Transparent pixels are not marked. Or a bool tensor `(num_image_tokens,)` that is True where to repaint. One
-                for all images.
+                Transparent pixels are not marked. It has at least as many pixels as there are tokens. Or a bool tensor
+                `(num_image_tokens,)` that is True where to repaint. One for all images.
             generation_config, generator, output_type, return_dict, callback_on_step_end,
             callback_on_step_end_tensor_inputs, decode_batch_size, generate_kwargs: as in `__call__`.
 
@@ -339,7 +339,7 @@ class VFMTokPipeline(VFMTokPipelineBase):
             )
         check_generators(generator, len(images))
         if isinstance(mask, PIL.Image.Image):
-            images = (image_fitting(mask, image) for image in images)  # one at a time, since they can be large
+            images = (image_fitting(mask, image) for image in images)  # files are read in their batch
         image_tokens = self.tokenize(images, decode_batch_size)
         edited_tokens = self._sample(
             class_ids * (len(image_tokens) // len(class_ids)),
@@ -404,9 +404,9 @@ def image_fitting(mask: PIL.Image.Image, image: ImageInput) -> PIL.Image.Image:
         ValueError: their aspect ratios differ, so the crop would move the mask, which is not square either.
     """
     picture = read_image(image)
-    # A resized mask has whole pixels, so its ratio can be off by one of them.
+    # One may have been resized for the other, to whole pixels, so the smaller one's ratio can be off by one of them.
     off = abs(mask.width * picture.height - mask.height * picture.width)
-    if mask.width != mask.height and off > max(picture.size):
+    if mask.width != mask.height and off > max(*picture.size, *mask.size):
         raise ValueError(
             f"The mask has {mask.width} x {mask.height} pixels and its image {picture.width} x {picture.height}, so the crop "
             "would move it: give the mask the aspect ratio of the image, or make a square one for the cropped image."
