@@ -1,5 +1,6 @@
 """The images that a generator is fine-tuned on, and those that it recognizes."""
 
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -43,10 +44,14 @@ def test_counts_before_and_after(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(recognize, "TokenSet", lambda folder: HeldOut(generator))
     monkeypatch.setattr(sys, "argv", ["recognize.py", str(tmp_path)])
     recognize.main()
-    before, after = capsys.readouterr().out.splitlines()
+    before, losses_before, after, losses_after = capsys.readouterr().out.splitlines()
     # All classes equal the null class, so the first one is found.
     assert before.startswith("before: 1 of 5 recognized: blue heart 1/1, clock 0/1, ")
     assert after.startswith("after: 5 of 5 recognized: ")
+    for line, name in ((losses_before, "before"), (losses_after, "after")):
+        assert re.fullmatch(
+            rf"{name}: [\d.]+ nats per token in raster order, [\d.]+ nats per token in random orders", line
+        )
 
 
 def test_an_unfinished_run_is_refused(tmp_path, monkeypatch, capsys):

@@ -7,12 +7,17 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
+from transformers import GenerationConfig
+
+from vfmtok_hf import DEFAULT_CHECKPOINT
 
 
 gradio_client = pytest.importorskip("gradio_client", reason="needs gradio: pip install 'vfmtok-hf[space]'")
 
 EXAMPLES = Path(__file__).parents[2] / "spaces" / "vfmtok" / "examples"
-SETTINGS = {"temperature": 0.8, "top_k": 100, "top_p": 1.0, "guidance": 1.0}
+# The checkpoint's, with which the page compares.
+SAMPLING = GenerationConfig.from_pretrained(DEFAULT_CHECKPOINT, subfolder="transformer")
+SETTINGS = {"temperature": SAMPLING.temperature, "top_k": SAMPLING.top_k, "top_p": 1.0, "guidance": 1.0}
 
 
 @pytest.fixture(scope="module")
