@@ -79,6 +79,13 @@ def wandb_records(file):
         start = end
 
 
+def log_steps_to_wandb(output, first, last):
+    import wandb
+
+    log_steps("wandb", output, first, last)
+    wandb.teardown()  # its own process writes the file, and a forked process ends without waiting for it
+
+
 @needs("wandb")
 def test_wandb_continues_the_run_of_the_same_folder(tmp_path, monkeypatch):
     """Offline, in a process of its own: two parts of one run, which `wandb sync` joins by their id."""
@@ -86,9 +93,9 @@ def test_wandb_continues_the_run_of_the_same_folder(tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     output = tmp_path / "run"
     output.mkdir()
-    run(lambda: log_steps("wandb", output, 0, 2))
+    run(lambda: log_steps_to_wandb(output, 0, 2))
     time.sleep(1)  # the folders of the parts have the second in their names
-    run(lambda: log_steps("wandb", output, 2, 4))
+    run(lambda: log_steps_to_wandb(output, 2, 4))
     parts = [list(wandb_records(file)) for file in sorted(output.glob("wandb/offline-run-*/run-*.wandb"))]
     runs = [next(record.run for record in part if record.HasField("run")) for part in parts]
     assert [run.display_name for run in runs] == ["run", "run"]
