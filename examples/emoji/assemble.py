@@ -111,8 +111,8 @@ is the checkpoint before it was trained on 128 x 128 pixels, with its own temper
 Animals are the weakest class: one label for 17 different heads. Reconstructions of training animals are recognized in 82.5 % of cases and samples in
 55.0 %, so the generator limits them more than the tokenizer does. The classes of fewer than 100 images (cat, flower, zodiac) are not among the weak ones.
 
-The first judge recognizes 87.9, 90.5 and 88.0 % of samples at temperatures 0.6, 0.7 and 0.8. Differences of this size are partly chance: with 560
-samples, the standard error is 1.2 points.
+The first judge recognizes 87.9, 90.5 and 88.0 % of samples at temperatures 0.6, 0.7 and 0.8, by which 0.7 was chosen. Differences of this size are
+partly chance: with 560 samples, the standard error is 1.2 points.
 
 ## Data
 The training set has {num_training:,} images of Noto Emoji and FxEmoji (Apache-2.0), Twemoji, EmojiTwo and Streamline (CC-BY-4.0) and Fluent
