@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from class_fidelity import JUDGED_SIZE, SAMPLES, check_classes, compare, image_files, load, resized
+from class_fidelity import JUDGED_SIZE, SAMPLES, check_classes, class_names, compare, image_files, load, resized
 from PIL import Image
 from prepare_data import attribution
 
@@ -216,7 +216,7 @@ def mean_psnr(originals: list[Image.Image], reconstructions: list[Image.Image], 
 
 def write_card(folder: Path, data: Path, comparison: str, samples_per_class: int = 4) -> None:
     pipe = load(folder)
-    names = [name.split(",")[0] for _, name in sorted(pipe.id2label.items())]
+    names = class_names(pipe.id2label)
     seeds = range(len(names) * samples_per_class)
     samples = pipe(
         list(range(len(names))),

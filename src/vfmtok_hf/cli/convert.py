@@ -10,7 +10,7 @@ import typer
 from vfmtok_hf.cli.options import (
     one_line_errors,
     output_console,
-    output_path,
+    output_option,
     quiet_libraries,
     report_written,
     resolve_model,
@@ -29,9 +29,7 @@ convert_app = typer.Typer(
 CheckpointOption = Annotated[
     Path, typer.Option("--checkpoint", help="Checkpoint of the original code: `.pt`, `.bin` or `.safetensors`.")
 ]
-FolderOption = Annotated[
-    Path, typer.Option("--output", "-o", parser=output_path, metavar="PATH", help="Folder to write.")
-]
+FolderOption = Annotated[Path, output_option("Folder to write.")]
 VisionCheckpointOption = Annotated[Path | None, typer.Option(help="Original DINOv2 checkpoint to include.")]
 VisionModelOption = Annotated[
     str | None, typer.Option(help="Repository or folder of a transformers vision model to include.")

@@ -20,7 +20,7 @@ from vfmtok_hf.cli.options import (
     load_pipeline,
     one_line_errors,
     output_console,
-    output_path,
+    output_option,
     progress,
     quiet_libraries,
     report_written,
@@ -166,13 +166,7 @@ def generation(
     ],
     output: Annotated[
         Path,
-        typer.Option(
-            "--output",
-            "-o",
-            parser=output_path,
-            metavar="PATH",
-            help="Folder for samples and results. An interrupted run resumes there.",
-        ),
+        output_option("Folder for samples and results. An interrupted run resumes there."),
     ],
     num_samples: Annotated[int, typer.Option("--num-samples", "-n", min=2)] = 50_000,
     guidance_scale: Annotated[
@@ -416,9 +410,7 @@ def tokens(
     split: SplitOption = None,
     image_column: ImageColumnOption = None,
     streaming: StreamingOption = False,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", parser=output_path, metavar="PATH", help="Folder for the figures.")
-    ] = Path("tokens"),
+    output: Annotated[Path, output_option("Folder for the figures.")] = Path("tokens"),
     model: ModelOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = Dtype.float32,

@@ -12,7 +12,7 @@ from vfmtok_hf.cli.options import (
     load_pipeline,
     one_line_errors,
     output_console,
-    output_path,
+    output_option,
     report_written,
     resolve_model,
 )
@@ -28,9 +28,7 @@ class GraphPart(str, Enum):
 
 
 def export(
-    output: Annotated[
-        Path, typer.Option("--output", "-o", parser=output_path, metavar="PATH", help="Folder to write.")
-    ] = Path("export"),
+    output: Annotated[Path, output_option("Folder to write.")] = Path("export"),
     format: Annotated[
         Literal["onnx", "torch", "web"],
         typer.Option(

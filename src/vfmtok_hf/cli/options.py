@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -60,6 +60,11 @@ def output_path(value: str | Path) -> Path:
     return Path(value)
 
 
+def output_option(help: str) -> Any:
+    """The option `--output` of a command."""
+    return typer.Option("--output", "-o", parser=output_path, metavar="PATH", help=help)
+
+
 ModelOption = Annotated[
     str | None,
     typer.Option(
@@ -75,13 +80,7 @@ BatchSizeOption = Annotated[
 ]
 PicturesOption = Annotated[
     Path,
-    typer.Option(
-        "--output",
-        "-o",
-        parser=output_path,
-        metavar="PATH",
-        help="An image file (`.png`, `.jpg`, `.jpeg`, `.webp`) for one grid, or a folder for single files.",
-    ),
+    output_option("An image file (`.png`, `.jpg`, `.jpeg`, `.webp`) for one grid, or a folder for single files."),
 ]
 ImagesArgument = Annotated[list[Path], typer.Argument(help="Image files and folders.", show_default=False)]
 

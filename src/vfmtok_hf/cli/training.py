@@ -12,7 +12,7 @@ from vfmtok_hf.cli.options import (
     DeviceOption,
     ModelOption,
     one_line_errors,
-    output_path,
+    output_option,
     progress,
     quiet_libraries,
     report_skipped,
@@ -48,13 +48,7 @@ def extract_tokens(
     ],
     output: Annotated[
         Path,
-        typer.Option(
-            "--output",
-            "-o",
-            parser=output_path,
-            metavar="PATH",
-            help="Folder of the token set. An interrupted extraction is continued.",
-        ),
+        output_option("Folder of the token set. An interrupted extraction is continued."),
     ],
     crops: Annotated[Literal["random", "ten", "center"], typer.Option(help="Views of each image.")] = "random",
     num_crops: Annotated[int, typer.Option(min=1, help="Random crops per image.")] = 4,
