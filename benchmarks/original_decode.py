@@ -63,7 +63,8 @@ class OriginalDecoder:
             ]
             self.mask = torch.ones(self.length, self.length, dtype=torch.bool).tril().expand(batch_size, -1, -1)
             positions = torch.arange(config.num_image_tokens + 1)
-            self.table = rotary_table(positions, config.grid_size, config.head_dim, config.rope_theta)
+            # One cosine and one sine a pair.
+            self.table = rotary_table(positions, config.grid_size, config.head_dim, config.rope_theta)[..., 1::2]
 
     def step(self, states: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         config = self.config

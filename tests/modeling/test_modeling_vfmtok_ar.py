@@ -51,10 +51,19 @@ def converted(tmp_path_factory):
 
 
 def test_rotary_table_with_its_zero_class_row(reference):
-    cosines, sines = rotary_table(torch.arange(17), grid_size=4, head_dim=16, theta=10000.0)
-    torch.testing.assert_close(torch.stack([cosines, sines], dim=-1), reference["rope_table"], atol=1e-6, rtol=0)
-    assert not cosines[0].any()
-    assert not sines[0].any()
+    table = rotary_table(torch.arange(17), grid_size=4, head_dim=16, theta=10000.0)
+    first, second = table.unflatten(-1, (-1, 2)).permute(3, 1, 2, 0)  # factors of the entries of each pair
+    torch.testing.assert_close(second, reference["rope_table"], atol=1e-6, rtol=0)
+    assert torch.equal(first, second * torch.tensor([1, -1]))
+    assert not table[:, 0].any()
+
+
+def test_rotary_embedding_is_that_of_complex_numbers():
+    states, positions = torch.randn(2, 3, 10, 16), torch.arange(10)
+    table = rotary_table(positions, grid_size=3, head_dim=16, theta=10000.0)
+    pairs = torch.view_as_complex(states.unflatten(-1, (-1, 2)))
+    rotations = torch.view_as_complex(table[:, :, 1::2].movedim(0, -1).contiguous())
+    torch.testing.assert_close(apply_rotary(states, table), torch.view_as_real(pairs * rotations).flatten(-2))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -366,10 +366,10 @@ def _diffusers_dit_layer(theirs: str, ours: str) -> Iterator[Row]:
 
 def _rotary_buffers(original: str, config: VFMTokDiTConfig, head_dim: int) -> Iterator[DroppedRow]:
     positions = 1 + torch.arange(config.sample_size**2)
-    table = rotary_table(positions, config.sample_size, head_dim, config.rope_theta)
-    for name, values in zip(("freqs_cos", "freqs_sin"), table.repeat_interleave(2, dim=-1), strict=True):
-        reason = "the rotary embedding of the grid"
-        yield DroppedRow(f"{original}.{name}", tuple(values.shape), reason, values)
+    cosines, signed_sines = rotary_table(positions, config.sample_size, head_dim, config.rope_theta)
+    sines = signed_sines[:, 1::2].repeat_interleave(2, dim=-1)
+    for name, values in (("freqs_cos", cosines), ("freqs_sin", sines)):
+        yield DroppedRow(f"{original}.{name}", tuple(values.shape), "the rotary embedding of the grid", values)
 
 
 # ---------------------------------------------------------------------------------------------------------------

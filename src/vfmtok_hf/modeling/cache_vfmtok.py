@@ -114,7 +114,8 @@ class DecodeCache(FixedTensors):
         self.layers = nn.ModuleList(LayerCache(max_length) for _ in range(num_layers))
         self.max_length = max_length
         self.visible_length = max_length
-        self.length_step = 1 if num_lengths is None else -(-max_length // num_lengths)
+        # Rounded up to a multiple of 8, because CUDA's attention copies a mask of other lengths.
+        self.length_step = 1 if num_lengths is None else -(-max_length // (8 * num_lengths)) * 8
         self.shows_filled = False  # whether all visible positions are filled after a step
         self.modulated_steps = 0  # following steps with precomputed modulations (RAR)
 

@@ -61,8 +61,7 @@ class VFMTokARAttention(nn.Module):
         query = self.q_proj(hidden_states).view(head_shape).transpose(1, 2)
         key = self.k_proj(hidden_states).view(head_shape).transpose(1, 2)
         value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
-        # Both at once, because the time of a decode step grows with the number of operations.
-        query, key = apply_rotary(torch.cat([query, key], dim=1), position_embeddings).chunk(2, dim=1)
+        query, key = apply_rotary(query, position_embeddings), apply_rotary(key, position_embeddings)
         if cache is not None:
             key, value = cache.update(key, value, position, attention_mask)
         attention = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation, eager_attention_forward)

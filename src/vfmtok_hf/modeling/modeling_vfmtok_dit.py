@@ -141,7 +141,7 @@ class VFMTokDiTLayer(GradientCheckpointingLayer):
         Args:
             hidden_states (`torch.Tensor` of shape `(batch_size, length, width)`).
             condition (`torch.Tensor` of shape `(batch_size, 1, width)` or that of `hidden_states`).
-            rotary (`torch.Tensor` of shape `(2, length, head_dim / 2)`): as from [`rotary_table`].
+            rotary (`torch.Tensor` of shape `(2, length, head_dim)`): as from [`rotary_table`].
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(condition)).chunk(6, dim=-1)
         attended = self.self_attn(modulate(self.norm1(hidden_states), shift1, scale1), rotary)
