@@ -3,9 +3,10 @@ Decoding of image tokens: the original's loop against ours, plain and with packe
 
     python benchmarks/decode.py --model AR-B --dtype float32 --batch-sizes 1 8 32
 
-The models have random weights at the released sizes. `--compile` adds compiled steps. `--ahead` only compiles them, all batch
-sizes in parallel processes, and fills torch's cache for a later run. `--busy` keeps a second core busy, as another program
-would. `--only` restricts a run to the named sides. `--device cuda` skips packed weights, which are for CPUs only.
+The models have random weights at the released sizes. `--compile` adds compiled steps, and `--modes` adds others in these modes
+of torch.compile. `--ahead` only compiles them, all batch sizes in parallel processes, and fills torch's cache for a later run.
+`--busy` keeps a second core busy, as another program would. `--only` restricts a run to the named sides. `--device cuda` skips
+packed weights, which are for CPUs only.
 
 `limit` is the achieved share of the memory bandwidth: the bytes of weights and filled cache that a step must read, divided by
 its time, relative to a large matrix-vector multiplication (on CUDA, a copy) in the same run. Set
@@ -81,12 +82,14 @@ def build_sides(arguments: argparse.Namespace, dtype: torch.dtype) -> dict[str, 
         sides["ours, packed"] = partial(draw, pack_weights(build()))
     if arguments.compile:
         sides["ours, compiled"] = compiled_side(arguments, dtype)
+    for mode in arguments.modes:
+        sides[f"ours, compiled, {mode}"] = compiled_side(arguments, dtype, mode=mode)
     return {name: side for name, side in sides.items() if name == "original" or name in (arguments.only or sides)}
 
 
-def compiled_side(arguments: argparse.Namespace, dtype: torch.dtype) -> Side:
+def compiled_side(arguments: argparse.Namespace, dtype: torch.dtype, **options: str) -> Side:
     model = random_generator(generator_config(arguments.model, arguments.tiny), dtype, arguments.device)
-    model.compile_decoding(**({"mode": arguments.mode} if arguments.mode else {}))
+    model.compile_decoding(**options)
     return partial(draw, model)
 
 
@@ -108,7 +111,8 @@ def compile_ahead(arguments: argparse.Namespace, dtype: torch.dtype, steps: int)
 def compile_steps(arguments: argparse.Namespace, dtype: torch.dtype, steps: int, batch_size: int) -> None:
     torch.set_num_threads(arguments.threads)
     labels = torch.zeros(batch_size, dtype=torch.int64, device=arguments.device)
-    compiled_side(arguments, dtype)(labels, steps, 1.0)
+    for options in ({}, *({"mode": mode} for mode in arguments.modes)):
+        compiled_side(arguments, dtype, **options)(labels, steps, 1.0)
 
 
 def main() -> None:
@@ -119,7 +123,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0], help="1 is off")
     parser.add_argument("--steps", type=int, help="tokens per image; default: all")
     parser.add_argument("--compile", action="store_true", help="also measure the compiled step")
-    parser.add_argument("--mode", help="mode of torch.compile, e.g. max-autotune; default: that of compile_decoding")
+    parser.add_argument("--modes", nargs="+", default=[], help="modes of torch.compile to measure too, e.g. max-autotune")
     parser.add_argument("--ahead", action="store_true", help="only compile, without guidance")
     parser.add_argument("--busy", action="store_true", help="keep another core busy")
     parser.add_argument("--only", nargs="+", help="sides to measure besides the original")
