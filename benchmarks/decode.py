@@ -123,7 +123,9 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0], help="1 is off")
     parser.add_argument("--steps", type=int, help="tokens per image; default: all")
     parser.add_argument("--compile", action="store_true", help="also measure the compiled step")
-    parser.add_argument("--modes", nargs="+", default=[], help="modes of torch.compile to measure too, e.g. max-autotune")
+    parser.add_argument(
+        "--modes", nargs="+", default=[], help="modes of torch.compile to measure too, e.g. max-autotune"
+    )
     parser.add_argument("--ahead", action="store_true", help="only compile, without guidance")
     parser.add_argument("--busy", action="store_true", help="keep another core busy")
     parser.add_argument("--only", nargs="+", help="sides to measure besides the original")
