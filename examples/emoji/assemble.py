@@ -18,6 +18,7 @@ from PIL import Image
 from prepare_data import attribution
 
 from vfmtok_hf import VFMTokImageProcessor, VFMTokModel, VFMTokPipeline, VFMTokRARForImageGeneration
+from vfmtok_hf.data.files import find_images
 from vfmtok_hf.data.output_files import check_model_folder, whole_folder
 from vfmtok_hf.evaluation.reconstruction import psnr
 from vfmtok_hf.pipelines.portable_vfmtok import ENTRY_MODULES, INDEX_FILE, REQUIREMENTS_FILE, use_this_code
@@ -226,7 +227,7 @@ def write_card(folder: Path, data: Path, comparison: str, samples_per_class: int
     captions = [name for name in names for _ in range(samples_per_class)]
     image_grid(samples, 2 * samples_per_class, captions).save(folder / "samples.png")
 
-    files = sorted((data / "validation").glob("*/*.png"))
+    files = list(find_images([data / "validation"]).values())
     tokens = pipe.tokenize(files)
     originals, reconstructions = [Image.open(file) for file in files], pipe.detokenize(tokens)
     shown = files[:: len(files) // 32][:32]
@@ -252,7 +253,7 @@ def write_card(folder: Path, data: Path, comparison: str, samples_per_class: int
         generator_parameters=pipe.transformer.num_parameters(),
         layers=pipe.transformer.config.num_hidden_layers,
         width=pipe.transformer.config.hidden_size,
-        num_training=len(list((data / "train").glob("*/*.png"))),
+        num_training=len(find_images([data / "train"])),
         num_validation=len(files),
         samples_per_class=SAMPLES,
         comparison=comparison,
