@@ -124,7 +124,8 @@ def test_four_deaths_are_503_and_a_full_queue_is_429(monkeypatch):
         relayed(monkeypatch, [BackPressureError(1, 1)])
 
 
-def test_the_prefix_of_the_application_is_passed_on():
+def passed_on(scope) -> Request:
+    """What a replica receives for a request without a body."""
     scopes = []
     front_end = SimpleNamespace(api_key=None, messages=lambda scope, body: scopes.append(scope) or gone())
 
@@ -137,11 +138,23 @@ def test_the_prefix_of_the_application_is_passed_on():
     async def receive():
         return received.pop() if received else await asyncio.Future()  # a client that stays
 
-    scope = {"type": "http", "method": "GET", "path": "/emoji/v1/tokens", "root_path": "/emoji", "query_string": b""}
-    request = Request({**scope, "headers": []}, receive)
+    request = Request({"type": "http", "method": "GET", "root_path": "", "query_string": b"", **scope}, receive)
     with pytest.raises(Unavailable):
         asyncio.run(ray_app.FrontEnd.func_or_class.forward(front_end, request))
-    assert scopes[0]["root_path"] == "/emoji"
+    return Request(scopes[0])
+
+
+def test_the_prefix_of_the_application_is_passed_on():
+    request = passed_on({"path": "/emoji/v1/tokens", "root_path": "/emoji", "headers": []})
+    assert request.scope["root_path"] == "/emoji"
+
+
+def test_a_request_without_a_key_gets_one():
+    """With it, a repeated request gives the same images. An empty key is none, as for `vfmtok serve`."""
+    requests = [passed_on({"path": "/", "headers": headers}) for headers in ([], [(b"idempotency-key", b"")]) * 2]
+    assert len({request.headers["idempotency-key"] for request in requests} - {""}) == 4
+    request = passed_on({"path": "/", "headers": [(b"idempotency-key", b"mine")]})
+    assert request.headers.getlist("idempotency-key") == ["mine"]
 
 
 def test_the_list_of_models_needs_the_key():

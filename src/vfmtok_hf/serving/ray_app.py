@@ -183,8 +183,9 @@ class FrontEnd:
         if not is_authorized(request.scope, self.api_key):
             return error_reply(*UNAUTHORIZED)
         scope = {name: request.scope[name] for name in SCOPE}
-        if KEY_HEADER not in request.headers:
-            scope["headers"] = [*scope["headers"], (KEY_HEADER.encode(), uuid.uuid4().hex.encode())]
+        if not request.headers.get(KEY_HEADER):
+            # In front of an empty key, because the replica reads the first one.
+            scope["headers"] = [(KEY_HEADER.encode(), uuid.uuid4().hex.encode()), *scope["headers"]]
         messages = self.messages(scope, await request.body())
         start = await unless_gone(request, anext(messages))
 
