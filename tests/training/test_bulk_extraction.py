@@ -159,7 +159,8 @@ def test_only_what_is_missing_is_made_again(tokenizer, images, expected, tmp_pat
     assert written == [2]
 
 
-def test_slurm_gets_an_array_and_the_index_after_it(tokenizer, images, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("gpus", "num_jobs_on_gpus"), [([], 0), (["--gpus-per-task", "2"], 2)])
+def test_slurm_gets_an_array_and_the_index_after_it(tokenizer, images, tmp_path, monkeypatch, gpus, num_jobs_on_gpus):
     """`sbatch` here keeps the scripts that it is given, and runs none."""
     sbatch = tmp_path / "bin" / "sbatch"
     sbatch.parent.mkdir()
@@ -169,7 +170,7 @@ def test_slurm_gets_an_array_and_the_index_after_it(tokenizer, images, tmp_path,
     sbatch.chmod(0o755)
     monkeypatch.setenv("PATH", f"{sbatch.parent}{os.pathsep}{os.environ['PATH']}")
     options = ["--executor", "slurm", "--tasks", "4", "--workers", "2", "--partition", "gpu", "--time", "1:00:00"]
-    options += ["--num-workers", "3"]
+    options += ["--num-workers", "3", *gpus]
     run(tokenizer, images, tmp_path / "tokens", *options)
     scripts = (tmp_path / "scripts").read_text()
     assert re.search(r"#SBATCH --array=0-3%2", scripts)
@@ -178,7 +179,8 @@ def test_slurm_gets_an_array_and_the_index_after_it(tokenizer, images, tmp_path,
     assert scripts.count("#SBATCH --partition=gpu") == 4
     assert scripts.count("#SBATCH --cpus-per-task=4") == 2
     assert scripts.count("#SBATCH --mem-per-cpu=4G") == 2
-    assert "--gpus" not in scripts  # of tasks on CPUs
+    # Neither the index nor the job after it. The one after the array has the array's, which datatrove decides.
+    assert scripts.count("--gpus") == scripts.count("#SBATCH --gpus=2") == num_jobs_on_gpus
     assert "--qos" not in scripts
 
 

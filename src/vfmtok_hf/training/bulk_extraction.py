@@ -115,6 +115,7 @@ def extract_with_datatrove(
         options["mem_per_cpu_gb"] = max(math.ceil(MIN_MEMORY_GB / num_cpus), 2)
         options |= {"job_name": "vfmtok-tokens", "slurm_logs_folder": str(logs / "slurm")}
     shards = EXECUTORS[executor](pipeline=[step], tasks=tasks, logging_dir=str(logs / "shards"), **options)
+    options.pop("gpus_per_task", None)  # the index needs none
     index = EXECUTORS[executor](
         pipeline=[WriteIndex(arguments)], tasks=1, logging_dir=str(logs / "index"), depends=shards, **options
     )
