@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="pipeline folder to write, or to replace")
     arguments = parser.parse_args()
 
-    replaces = (arguments.output / INDEX_FILE).is_file()
+    replaces = (arguments.output / INDEX_FILE).is_file() or None  # only a pipeline is replaced
     generators = [arguments.generator, *(Path(folder) / "transformer" for _, folder in arguments.compare)]
     try:
         check_model_folder(arguments.output, overwrite=replaces)

@@ -175,7 +175,7 @@ def test_only_a_pipeline_is_replaced(assembled, refusal, file):
     output = assembled["output"]
     output.mkdir()
     (output / file).write_text("{}")
-    assert "output exists and is not empty" in refusal(assemble, **assembled)
+    assert "output exists and is not empty: choose another output, or delete it" in refusal(assemble, **assembled)
     assert [path.name for path in output.iterdir()] == [file]
 
 

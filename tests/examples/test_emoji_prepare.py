@@ -195,7 +195,7 @@ def test_existing_vision_model_is_kept_and_anything_else_refused(tmp_path, monke
     assert "is a file" in capsys.readouterr().err
     (tmp_path / "config.json").rename(tmp_path / "notes.json")
     assert vision_model.main(["--output", str(tmp_path)]) == 1
-    assert "is not empty" in capsys.readouterr().err
+    assert "is not empty: choose another output, or delete it" in capsys.readouterr().err
 
 
 def package_keys():

@@ -198,4 +198,4 @@ def test_command(tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["decoder.pt2", "export.json"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 1
-    assert "choose another output" in result.stderr
+    assert "choose another output, or delete it" in result.stderr

@@ -71,9 +71,13 @@ def check_token_suffix(path: Path) -> None:
         raise ImportError(f'{path.name} needs the `datasets` library: pip install "vfmtok-hf[train]".')
 
 
-def check_model_folder(path: Path, overwrite: bool = False) -> None:
+def check_model_folder(path: Path, overwrite: bool | None = None) -> None:
     """
     The same for a model folder, which must be new, empty, or a model folder that may be replaced.
+
+    Args:
+        path (`Path`): the folder.
+        overwrite (`bool`, *optional*): whether a model folder may be replaced. `None`: no, and the error does not offer it.
 
     Raises:
         FileExistsError: something that must not be replaced exists.
@@ -81,7 +85,8 @@ def check_model_folder(path: Path, overwrite: bool = False) -> None:
     """
     if path.is_dir() and any(path.iterdir()):
         if not overwrite:
-            raise FileExistsError(f"{path} exists and is not empty: choose another output, or overwrite it.")
+            cure = "delete" if overwrite is None else "overwrite"
+            raise FileExistsError(f"{path} exists and is not empty: choose another output, or {cure} it.")
         if not any((path / name).exists() for name in MODEL_FILES):
             raise FileExistsError(
                 f"{path} has no {' or '.join(MODEL_FILES)}, so it is not a model folder and will not be overwritten."
@@ -121,7 +126,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
+def whole_folder(path: Path, overwrite: bool | None = None) -> Iterator[Path]:
     """
     The same for a model folder, whose files are written to a temporary sibling. Raises the errors of
     [`check_model_folder`].

@@ -131,8 +131,6 @@ def check_export(output: Path, format: str) -> None:
     missing = [name for name in REQUIRED_PACKAGES if format == "onnx" and find_spec(name) is None]
     if missing:
         raise ImportError(f'ONNX export needs {", ".join(missing)}: pip install "vfmtok-hf[export]".')
-    if output.is_dir() and any(output.iterdir()):
-        raise FileExistsError(f"{output} exists and is not empty: choose another output.")
     check_model_folder(output)
 
 
