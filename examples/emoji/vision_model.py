@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import re
 import sys
 from importlib.metadata import distribution
@@ -30,6 +31,7 @@ SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 ARCHITECTURE = (
     "efficientnet_lite0"  # not `tf_efficientnet_lite0`: these weights want symmetric padding and ImageNet mean/std
 )
+CLASSES = {False: TimmWrapperModel, True: TimmWrapperForImageClassification}  # without and with the classifier
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
 
@@ -92,7 +94,7 @@ def build_vision_model(
             "interpolation": "bicubic",
         },
     )
-    model = (TimmWrapperForImageClassification if classifier else TimmWrapperModel)(config)
+    model = CLASSES[classifier](config)
     model.timm_model.load_state_dict(
         {key: value for key, value in weights.items() if classifier or not key.startswith("classifier.")}
     )
@@ -105,16 +107,25 @@ def package_license() -> str:
     return license_file.read_text()
 
 
+def check_existing(folder: Path, classifier: bool) -> None:
+    """Raise `FileExistsError` unless a model folder is of the class that would be written."""
+    found = json.loads((folder / "config.json").read_text()).get("architectures")
+    if found != [expected := CLASSES[classifier].__name__]:
+        wanted = f"the network {'with' if classifier else 'without'} its classifier, {expected}"
+        raise FileExistsError(f"{folder} contains {found}, not {wanted}: choose another --output, or delete it")
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--classifier", action="store_true", help="with the ImageNet classifier")
     options = parser.parse_args(arguments)
     output: Path = options.output
-    if (output / "config.json").is_file():
-        print(f"{output} is already there; delete it to build it again")
-        return 0
     try:
+        if (output / "config.json").is_file():
+            check_existing(output, options.classifier)
+            print(f"{output} is already there; delete it to build it again")
+            return 0
         check_model_folder(output)
         weights = load_package_weights()
     except ImportError:

@@ -188,9 +188,11 @@ def test_existing_dataset_is_kept_and_a_foreign_folder_refused(tmp_path, capsys)
 
 def test_existing_vision_model_is_kept_and_anything_else_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(vision_model, "load_package_weights", None)
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"architectures": ["TimmWrapperModel"]}')
     assert vision_model.main(["--output", str(tmp_path)]) == 0
     assert "already there" in capsys.readouterr().out
+    assert vision_model.main(["--output", str(tmp_path), "--classifier"]) == 1
+    assert "contains ['TimmWrapperModel'], not the network with its classifier" in capsys.readouterr().err
     assert vision_model.main(["--output", str(tmp_path / "config.json")]) == 1
     assert "is a file" in capsys.readouterr().err
     (tmp_path / "config.json").rename(tmp_path / "notes.json")
