@@ -8,8 +8,10 @@ tokens of all classes, and the tokens and reconstructions of `examples/images`. 
 """
 
 import argparse
+import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +23,9 @@ from result_tables import show_table
 
 from vfmtok_hf import DEFAULT_CHECKPOINT, VFMTokPipeline
 from vfmtok_hf.export.onnx import onnx_graph
-from vfmtok_hf.export.parts import DecodeStep, Graph, pipeline_parts
-from vfmtok_hf.export.pipeline import export_pipeline
+from vfmtok_hf.export.parts import DecodeStep, ExportPart, Graph, pipeline_parts
+from vfmtok_hf.export.pipeline import ExportedPart, export_pipeline
+from vfmtok_hf.export.web import store_in_half
 
 
 IMAGES = Path(__file__).parents[1] / "examples" / "images"
@@ -36,10 +39,6 @@ def in_float16(values: np.ndarray, name: str) -> tuple[list[onnx.TensorProto], o
     return [stored], helper.make_node("Cast", [stored.name], [name], to=onnx.TensorProto.FLOAT)
 
 
-def in_float16_if_exact(values: np.ndarray, name: str) -> tuple[list[onnx.TensorProto], onnx.NodeProto] | None:
-    return in_float16(values, name) if np.array_equal(values.astype(np.float16), values) else None
-
-
 def in_int8(values: np.ndarray, name: str) -> tuple[list[onnx.TensorProto], onnx.NodeProto] | None:
     """One scale per entry of the first dimension."""
     if values.ndim < 2:
@@ -50,17 +49,9 @@ def in_int8(values: np.ndarray, name: str) -> tuple[list[onnx.TensorProto], onnx
     return stored, helper.make_node("DequantizeLinear", [tensor.name for tensor in stored], [name], axis=0)
 
 
-STORAGES: dict[str, Storage] = {
-    "float32": lambda values, name: None,
-    "float16 where exact (what is written)": in_float16_if_exact,
-    "all in float16": in_float16,
-    "int8 by channel": in_int8,
-}
-
-
-def store(source: Path, target: Path, storage: Storage) -> None:
-    """Write a graph with its large float32 tensors in another format."""
-    model = onnx.load(source)
+def store(file: Path, storage: Storage) -> None:
+    """Rewrite a graph with its large float32 tensors in another format."""
+    model = onnx.load(file)
     graph = model.graph
     for tensor in [tensor for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT]:
         values = numpy_helper.to_array(tensor)
@@ -69,7 +60,16 @@ def store(source: Path, target: Path, storage: Storage) -> None:
             graph.initializer.remove(tensor)
             graph.initializer.extend(stored)
             graph.node.insert(0, node)
-    onnx.save(model, target)
+    onnx.save(model, file)
+
+
+# What rewrites the file of a part.
+WRITERS: dict[str, Callable[[ExportedPart, ExportPart], object]] = {
+    "float32": lambda exported, part: None,
+    "float16 where exact (what is written)": store_in_half,
+    "all in float16": lambda exported, part: store(exported.file, in_float16),
+    "int8 by channel": lambda exported, part: store(exported.file, in_int8),
+}
 
 
 def greedy_tokens(graph: Graph, part: DecodeStep) -> torch.Tensor:
@@ -101,17 +101,18 @@ def main() -> None:
     reconstruction = pipe.vq_model.decode(image_tokens=tokens).reconstruction
     with tempfile.TemporaryDirectory() as folder:
         exported = export_pipeline(pipe, Path(folder) / "exported")
-        step = pipeline_parts(pipe)["decode_step"]
-        for name, storage in STORAGES.items():
+        parts = pipeline_parts(pipe)
+        for name, write in WRITERS.items():
             files = {part.name: Path(folder) / part.file.name for part in exported}
             for part in exported:
-                store(part.file, files[part.name], storage)
+                copy = shutil.copy(part.file, files[part.name])
+                write(replace(part, file=copy), parts[part.name])
             graphs = {part: onnx_graph(file) for part, file in files.items()}
             difference = graphs["decoder"](tokens)[0] - reconstruction
             row = {
                 "side": name,
                 "MB": f"{sum(file.stat().st_size for file in files.values()) / 1e6:.1f}",
-                "greedy tokens equal": equal(greedy_tokens(graphs["decode_step"], step), greedy),
+                "greedy tokens equal": equal(greedy_tokens(graphs["decode_step"], parts["decode_step"]), greedy),
                 "encoder tokens equal": equal(graphs["encoder"](pixel_values)[0], tokens),
                 "largest pixel difference": f"{difference.abs().max():.0e}",
             }

@@ -162,24 +162,15 @@ def test_loading_of_a_pipeline(capsys):
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["seconds"] > 0
 
 
-@pytest.mark.parametrize(
-    ("storage", "dtype", "bytes_per_weight", "tolerance"),
-    [
-        ("float32", torch.float32, 4, 0),
-        ("float16 where exact (what is written)", torch.float32, 4, 0),
-        ("float16 where exact (what is written)", torch.float16, 2, 0),
-        ("all in float16", torch.float32, 2, 1e-3),
-        ("int8 by channel", torch.float32, 1, 2e-2),
-    ],
-)
-def test_stored_weights_are_restored(tmp_path, storage, dtype, bytes_per_weight, tolerance):
+@pytest.mark.parametrize(("storage", "bytes_per_weight", "tolerance"), [("in_float16", 2, 1e-3), ("in_int8", 1, 2e-2)])
+def test_stored_weights_are_restored(tmp_path, storage, bytes_per_weight, tolerance):
     onnx = pytest.importorskip("onnx", reason="needs vfmtok-hf[export]")
-    from export_weights import STORAGES, store
+    import export_weights
 
     from vfmtok_hf.export.onnx import onnx_graph
 
     torch.manual_seed(0)
-    weight, inputs = torch.randn(64, 64).to(dtype).float(), torch.eye(64)
+    weight, inputs = torch.randn(64, 64), torch.eye(64)
     value = partial(onnx.helper.make_tensor_value_info, elem_type=onnx.TensorProto.FLOAT, shape=[64, 64])
     graph = onnx.helper.make_graph(
         [onnx.helper.make_node("MatMul", ["inputs", "weight"], ["outputs"])],
@@ -188,8 +179,9 @@ def test_stored_weights_are_restored(tmp_path, storage, dtype, bytes_per_weight,
         [value("outputs")],
         [onnx.numpy_helper.from_array(weight.numpy(), "weight")],
     )
-    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)]), tmp_path / "graph.onnx")
-    store(tmp_path / "graph.onnx", tmp_path / "stored.onnx", STORAGES[storage])
-    size = (tmp_path / "stored.onnx").stat().st_size
+    file = tmp_path / "graph.onnx"
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)]), file)
+    export_weights.store(file, getattr(export_weights, storage))
+    size = file.stat().st_size
     assert bytes_per_weight * weight.numel() < size < bytes_per_weight * weight.numel() + 1500
-    torch.testing.assert_close(onnx_graph(tmp_path / "stored.onnx")(inputs)[0], weight, rtol=0, atol=tolerance)
+    torch.testing.assert_close(onnx_graph(file)(inputs)[0], weight, rtol=0, atol=tolerance)
