@@ -23,6 +23,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
+from judge import open_splits
 from matplotlib.figure import Figure
 from measure import NUM_IMAGES, PROBE, table, training_images
 from sklearn.linear_model import LogisticRegression
@@ -112,10 +113,6 @@ class Judge:
             "right": mean(right[labels == label].float().mean().item() for label in labels.unique()),
             "recall": recall,
         }
-
-
-def class_names(folder: Path) -> list[str]:
-    return sorted({file.parent.name for file in find_images([folder]).values()})
 
 
 @contextmanager
@@ -308,14 +305,6 @@ def check_report(output: Path, files: dict[str, list[Path]], missing: list[Path]
     check_output_folder(output)
 
 
-def check_same_classes(data: Path) -> None:
-    """Raise unless both splits have the same classes."""
-    train, validation = (class_names(data / part) for part in ("train", "validation"))
-    if train != validation:
-        differing = ", ".join(sorted({*train} ^ {*validation}))
-        raise ValueError(f"train and validation in {data} have different classes: {differing}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, required=True, help="output folder of train.py")
@@ -345,11 +334,10 @@ def main() -> None:
         if arguments.output:
             check_report(arguments.output, files, missing)
         if missing:
-            check_same_classes(arguments.data)
+            names = open_splits(arguments.data)[0].class_names
     except (OSError, ValueError) as error:
         parser.error(str(error))
     if missing:
-        names = class_names(arguments.data / "train")
         train = Images(list(find_images([arguments.data / "train"]).values()), names)
         reference = Images(training_images(arguments.data), names)
         judges = [Judge(folder, train, reference, device) for folder in arguments.judges]

@@ -43,13 +43,13 @@ def enlarge(pixel_values: torch.Tensor) -> torch.Tensor:
     return F.interpolate(pixel_values, (INPUT_SIZE, INPUT_SIZE), mode="bicubic", antialias=True)
 
 
-def open_data(data: Path) -> tuple[ImageRecords, ImageRecords]:
+def open_splits(data: Path) -> tuple[ImageRecords, ImageRecords]:
     """
     Training and held-out images, whose labels have the same numbers.
 
     Raises:
         FileNotFoundError: a split does not exist or has no images.
-        ValueError: the splits have different classes, or there are too few images for a step of training.
+        ValueError: the splits have different classes.
     """
     for folder in (data / "train", data / "validation"):
         if not folder.is_dir():
@@ -58,8 +58,6 @@ def open_data(data: Path) -> tuple[ImageRecords, ImageRecords]:
     if train.class_names != test.class_names:
         differing = ", ".join(sorted({*train.class_names} ^ {*test.class_names}))
         raise ValueError(f"{train.source} and {test.source} have different classes: {differing}.")
-    if len(train) < BATCH_SIZE:
-        raise ValueError(f"{train.source} has {len(train)} images, and a step of training needs {BATCH_SIZE}.")
     return train, test
 
 
@@ -74,9 +72,11 @@ def main() -> None:
         parser.error("--epochs must be 1 or more")
     try:
         check_output_folder(arguments.output)
-        train, test = open_data(arguments.data)
+        train, test = open_splits(arguments.data)
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    if len(train) < BATCH_SIZE:
+        parser.error(f"{train.source} has {len(train)} images, and a step of training needs {BATCH_SIZE}")
     set_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     augmentation = Augmentation(arguments.image_size, (0.85, 1.15), horizontal_flip=True)

@@ -68,22 +68,6 @@ def judge(tmp_path_factory):
     return str(folder)
 
 
-@pytest.fixture
-def refusal(monkeypatch, capsys):
-    """The error with which a script ends before it loads a model."""
-
-    def refusal(script, **options):
-        argv = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *argv])
-        for name in ("load", "save_pipeline"):
-            monkeypatch.setattr(script, name, None, raising=False)
-        with pytest.raises(SystemExit):
-            script.main()
-        return capsys.readouterr().err
-
-    return refusal
-
-
 def read_table(text):
     """Column by header, each a dict by row name."""
     header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines())
@@ -171,7 +155,8 @@ def assembled(folder, data, judge, tmp_path):
 
 
 @pytest.mark.parametrize("file", ["notes.txt", "config.json"])
-def test_only_a_pipeline_is_replaced(assembled, refusal, file):
+def test_only_a_pipeline_is_replaced(assembled, refusal, file, monkeypatch):
+    monkeypatch.setattr(assemble, "save_pipeline", None)
     output = assembled["output"]
     output.mkdir()
     (output / file).write_text("{}")
@@ -179,17 +164,15 @@ def test_only_a_pipeline_is_replaced(assembled, refusal, file):
     assert [path.name for path in output.iterdir()] == [file]
 
 
-def test_a_pipeline_is_replaced_as_a_whole(assembled, monkeypatch):
+def test_a_pipeline_is_replaced_as_a_whole(assembled, run_script, monkeypatch):
     output = assembled["output"]
     output.mkdir()
     (output / "model_index.json").write_text("{}")
     (output / "old.txt").touch()
     sibling = output.with_name("output.partial")
     sibling.mkdir()
-    argv = [text for name, value in assembled.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    monkeypatch.setattr(sys, "argv", ["assemble.py", *argv])
     monkeypatch.setattr(assemble, "compare", lambda *arguments: "(the table)")
-    assemble.main()
+    run_script(assemble, **assembled)
     assert {"README.md", "ATTRIBUTION.md", "LICENSE.efficientnet-lite0", "vq_model"} <= {
         p.name for p in output.iterdir()
     }
@@ -197,7 +180,9 @@ def test_a_pipeline_is_replaced_as_a_whole(assembled, monkeypatch):
     assert {path.name for path in output.parent.iterdir()} == {"LICENSE", "output", "output.partial"}
 
 
-def test_classes_of_data_and_models_are_compared_first(folder, assembled, data, judge, refusal, tmp_path):
+def test_classes_of_data_and_models_are_compared_first(folder, assembled, data, judge, refusal, tmp_path, monkeypatch):
+    monkeypatch.setattr(assemble, "save_pipeline", None)
+    monkeypatch.setattr(class_fidelity, "load", None)
     shutil.copytree(data, tmp_path / "lacking")
     shutil.rmtree(tmp_path / "lacking" / "validation" / "clock")
     shutil.copytree(data, tmp_path / "renamed")

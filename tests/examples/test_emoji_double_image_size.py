@@ -3,7 +3,6 @@
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 
 from tests.testing import tiny_model
@@ -25,12 +24,10 @@ def last_states(model, image_tokens):
     return states[0]
 
 
-def test_the_new_level_repeats_pixels(tmp_path, monkeypatch):
+def test_the_new_level_repeats_pixels(tmp_path, run_script):
     small = tiny_model()
     small.save_pretrained(tmp_path / "small")
-    arguments = ["--tokenizer", str(tmp_path / "small"), "--output", str(tmp_path / "large")]
-    monkeypatch.setattr(sys, "argv", ["double_image_size.py", *arguments])
-    double_image_size.main()
+    run_script(double_image_size, tokenizer=tmp_path / "small", output=tmp_path / "large")
     large = VFMTokModel.from_pretrained(tmp_path / "large")
 
     assert large.config.image_size == 2 * small.config.image_size
@@ -44,14 +41,9 @@ def test_the_new_level_repeats_pixels(tmp_path, monkeypatch):
         torch.testing.assert_close(large.encode_features(features), small.encode_features(features))
 
 
-def test_a_file_is_no_output(tmp_path, monkeypatch, capsys):
+def test_a_file_is_no_output(tmp_path, refusal):
     (tmp_path / "file").touch()
-    monkeypatch.setattr(
-        sys, "argv", ["double_image_size.py", "--tokenizer", "nope", "--output", str(tmp_path / "file")]
-    )
-    with pytest.raises(SystemExit):
-        double_image_size.main()
-    assert "is a file, not a folder" in capsys.readouterr().err
+    assert "is a file, not a folder" in refusal(double_image_size, tokenizer="nope", output=tmp_path / "file")
 
 
 def test_it_trains():
