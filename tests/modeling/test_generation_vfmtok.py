@@ -1,10 +1,15 @@
 """Sampling: pure functions against the reference and brute force, and the decode loop on a tiny generator."""
 
 import contextlib
+import copy
 import math
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig, LogitsProcessorList, SuppressTokensLogitsProcessor
@@ -607,10 +612,14 @@ def compiled_with_counter(model) -> CompileCounter:
 LONGER = {"num_image_tokens": 36, "num_position_embeddings": 38, "num_timestep_embeddings": 38}
 
 
+def longer(kind):
+    return tiny_ar(num_image_tokens=36) if kind == "ar" else tiny_rar(**LONGER)
+
+
 @pytest.mark.parametrize("settings", [{}, {"guidance_interval": 3, "do_sample": False}], ids=["guided", "partly"])
 @pytest.mark.parametrize("kind", ["ar", "rar"])
 def test_a_generation_has_eight_graphs_at_most_and_its_repetition_none(kind, settings):
-    model = tiny_ar(num_image_tokens=36) if kind == "ar" else tiny_rar(**LONGER)
+    model = longer(kind)
     labels = LABELS[:3]
 
     def draw(seed=0):
@@ -676,7 +685,7 @@ def test_what_compiled_steps_write_has_a_fixed_address(model):
     addresses = []
     for guidance_scale in (3.0, 2.0):
         model.generate(LABELS, guidance_scale=guidance_scale, guidance_interval=3)
-        (cache,) = model._compiled_steps.caches.values()
+        ((cache,),) = model._compiled_steps.unused_caches.values()
         addresses.append({name: buffer.data_ptr() for name, buffer in cache.named_buffers()})
     assert addresses[0] == addresses[1]
     assert len(written) >= 2 * 8 * 2 * model.config.num_hidden_layers  # keys and values of all layers and steps
@@ -690,6 +699,117 @@ def test_many_numbers_of_rows_are_compiled():
     for rows in (1, 2, 3):
         model.generate(LABELS[:rows])
     assert counter.frame_count > 8
+
+
+def test_other_guidance_temperature_and_top_p_need_no_other_graphs(model):
+    settings = {"guidance_scale": 3.0, "temperature": 0.9, "top_p": 0.9}
+    changes = [{"guidance_scale": 2.0}, {"temperature": 0.5}, {"top_p": 0.3}, {"guidance_scale": np.float32(2)}]
+    plain = [model.generate(LABELS, generator=generators(1, 2, 3, 4), **settings | change) for change in changes]
+    counter = compiled_with_counter(model)
+    model.generate(LABELS, **settings)
+    count = counter.frame_count
+    for change, expected in zip(changes, plain, strict=True):
+        drawn = model.generate(LABELS, generator=generators(1, 2, 3, 4), **settings | change)
+        assert torch.equal(drawn, expected), change
+    assert counter.frame_count == count
+    model.generate(LABELS, **settings, top_k=np.int64(5))
+    assert counter.frame_count > count
+
+
+CHANGES = {
+    "attention": lambda model: model.set_attn_implementation("eager"),
+    "dtype": lambda model: model.to(torch.float64),
+    "frozen weights": lambda model: model.requires_grad_(False),
+    "adapter": lambda model: inject_adapter_in_model(
+        LoraConfig(target_modules=["q_proj"], init_lora_weights=False), model
+    ),
+    "edited weight": lambda model: model.lm_head.weight.data.neg_(),
+    "another layer": lambda model: model.layers[0].self_attn.register_module(
+        "o_proj", torch.nn.Linear(*reversed(model.layers[0].self_attn.o_proj.weight.shape))
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("kind", ["ar", "rar"])
+def test_compiled_steps_follow_changes_of_the_model(kind, change):
+    """A longer model, whose lengths alone nearly fill the graphs that torch.compile allows a function."""
+    model = longer(kind)
+    compiled_with_counter(model)
+    model.generate(LABELS, do_sample=False)
+    change(model)
+    drawn = model.generate(LABELS, do_sample=False)
+    model.compile_decoding(disable=True)
+    assert torch.equal(drawn, model.generate(LABELS, do_sample=False))
+
+
+@pytest.mark.parametrize("kind", ["ar", "rar"])
+def test_compiled_steps_follow_their_context(kind):
+    model = longer(kind)
+    expected = model.generate(LABELS, do_sample=False)
+    counter = compiled_with_counter(model)
+    counts = []
+    for _ in range(2):
+        for context in (contextlib.nullcontext(), torch.inference_mode(), torch.autocast("cpu", enabled=False)):
+            with context:
+                assert torch.equal(model.generate(LABELS, do_sample=False), expected)
+        counts.append(counter.frame_count)
+    assert counts[0] == counts[1]
+
+
+def test_orders_and_editing_need_no_other_graphs():
+    model = longer("rar")
+    orders, tokens = torch.randperm(36), torch.arange(4 * 36).view(4, 36) % 32
+    edit = {"image_tokens": tokens, "keep_mask": torch.arange(36) < 1}
+    plain = [model.generate(LABELS, do_sample=False, **options) for options in ({}, {"orders": orders}, edit)]
+    counter = compiled_with_counter(model)
+    assert torch.equal(model.generate(LABELS, do_sample=False), plain[0])
+    count = counter.frame_count
+    assert torch.equal(model.generate(LABELS, do_sample=False, orders=orders), plain[1])
+    assert torch.equal(model.generate(LABELS, do_sample=False, **edit), plain[2])
+    assert counter.frame_count == count
+
+
+def test_generations_of_a_compiled_model_may_run_inside_each_other(model):
+    def generate_inside(step, tokens):
+        if step == 4:
+            model.generate(LABELS.flip(0))
+
+    def draw(callback):
+        return model.generate(LABELS, generator=generators(1, 2, 3, 4), callback=callback)
+
+    expected = draw(None)
+    counter = compiled_with_counter(model)
+    assert torch.equal(draw(generate_inside), expected)
+    count = counter.frame_count
+    assert torch.equal(draw(generate_inside), expected)
+    assert counter.frame_count == count
+
+
+def test_threads_may_share_a_compiled_model(model):
+    seeds = [[4 * i + j for j in range(4)] for i in range(8)]
+    expected = [model.generate(LABELS, generator=generators(*row)) for row in seeds]
+    compiled_with_counter(model)
+    model.generate(LABELS)
+    with ThreadPoolExecutor(4) as pool:
+        drawn = list(pool.map(lambda row: model.generate(LABELS, generator=generators(*row)), seeds))
+    assert all(map(torch.equal, drawn, expected))
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])  # noqa: S301
+def test_copies_of_a_compiled_model_compile_their_own_steps(model, copy_of):
+    model.compile_decoding(backend="eager")
+    expected = model.generate(LABELS, do_sample=False)
+    copied = copy_of(model)
+    assert not copied._compiled_steps.functions
+    assert torch.equal(copied.generate(LABELS, do_sample=False), expected)
+    assert copied._compiled_steps.functions
+
+
+@pytest.mark.parametrize("options", [{"fullgraph": False}, {"dynamic": True}, {"mode": "none"}, {"backend": "none"}])
+def test_invalid_options_are_refused_before_generation(model, options):
+    with pytest.raises((TypeError, RuntimeError), match=f"{[*options][0]}|none"):
+        model.compile_decoding(**options)
 
 
 def test_compiled_steps_serve_a_logits_processor_and_editing():

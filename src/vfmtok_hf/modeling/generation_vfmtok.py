@@ -7,12 +7,13 @@ with the device, and its steps have a few fixed shapes, as torch.compile and CUD
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import lru_cache, partial
 from numbers import Integral, Real
 from types import FunctionType, NoneType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -119,14 +120,28 @@ def filter_top_k(logits: torch.Tensor, top_k: int) -> torch.Tensor:
     return logits.masked_fill(logits < kth_largest, -torch.inf)
 
 
-def filter_top_p(logits: torch.Tensor, top_p: float) -> torch.Tensor:
+def filter_top_p(logits: torch.Tensor, top_p: float | torch.Tensor) -> torch.Tensor:
     """Keep the most probable tokens of each row, up to and including the one where their sum exceeds `top_p`."""
     sorted_logits, sorted_tokens = logits.sort(dim=-1, descending=True)
     probabilities = sorted_logits.softmax(dim=-1)
-    last_kept = index_at_share(probabilities, probabilities.new_full(logits.shape[:1], top_p))
+    shares = torch.as_tensor(top_p, dtype=probabilities.dtype, device=logits.device).expand(logits.shape[0])
+    last_kept = index_at_share(probabilities, shares)
     ranks = torch.arange(logits.shape[-1], device=logits.device)
     removed = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, sorted_tokens, ranks > last_kept[:, None])
     return logits.masked_fill(removed, -torch.inf)
+
+
+def filter_logits(
+    logits: torch.Tensor, temperature: float | torch.Tensor, top_k: int, top_p: float | torch.Tensor | None
+) -> torch.Tensor:
+    """
+    Apply temperature, top-k (0: off) and top-p (None: off) to `(batch_size, codebook_size)` logits; removed tokens become -inf.
+    Tensors have shape `()`.
+    """
+    logits = logits / temperature
+    if top_k > 0:
+        logits = filter_top_k(logits, top_k)
+    return logits if top_p is None else filter_top_p(logits, top_p)
 
 
 @lru_cache
@@ -189,6 +204,9 @@ class SamplingSettings:
                 raise TypeError(
                     f"{field.name} must be {'an integer' if wanted is Integral else 'a number'}, got {value!r}."
                 )
+            if value is not None and field.type is not bool:
+                # torch.compile would take numpy's numbers for tensors.
+                object.__setattr__(self, field.name, int(value) if wanted is Integral else float(value))
         if not 0 <= self.guidance_scale < math.inf:
             raise ValueError(f"guidance_scale must be 1 (off) or larger, got {self.guidance_scale}.")
         if self.guidance_interval is not None and self.guidance_interval < 0:
@@ -241,13 +259,22 @@ class SamplingSettings:
         return constant_guidance(num_steps, self.effective_guidance_scale, self.guidance_interval)
 
     def filter(self, logits: torch.Tensor) -> torch.Tensor:
-        """Apply temperature, top-k and top-p to `(batch_size, codebook_size)` logits; removed tokens become -inf."""
-        logits = logits / self.temperature
-        if self.top_k > 0:
-            logits = filter_top_k(logits, self.top_k)
-        if self.top_p < 1:
-            logits = filter_top_p(logits, self.top_p)
-        return logits
+        """Apply temperature, top-k and top-p as in [`filter_logits`]."""
+        return filter_logits(logits, self.temperature, self.top_k, self.top_p if self.top_p < 1 else None)
+
+
+class SamplingChoice(NamedTuple):
+    """What is constant in a graph of compiled steps. Guidance, temperature and top-p are tensors, so they may change."""
+
+    do_sample: bool
+    top_k: int
+    has_top_p: bool
+
+    @classmethod
+    def of(cls, settings: SamplingSettings) -> "SamplingChoice":
+        """The choice in `settings`. Greedy decoding ignores filters."""
+        sampled = settings.do_sample
+        return cls(sampled, settings.top_k if sampled else 0, sampled and settings.top_p < 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -259,7 +286,8 @@ def draw_tokens(
     step: torch.Tensor,
     scales: torch.Tensor,
     numbers: torch.Tensor,
-    settings: SamplingSettings,
+    limits: torch.Tensor,
+    choice: SamplingChoice,
     logits_processor: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
@@ -271,7 +299,8 @@ def draw_tokens(
         step (`torch.LongTensor` of shape `()`): row of `scales` and `numbers` to use.
         scales (`torch.Tensor` of shape `(num_image_tokens,)`): guidance of each step.
         numbers (`torch.Tensor` of shape `(num_image_tokens, batch_size)`): uniform numbers of each step.
-        settings (`SamplingSettings`).
+        limits (`torch.Tensor` of shape `(2,)`): temperature and top-p.
+        choice (`SamplingChoice`).
         logits_processor (`Callable`, *optional*): called with the guided logits.
 
     Returns:
@@ -281,9 +310,10 @@ def draw_tokens(
         logits = apply_guidance(logits, scales.index_select(0, step[None]))
     if logits_processor is not None:
         logits = logits_processor(logits)
-    if not settings.do_sample:
+    if not choice.do_sample:
         return logits.argmax(dim=-1), logits.amax(dim=-1)
-    logits = settings.filter(logits)
+    temperature, top_p = limits
+    logits = filter_logits(logits, temperature, choice.top_k, top_p if choice.has_top_p else None)
     return sample_tokens(logits, numbers.index_select(0, step[None])[0]), logits.amax(dim=-1)
 
 
@@ -301,11 +331,12 @@ def decode_and_draw(
     cache: DecodeCache,
     scales: torch.Tensor,
     numbers: torch.Tensor,
-    settings: SamplingSettings,
+    limits: torch.Tensor,
+    choice: SamplingChoice,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A decode step and the sampling of its token: everything in a step that does not need Python."""
     step = position - (model.num_condition_tokens - 1)
-    return draw_tokens(decode_step(model, tokens, position, cache), step, scales, numbers, settings)
+    return draw_tokens(decode_step(model, tokens, position, cache), step, scales, numbers, limits, choice)
 
 
 def to_raster(sequence: torch.Tensor, orders: torch.Tensor | None) -> torch.Tensor:
@@ -315,7 +346,7 @@ def to_raster(sequence: torch.Tensor, orders: torch.Tensor | None) -> torch.Tens
 
 class CompiledSteps:
     """
-    Compiled decode steps, and the caches that their CUDA graphs read, one per number of rows.
+    Compiled decode steps, and the caches that their CUDA graphs read. Copies and pickles keep only the options.
 
     Args:
         options: options of `torch.compile`.
@@ -324,18 +355,41 @@ class CompiledSteps:
     def __init__(self, **options):
         self.options = options
         self.functions: dict[tuple, Callable] = {}
-        self.caches: dict[int, DecodeCache] = {}
+        self.unused_caches: dict[int, list[DecodeCache]] = {}
+        self.compile(decode_step)  # raises for invalid options
+
+    def __reduce__(self) -> tuple:
+        return partial(CompiledSteps, **self.options), ()
+
+    def compile(self, function: Callable) -> Callable:
+        """Compile a function of fixed shapes, at its first call."""
+        return torch.compile(function, fullgraph=True, dynamic=False, **self.options)
 
     def __call__(self, function: FunctionType, *inputs: Any) -> Any:
-        """Compile `function(model, tokens, position, cache, ...)`. A last argument with options is constant in a graph."""
+        """Run `function(model, tokens, position, cache, ...)` compiled. The choice, if it is the last argument, is constant in a graph."""
         _, tokens, _, cache, *others = inputs
-        key = function, len(cache.condition_embeds), len(tokens), *others[-1:]
+        key = function, len(cache.condition_embeds), len(tokens), cache.visible_length, *others[-1:]
         if key not in self.functions:
-            # torch.compile limits the graphs of a code object. With its own code object, a key needs one per visible length.
-            own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-            self.functions[key] = torch.compile(own, fullgraph=True, dynamic=False, **self.options)
+            # torch.compile limits the graphs of a code object. With its own, a key has one graph per state of the model, such
+            # as its adapter or autocast.
+            self.functions[key] = self.compile(
+                FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+            )
         torch.compiler.cudagraph_mark_step_begin()
         return self.functions[key](*inputs)
+
+    @contextmanager
+    def cache(self, num_rows: int, new_cache: Callable[[int], DecodeCache]) -> Iterator[DecodeCache]:
+        """Reserve a cache for `num_rows`. Generations in other threads or in callbacks use other ones."""
+        unused = self.unused_caches.setdefault(num_rows, [])
+        try:
+            cache = unused.pop()
+        except IndexError:
+            cache = new_cache(COMPILED_LENGTHS)
+        try:
+            yield cache
+        finally:
+            unused.append(cache)
 
 
 class VFMTokGenerationMixin(GenerationMixin):
@@ -384,11 +438,19 @@ class VFMTokGenerationMixin(GenerationMixin):
         """
         Compile decode steps and sampling, in place, at the next call of `generate`.
 
-        There is one graph per number of rows and visible length, at most eight in one generation. On CUDA, they are CUDA
-        graphs. The caches of all numbers of rows stay in memory.
+        There is one graph per number of rows and visible length, at most eight in one generation. Other guidance, temperatures
+        and `top_p` use the same graphs. Turning `top_p` on or off, another `top_k`, greedy decoding, a logits processor and
+        changes of the model, such as another adapter or dtype, need their own, up to eight per length. Forward hooks that are
+        added later are ignored. On CUDA, they are CUDA graphs, so call this when the model is on its device. Caches stay in
+        memory, one per number of rows and concurrent generation.
 
         Args:
-            options: options of `torch.compile`. On CUDA, `mode` is `"reduce-overhead"` by default.
+            options: options of `torch.compile`. On CUDA, `mode` is `"reduce-overhead"` by default. `disable=True` turns
+                compilation off.
+
+        Raises:
+            TypeError, RuntimeError: `torch.compile` does not know the options, or they are `fullgraph` or `dynamic`, which are
+                fixed.
         """
         if self.device.type == "cuda" and not {"mode", "options", "backend"} & options.keys():  # type: ignore[attr-defined]
             options["mode"] = "reduce-overhead"
@@ -438,15 +500,16 @@ class VFMTokGenerationMixin(GenerationMixin):
         class_labels = self._as_class_labels(class_labels)
         return self._decode_tokens(class_labels, settings, generator, logits_processor, callback)
 
-    def _cache_and_runner(self, num_rows: int) -> tuple[DecodeCache, Callable]:
+    @contextmanager
+    def _cache_and_runner(self, num_rows: int) -> Iterator[tuple[DecodeCache, Callable]]:
         """The cache of a generation with `num_rows`, and the function that calls its steps."""
-        if self._compiled_steps is None:
+        compiled = self._compiled_steps
+        if compiled is None:
             # No fixed lengths: reading unfilled positions slows down large batches on CPUs by up to 10 %.
-            return self.new_cache(), lambda function, *inputs: function(*inputs)
-        caches = self._compiled_steps.caches
-        if num_rows not in caches:
-            caches[num_rows] = self.new_cache(COMPILED_LENGTHS)
-        return caches[num_rows], self._compiled_steps
+            yield self.new_cache(), lambda function, *inputs: function(*inputs)
+        else:
+            with compiled.cache(num_rows, self.new_cache) as cache:
+                yield cache, compiled
 
     def _decode_tokens(
         self,
@@ -476,6 +539,7 @@ class VFMTokGenerationMixin(GenerationMixin):
         guidance = settings.guidance_scales(num_tokens)
         guided_steps = max((step + 1 for step, scale in enumerate(guidance) if scale != 1), default=0)
         scales = torch.tensor(guidance).to(device)
+        limits, choice = torch.tensor([settings.temperature, settings.top_p]).to(device), SamplingChoice.of(settings)
         numbers = torch.zeros(num_tokens, batch_size, device=device)
         if settings.do_sample:
             drawn_numbers = uniform_numbers(num_tokens - first_step, batch_size, generator, device)
@@ -490,40 +554,39 @@ class VFMTokGenerationMixin(GenerationMixin):
         if known_tokens is not None:
             tokens[:, :first_step] = known_tokens
         largest_logits = torch.zeros(batch_size, num_tokens, device=device)
-        cache, run = self._cache_and_runner(len(labels))
-        position = torch.tensor(self.num_condition_tokens - 1 + first_step).to(
-            device
-        )  # the last position that was read
-
-        for step in range(first_step, num_tokens):
-            if step == guided_steps:
-                passes = 1
-            if step > first_step:
-                position += 1
-                self.prepare_step(position, cache)
-                cache.show(self.num_condition_tokens + step, filled=True)
-                inputs = self, tokens[:, step - 1].repeat(passes).to(position.device), position, cache
-            if step > first_step and logits_processor is None:
-                drawn, largest = run(decode_and_draw, *inputs, scales, numbers, settings)
-            else:
+        # The last position that was read.
+        position = torch.tensor(self.num_condition_tokens - 1 + first_step).to(device)
+        with self._cache_and_runner(len(labels)) as (cache, run):
+            for step in range(first_step, num_tokens):
+                if step == guided_steps:
+                    passes = 1
                 if step > first_step:
-                    logits = run(decode_step, *inputs)
+                    position += 1
+                    self.prepare_step(position, cache)
+                    cache.show(self.num_condition_tokens + step, filled=True)
+                    inputs = self, tokens[:, step - 1].repeat(passes).to(position.device), position, cache
+                if step > first_step and logits_processor is None:
+                    drawn, largest = run(decode_and_draw, *inputs, scales, numbers, limits, choice)
                 else:
-                    prefix = tokens[:, :step].repeat(passes, 1)
-                    logits = self(labels, prefix, cache=cache, **model_kwargs).logits[:, -1]  # type: ignore[operator]
-                process = None if logits_processor is None else partial(logits_processor, tokens[:, :step])  # type: ignore[arg-type]
-                index = position - (self.num_condition_tokens - 1)
-                drawn, largest = draw_tokens(logits, index, scales, numbers, settings, process)
-                # An offloaded model computes on the device to which its first inputs were moved.
-                device = cache.condition_embeds.device
-                position, scales, numbers = position.to(device), scales.to(device), numbers.to(device)
-            tokens[:, step], largest_logits[:, step] = drawn, largest
-            answer = None if callback is None else callback(step, to_raster(tokens, orders))
-            if answer is False:
-                break
-            if not (answer is None or answer is True):
-                self._check_image_tokens(answer, class_labels)
-                tokens.copy_(answer if orders is None else answer.take_along_dim(orders, dim=1))
+                    if step > first_step:
+                        logits = run(decode_step, *inputs)
+                    else:
+                        prefix = tokens[:, :step].repeat(passes, 1)
+                        logits = self(labels, prefix, cache=cache, **model_kwargs).logits[:, -1]  # type: ignore[operator]
+                    process = None if logits_processor is None else partial(logits_processor, tokens[:, :step])  # type: ignore[arg-type]
+                    index = position - (self.num_condition_tokens - 1)
+                    drawn, largest = draw_tokens(logits, index, scales, numbers, limits, choice, process)
+                    # An offloaded model computes on the device to which its first inputs were moved.
+                    device = cache.condition_embeds.device
+                    position, limits = position.to(device), limits.to(device)
+                    scales, numbers = scales.to(device), numbers.to(device)
+                tokens[:, step], largest_logits[:, step] = drawn, largest
+                answer = None if callback is None else callback(step, to_raster(tokens, orders))
+                if answer is False:
+                    break
+                if not (answer is None or answer is True):
+                    self._check_image_tokens(answer, class_labels)
+                    tokens.copy_(answer if orders is None else answer.take_along_dim(orders, dim=1))
 
         # NaN survives every operation above, so one check at the end, the loop's only synchronization, finds it.
         if not largest_logits.isfinite().all():
