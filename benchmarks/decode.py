@@ -111,7 +111,7 @@ def compile_ahead(arguments: argparse.Namespace, dtype: torch.dtype, steps: int)
 def compile_steps(arguments: argparse.Namespace, dtype: torch.dtype, steps: int, batch_size: int) -> None:
     torch.set_num_threads(arguments.threads)
     labels = torch.zeros(batch_size, dtype=torch.int64, device=arguments.device)
-    for options in ({}, *({"mode": mode} for mode in arguments.modes)):
+    for options in ([{}] if arguments.compile else []) + [{"mode": mode} for mode in arguments.modes]:
         compiled_side(arguments, dtype, **options)(labels, steps, 1.0)
 
 

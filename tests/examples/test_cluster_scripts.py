@@ -91,13 +91,14 @@ def test_slurm_starts_a_launcher_per_node(stubs, tmp_path):
 
 
 def test_slurm_job_is_queued_again_when_its_time_is_over(stubs):
-    stubs.add("srun", f'trap "touch {stubs.folder}/stopped; exit 1" TERM\nwhile true; do sleep 0.05; done')
+    started, stopped = stubs.folder / "started", stubs.folder / "stopped"
+    stubs.add("srun", f'trap "touch {stopped}; exit 1" TERM\ntouch {started}\nwhile true; do sleep 0.05; done')
     script = stubs.start("examples/slurm/train.sbatch", "tokenizer", "run.yaml", **SLURM)
-    while not stubs.calls("srun"):
+    while not started.exists():
         time.sleep(0.01)
     script.send_signal(signal.SIGUSR1)
     assert script.wait() == 0
-    assert (stubs.folder / "stopped").exists()
+    assert stopped.exists()
     assert stubs.calls("scontrol")[-1] == ["requeue", "7"]
 
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import lru_cache, partial
 from numbers import Integral, Real
+from threading import RLock
 from types import FunctionType, NoneType
 from typing import Any, NamedTuple
 
@@ -31,6 +32,8 @@ COMPILED_LENGTHS = 7
 # Functions that `compile_decoding` calls with the model. `vfmtok_hf` adds those for the machine; copies of this file in Hub
 # repositories have none.
 BEFORE_COMPILING: list[Callable[[nn.Module], object]] = []
+# torch before 2.15 cannot run a compiled function in one thread while another compiles any.
+COMPILER_LOCK = RLock()
 # Weights of a block in which `index_at_share` searches.
 BLOCK_LENGTH = 128
 
@@ -131,19 +134,6 @@ def filter_top_p(logits: torch.Tensor, top_p: float | torch.Tensor) -> torch.Ten
     return logits.masked_fill(removed, -torch.inf)
 
 
-def filter_logits(
-    logits: torch.Tensor, temperature: float | torch.Tensor, top_k: int, top_p: float | torch.Tensor | None
-) -> torch.Tensor:
-    """
-    Apply temperature, top-k (0: off) and top-p (None: off) to `(batch_size, codebook_size)` logits; removed tokens become -inf.
-    Tensors have shape `()`.
-    """
-    logits = logits / temperature
-    if top_k > 0:
-        logits = filter_top_k(logits, top_k)
-    return logits if top_p is None else filter_top_p(logits, top_p)
-
-
 @lru_cache
 def has_float64(device: torch.device) -> bool:
     """Whether a device supports float64. Apple's MPS and some Intel GPUs do not; torch has no query for it."""
@@ -185,6 +175,25 @@ def sample_tokens(logits: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     return index_at_share(logits.softmax(dim=-1), numbers)
 
 
+class SamplingChoice(NamedTuple):
+    """The part of [`SamplingSettings`] that is constant in a graph of compiled steps."""
+
+    do_sample: bool
+    top_k: int
+    has_top_p: bool
+
+    def filter(self, logits: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:
+        """
+        Apply temperature, top-k and top-p to `(batch_size, codebook_size)` logits; removed tokens become -inf. `limits` are
+        temperature and top-p, `(2,)`.
+        """
+        temperature, top_p = limits
+        logits = logits / temperature
+        if self.top_k > 0:
+            logits = filter_top_k(logits, self.top_k)
+        return filter_top_p(logits, top_p) if self.has_top_p else logits
+
+
 @dataclass(frozen=True)
 class SamplingSettings:
     """The validated sampling options of one `generate` call. The defaults use no guidance and no filters."""
@@ -199,6 +208,8 @@ class SamplingSettings:
     def __post_init__(self):
         for field in fields(self):
             value, wanted = getattr(self, field.name), Integral if field.type in (int, int | None) else Real
+            if field.type is bool and not isinstance(value, bool):
+                raise TypeError(f"{field.name} must be True or False, got {value!r}.")
             is_switch = isinstance(value, bool) and field.type is not bool
             if value is not None and (is_switch or not isinstance(value, wanted)):
                 raise TypeError(
@@ -258,23 +269,15 @@ class SamplingSettings:
         """The guidance scale of each of `num_steps` steps."""
         return constant_guidance(num_steps, self.effective_guidance_scale, self.guidance_interval)
 
-    def filter(self, logits: torch.Tensor) -> torch.Tensor:
-        """Apply temperature, top-k and top-p as in [`filter_logits`]."""
-        return filter_logits(logits, self.temperature, self.top_k, self.top_p if self.top_p < 1 else None)
+    @property
+    def choice(self) -> SamplingChoice:
+        """What is constant in compiled steps. Greedy decoding ignores filters."""
+        sampled = self.do_sample
+        return SamplingChoice(sampled, self.top_k if sampled else 0, sampled and self.top_p < 1)
 
-
-class SamplingChoice(NamedTuple):
-    """What is constant in a graph of compiled steps. Guidance, temperature and top-p are tensors, so they may change."""
-
-    do_sample: bool
-    top_k: int
-    has_top_p: bool
-
-    @classmethod
-    def of(cls, settings: SamplingSettings) -> "SamplingChoice":
-        """The choice in `settings`. Greedy decoding ignores filters."""
-        sampled = settings.do_sample
-        return cls(sampled, settings.top_k if sampled else 0, sampled and settings.top_p < 1)
+    def limits(self, device: torch.device) -> torch.Tensor:
+        """Temperature and top-p, `(2,)` float32 on `device`: inputs of compiled steps."""
+        return torch.tensor([self.temperature, self.top_p], dtype=torch.float32).to(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -312,8 +315,7 @@ def draw_tokens(
         logits = logits_processor(logits)
     if not choice.do_sample:
         return logits.argmax(dim=-1), logits.amax(dim=-1)
-    temperature, top_p = limits
-    logits = filter_logits(logits, temperature, choice.top_k, top_p if choice.has_top_p else None)
+    logits = choice.filter(logits, limits)
     return sample_tokens(logits, numbers.index_select(0, step[None])[0]), logits.amax(dim=-1)
 
 
@@ -355,7 +357,7 @@ class CompiledSteps:
     def __init__(self, **options):
         self.options = options
         self.functions: dict[tuple, Callable] = {}
-        self.unused_caches: dict[int, list[DecodeCache]] = {}
+        self.unused_caches: dict[tuple[int, bool], list[DecodeCache]] = {}
         self.compile(decode_step)  # raises for invalid options
 
     def __reduce__(self) -> tuple:
@@ -369,19 +371,24 @@ class CompiledSteps:
         """Run `function(model, tokens, position, cache, ...)` compiled. The choice, if it is the last argument, is constant in a graph."""
         _, tokens, _, cache, *others = inputs
         key = function, len(cache.condition_embeds), len(tokens), cache.visible_length, *others[-1:]
-        if key not in self.functions:
-            # torch.compile limits the graphs of a code object. With its own, a key has one graph per state of the model, such
-            # as its adapter or autocast.
-            self.functions[key] = self.compile(
-                FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+        with COMPILER_LOCK:
+            if key not in self.functions:
+                # torch.compile limits the graphs of a code object. With its own, a key has one graph per state of the model,
+                # such as its adapter or autocast.
+                own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+                self.functions[key] = self.compile(own)
+            torch.compiler.cudagraph_mark_step_begin()
+            outputs = self.functions[key](*inputs)
+            # CUDA graphs reuse the memory of their outputs, in any thread.
+            return (
+                outputs.clone() if isinstance(outputs, torch.Tensor) else tuple(output.clone() for output in outputs)
             )
-        torch.compiler.cudagraph_mark_step_begin()
-        return self.functions[key](*inputs)
 
     @contextmanager
     def cache(self, num_rows: int, new_cache: Callable[[int], DecodeCache]) -> Iterator[DecodeCache]:
         """Reserve a cache for `num_rows`. Generations in other threads or in callbacks use other ones."""
-        unused = self.unused_caches.setdefault(num_rows, [])
+        # In inference mode, a cache needs other tensors.
+        unused = self.unused_caches.setdefault((num_rows, torch.is_inference_mode_enabled()), [])
         try:
             cache = unused.pop()
         except IndexError:
@@ -439,10 +446,12 @@ class VFMTokGenerationMixin(GenerationMixin):
         Compile decode steps and sampling, in place, at the next call of `generate`.
 
         There is one graph per number of rows and visible length, at most eight in one generation. Other guidance, temperatures
-        and `top_p` use the same graphs. Turning `top_p` on or off, another `top_k`, greedy decoding, a logits processor and
-        changes of the model, such as another adapter or dtype, need their own, up to eight per length. Forward hooks that are
-        added later are ignored. On CUDA, they are CUDA graphs, so call this when the model is on its device. Caches stay in
-        memory, one per number of rows and concurrent generation.
+        and `top_p` use the same graphs. Turning `top_p` on or off, another `top_k`, greedy decoding and a logits processor need
+        their own, as do changes of the model, such as another adapter or dtype. After more than eight changes, torch raises
+        `FailOnRecompileLimitHit` until this is called again. Existing graphs ignore forward hooks that are added later.
+
+        On CUDA, they are CUDA graphs, so call this when the model is on its device. Caches and their graphs stay in memory, one
+        per number of rows and concurrent generation. torch before 2.13 records CUDA graphs only in the main thread.
 
         Args:
             options: options of `torch.compile`. On CUDA, `mode` is `"reduce-overhead"` by default. `disable=True` turns
@@ -456,7 +465,7 @@ class VFMTokGenerationMixin(GenerationMixin):
             options["mode"] = "reduce-overhead"
         for prepare in BEFORE_COMPILING:
             prepare(self)  # type: ignore[arg-type]
-        self._compiled_steps = CompiledSteps(**options)
+        self._compiled_steps = None if options.get("disable") else CompiledSteps(**options)
 
     @torch.no_grad()
     def generate(  # type: ignore[override]
@@ -538,8 +547,8 @@ class VFMTokGenerationMixin(GenerationMixin):
         first_step = 0 if known_tokens is None else known_tokens.shape[1]
         guidance = settings.guidance_scales(num_tokens)
         guided_steps = max((step + 1 for step, scale in enumerate(guidance) if scale != 1), default=0)
-        scales = torch.tensor(guidance).to(device)
-        limits, choice = torch.tensor([settings.temperature, settings.top_p]).to(device), SamplingChoice.of(settings)
+        scales = torch.tensor(guidance, dtype=torch.float32).to(device)
+        limits, choice = settings.limits(device), settings.choice
         numbers = torch.zeros(num_tokens, batch_size, device=device)
         if settings.do_sample:
             drawn_numbers = uniform_numbers(num_tokens - first_step, batch_size, generator, device)
@@ -588,12 +597,12 @@ class VFMTokGenerationMixin(GenerationMixin):
                     self._check_image_tokens(answer, class_labels)
                     tokens.copy_(answer if orders is None else answer.take_along_dim(orders, dim=1))
 
-        # NaN survives every operation above, so one check at the end, the loop's only synchronization, finds it.
-        if not largest_logits.isfinite().all():
-            raise ValueError(
-                "The logits are not finite: the weights contain NaN, float16 overflows (load the model in float32 or "
-                "bfloat16), or a logits processor forbade every token."
-            )
+            # NaN survives every operation above, so one check at the end, the loop's only synchronization, finds it.
+            if not largest_logits.isfinite().all():
+                raise ValueError(
+                    "The logits are not finite: the weights contain NaN, float16 overflows (load the model in float32 or "
+                    "bfloat16), or a logits processor forbade every token."
+                )
         return to_raster(tokens, orders)
 
     def _as_class_labels(self, class_labels: torch.Tensor | Sequence[int]) -> torch.Tensor:

@@ -252,9 +252,10 @@ class VFMTokRARForImageGeneration(CheckedModelMixin, PreTrainedModel, VFMTokGene
     def begin(self, cache: DecodeCache, condition_embeds: torch.Tensor, orders: torch.Tensor | None = None) -> None:
         """Store `condition_embeds`, the output of `embed_condition`, and `orders`, as in `forward`, in `cache` for decode steps."""
         cache.store("condition_embeds", condition_embeds)
-        # Of every row, because compiled steps need the same shape with and without orders.
         position_embeds = self.embed_positions(orders, cache.max_length)
-        cache.store("position_embeds", position_embeds.expand(condition_embeds.shape[0], -1, -1).contiguous())
+        if cache.length_step > 1:  # compiled steps, which need the same shape with and without orders
+            position_embeds = position_embeds.expand(condition_embeds.shape[0], -1, -1).contiguous()
+        cache.store("position_embeds", position_embeds)
         timesteps = self.timestep_embeddings[0, : cache.max_length, None]
         cache.store("conditions", F.silu(condition_embeds[:, 1] + timesteps))
         cache.modulated_steps = 0

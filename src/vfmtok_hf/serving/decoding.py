@@ -168,7 +168,7 @@ class Group:
 
     def __init__(self, settings: SamplingSettings, rows: list[list[int]], tokens: torch.Tensor):
         device = tokens.device
-        self.settings = settings
+        self.choice, self.limits = settings.choice, settings.limits(device)
         self.scales = torch.tensor(settings.guidance_scales(tokens.shape[1])).to(device)
         # (1 or 2, images): with the class, without
         self.rows = torch.tensor(rows).T.contiguous().to(device)
@@ -186,8 +186,8 @@ class Group:
         own, step = logits[rows], steps[rows]
         if len(self.rows) > 1:
             own = torch.lerp(logits[self.rows[1]], own, self.scales[step][:, None])
-        if self.settings.do_sample:
-            own = self.settings.filter(own)
+        if self.choice.do_sample:
+            own = self.choice.filter(own, self.limits)
             drawn = sample_tokens(own, numbers[rows, step])
         else:
             drawn = own.argmax(dim=-1)
