@@ -794,18 +794,21 @@ def test_generations_of_a_compiled_model_may_run_inside_each_other(model):
 
 def test_threads_may_share_a_compiled_model(model):
     """Also while one of them compiles, which torch before 2.15 forbids the others."""
-    seeds = [[4 * i + j for j in range(4)] for i in range(8)]
-    labels = [LABELS[: i % 4 + 1] for i in range(8)]
-
-    def draw(row, chosen):
-        return model.generate(chosen, generator=generators(*row[: len(chosen)]))
-
-    expected = list(map(draw, seeds, labels))
+    seed, warm = torch.Generator(), LABELS[:1]
+    numbers_of_rows = range(2, 5)
+    expected = [model.generate(LABELS[:rows], generator=generators(1, 2, 3, 4)[:rows]) for rows in numbers_of_rows]
+    expected_warm = model.generate(warm, generator=seed.manual_seed(1))
     torch._dynamo.reset()
     model.compile_decoding(backend="aot_eager")
-    with ThreadPoolExecutor(4) as pool:
-        drawn = list(pool.map(draw, seeds, labels))
-    assert all(map(torch.equal, drawn, expected))
+    model.generate(warm)
+    with ThreadPoolExecutor(1) as pool:
+        compiling = [
+            pool.submit(model.generate, LABELS[:rows], generator=generators(1, 2, 3, 4)[:rows])
+            for rows in numbers_of_rows
+        ]
+        while not all(future.done() for future in compiling):
+            assert torch.equal(model.generate(warm, generator=seed.manual_seed(1)), expected_warm)
+    assert all(torch.equal(future.result(), tokens) for future, tokens in zip(compiling, expected, strict=True))
 
 
 @pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])  # noqa: S301
