@@ -368,7 +368,7 @@ class CompiledSteps:
         return torch.compile(function, fullgraph=True, dynamic=False, **self.options)
 
     def __call__(self, function: FunctionType, *inputs: Any) -> Any:
-        """Run `function(model, tokens, position, cache, ...)` compiled. The choice, if it is the last argument, is constant in a graph."""
+        """Run `function(model, tokens, position, cache, ...)` compiled. A [`SamplingChoice`] at the end is constant in a graph."""
         _, tokens, _, cache, *others = inputs
         key = function, len(cache.condition_embeds), len(tokens), cache.visible_length, *others[-1:]
         with COMPILER_LOCK:
