@@ -80,11 +80,15 @@ def build_sides(arguments: argparse.Namespace, dtype: torch.dtype) -> dict[str, 
     }
     if arguments.device == "cpu":
         sides["ours, packed"] = partial(draw, pack_weights(build()))
-    if arguments.compile:
-        sides["ours, compiled"] = compiled_side(arguments, dtype)
-    for mode in arguments.modes:
-        sides[f"ours, compiled, {mode}"] = compiled_side(arguments, dtype, mode=mode)
+    for name, options in compile_options(arguments).items():
+        sides[name] = compiled_side(arguments, dtype, **options)
     return {name: side for name, side in sides.items() if name == "original" or name in (arguments.only or sides)}
+
+
+def compile_options(arguments: argparse.Namespace) -> dict[str, dict[str, str]]:
+    """Options of `compile_decoding` for each compiled side."""
+    by_default = {"ours, compiled": {}} if arguments.compile else {}
+    return by_default | {f"ours, compiled, {mode}": {"mode": mode} for mode in arguments.modes}
 
 
 def compiled_side(arguments: argparse.Namespace, dtype: torch.dtype, **options: str) -> Side:
@@ -111,7 +115,7 @@ def compile_ahead(arguments: argparse.Namespace, dtype: torch.dtype, steps: int)
 def compile_steps(arguments: argparse.Namespace, dtype: torch.dtype, steps: int, batch_size: int) -> None:
     torch.set_num_threads(arguments.threads)
     labels = torch.zeros(batch_size, dtype=torch.int64, device=arguments.device)
-    for options in ([{}] if arguments.compile else []) + [{"mode": mode} for mode in arguments.modes]:
+    for options in compile_options(arguments).values():
         compiled_side(arguments, dtype, **options)(labels, steps, 1.0)
 
 
